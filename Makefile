@@ -1,0 +1,31 @@
+# make demo: the main job on the phantom.  make test: all tests.  Both set up .venv first, once.
+SHELL := /bin/sh
+PYTHON ?= python3
+BIN := .venv/bin
+export MPLBACKEND := Agg
+
+.PHONY: demo test setup clean
+
+demo: .venv/installed
+	$(BIN)/python train.py --config configs/phantom.py --workdir runs/phantom
+	$(BIN)/python translate.py
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+setup: .venv/installed
+
+# Relative paths throughout: make cannot hold a path with a space in a target.
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.12, for example")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,121 @@
+"""Every field of the configuration: its meaning, its unit, and what None does. The other configs state differences.
+
+Any field can be given on the command line: `python train.py --config configs/brats_v2c.py --config.seed=1`.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The settings that the published BraTS network was trained and translated with."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of everything random: initialisation, data order, noise, dropout, sparse patterns
+    config.model = _model()
+    config.diffusion = _diffusion()
+    config.data = _data()
+    config.training = _training()
+    config.translation = _translation()
+    config.evaluation = _evaluation()
+    return config.lock()
+
+
+def _model() -> ml_collections.ConfigDict:
+    """The network; each field is explained in `hae_jax.model.UNetConfig`."""
+    model = ml_collections.ConfigDict()
+    model.variant = "hae_v2c"  # fpdm, hae, hae_lite, hae_v2 or hae_v2c
+    model.image_size = 128  # pixels
+    model.in_channels = 4  # flair, t1, t1ce, t2
+    model.out_channels = config_dict.placeholder(int)  # None: as in_channels, doubled for a learned variance
+    model.model_channels = 128
+    model.num_res_blocks = 2  # per level
+    model.attention_resolutions = (4, 8, 16)  # downsampling rates: 32, 16 and 8 px of 128
+    model.dropout = 0.1
+    model.channel_mult = config_dict.placeholder(tuple)  # width of each level; None: the usual one for image_size
+    model.conv_resample = True
+    model.num_classes = config_dict.placeholder(int)  # None: unconditional
+    model.num_classes = 2  # healthy, lesion
+    model.num_heads = 4
+    model.num_head_channels = -1  # -1: by num_heads
+    model.num_heads_upsample = -1  # -1: as num_heads
+    model.use_scale_shift_norm = True
+    model.resblock_updown = False
+    model.use_hae = True
+    model.bottleneck_ratio = 0.25
+    model.memory_optimization = True
+    model.zero_threshold = 1e-6
+    model.null_context = "batch"  # batch (as published), sample or keep: whether a null row sees a context
+    model.sparse_pattern = "blocks"  # blocks (ours), trained (the published one) or dense
+    model.sparse_seed = 0
+    model.sparse_redraw = False  # draw the sparse pattern anew at each training step
+    model.remat = "none"  # none, block or full: what the backward pass recomputes to save memory
+    model.dtype = "float32"  # of computation: float32 or bfloat16; parameters are float32
+    return model
+
+
+def _diffusion() -> ml_collections.ConfigDict:
+    """The diffusion process."""
+    diffusion = ml_collections.ConfigDict()
+    diffusion.schedule = "linear"  # linear or cosine
+    diffusion.steps = 1000  # T
+    diffusion.predicts = "eps"  # eps or x0: what the network gives
+    diffusion.variance = "fixed_large"  # fixed_large, fixed_small or learned_range (doubles the output channels)
+    diffusion.clipping = "static"  # of predicted x0: static ([-1, 1]), dynamic or none
+    return diffusion
+
+
+def _data() -> ml_collections.ConfigDict:
+    """Where the slices come from."""
+    data = ml_collections.ConfigDict()
+    data.root = "data/brats"  # the prepared dataset, made by tools/prepare_data.py
+    data.workers = 0  # processes that read slices; 0: threads of the training process
+    data.prefetch = 4  # batches read ahead
+    data.phantom = config_dict.placeholder(ml_collections.ConfigDict)  # None: data.root must exist (see phantom.py)
+    return data
+
+
+def _training() -> ml_collections.ConfigDict:
+    """Optimisation, logging, saving."""
+    training = ml_collections.ConfigDict()
+    training.steps = 210_000
+    training.batch_size = 28  # global, over all devices
+    training.accumulation = 1  # parts that a batch is cut into, one after the other; must divide batch_size
+    training.learning_rate = 1e-4  # of AdamW
+    training.weight_decay = 0.0
+    training.warmup_steps = 0  # linear, from 0
+    training.anneal = "none"  # none, linear or cosine: to 0 at training.steps
+    training.clip_norm = config_dict.placeholder(float)  # of the gradient; None: no clipping
+    training.ema_rates = (0.9999,)  # exponential moving averages of the parameters; the first is used
+    training.p_uncond = 0.1  # share of labels that are dropped
+    training.fsdp = False  # shard parameters and optimiser over the devices, not only the batch
+    training.log_every = 100  # steps
+    training.save_every = 5_000  # steps; the last step is always saved
+    training.keep = 3  # newest checkpoints that are kept
+    training.sample_every = 5_000  # steps; 0: no sample grids
+    training.sample_steps = 50  # DDIM steps of the sample grids
+    training.sample_guidance = (0.0, 1.0, 2.0, 4.0)  # strengths w shown side by side
+    return training
+
+
+def _translation() -> ml_collections.ConfigDict:
+    """The forward process and the masks (see `hae_jax.translation`)."""
+    translation = ml_collections.ConfigDict()
+    translation.forward_steps = 600  # of diffusion.steps; with respacing, those retained among the first 600
+    translation.respacing = ""  # "" walks every step; "100" walks a tenth of 1000
+    translation.guidance = 2.0  # w
+    translation.reference = "healthy"  # healthy (as published) or null (as in the paper)
+    translation.d_reverse = True  # walk by DDIM inversion; False: fresh noise at each step
+    translation.modality = (0, 3)  # channels that the maps are made of: flair and t2
+    translation.clipping = "static"  # of predicted x0: static, dynamic or none
+    translation.batch_size = 32  # slices at once, over all devices
+    translation.median = True  # 5 x 5 median filter on the maps
+    translation.components = 40  # connected components of at most so many pixels are removed; 0: none
+    translation.ema = True  # use the averaged parameters
+    return translation
+
+
+def _evaluation() -> ml_collections.ConfigDict:
+    """What is shown."""
+    evaluation = ml_collections.ConfigDict()
+    evaluation.overlay_slices = 4  # most anomalous slices in each case's picture
+    return evaluation

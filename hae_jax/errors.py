@@ -1,0 +1,8 @@
+"""The one kind of error that a user can cause; everything else is a bug and keeps its traceback."""
+
+
+class UserError(ValueError):
+    """Bad input, stated in one line: which file or field, what is wrong, what to do.
+
+    The commands print it as `error: ...` and exit with status 2.
+    """

@@ -1,0 +1,54 @@
+"""Writing files so that a reader never sees half of one."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path` and renames it to `path` when the block ends without an error.
+
+    The temporary name keeps every suffix of `path` (`.nii.gz`), since many writers choose the format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Like `written_whole`, for a folder that must not exist yet or be empty.
+
+    Raises:
+      FileExistsError: if `path` exists and is not an empty folder.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(path)
+    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)  # an empty folder at `path` is replaced
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, whole or not at all. Not-a-number is refused (JSON has none)."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
