@@ -1,0 +1,179 @@
+"""The diffusion process: noising, x0 and eps conversions, DDPM, DDIM and inversion steps, guidance.
+
+A denoiser is any function of (x_t, t) with original timesteps; the functions here turn its output into steps. All are
+pure and work under jit: t is an array of indices into the (possibly respaced) schedule.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hae_jax.diffusion.schedule import Schedule
+from hae_jax.errors import UserError
+
+Denoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original t) -> [B, H, W, C], 2C with a learned variance
+
+_CHOICES = {
+    "predicts": ("eps", "x0"),
+    "variance": ("fixed_large", "fixed_small", "learned_range"),
+    "clipping": ("static", "dynamic", "none"),
+}
+
+
+class Prediction(NamedTuple):
+    """What a denoiser's output says about x_t, each [B, H, W, C]."""
+
+    x0: jax.Array  # clipped
+    eps: jax.Array  # derived again from the clipped x0
+    log_variance: jax.Array  # of the reverse step, broadcastable to x0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Process:
+    """A schedule, and how a denoiser's output is read.
+
+    Attributes:
+      schedule: the constants.
+      predicts: what the network gives: "eps" or "x0".
+      variance: of the reverse steps: "fixed_large", "fixed_small", or "learned_range" (C more output channels).
+      clipping: of the predicted x0: "static" to [-1, 1], "dynamic" (Saharia et al. 2022, section 2.3, per channel),
+        or "none".
+
+    Raises:
+      UserError: for an unknown choice.
+    """
+
+    schedule: Schedule
+    predicts: str = "eps"
+    variance: str = "fixed_large"
+    clipping: str = "static"
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"diffusion.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+    def original(self, t: jax.Array) -> jax.Array:  # [B] -> [B]
+        """The timesteps that the network sees."""
+        return jnp.asarray(self.schedule.timesteps, jnp.int32)[t]
+
+    def noised(
+        self,
+        x0: jax.Array,  # [B, H, W, C]
+        t: jax.Array,  # [B]
+        noise: jax.Array,  # [B, H, W, C]
+    ) -> jax.Array:  # [B, H, W, C]
+        """A sample of q(x_t | x0) = sqrt(a_t) x0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4)."""
+        a = self.schedule.alpha_bar
+        return _at(np.sqrt(a), t) * x0 + _at(np.sqrt(1 - a), t) * noise
+
+    def x0_from_eps(self, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:  # [B, H, W, C]
+        """x0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t)."""
+        a = self.schedule.alpha_bar
+        return _at(np.sqrt(1 / a), t) * x_t - _at(np.sqrt(1 / a - 1), t) * eps
+
+    def eps_from_x0(self, x_t: jax.Array, t: jax.Array, x0: jax.Array) -> jax.Array:  # [B, H, W, C]
+        """The inverse of `x0_from_eps` in x0."""
+        a = self.schedule.alpha_bar
+        return (_at(np.sqrt(1 / a), t) * x_t - x0) / _at(np.sqrt(1 / a - 1), t)
+
+    def predict(
+        self,
+        output: jax.Array,  # [B, H, W, C], or 2C where the variance is learned
+        x_t: jax.Array,  # [B, H, W, C]
+        t: jax.Array,  # [B]
+    ) -> Prediction:
+        """Reads a denoiser's output: clipped x0, the eps that belongs to it, the log-variance of the reverse step."""
+        output, log_variance = self._log_variance(output, t)
+        x0 = self.clip(output if self.predicts == "x0" else self.x0_from_eps(x_t, t, output))
+        return Prediction(x0, self.eps_from_x0(x_t, t, x0), log_variance)
+
+    def clip(self, x0: jax.Array) -> jax.Array:  # [B, H, W, C]
+        """Clips a predicted x0 by the configured rule.
+
+        Dynamic: s = max(1, 0.99-quantile over H, W of |x0|) per sample and channel, clip(x0, -s, s) / s, in [-1, 1].
+        """
+        if self.clipping == "none":
+            return x0
+        if self.clipping == "dynamic":
+            s = jnp.maximum(1, jnp.quantile(jnp.abs(x0), 0.99, axis=(1, 2), keepdims=True))
+            return jnp.clip(x0, -s, s) / s
+        return jnp.clip(x0, -1, 1)
+
+    def posterior_mean(self, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:  # [B, H, W, C]
+        """Mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7)."""
+        return _at(self.schedule.posterior_coef_x0, t) * x0 + _at(self.schedule.posterior_coef_xt, t) * x_t
+
+    def ddpm_step(
+        self,
+        prediction: Prediction,
+        x_t: jax.Array,  # [B, H, W, C]
+        t: jax.Array,  # [B]
+        noise: jax.Array,  # [B, H, W, C]
+    ) -> jax.Array:  # [B, H, W, C]
+        """One ancestral step t -> t-1; the last one (t = 0) adds no noise (Ho et al. 2020, algorithm 2)."""
+        mean = self.posterior_mean(prediction.x0, x_t, t)
+        return mean + (t != 0)[:, None, None, None] * jnp.exp(0.5 * prediction.log_variance) * noise
+
+    def ddim_step(
+        self,
+        prediction: Prediction,
+        t: jax.Array,  # [B]
+        noise: jax.Array | None = None,  # [B, H, W, C]; needed for eta > 0
+        eta: float = 0.0,
+    ) -> jax.Array:  # [B, H, W, C]
+        """One DDIM step t -> t-1 (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 as noisy as DDPM."""
+        a, a_prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
+        sigma = eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
+        x = _at(np.sqrt(a_prev), t) * prediction.x0 + _at(np.sqrt(1 - a_prev - sigma**2), t) * prediction.eps
+        if eta == 0:
+            return x
+        return x + (t != 0)[:, None, None, None] * _at(sigma, t) * noise
+
+    def ddim_inversion_step(self, prediction: Prediction, t: jax.Array) -> jax.Array:  # [B, H, W, C]
+        """One DDIM step backwards in denoising, t -> t+1, with alpha-bar 0 after the last step."""
+        a_next = self.schedule.alpha_bar_next
+        return _at(np.sqrt(a_next), t) * prediction.x0 + _at(np.sqrt(1 - a_next), t) * prediction.eps
+
+    def _log_variance(self, output: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Splits off a learned variance (Nichol & Dhariwal 2021, eq. 15); the fixed ones come from the schedule."""
+        small = _at(self.schedule.posterior_log_variance, t)
+        if self.variance == "fixed_small":
+            return output, small
+        if self.variance == "fixed_large":
+            return output, _at(np.log(self.schedule.large_variance), t)
+        output, v = jnp.split(output, 2, axis=-1)
+        share = (v + 1) / 2
+        return output, share * _at(np.log(self.schedule.betas), t) + (1 - share) * small
+
+
+def guide(
+    conditional: jax.Array,  # [B, H, W, C] network output with the class
+    null: jax.Array,  # [B, H, W, C] network output without
+    strength: float | jax.Array,
+) -> jax.Array:  # [B, H, W, C]
+    """Classifier-free guidance: (1 + w) f(x, t, y) - w f(x, t, null) (Ho & Salimans 2022, eq. 6)."""
+    return (1 + strength) * conditional - strength * null
+
+
+def sample(
+    process: Process,
+    denoise: Denoiser,
+    x: jax.Array,  # [B, H, W, C] noise at the last step
+) -> jax.Array:  # [B, H, W, C]
+    """Deterministic DDIM sampling from the last step of the schedule to x0."""
+
+    def step(x, t):
+        t = jnp.full(x.shape[:1], t)
+        prediction = process.predict(denoise(x, process.original(t)), x, t)
+        return process.ddim_step(prediction, t), None
+
+    return jax.lax.scan(step, x, jnp.arange(process.schedule.steps - 1, -1, -1))[0]
+
+
+def _at(values: np.ndarray, t: jax.Array) -> jax.Array:  # [T] float64, [B] -> [B, 1, 1, 1] float32
+    return jnp.asarray(values, jnp.float32)[t][:, None, None, None]

@@ -1,0 +1,137 @@
+"""Noise schedules in float64 NumPy: betas, alpha-bars, posterior coefficients, respacing."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from hae_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The constants of a diffusion process of T steps, each array [T] float64.
+
+    Attributes:
+      betas: variances of the forward steps.
+      timesteps: for each step, the step of the original process, which is what the network sees.
+    """
+
+    betas: np.ndarray
+    timesteps: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+        return len(self.betas)
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """Cumulative product of 1 - beta."""
+        return np.cumprod(1 - self.betas)
+
+    @property
+    def alpha_bar_prev(self) -> np.ndarray:
+        """alpha_bar one step earlier; 1 before the first."""
+        return np.append(1.0, self.alpha_bar[:-1])
+
+    @property
+    def alpha_bar_next(self) -> np.ndarray:
+        """alpha_bar one step later; 0 after the last."""
+        return np.append(self.alpha_bar[1:], 0.0)
+
+    # Ho et al. 2020, equations 6 and 7: q(x_{t-1} | x_t, x0) = N(coef_x0 x0 + coef_xt x_t, posterior_variance).
+    @property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of the true posterior; 0 at the first step."""
+        return self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+    @property
+    def posterior_log_variance(self) -> np.ndarray:
+        """Its logarithm, with the second step's value at the first, where the variance is 0."""
+        variance = self.posterior_variance
+        return np.log(np.append(variance[1] if self.steps > 1 else self.betas[0], variance[1:]))
+
+    @property
+    def posterior_coef_x0(self) -> np.ndarray:
+        """Weight of x0 in the posterior mean."""
+        return self.betas * np.sqrt(self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+    @property
+    def posterior_coef_xt(self) -> np.ndarray:
+        """Weight of x_t in the posterior mean."""
+        return (1 - self.alpha_bar_prev) * np.sqrt(1 - self.betas) / (1 - self.alpha_bar)
+
+    @property
+    def large_variance(self) -> np.ndarray:
+        """Variance fixed large: beta, but the posterior's second value at the first step."""
+        return np.append(self.posterior_variance[1] if self.steps > 1 else self.betas[0], self.betas[1:])
+
+
+def make_schedule(name: str = "linear", steps: int = 1000, respacing: str = "") -> Schedule:
+    """Builds a schedule, respaced on request.
+
+    Args:
+      name: "linear" (Ho et al. 2020, scaled to the number of steps) or "cosine" (Nichol & Dhariwal 2021, eq. 17).
+      steps: T of the original process, that the network was trained with.
+      respacing: "" for every step; "20" or "10,15,20" for that many steps in each of as many equal sections;
+        "ddimN" for N steps at a fixed stride.
+
+    Raises:
+      UserError: for an unknown name or a respacing that does not fit.
+    """
+    if steps < 1:
+        raise UserError(f"diffusion.steps is {steps}: it must be at least 1")
+    if name == "linear":
+        betas = np.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=np.float64)
+        if betas[-1] >= 1:
+            raise UserError(f"diffusion.steps is {steps}: the linear schedule needs more than 20")
+    elif name == "cosine":
+        def alpha_bar(u):
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        betas = np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)])
+    else:
+        raise UserError(f"diffusion.schedule is {name!r}: choose linear or cosine")
+    kept = retained_timesteps(steps, respacing) if respacing else np.arange(steps)
+    # Also without respacing, as the published code does: it changes the last bits.
+    kept_alpha_bar = np.cumprod(1 - betas)[kept]
+    return Schedule(1 - kept_alpha_bar / np.append(1.0, kept_alpha_bar[:-1]), kept)
+
+
+def retained_timesteps(steps: int, respacing: str) -> np.ndarray:  # [kept] int64, ascending
+    """The steps of the original process that a respacing keeps (see `make_schedule`).
+
+    Raises:
+      UserError: where the respacing cannot be met.
+    """
+    if respacing.startswith("ddim"):
+        wanted = _counts(respacing.removeprefix("ddim"), respacing)[0]
+        for stride in range(1, steps):
+            if len(range(0, steps, stride)) == wanted:
+                return np.arange(0, steps, stride)
+        raise UserError(f"diffusion.respacing is {respacing!r}: no fixed stride gives {wanted} of {steps} steps")
+    counts = _counts(respacing, respacing)
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (1 if i < steps % len(counts) else 0)
+        if size < count:
+            raise UserError(f"diffusion.respacing is {respacing!r}: a section of {size} steps cannot give {count}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        # Accumulated, not multiplied: which side of a half a position falls on must be the published code's.
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return np.array(sorted(set(kept)))
+
+
+def _counts(text: str, respacing: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise UserError(f"diffusion.respacing is {respacing!r}: give counts such as 20 or 10,15,20, or ddimN")
+    return counts
