@@ -1,0 +1,212 @@
+"""The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hae_jax.model import sparse
+from hae_jax.model.config import HYBRID_HEADS, UNetConfig
+from hae_jax.model.layers import (
+    Conditioning,
+    Dropout,
+    Randomness,
+    ResBlock,
+    conv,
+    group_norm,
+    layer_norm,
+    linear,
+    pool,
+    torch_uniform,
+    uniform,
+)
+
+_SCALES = (1, 4, 8)  # patch sizes of the per-scale transformer
+_REGIONS = (4, 8)  # patch sizes of the regional tokens in the joint one
+_MASKED_ABOVE = 64  # the per-scale transformer is sparse where a scale has more tokens than this
+_FUSION_GROUPS = 8
+
+
+class MultiHeadAttention(nnx.Module):
+    """PyTorch's MultiheadAttention (packed in_proj: q, then k, then v) with a sparse pattern."""
+
+    def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.in_proj = nnx.Linear(channels, 3 * channels, dtype=config.dtype, rngs=rngs,
+                                  kernel_init=uniform(math.sqrt(6 / (4 * channels))))
+        self.out_proj = nnx.Linear(channels, channels, dtype=config.dtype, rngs=rngs,
+                                   kernel_init=torch_uniform(channels))
+        self.dropout = Dropout(config.dropout)
+
+    def __call__(
+        self,
+        tokens: jax.Array,  # [B, N, C]
+        randomness: Randomness | None,
+        blocked: jax.Array | None,  # [N, N] bool
+        *,
+        is_sparse: bool,
+    ) -> jax.Array:  # [B, N, C]
+        batch, count, channels = tokens.shape
+        qkv = self.in_proj(tokens).reshape(batch, count, 3, HYBRID_HEADS, channels // HYBRID_HEADS)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        drop = (lambda p: self.dropout(p, randomness)) if self.dropout.rate else None
+        if blocked is not None or not is_sparse or self.config.sparse_pattern == "dense":
+            out = sparse.attend(q, k, v, blocked, drop)
+        elif self.config.sparse_pattern == "blocks":
+            out = sparse.attend_blocks(q, k, v, sparse.block_links(count, self._pattern_key(randomness)), drop)
+        else:
+            per_scale = self.config.rules.hybrid == "per_scale"
+            trained_mask = sparse.trained_mask_per_scale if per_scale else sparse.trained_mask_joint
+            out = sparse.attend(q, k, v, trained_mask(count, self._pattern_key(randomness)), drop)
+        return self.out_proj(out.reshape(tokens.shape))
+
+    def _pattern_key(self, randomness: Randomness | None) -> jax.Array:
+        """The key of this attention's pattern: of this step where patterns are redrawn, else of the seed."""
+        redraws = self.config.sparse_redraw and randomness is not None
+        key = randomness.shared if redraws else jax.random.key(self.config.sparse_seed)
+        return jax.random.fold_in(key, self.dropout.layer)
+
+
+class MLP(nnx.Module):
+    """Linear, GELU (the exact one), dropout, Linear, dropout."""
+
+    def __init__(self, channels: int, hidden: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.fc1 = linear(channels, hidden, rngs, dtype=config.dtype)
+        self.fc2 = linear(hidden, channels, rngs, dtype=config.dtype)
+        self.dropout1, self.dropout2 = Dropout(config.dropout), Dropout(config.dropout)
+
+    def __call__(self, x: jax.Array, randomness: Randomness | None) -> jax.Array:  # [B, N, C] -> [B, N, C]
+        h = self.dropout1(jax.nn.gelu(self.fc1(x), approximate=False), randomness)
+        return self.dropout2(self.fc2(h), randomness)
+
+
+class PerScaleTransformer(nnx.Module):
+    """One attention per patch size; the norms and the MLP are shared by the scales."""
+
+    def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.attentions = nnx.List([MultiHeadAttention(channels, config, rngs) for _ in _SCALES])
+        self.norm1 = layer_norm(channels, rngs, dtype=config.dtype)
+        self.norm2 = layer_norm(channels, rngs, dtype=config.dtype)
+        self.bottleneck = MLP(channels, max(1, int(channels * config.bottleneck_ratio)), config, rngs)
+        self.token_dropout = Dropout(config.dropout)
+        self.scale_fusion = linear(len(_SCALES) * channels, channels, rngs, dtype=config.dtype)
+
+    def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
+        masks = iter(cond.sparse_masks or ())
+        scales = [self._scale(x, size, attention, cond.randomness, masks)
+                  for size, attention in zip(_SCALES, self.attentions, strict=True)]
+        return self.scale_fusion(jnp.concatenate(scales, axis=-1))
+
+    def _scale(self, x, size, attention, randomness, masks):
+        batch, height, width, channels = x.shape
+        pooled = pool(x, size)
+        tokens = pooled.reshape(batch, -1, channels)
+        is_sparse = tokens.shape[1] > _MASKED_ABOVE
+        blocked = next(masks, None) if is_sparse else None
+        h = attention(self.norm1(tokens), randomness, blocked, is_sparse=is_sparse)
+        tokens = tokens + self.token_dropout(h, randomness)
+        tokens = tokens + self.bottleneck(self.norm2(tokens), randomness)
+        return jax.image.resize(tokens.reshape(pooled.shape), (batch, height, width, channels), "linear")
+
+
+class PerScaleHybrid(nnx.Module):
+    """The block of `hae_v2c`: a ResBlock, the per-scale transformer on its output, both fused. No outer residual."""
+
+    def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.cnn_block = ResBlock(channels, channels, config, rngs, scale_shift=False)
+        self.transformer_block = PerScaleTransformer(channels, config, rngs)
+        self.fusion_conv = conv(2 * channels, channels, 1, rngs, dtype=config.dtype)
+        self.fusion_norm = group_norm(channels, rngs, dtype=config.dtype, groups=_FUSION_GROUPS)
+
+    def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
+        h = self.cnn_block(x, cond)
+        h = jnp.concatenate([h, self.transformer_block(h, cond)], axis=-1)
+        return nnx.silu(self.fusion_norm(self.fusion_conv(h)))
+
+    @staticmethod
+    def masked_tokens(height: int, width: int) -> list[int]:
+        """Token counts of the masked attentions, in forward order."""
+        counts = [-(-height // size) * -(-width // size) for size in _SCALES]
+        return [count for count in counts if count > _MASKED_ABOVE]
+
+
+class JointTransformer(nnx.Module):
+    """Local and regional tokens in one sequence, one attention, the local tokens kept."""
+
+    def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
+        dtype, rules = config.dtype, config.rules
+        self.local_norm = layer_norm(channels, rngs, dtype=dtype)
+        self.regional_norms = nnx.List([layer_norm(channels, rngs, dtype=dtype) for _ in _REGIONS])
+        self.shares_projection = rules.projection == "shared"
+        if self.shares_projection:
+            self.shared_patch_embed = conv(channels, channels, 1, rngs, dtype=dtype)
+        else:
+            self.patch_projections = nnx.List(
+                [linear(size * size * channels, channels, rngs, dtype=dtype) for size in _REGIONS])
+        self.multihead_attn = MultiHeadAttention(channels, config, rngs)
+        self.norm_out = layer_norm(channels, rngs, dtype=dtype)
+        self.has_bottleneck = rules.mlp == "bottleneck"
+        if self.has_bottleneck:
+            self.bottleneck = MLP(channels, max(1, int(channels * config.bottleneck_ratio)), config, rngs)
+        else:
+            self.mlp = MLP(channels, 4 * channels, config, rngs)
+
+    def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
+        batch, height, width, channels = x.shape
+        projected = self.shared_patch_embed(x) if self.shares_projection else x
+        tokens = [self.local_norm(projected.reshape(batch, height * width, channels))]
+        for i, size in enumerate(_REGIONS):
+            if height % size == 0 and width % size == 0:
+                tokens.append(self.regional_norms[i](self._regions(projected, i, size)))
+        blocked = cond.sparse_masks[0] if cond.sparse_masks else None
+        # No residual around the attention: the trained code has none.
+        a = self.multihead_attn(jnp.concatenate(tokens, axis=1), cond.randomness, blocked, is_sparse=True)
+        a = a[:, :height * width]
+        mlp = self.bottleneck if self.has_bottleneck else self.mlp
+        return x + (a + mlp(self.norm_out(a), cond.randomness)).reshape(x.shape)
+
+    def _regions(self, x: jax.Array, i: int, size: int) -> jax.Array:  # [B, H, W, C] -> [B, H/size * W/size, C]
+        batch, height, width, channels = x.shape
+        if self.shares_projection:
+            return pool(x, size).reshape(batch, -1, channels)
+        patches = x.reshape(batch, height // size, size, width // size, size, channels)
+        patches = jnp.transpose(patches, (0, 1, 3, 5, 2, 4))  # each flattened as (C, row, column)
+        return self.patch_projections[i](patches.reshape(batch, -1, channels * size * size))
+
+
+class ConvBranch(nnx.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice."""
+
+    def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.norm1 = group_norm(channels, rngs, dtype=config.dtype)
+        self.conv1 = conv(channels, channels, 3, rngs, dtype=config.dtype)
+        self.norm2 = group_norm(channels, rngs, dtype=config.dtype)
+        self.conv2 = conv(channels, channels, 3, rngs, dtype=config.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
+        x = self.conv1(nnx.silu(self.norm1(x)))
+        return self.conv2(nnx.silu(self.norm2(x)))
+
+
+class JointHybrid(nnx.Module):
+    """The block of `hae`, `hae_lite`, `hae_v2`: convolutions beside a joint multi-scale transformer, plus the input."""
+
+    def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.concatenates = config.rules.projection == "per_patch"
+        self.conv_branch = ConvBranch(channels, config, rngs)
+        self.transformer_branch = JointTransformer(channels, config, rngs)
+        self.emb_proj = linear(config.embedding_width, channels, rngs, dtype=config.dtype)
+        self.fusion = conv((2 if self.concatenates else 1) * channels, channels, 1, rngs, dtype=config.dtype)
+
+    def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
+        h = x + self.emb_proj(nnx.silu(cond.emb))[:, None, None, :]
+        branches = self.conv_branch(h), self.transformer_branch(h, cond)
+        fused = jnp.concatenate(branches, axis=-1) if self.concatenates else (branches[0] + branches[1]) / 2
+        return x + self.fusion(fused)
+
+    @staticmethod
+    def masked_tokens(height: int, width: int) -> list[int]:
+        """Token counts of the masked attentions, in forward order."""
+        regions = [height // size * (width // size) for size in _REGIONS if height % size == 0 and width % size == 0]
+        return [height * width + sum(regions)]

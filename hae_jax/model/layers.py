@@ -1,0 +1,209 @@
+"""The plain parts of the U-Net: convolutions, norms, resampling, dropout, ResBlock. NHWC throughout."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hae_jax.model.config import NORM_GROUPS, UNetConfig
+
+EPSILON = 1e-5  # of every norm, as in PyTorch; Flax's default is 1e-6
+
+
+class Randomness(NamedTuple):
+    """Keys of one training step. Each sample has its own, so its dropout does not depend on its batch company."""
+
+    samples: jax.Array  # [B] keys
+    shared: jax.Array  # one key, for what the whole batch shares (the sparse pattern)
+
+    @classmethod
+    def from_rngs(cls, rngs: nnx.Rngs, batch: int) -> "Randomness":
+        """Derives the keys from the next key of the stream "dropout"."""
+        key, shared = jax.random.split(rngs.dropout())
+        samples = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+        return cls(samples, shared)
+
+
+class Conditioning(NamedTuple):
+    """What every block may read besides the features."""
+
+    emb: jax.Array  # [B, E] float32, time plus class
+    context: Any = None  # conditioning.Context, or None where there is no class context
+    randomness: Randomness | None = None  # None: no dropout
+    sparse_masks: tuple[jax.Array, ...] | None = None  # [N, N] bool each, True is blocked; None: the config's pattern
+
+
+class ParameterKeys:
+    """Stands in for `nnx.Rngs` while a network is built, and numbers its keys in Python.
+
+    `nnx.Rngs` counts in a Variable. Where the network is traced (for its shapes, or to initialise it sharded), each
+    count searches the program so far, so that a large network would take a minute to build.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
+def torch_uniform(fan_in: int) -> nnx.Initializer:
+    """PyTorch's default for Linear and conv weights and biases: uniform in +-1/sqrt(fan_in)."""
+    return uniform(1 / math.sqrt(fan_in))
+
+
+def uniform(bound: float) -> nnx.Initializer:
+    """Uniform in +-bound."""
+    return _initializer(lambda rng, shape: rng.uniform(-bound, bound, shape),
+                        lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
+
+
+def standard_normal() -> nnx.Initializer:
+    """Normal with mean 0 and variance 1."""
+    return _initializer(lambda rng, shape: rng.standard_normal(shape), jax.random.normal)
+
+
+def _initializer(on_host: Callable, traced: Callable) -> nnx.Initializer:
+    """Draws on the host where the key is known: compiling a draw for each of hundreds of shapes takes minutes."""
+
+    def draw(key, shape, dtype=jnp.float32):
+        if isinstance(key, jax.core.Tracer):
+            return traced(key, shape, dtype)
+        return jnp.asarray(on_host(np.random.default_rng(np.asarray(jax.random.key_data(key))), shape), dtype)
+
+    return draw
+
+
+def conv(in_channels: int, out_channels: int, kernel: int, rngs: nnx.Rngs, *, dtype: Any,
+         stride: int = 1, zero: bool = False) -> nnx.Conv:
+    """A convolution with PyTorch's symmetric padding (SAME pads differently at stride 2) and initialisation."""
+    init = nnx.initializers.zeros if zero else torch_uniform(in_channels * kernel**2)
+    return nnx.Conv(in_channels, out_channels, (kernel, kernel), (stride, stride), padding=kernel // 2,
+                    dtype=dtype, kernel_init=init, bias_init=init, rngs=rngs)
+
+
+def linear(in_features: int, out_features: int, rngs: nnx.Rngs, *, dtype: Any, zero: bool = False) -> nnx.Linear:
+    """A dense layer with PyTorch's initialisation."""
+    init = nnx.initializers.zeros if zero else torch_uniform(in_features)
+    return nnx.Linear(in_features, out_features, dtype=dtype, kernel_init=init, bias_init=init, rngs=rngs)
+
+
+def group_norm(channels: int, rngs: nnx.Rngs, *, dtype: Any, groups: int = NORM_GROUPS) -> nnx.GroupNorm:
+    """GroupNorm with float32 statistics; the fast variance (E[x^2] - E[x]^2) would cancel."""
+    return nnx.GroupNorm(channels, groups, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(channels: int, rngs: nnx.Rngs, *, dtype: Any) -> nnx.LayerNorm:
+    """LayerNorm with float32 statistics."""
+    return nnx.LayerNorm(channels, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class Dropout(nnx.Module):
+    """Dropout whose mask is a function of (sample key, layer): stateless, so that it survives remat and sharding."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+        self.layer = 0  # numbered by the network that holds it, once it is built
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, ...]
+        randomness: Randomness | None,
+    ) -> jax.Array:
+        if randomness is None or self.rate == 0:
+            return x
+        keep = jax.vmap(
+            lambda key: jax.random.bernoulli(jax.random.fold_in(key, self.layer), 1 - self.rate, x.shape[1:])
+        )(randomness.samples)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def pool(
+    x: jax.Array,  # [B, H, W, C]
+    size: int,
+) -> jax.Array:  # [B, ceil(H/size), ceil(W/size), C]
+    """Average pooling; the right and bottom are filled up with zeros, which count in the mean."""
+    if size == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
+    x = x.reshape(batch, x.shape[1] // size, size, x.shape[2] // size, size, channels)
+    return x.mean((2, 4), dtype=jnp.float32).astype(x.dtype)
+
+
+def repeat2(x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, 2H, 2W, C]
+    """Nearest-neighbour upsampling by two."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+class Downsample(nnx.Module):
+    """Halves the resolution: 3x3 convolution with stride 2, or average pooling."""
+
+    def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.op = conv(channels, channels, 3, rngs, dtype=config.dtype, stride=2) if config.conv_resample else None
+
+    def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
+        return self.op(x) if self.op is not None else pool(x, 2)
+
+
+class Upsample(nnx.Module):
+    """Doubles the resolution: nearest neighbour, then a 3x3 convolution if configured."""
+
+    def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, rngs, dtype=config.dtype) if config.conv_resample else None
+
+    def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
+        x = repeat2(x)
+        return self.conv(x) if self.conv is not None else x
+
+
+class ResBlock(nnx.Module):
+    """Norm, activation, conv; embedding; norm, activation, dropout, conv; plus the input.
+
+    Where the variant lost the SiLUs that its code meant to fuse into the norms (`unfused_silu` is False), only the
+    one behind a scale-shift norm and the one on the embedding remain.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, rngs: nnx.Rngs, *,
+                 scale_shift: bool | None = None, resample: str | None = None):
+        dtype = config.dtype
+        self.scale_shift = config.use_scale_shift_norm if scale_shift is None else scale_shift
+        self.activate = config.rules.unfused_silu
+        self.resample = resample
+        self.in_norm = group_norm(in_channels, rngs, dtype=dtype)
+        self.in_conv = conv(in_channels, out_channels, 3, rngs, dtype=dtype)
+        self.emb_proj = linear(config.embedding_width, out_channels * (2 if self.scale_shift else 1), rngs, dtype=dtype)
+        self.out_norm = group_norm(out_channels, rngs, dtype=dtype)
+        self.dropout = Dropout(config.dropout)
+        self.out_conv = conv(out_channels, out_channels, 3, rngs, dtype=dtype, zero=True)
+        self.skip = conv(in_channels, out_channels, 1, rngs, dtype=dtype) if in_channels != out_channels else None
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, H, W, in_channels]
+        cond: Conditioning,
+    ) -> jax.Array:  # [B, H, W, out_channels], resampled where asked
+        h = self._silu(self.in_norm(x))
+        if self.resample:
+            resample = repeat2 if self.resample == "up" else lambda a: pool(a, 2)
+            h, x = resample(h), resample(x)
+        h = self.in_conv(h)
+        emb = self.emb_proj(nnx.silu(cond.emb))[:, None, None, :]
+        if self.scale_shift:
+            scale, shift = jnp.split(emb, 2, axis=-1)
+            h = nnx.silu(self.out_norm(h) * (1 + scale) + shift)
+        else:
+            h = self._silu(self.out_norm(h + emb))
+        h = self.out_conv(self.dropout(h, cond.randomness))
+        return h + (x if self.skip is None else self.skip(x))
+
+    def _silu(self, x: jax.Array) -> jax.Array:
+        return nnx.silu(x) if self.activate else x

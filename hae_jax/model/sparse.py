@@ -1,0 +1,105 @@
+"""Sparse patterns, and the attention that profits from them.
+
+Every sparse attention takes its pattern from here. "blocks" is ours: the tokens are cut into blocks, each block of
+queries sees a tenth of the blocks of keys (itself, its neighbours, then far ones), and the others are never computed.
+The published patterns skip single pairs at random; they are masks on dense attention, kept for weights trained so.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Drop = Callable[[jax.Array], jax.Array]  # attention weights [B, ...] -> the same with dropout
+
+KEPT_SHARE = 0.1
+_BLOCK_SIZES = (64, 32, 16, 8)
+_FEWEST_BLOCKS = 30  # below this, a tenth of the blocks is too coarse a choice
+
+
+def block_size(tokens: int) -> int:
+    """Tokens per block: as large as the hardware likes, as small as a choice of a tenth of them needs."""
+    return next((size for size in _BLOCK_SIZES if tokens >= size * _FEWEST_BLOCKS), _BLOCK_SIZES[-1])
+
+
+def block_links(tokens: int, key: jax.Array) -> jax.Array:  # [blocks, seen] int32, each row without repeats
+    """Which blocks of keys each block of queries sees: itself, up to two neighbours, the rest drawn by the key."""
+    blocks = -(-tokens // block_size(tokens))
+    seen = min(blocks, max(2, round(KEPT_SHARE * blocks)))
+    offset = np.arange(blocks) - np.arange(blocks)[:, None]
+    near = np.isin(offset, (0, -1, 1)[:max(1, min(3, seen - 1))])  # at least one link is left to be drawn
+    score = jax.random.uniform(key, near.shape) + near
+    return jnp.sort(jax.lax.top_k(score, seen)[1], axis=-1)
+
+
+def attend(
+    q: jax.Array,  # [B, N, h, d]
+    k: jax.Array,  # [B, N, h, d]
+    v: jax.Array,  # [B, N, h, d]
+    blocked: jax.Array | None = None,  # [N, N] bool, True where query (row) must not see key (column)
+    drop: Drop | None = None,
+) -> jax.Array:  # [B, N, h, d]
+    """Dense attention with an optional mask: softmax(q.k / sqrt(d)) v, accumulated in float32."""
+    scores = q.shape[-1] ** -0.5 * jnp.einsum("bihd,bjhd->bhij", q, k, preferred_element_type=jnp.float32)
+    if blocked is not None:
+        scores = jnp.where(blocked, -jnp.inf, scores)
+    return _average("bhij,bjhd->bihd", scores, v, drop, lambda total: jnp.moveaxis(total, 1, 2))
+
+
+def attend_blocks(
+    q: jax.Array,  # [B, N, h, d]
+    k: jax.Array,  # [B, N, h, d]
+    v: jax.Array,  # [B, N, h, d]
+    links: jax.Array,  # [blocks, seen] int32
+    drop: Drop | None = None,
+) -> jax.Array:  # [B, N, h, d]
+    """Attention of each block of queries over the blocks of keys that it is linked to; nothing else is computed."""
+    batch, tokens, heads, depth = q.shape
+    blocks, seen = links.shape
+    size = block_size(tokens)
+
+    def cut(a):  # [B, N, h, d] -> [B, h, blocks, size, d], the ragged last block filled up
+        a = jnp.pad(a, ((0, 0), (0, blocks * size - tokens), (0, 0), (0, 0)))
+        return jnp.moveaxis(a.reshape(batch, blocks, size, heads, depth), 3, 1)
+
+    def gather(a):  # [B, h, blocks, size, d] -> [B, h, blocks, seen * size, d]
+        return a[:, :, links].reshape(batch, heads, blocks, seen * size, depth)
+
+    q, k, v = cut(q), gather(cut(k)), gather(cut(v))
+    scores = depth**-0.5 * jnp.einsum("bhnid,bhnjd->bhnij", q, k, preferred_element_type=jnp.float32)
+    if blocks * size != tokens:
+        position = (links[:, :, None] * size + jnp.arange(size)).reshape(blocks, 1, seen * size)
+        scores = jnp.where(position < tokens, scores, -jnp.inf)
+    out = _average("bhnij,bhnjd->bhnid", scores, v, drop, lambda total: total)
+    return jnp.moveaxis(out, 1, 3).reshape(batch, blocks * size, heads, depth)[:, :tokens]
+
+
+def _average(contraction: str, scores: jax.Array, v: jax.Array, drop: Drop | None, arrange: Callable) -> jax.Array:
+    """softmax(scores) v. The outputs are divided by the sums, not the weights: one pass less over the scores."""
+    # The shift cancels in the quotient, so its gradient is exactly zero.
+    p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = p.sum(-1)
+    p = drop(p) if drop else p
+    out = jnp.einsum(contraction, p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / arrange(total)[..., None]).astype(v.dtype)
+
+
+def trained_mask_per_scale(tokens: int, key: jax.Array) -> jax.Array:  # [N, N] bool, True is blocked
+    """The pattern that `hae_v2c` was trained with: pairs with u > 0.8 and the diagonal are blocked.
+
+    A mask meant as "keep" was read as "block", so four fifths of the pairs are seen, never oneself.
+    """
+    return (jax.random.uniform(key, (tokens, tokens)) > 0.8) | jnp.eye(tokens, dtype=bool)
+
+
+def trained_mask_joint(tokens: int, key: jax.Array) -> jax.Array:  # [N, N] bool, True is blocked
+    """The pattern of `hae`, `hae_lite`, `hae_v2`: a diagonal band and some random columns for each row are seen."""
+    keep = max(1, int(tokens * KEPT_SHARE))
+    i = jnp.arange(tokens)
+    seen = jnp.abs(i[:, None] - i) <= keep // 2
+    if keep > 4:
+        score = jax.random.uniform(key, (tokens, tokens))
+        threshold = jax.lax.top_k(score, max(1, keep // 4))[0][:, -1:]
+        seen |= score >= threshold
+    return ~seen

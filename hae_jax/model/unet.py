@@ -1,0 +1,208 @@
+"""One U-Net, five variants: a network eps = f(x, t, y) that `diffusion` sees as a plain function."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hae_jax.model.attention import AttentionBlock
+from hae_jax.model.conditioning import Context, EmbeddingMLP, class_context, context_rule, timestep_embedding
+from hae_jax.model.config import UNetConfig
+from hae_jax.model.hybrid import JointHybrid, PerScaleHybrid
+from hae_jax.model.layers import (
+    Conditioning,
+    Downsample,
+    Dropout,
+    ParameterKeys,
+    Randomness,
+    ResBlock,
+    Upsample,
+    conv,
+    group_norm,
+    standard_normal,
+)
+from hae_jax.model.torch_weights import walk
+
+_HYBRIDS = {"joint": JointHybrid, "per_scale": PerScaleHybrid}
+
+
+class UNet(nnx.Module):
+    """Class-conditional diffusion U-Net with hybrid CNN+transformer blocks in its decoder.
+
+    Args:
+      config: sizes, variant and rules.
+      rngs: the stream that the parameters are drawn from (PyTorch's default distributions).
+    """
+
+    def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+        self.config = config
+        rngs = ParameterKeys(rngs.params())
+        self.time_embed = EmbeddingMLP(config, rngs)
+        if config.num_classes is not None:
+            self.label_emb = nnx.Embed(config.num_classes, config.model_channels, rngs=rngs,
+                                       embedding_init=standard_normal())
+            self.class_emb = EmbeddingMLP(config, rngs)
+        self.input_blocks, skips = _encoder(config, rngs)
+        width, heads = config.widths[-1], config.heads(config.widths[-1], decoder=False)
+        self.middle_block = nnx.List([
+            ResBlock(width, width, config, rngs),
+            AttentionBlock(width, heads, config, rngs),
+            ResBlock(width, width, config, rngs),
+        ])
+        self.output_blocks = _decoder(config, skips, rngs)
+        # In float32 whatever the rest computes in: the head costs nothing, and its rounding would be the output's.
+        self.head_norm = group_norm(config.widths[0], rngs, dtype=jnp.float32)
+        self.head_conv = conv(config.widths[0], config.out_channels, 3, rngs, dtype=jnp.float32, zero=True)
+        dropouts = [module for _, module in nnx.iter_modules(self) if isinstance(module, Dropout)]
+        for i, dropout in enumerate(dropouts):
+            dropout.layer = i
+        self.parameter_paths = tuple(path for path, _ in walk(self))
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, H, W, C]
+        t: jax.Array,  # [B]
+        y: jax.Array | None = None,  # [B] int
+        null: bool | jax.Array = False,  # or [B] bool
+        drop: jax.Array | None = None,  # [B] bool
+        sparse_masks: Sequence[jax.Array] | None = None,  # [N, N] bool each
+        rngs: nnx.Rngs | Randomness | None = None,
+        context_seen: jax.Array | None = None,  # [B] bool
+    ) -> jax.Array:  # [B, H, W, out_channels] float32
+        """Predicts the noise in `x`.
+
+        Args:
+          x: noised images; H and W must be divisible by what the levels halve.
+          t: the original timesteps (not respaced ones).
+          y: class labels, in 0..num_classes-1; needed where the network has classes, unless every row is null.
+          null: the null condition (an exact zero class embedding) for all rows, or for some: those then form a null
+            pass of their own that shares the batch, and are judged by `config.null_context` apart from the others.
+          drop: rows whose class embedding is dropped, as in training: zero, but judged with the rest of their batch.
+          sparse_masks: explicit patterns, True where attention is blocked, in forward order, one for each masked
+            attention (`masked_tokens()` gives their sizes); None: the config's pattern.
+          rngs: randomness of a training step: a Flax stream, or one key per sample; None: inference, no dropout.
+          context_seen: rows that see their class context, where the caller knows a larger batch that this is a part
+            of; None: by `config.null_context`.
+
+        Returns:
+          The predicted noise, with the variance's channels after it where they are learned.
+
+        Raises:
+          ValueError: for an `x` whose shape does not fit, a missing `y`, or masks that do not fit.
+        """
+        self._check_input(x)
+        cond = self._condition(x, t, y, null, drop, rngs, context_seen)
+        masks = self._checked_masks(x, sparse_masks)
+        forward = nnx.remat(UNet._features) if self.config.remat == "full" else UNet._features
+        h = forward(self, x.astype(self.config.dtype), cond._replace(sparse_masks=masks))
+        h = self.head_norm(h)
+        h = nnx.silu(h) if self.config.rules.unfused_silu else h
+        return self.head_conv(h)
+
+    def masked_tokens(self, height: int, width: int) -> list[int]:
+        """Token counts N of the masked attentions, in forward order, for an input of this size."""
+        counts, rate = [], 2 ** (len(self.config.channel_mult) - 1)
+        for block in self.output_blocks:
+            for layer in block:
+                if isinstance(layer, JointHybrid | PerScaleHybrid):
+                    counts += layer.masked_tokens(height // rate, width // rate)
+                    rate //= 2  # a hybrid block stands before each upsampling
+        return counts
+
+    def _condition(self, x, t, y, null, drop, rngs, context_seen) -> Conditioning:
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels))
+        if isinstance(rngs, nnx.Rngs):
+            rngs = Randomness.from_rngs(rngs, x.shape[0])
+        if self.config.num_classes is None or (null is True and context_rule(self.config) != "keep"):
+            return Conditioning(emb, None, rngs)
+        if y is None:
+            if null is not True:
+                raise ValueError("the network has classes: give the labels y, or null=True")
+            y = jnp.zeros(x.shape[0], jnp.int32)
+        null_rows = jnp.broadcast_to(jnp.asarray(null, bool), x.shape[:1])
+        zero = null_rows if drop is None else null_rows | drop
+        c = jnp.where(zero[:, None], 0, self.class_emb(self.label_emb(y)))
+        # A null pass would make c a constant, and XLA fold all that follows from it for minutes.
+        c = jax.lax.optimization_barrier(c)
+        context = class_context(c, null_rows, self.config) if context_seen is None else Context(c, context_seen)
+        return Conditioning(emb + c, context, rngs)
+
+    def _check_input(self, x: jax.Array) -> None:
+        channels, rate = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1)
+        if x.ndim != 4 or x.shape[3] != channels or x.shape[1] % rate or x.shape[2] % rate:
+            raise ValueError(f"x has shape {x.shape}: the network needs [B, H, W, {channels}], "
+                             f"H and W divisible by {rate}")
+
+    def _checked_masks(self, x: jax.Array, masks: Sequence[jax.Array] | None) -> tuple[jax.Array, ...] | None:
+        if masks is None:
+            return None
+        expected = [(n, n) for n in self.masked_tokens(*x.shape[1:3])]
+        if [tuple(m.shape) for m in masks] != expected:
+            raise ValueError(f"sparse_masks have shapes {[m.shape for m in masks]}, the network needs {expected}")
+        return tuple(jnp.asarray(m, bool) for m in masks)
+
+    def _features(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, widths[0]]
+        skips, masks = [], list(cond.sparse_masks or ())
+        cond = cond._replace(sparse_masks=None)
+        h = x
+        for block in self.input_blocks:
+            h = self._run(block, h, cond, masks)
+            skips.append(h)
+        h = self._run(self.middle_block, h, cond, masks)
+        for block in self.output_blocks:
+            h = self._run(block, jnp.concatenate([h, skips.pop()], axis=-1), cond, masks)
+        return h
+
+    def _run(self, block: nnx.List, h: jax.Array, cond: Conditioning, masks: list[jax.Array]) -> jax.Array:
+        for layer in block:
+            if isinstance(layer, nnx.Conv):
+                h = layer(h)
+                continue
+            own = cond
+            if masks and isinstance(layer, JointHybrid | PerScaleHybrid):
+                count = len(layer.masked_tokens(*h.shape[1:3]))
+                own = cond._replace(sparse_masks=tuple(masks[:count]))
+                del masks[:count]
+            call = nnx.remat(type(layer).__call__) if self.config.remat == "block" else type(layer).__call__
+            h = call(layer, h, own)
+        return h
+
+
+def _encoder(config: UNetConfig, rngs: nnx.Rngs) -> tuple[nnx.List, list[int]]:
+    """The encoder's blocks, and the channels that each hands to the decoder."""
+    width = config.widths[0]
+    blocks = [nnx.List([conv(config.in_channels, width, 3, rngs, dtype=config.dtype)])]
+    skips = [width]
+    for level, out in enumerate(config.widths):
+        for _ in range(config.num_res_blocks):
+            layers = [ResBlock(width, out, config, rngs)]
+            if 2**level in config.attention_resolutions:
+                layers.append(AttentionBlock(out, config.heads(out, decoder=False), config, rngs))
+            blocks.append(nnx.List(layers))
+            skips.append(width := out)
+        if level != len(config.widths) - 1:
+            down = (ResBlock(width, width, config, rngs, resample="down") if config.resblock_updown
+                    else Downsample(width, config, rngs))
+            blocks.append(nnx.List([down]))
+            skips.append(width)
+    return nnx.List(blocks), skips
+
+
+def _decoder(config: UNetConfig, skips: list[int], rngs: nnx.Rngs) -> nnx.List:
+    """The decoder's blocks; each takes one skip."""
+    blocks, skips, width = [], list(skips), config.widths[-1]
+    for level in reversed(range(len(config.widths))):
+        out = config.widths[level]
+        for i in range(config.num_res_blocks + 1):
+            layers = [ResBlock(width + skips.pop(), out, config, rngs)]
+            if 2**level in config.attention_resolutions:
+                layers.append(AttentionBlock(out, config.heads(out, decoder=True), config, rngs))
+            if level and i == config.num_res_blocks:
+                if config.use_hae and config.rules.hybrid:
+                    layers.append(_HYBRIDS[config.rules.hybrid](out, config, rngs))
+                layers.append(ResBlock(out, out, config, rngs, resample="up") if config.resblock_updown
+                              else Upsample(out, config, rngs))
+            blocks.append(nnx.List(layers))
+            width = out
+    return nnx.List(blocks)

@@ -1,0 +1,152 @@
+"""Sparse patterns have the structure that they promise, and skipping blocks changes the work, not the result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from network_helpers import SMALL, assert_close, quick_jit, shapes_in
+
+from hae_jax.model import UNetConfig, sparse
+from hae_jax.model.hybrid import MultiHeadAttention
+from hae_jax.model.layers import Randomness
+
+KEY, OTHER = jax.random.key(0), jax.random.key(1)
+TOKENS = 70  # of the influence tests
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4416])
+def test_block_links(tokens: int):
+    links = np.asarray(sparse.block_links(tokens, KEY))
+    blocks, seen = links.shape
+    assert blocks == -(-tokens // sparse.block_size(tokens))
+    assert (np.diff(links) > 0).all()  # no block twice
+    assert links.min() >= 0
+    assert links.max() < blocks
+    assert (links == np.arange(blocks)[:, None]).any(1).all()  # itself
+    assert ((links[1:] == np.arange(blocks - 1)[:, None]).any(1)).all()  # the one before
+    assert abs(1 - seen / blocks - 0.9) <= 0.5 / blocks  # 90 % skipped, to the nearest block
+    far = np.abs(links - np.arange(blocks)[:, None]) > 1
+    assert far.any(1).mean() > 0.8
+    assert len(np.unique(links[far])) > blocks / 2  # far links are spread
+    np.testing.assert_array_equal(links, sparse.block_links(tokens, KEY))
+    assert (links != sparse.block_links(tokens, OTHER)).any()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 9, 17, 65])
+def test_few_tokens_still_have_links(tokens: int):
+    links = np.asarray(sparse.block_links(tokens, KEY))
+    assert links.shape[1] == min(links.shape[0], 2)
+    assert (links == np.arange(len(links))[:, None]).any(1).all()
+
+
+@pytest.mark.parametrize("tokens", [100, 256, 276])  # the last block of 100 and 276 is ragged
+def test_blocks_equal_dense_attention_with_the_same_pattern(tokens: int):
+    links, size = np.asarray(sparse.block_links(tokens, KEY)), sparse.block_size(tokens)
+    block = np.arange(tokens) // size
+    blocked = ~(links[block][:, :, None] == block).any(1)  # [N, N]
+    rng = np.random.default_rng(0)
+    qkv = tuple(jnp.asarray(rng.standard_normal((2, tokens, 2, 4), np.float32)) for _ in range(3))
+    direction = rng.standard_normal((2, tokens, 2, 4)).astype(np.float32)
+
+    def with_gradients(attention, pattern):
+        def scalar(q, k, v):
+            out = attention(q, k, v, pattern)
+            return jnp.sum(out * direction), out
+        return quick_jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(*qkv)
+
+    (_, out), gradients = with_gradients(sparse.attend_blocks, links)
+    (_, expected), expected_gradients = with_gradients(sparse.attend, blocked)
+    assert_close(out, expected, 1e-6)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert_close(gradient, wanted, 1e-5)
+
+
+def test_blocks_never_build_all_pairs():
+    tokens = 1024
+    q = jnp.zeros((1, tokens, 1, 4))
+    links = sparse.block_links(tokens, KEY)
+    forward = lambda q: sparse.attend_blocks(q, q, q, links)
+    for f in (forward, jax.grad(lambda q: forward(q).sum())):
+        assert max(np.prod(shape, dtype=int) for shape in shapes_in(f, q)) <= 0.1 * tokens**2
+    dense = shapes_in(lambda q: sparse.attend(q, q, q), q)
+    assert max(np.prod(shape, dtype=int) for shape in dense) == tokens**2  # the measure sees what it looks for
+
+
+def test_dense_attention_is_softmax_of_scaled_products():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 5, 4))
+    scores = np.exp(q @ k.T / 2)
+    single = lambda a: jnp.asarray(a, jnp.float32)[None, :, None]
+    out = sparse.attend(single(q), single(k), single(v))[0, :, 0]
+    assert_close(out, scores / scores.sum(1, keepdims=True) @ v, 1e-5)
+
+
+def test_trained_pattern_of_the_joint_transformer():
+    tokens, keep = 276, 27
+    seen = ~np.asarray(sparse.trained_mask_joint(tokens, KEY))
+    distance = np.abs(np.arange(tokens)[:, None] - np.arange(tokens))
+    assert seen[distance <= keep // 2].all()
+    far = (seen & (distance > keep // 2)).sum(1)
+    assert far.max() <= keep // 4  # the columns drawn without replacement, less those inside the band
+    assert far.mean() == pytest.approx(keep // 4 * (1 - keep / tokens), abs=0.2)
+    assert (seen & (distance > keep // 2)).any(0).mean() > 0.95  # each row draws its own
+    assert (seen == ~np.asarray(sparse.trained_mask_joint(tokens, KEY))).all()
+    assert (seen != ~np.asarray(sparse.trained_mask_joint(tokens, OTHER))).any()
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(8, 0), (45, 2)])  # keep <= 4: no random columns
+def test_trained_pattern_of_few_joint_tokens_is_a_band(tokens: int, width: int):
+    distance = np.abs(np.arange(tokens)[:, None] - np.arange(tokens))
+    np.testing.assert_array_equal(sparse.trained_mask_joint(tokens, KEY), distance > width)
+
+
+def test_trained_pattern_of_the_per_scale_transformer():
+    blocked = np.asarray(sparse.trained_mask_per_scale(400, KEY))
+    assert blocked.diagonal().all()
+    off_diagonal = blocked[~np.eye(400, dtype=bool)]
+    assert off_diagonal.mean() == pytest.approx(0.2, abs=5 * (0.2 * 0.8 / off_diagonal.size) ** 0.5)
+
+
+def influence(*, shared: jax.Array | None = None, blocked: np.ndarray | None = None, is_sparse: bool = True,
+              **fields) -> np.ndarray:  # [N, N] bool
+    """Which token (column) changes which token's (row's) attention, for other tokens than itself."""
+    attention = MultiHeadAttention(8, UNetConfig(**SMALL, **fields), nnx.Rngs(0))
+    randomness = None if shared is None else Randomness(jax.random.split(KEY, 1), shared)
+    tokens = jax.random.normal(KEY, (TOKENS, 8))
+    f = lambda tokens: attention(tokens[None], randomness, blocked, is_sparse=is_sparse)[0].sum(-1)
+    return (np.abs(quick_jit(jax.jacrev(f))(tokens)).max(-1) > 0) & ~np.eye(TOKENS, dtype=bool)
+
+
+def test_each_network_gets_its_own_trained_pattern():
+    distance = np.abs(np.arange(TOKENS)[:, None] - np.arange(TOKENS))
+    per_scale = influence(variant="hae_v2c", sparse_pattern="trained")
+    assert per_scale.sum() / (TOKENS * (TOKENS - 1)) == pytest.approx(0.8, abs=0.03)
+    joint = influence(variant="hae_v2", sparse_pattern="trained")
+    assert joint[(distance > 0) & (distance <= 3)].all()
+    assert (joint & (distance > 3)).sum(1).max() <= 1
+
+
+def test_blocks_dense_and_small_attentions():
+    seen = influence(sparse_pattern="blocks")
+    block = np.arange(TOKENS) // 8
+    assert seen[(block[:, None] == block) & ~np.eye(TOKENS, dtype=bool)].all()
+    assert (seen | np.eye(TOKENS, dtype=bool)).sum(1).max() <= 16
+    assert influence(sparse_pattern="dense").sum() == TOKENS * (TOKENS - 1)
+    assert influence(sparse_pattern="blocks", is_sparse=False).sum() == TOKENS * (TOKENS - 1)
+
+
+def test_an_explicit_mask_is_honoured_in_place_of_any_pattern():
+    blocked = np.random.default_rng(0).random((TOKENS, TOKENS)) < 0.5
+    for pattern in ("blocks", "trained", "dense"):
+        seen = influence(sparse_pattern=pattern, blocked=jnp.asarray(blocked))
+        np.testing.assert_array_equal(seen, ~blocked & ~np.eye(TOKENS, dtype=bool))
+
+
+@pytest.mark.parametrize("pattern", ["blocks", "trained"])
+def test_patterns_are_redrawn_with_the_key_of_a_step_where_asked(pattern: str):
+    redrawn = {"sparse_pattern": pattern, "sparse_redraw": True}
+    assert (influence(shared=KEY, **redrawn) != influence(shared=OTHER, **redrawn)).any()
+    fixed = influence(**redrawn)  # inference
+    np.testing.assert_array_equal(fixed, influence(sparse_pattern=pattern, shared=OTHER))
+    assert (fixed != influence(sparse_pattern=pattern, sparse_seed=1)).any()
