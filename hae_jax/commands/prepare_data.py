@@ -1,0 +1,60 @@
+"""tools/prepare_data.py: cases on disk -> the prepared dataset that training and evaluation read."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hae_jax.commands.common import entry_point
+from hae_jax.data.prepare import prepare
+from hae_jax.data.store import verify_store
+
+_DESCRIPTION = """\
+Turn a folder of BraTS cases into a prepared dataset: normalised axial slices, lesion masks, labels, split by patient.
+A case that cannot be used is named and skipped; the exit status is then 1. Mistakes end with 2, and nothing is written.
+Slices prepared for the PyTorch code (npy_train/patient_<case>/slice_<k>.npz, ...) are imported as they are."""
+_EPILOG = """\
+examples:
+  python tools/prepare_data.py --source BraTS2021/ --output data/brats --workers 4
+  python tools/prepare_data.py --source phantom/ --output data/phantom --train-fraction 0.6 --val-fraction 0.2
+  python tools/prepare_data.py --verify data/brats
+
+The default split is the published one; fewer than 20 cases need a larger --val-fraction."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Formatter)
+    add = parser.add_argument
+    add("--source", metavar="FOLDER", help="folder of cases, each <case>/<case>_flair.nii.gz and so on")
+    add("--output", metavar="STORE", help="folder to make")
+    add("--image-size", type=int, default=128, metavar="N", help="slices are resized to N x N pixels")
+    add("--train-fraction", type=float, default=0.75, metavar="F", help="share of patients to train on, rounded down")
+    add("--val-fraction", type=float, default=0.05, metavar="F", help="share to calibrate on; the rest is for testing")
+    add("--seed", type=int, default=10, metavar="N", help="seed of the split")
+    add("--workers", type=int, default=2, metavar="N", help="processes; each needs about 1 GB for BraTS cases")
+    add("--overwrite", action="store_true", help="replace an existing prepared dataset once the new one is complete")
+    add("--verify", metavar="STORE", help="only compare the files of a prepared dataset with their checksums")
+    return parser
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the flags and prepares, or verifies. Exits with 1 if a case was skipped or a file has changed."""
+    parser = _parser()
+    flags = vars(parser.parse_args(argv))
+    verify = flags.pop("verify")
+    given = [flags["source"] is not None, flags["output"] is not None]
+    if any(given) if verify is not None else not all(given):
+        parser.error("give --source and --output, or --verify alone")
+    if verify is not None:
+        problems = verify_store(verify)
+        lines = problems or [f"{verify}: every file is as it was written"]
+    else:
+        report = prepare(**flags)
+        problems, lines = report.skipped, report.lines()
+    print("\n".join(lines))
+    if problems:
+        sys.exit(1)

@@ -1,0 +1,124 @@
+"""From the store to batches in memory, through Grain: the last stage of the data flow, what training consumes.
+
+The order of training slices is a function of (seed, position) alone. Nothing about it needs saving: a run that stopped
+after step k asks for the batches from step k on, on as many processes and workers as it likes, and sees the same data.
+"""
+
+import math
+
+import grain
+import numpy as np
+from absl import flags
+
+from hae_jax.data.slices import to_model_range
+from hae_jax.data.store import SplitReader
+from hae_jax.errors import UserError
+
+
+def train_batches(
+    reader: SplitReader,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 4,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Endless batches in random order; every slice once per epoch, each epoch in another order.
+
+    Batches run across the ends of epochs, so that all have the same size. Process p of P gets rows p B/P .. (p+1) B/P
+    of each global batch of B.
+
+    Args:
+      reader: the training split.
+      batch_size: global batch size B, over all processes.
+      seed: of the order; any integer >= 0.
+      start_step: number of global batches to leave out; costs nothing however large.
+      process_index: of this process, p.
+      process_count: P; must divide B.
+      workers: processes that read and scale; 0 does so in threads of this process, which is enough for most disks.
+      prefetch: batches to read ahead (per worker); 0 reads when asked.
+
+    Returns:
+      An iterator of dictionaries: image [B/P, H, W, C] float32 in [-1, 1]; label, case, slice [B/P] int32. With
+      workers, `close()` it when done.
+
+    Raises:
+      UserError: the split is empty, or a number does not fit.
+    """
+    _check_batch_size(batch_size, reader)
+    if batch_size % process_count:
+        raise UserError(f"batch_size {batch_size}: not divisible by the {process_count} processes; "
+                        f"use a multiple of {process_count}")
+    for name, value in (("seed", seed), ("start_step", start_step), ("workers", workers), ("prefetch", prefetch)):
+        if value < 0:
+            raise UserError(f"{name} {value}: must not be negative")
+    # Grain's epoch e shuffles with seed + e: hashed seeds keep seed 0's second epoch from being seed 1's first.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    # Indices are batched before anything is read, so that a batch is one request to TensorStore.
+    shares = grain.MapDataset.range(len(reader)).shuffle(seed=shuffle_seed).repeat().batch(batch_size // process_count)
+    batches = shares[start_step * process_count + process_index::process_count].map(_TrainBatch(reader))
+    dataset = batches.to_iter_dataset(_read_ahead(prefetch))
+    return iter(_in_processes(dataset, workers) if workers else dataset)
+
+
+def eval_batches(
+    reader: SplitReader, *, batch_size: int, prefetch: int = 4
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """All slices once, in stored order, in batches of one shape.
+
+    Returns:
+      An iterator of dictionaries: image [B, H, W, C] float32 in [-1, 1]; mask [B, H, W] uint8; label, case, slice [B]
+      int32; valid [B] bool. The last batch is filled up with its last slice, marked False in `valid`.
+
+    Raises:
+      UserError: the split is empty, or `batch_size` is not positive.
+    """
+    _check_batch_size(batch_size, reader)
+    batches = grain.MapDataset.range(math.ceil(len(reader) / batch_size)).map(_EvalBatch(reader, batch_size))
+    return iter(batches.to_iter_dataset(_read_ahead(prefetch)))
+
+
+class _TrainBatch(grain.transforms.Map):
+    """Indices [b] -> the batch."""
+
+    def __init__(self, reader: SplitReader):
+        self._reader = reader
+
+    def map(self, element: np.ndarray) -> dict[str, np.ndarray]:
+        rows = self._reader.read(element)
+        return {"image": to_model_range(rows["image"]), **{key: rows[key] for key in ("label", "case", "slice")}}
+
+
+class _EvalBatch(grain.transforms.Map):
+    """Number of a batch -> the batch, with its padding marked."""
+
+    def __init__(self, reader: SplitReader, batch_size: int):
+        self._reader = reader
+        self._batch_size = batch_size
+
+    def map(self, element: int) -> dict[str, np.ndarray]:
+        index = int(element) * self._batch_size + np.arange(self._batch_size)
+        last = len(self._reader) - 1
+        rows = self._reader.read(np.minimum(index, last))
+        return rows | {"image": to_model_range(rows["image"]), "valid": index <= last}
+
+
+def _read_ahead(prefetch: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+
+
+def _in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
+    if not flags.FLAGS.is_parsed():
+        # Grain looks its own flags up before it starts a worker, which absl refuses in a program that parses none.
+        flags.FLAGS.mark_as_parsed()
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+
+
+def _check_batch_size(batch_size: int, reader: SplitReader) -> None:
+    if batch_size <= 0:
+        raise UserError(f"batch_size {batch_size}: must be at least 1")
+    if len(reader) == 0:
+        raise UserError(f"{reader.folder}: the split has no slices; prepare the data again with other split fractions")

@@ -1,0 +1,251 @@
+"""Source folder -> prepared dataset: joins `cases`, `slices` and `store`, in parallel over cases.
+
+Two kinds of source come in through the same door: folders of NIfTI cases, and slices that were prepared for the
+published PyTorch code (`npy_{train,val,test}/patient_<case>/slice_<k>.npz`), which keep their values and their split.
+"""
+
+import collections
+import dataclasses
+import functools
+import multiprocessing
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hae_jax.data.cases import CaseFiles, find_cases, read_case
+from hae_jax.data.slices import SPLITS, CaseSlices, case_slices, split_patients
+from hae_jax.data.store import MANIFEST, StoreWriter
+from hae_jax.errors import UserError
+from hae_jax.files import folder_written_whole
+from hae_jax.provenance import record
+
+_NPZ_SPLITS = {split: f"npy_{split}" for split in SPLITS}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareReport:
+    """What a preparation did."""
+
+    output: Path
+    cases: dict[str, int]  # per split
+    slices: dict[str, int]
+    lesion_slices: dict[str, int]
+    skipped: dict[str, str]  # case name -> reason
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """The summary that the command prints."""
+        lines = [f"{self.output}: {sum(self.cases.values())} cases in {self.seconds:.0f} s"]
+        lines += [f"  {split}: {self.cases[split]} cases, {self.slices[split]} slices, "
+                  f"{self.lesion_slices[split]} with lesion" for split in SPLITS]
+        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What to read in which split, and how. `load` runs in worker processes."""
+
+    layout: str
+    settings: dict[str, Any]
+    split: dict[str, list[Any]]  # split -> items with a `name`
+    load: Callable[[Any], tuple[CaseSlices, np.ndarray | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _NpzCase:
+    name: str
+    folder: Path
+
+
+def prepare(
+    source: str | Path,
+    output: str | Path,
+    *,
+    image_size: int = 128,
+    train_fraction: float = 0.75,
+    val_fraction: float = 0.05,
+    seed: int = 10,
+    workers: int = 1,
+    overwrite: bool = False,
+) -> PrepareReport:
+    """Writes the prepared dataset `output` from the cases in `source`.
+
+    A case that cannot be used is skipped and reported, the others are kept. The split is decided before anything is
+    read, so a broken case does not move other patients. Memory holds a few cases and one shard, however many cases.
+
+    Args:
+      source: folder of NIfTI cases, or the parent of `npy_train`, `npy_val`, `npy_test`.
+      output: folder to make; complete or absent afterwards.
+      image_size: side of the square slices, pixels. PyTorch slices must have it already.
+      train_fraction: share of patients to train on. This, `val_fraction` and `seed` do not apply to PyTorch slices.
+      val_fraction: share of patients to calibrate on; the rest is for testing.
+      seed: of the split.
+      workers: processes.
+      overwrite: replace an existing prepared dataset, once the new one is complete.
+
+    Raises:
+      UserError: nothing usable in `source`, `output` exists, or a setting does not fit.
+    """
+    source, output = Path(source), Path(output)
+    started = time.monotonic()
+    if image_size < 1 or workers < 1:
+        raise UserError(f"image_size {image_size} and workers {workers}: both must be at least 1")
+    replaces = _must_replace(output, overwrite)
+    if any((source / folder).is_dir() for folder in _NPZ_SPLITS.values()):
+        plan = _plan_npz(source, image_size)
+    else:
+        plan = _plan_nifti(source, image_size, train_fraction, val_fraction, seed)
+    target = output.with_name(f".{os.getpid()}.new.{output.name}") if replaces else output
+    with folder_written_whole(target) as root:
+        manifest, skipped = _write(root, source, plan, workers)
+    if replaces:
+        _replace_folder(output, target)
+    totals = manifest["splits"]
+    per_split = [{split: totals[split][key] for split in SPLITS} for key in ("cases", "slices", "lesion_slices")]
+    return PrepareReport(output, *per_split, skipped, time.monotonic() - started)
+
+
+def _write(root: Path, source: Path, plan: _Plan, workers: int) -> tuple[dict[str, Any], dict[str, str]]:
+    todo = [(split, item) for split in SPLITS for item in sorted(plan.split[split], key=lambda item: item.name)]
+    writer, skipped, added = StoreWriter(root), {}, 0
+    loaded = _in_order(functools.partial(_attempt, plan.load), [item for _, item in todo], workers)
+    for (split, item), result in tqdm(zip(todo, loaded, strict=True), "preparing", len(todo), unit="case"):
+        try:
+            if isinstance(result, str):
+                raise UserError(result)
+            writer.add(item.name, split, *result)
+            added += 1
+        except UserError as error:
+            skipped[item.name] = str(error)
+    if not added:
+        name, reason = next(iter(skipped.items()))
+        raise UserError(f"{source}: none of {len(skipped)} cases can be used; the first, {name}: {reason}")
+    names = {split: [item.name for item in plan.split[split] if item.name not in skipped] for split in SPLITS}
+    facts = {"source": str(source.resolve()), "layout": plan.layout, "settings": plan.settings, "split": names,
+             "skipped": skipped, "provenance": record()}
+    return writer.finish(facts), skipped
+
+
+def _plan_nifti(source: Path, image_size: int, train_fraction: float, val_fraction: float, seed: int) -> _Plan:
+    cases = {case.name: case for case in find_cases(source)}
+    split = split_patients(list(cases), train_fraction, val_fraction, seed)
+    settings = {
+        "image_size": image_size,
+        "normalisation": "divided by the 99th percentile of the positive voxels, per case and modality",
+        "train_fraction": train_fraction, "val_fraction": val_fraction, "split_seed": seed,
+    }
+    return _Plan("NIfTI cases", settings, {name: [cases[case] for case in chosen] for name, chosen in split.items()},
+                 functools.partial(_load_nifti, image_size=image_size))
+
+
+def _load_nifti(files: CaseFiles, image_size: int) -> tuple[CaseSlices, np.ndarray]:
+    if files.segmentation is None:
+        raise UserError(f"{files.images[0].parent}: no segmentation; a case without one can be translated, "
+                        "but neither trained nor measured on")
+    case = read_case(files)
+    return case_slices(case, image_size), case.affine
+
+
+def _plan_npz(source: Path, image_size: int) -> _Plan:
+    split = {name: [_NpzCase(path.name.removeprefix("patient_"), path)
+                    for path in sorted((source / folder).glob("patient_*")) if path.is_dir()]
+             for name, folder in _NPZ_SPLITS.items()}
+    counts = collections.Counter(case.name for cases in split.values() for case in cases)
+    if not counts:
+        raise UserError(f"{source}: no patient_<case> folders in {', '.join(_NPZ_SPLITS.values())}")
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if twice:
+        raise UserError(f"{source}: patient {twice[0]} is in more than one split; move all its slices into one")
+    settings = {"image_size": image_size, "normalisation": "as found"}
+    return _Plan("PyTorch slices", settings, split, functools.partial(_load_npz, image_size=image_size))
+
+
+def _load_npz(case: _NpzCase, image_size: int) -> tuple[CaseSlices, None]:
+    paths = {}
+    for path in case.folder.glob("slice_*.npz"):
+        position = path.stem.removeprefix("slice_")
+        if not position.isdecimal():
+            raise UserError(f"{path}: the name must be slice_<number>.npz")
+        paths[int(position)] = path
+    if not paths:
+        raise UserError(f"{case.folder}: holds no slice_<k>.npz")
+    index = sorted(paths)
+    images, masks = zip(*(_read_npz(paths[k], image_size) for k in index), strict=True)
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{case.folder}: the slices differ in their number of channels")
+    return CaseSlices(np.stack(images), np.stack(masks), np.asarray(index, np.int32), None), None
+
+
+def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """One slice of the PyTorch layout: x (1, C, H, W) and y (1, 1, H, W) -> [H, W, C] and [H, W] float32."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x, y = arrays["x"].astype(np.float32), arrays["y"].astype(np.float32)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: x and y cannot be read ({reason}); copy it again") from error
+    square = (image_size, image_size)
+    if x.ndim != 4 or len(x) != 1 or x.shape[2:] != square or y.shape != (1, 1, *square):
+        raise UserError(f"{path}: x is {x.shape}, y {y.shape}; expected (1, C, {image_size}, {image_size}) and "
+                        f"(1, 1, {image_size}, {image_size}); set --image-size to the slices' own")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise UserError(f"{path}: holds NaN or infinite values; repair or remove the case")
+    return np.ascontiguousarray(x[0].transpose(1, 2, 0)), y[0, 0]
+
+
+def _attempt(load: Callable[[Any], Any], item: Any) -> Any:
+    """`load(item)`, or the message of its `UserError`: one broken case must not end the others."""
+    try:
+        return load(item)
+    except UserError as error:
+        return str(error)
+
+
+def _in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
+    """Like `map`, over processes, at most two results per worker ahead: unread results are what fills the memory."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    # Spawned, not forked: TensorStore's threads in this process do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = collections.deque()
+        try:
+            for item in items:
+                if len(waiting) == 2 * workers:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(function, item))
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError("a worker process was killed, most likely for want of memory; "
+                            "use fewer --workers") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _must_replace(output: Path, overwrite: bool) -> bool:
+    """Whether `output` holds a dataset that is to be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / MANIFEST).is_file():
+        raise UserError(f"{output}: exists and is not a prepared dataset; choose another --output")
+    if not overwrite:
+        raise UserError(f"{output}: exists; give --overwrite to replace it, or choose another --output")
+    return True
+
+
+def _replace_folder(output: Path, new: Path) -> None:
+    old = output.with_name(f".{os.getpid()}.old.{output.name}")
+    os.replace(output, old)
+    os.replace(new, output)
+    shutil.rmtree(old)

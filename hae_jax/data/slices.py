@@ -1,0 +1,149 @@
+"""Between volumes and slices: a case becomes normalised 2-D slices, and slices go back into the case's own space.
+
+The arithmetic is that of the published PyTorch preparation, number for number. Stands between `cases` and `store`;
+translation uses the same functions, so that a network never sees slices made in another way.
+"""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from hae_jax.data.cases import Case
+from hae_jax.errors import UserError
+
+SPLITS = ("train", "val", "test")
+PERCENTILE = 99.0  # of a modality's positive voxels; becomes intensity 1
+MIN_SLICE_SUM = 0.5  # a slice whose modality-mean intensity sums to more than this shows brain
+RANGE_EPSILON = 1e-5  # keeps the range of a constant slice finite
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseSlices:
+    """The slices of one case, bottom to top."""
+
+    images: np.ndarray  # [S, H, W, C] float32; 0 is background, 1 the 99th percentile
+    masks: np.ndarray | None  # [S, H, W] float32, soft where the lesion's border was resized
+    index: np.ndarray  # [S] int32, position along the volume's axis 2
+    shape: tuple[int, int, int] | None  # (X, Y, Z) of the volume; None where the source does not tell
+
+
+def normalise_volumes(
+    volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
+) -> np.ndarray:  # [X, Y, Z, C] float32
+    """Divides each channel by the 99th percentile (linear interpolation) of its positive voxels.
+
+    Raises:
+      ValueError: a channel has no positive voxel (`read_case` refuses such a case earlier).
+    """
+    scales = []
+    for channel in range(volumes.shape[-1]):
+        values = volumes[..., channel]
+        positive = values[values > 0]
+        if positive.size == 0:
+            raise ValueError(f"channel {channel} has no positive voxel")
+        scales.append(np.percentile(positive, PERCENTILE))
+    return (volumes / np.asarray(scales, volumes.dtype)).astype(np.float32, copy=False)
+
+
+def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
+    """Normalises a case and cuts it into axial slices of `image_size` x `image_size` pixels.
+
+    Axial means axis 2; axes 0 and 1 become H and W, not transposed. Kept are the slices from the first to the last that
+    shows brain.
+
+    Raises:
+      UserError: no slice shows anything.
+    """
+    volumes = normalise_volumes(case.volumes)
+    shows_brain = np.flatnonzero(volumes.mean(axis=-1).sum(axis=(0, 1)) > MIN_SLICE_SUM)
+    if shows_brain.size == 0:
+        raise UserError(f"case {case.name}: no axial slice shows any brain; check that the images are not blank")
+    index = np.arange(shows_brain[0], shows_brain[-1] + 1, dtype=np.int32)
+    images = resize(volumes[:, :, index].transpose(2, 3, 0, 1), image_size).transpose(0, 2, 3, 1)
+    masks = None
+    if case.mask is not None:
+        masks = resize(case.mask[:, :, index].transpose(2, 0, 1).astype(np.float32), image_size)
+    return CaseSlices(np.ascontiguousarray(images), masks, index, case.volumes.shape[:3])
+
+
+def resize(
+    images: np.ndarray,  # [..., H, W]
+    size: int | tuple[int, int],
+) -> np.ndarray:  # [..., h, w] float32
+    """Bilinear resizing with half-pixel centres, clamped edges and no antialiasing, to (h, w) or a square.
+
+    Equals PyTorch's `interpolate(mode="bilinear", align_corners=False)`.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    images = np.asarray(images, np.float32)
+    *leading, old_height, old_width = images.shape
+    factors = (height / old_height, width / old_width)
+    # One image at a time: over a stack, SciPy interpolates along the leading axes too and takes twice as long.
+    resized = np.empty((int(np.prod(leading)), height, width), np.float32)
+    for image, out in zip(images.reshape(-1, old_height, old_width), resized, strict=True):
+        ndimage.zoom(image, factors, output=out, order=1, mode="nearest", grid_mode=True)
+    return resized.reshape(*leading, height, width)
+
+
+def to_model_range(
+    images: np.ndarray,  # [..., H, W, C]
+) -> np.ndarray:  # [..., H, W, C] float32
+    """Scales every slice and channel to [-1, 1]: 2 (x - min) / (max - min + 1e-5) - 1. A constant one becomes -1."""
+    images = np.asarray(images, np.float32)
+    # One axis after the other: NumPy is several times slower over both at once, with so few channels innermost.
+    low = images.min(axis=-3, keepdims=True).min(axis=-2, keepdims=True)
+    high = images.max(axis=-3, keepdims=True).max(axis=-2, keepdims=True)
+    scaled = images - low  # then in place: this runs on every batch of training
+    scaled /= high - low + np.float32(RANGE_EPSILON)
+    scaled *= 2
+    scaled -= 1
+    return scaled
+
+
+def slices_to_volume(
+    values: np.ndarray,  # [S, h, w]
+    index: np.ndarray,  # [S] positions along axis 2
+    shape: tuple[int, int, int],  # (X, Y, Z)
+) -> np.ndarray:  # [X, Y, Z] float32
+    """Puts slices back on the case's grid: bilinear to X x Y, zero where there was no slice.
+
+    A mask goes the same way as 0 and 1, and is thresholded afterwards at > 0.5.
+    """
+    volume = np.zeros(shape, np.float32)
+    volume[:, :, index] = resize(values, tuple(shape[:2])).transpose(1, 2, 0)
+    return volume
+
+
+def split_patients(
+    names: Sequence[str], train_fraction: float = 0.75, val_fraction: float = 0.05, seed: int = 10
+) -> dict[str, list[str]]:
+    """Splits patients as published: sorted names, shuffled, then int(train_fraction n), int(val_fraction n), the rest.
+
+    The defaults need 20 patients to give one for validation. Fewer are not rearranged silently: the error names the
+    option to set.
+
+    Returns:
+      {"train": [...], "val": [...], "test": [...]} in shuffled order, without overlap. `test` may be empty.
+
+    Raises:
+      UserError: a fraction is out of range, or leaves train or val without a patient.
+    """
+    if not (train_fraction > 0 and val_fraction > 0 and train_fraction + val_fraction <= 1 + 1e-9):
+        raise UserError(f"train_fraction {train_fraction} and val_fraction {val_fraction}: both must be greater than 0 "
+                        "and their sum at most 1")
+    names = sorted(names)
+    if len(names) < 2:
+        raise UserError(f"{len(names)} case(s) cannot be split; at least one to train on and one to validate is needed")
+    n_train, n_val = int(train_fraction * len(names)), int(val_fraction * len(names))
+    for split, count, fraction in (("train", n_train, train_fraction), ("val", n_val, val_fraction)):
+        if count == 0:
+            needed = int(1000 / len(names) + 1) / 1000  # rounded up, so that it suffices as printed
+            raise UserError(f"{len(names)} cases with {split}_fraction {fraction} leave none in {split}; "
+                            f"set --{split}-fraction to {needed:.3f} or more, or add cases")
+    order = list(range(len(names)))
+    random.Random(seed).shuffle(order)
+    bounds = {"train": order[:n_train], "val": order[n_train:n_train + n_val], "test": order[n_train + n_val:]}
+    return {split: [names[i] for i in chosen] for split, chosen in bounds.items()}

@@ -1,0 +1,331 @@
+"""The prepared dataset: written once case by case, then read slice by slice at random.
+
+One folder holds `manifest.json` and, per split, five Zarr v3 arrays, so that any Zarr reader opens it as a group:
+
+    images [N, H, W, C] float32   normalised intensities, not yet scaled to the network's range
+    masks  [N, H, W]    uint8     1 where the lesion is
+    labels [N] int32              1 if any mask pixel is set
+    cases  [N] int32              position in the manifest's list of cases
+    slices [N] int32              axial position in the case's own volume
+
+A slice is one inner chunk of a shard of about 128 MiB: few files, yet one slice is one small read. `prepare` writes
+stores, `batches` reads them.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from hae_jax.data.cases import MODALITIES
+from hae_jax.data.slices import SPLITS, CaseSlices
+from hae_jax.errors import UserError
+from hae_jax.files import write_json
+
+FORMAT = "hae-jax prepared slices"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARD_BYTES = 2**27  # before compression; also what writing holds in memory, per array
+ROW_ARRAYS = ("labels", "cases", "slices")  # one int32 per slice
+_DIMENSIONS = ("slice", "height", "width", "channel")
+
+
+class StoreWriter:
+    """Writes a store into the existing, empty folder `root`. Cases of one split must follow one another."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._cases: list[dict[str, Any]] = []
+        self._split: _SplitWriter | None = None
+        self._item_shape: tuple[int, ...] | None = None
+        _write_group(root)
+
+    def add(self, name: str, split: str, slices: CaseSlices, affine: np.ndarray | None) -> None:
+        """Appends one case, which must have masks.
+
+        Raises:
+          UserError: its slices have another size or number of channels than those before.
+        """
+        item_shape = slices.images.shape[1:]
+        if self._item_shape not in (None, item_shape):
+            raise UserError(f"case {name}: slices are {item_shape} (H, W, channels), those of the cases before it "
+                            f"{self._item_shape}; all must agree")
+        self._item_shape = item_shape
+        if self._split is None or self._split.name != split:
+            self._close_split()
+            self._split = _SplitWriter(self._root, split, item_shape)
+        masks = (slices.masks > 0.5).astype(np.uint8)
+        labels = masks.any(axis=(1, 2)).astype(np.int32)
+        self._split.add(images=slices.images, masks=masks, labels=labels, slices=slices.index,
+                        cases=np.full(len(labels), len(self._cases), np.int32))
+        self._cases.append({
+            "name": name,
+            "split": split,
+            "shape": None if slices.shape is None else list(slices.shape),
+            "affine": None if affine is None else np.asarray(affine).tolist(),
+            "slices": len(labels),
+            "lesion_slices": int(labels.sum()),
+        })
+
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Writes what is buffered, then the manifest with `facts` (source, settings, provenance). Returns it."""
+        self._close_split()
+        channels = 0 if self._item_shape is None else self._item_shape[-1]
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **facts,
+            "slice_shape": None if self._item_shape is None else list(self._item_shape),
+            "channels": list(MODALITIES) if channels == len(MODALITIES) else [f"channel_{i}" for i in range(channels)],
+            "splits": {split: _totals(self._cases, split) for split in SPLITS},
+            "cases": self._cases,
+            "files": {path.relative_to(self._root).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                      for path in _data_files(self._root)},
+        }
+        write_json(self._root / MANIFEST, manifest)
+        return manifest
+
+    def _close_split(self) -> None:
+        if self._split is not None:
+            self._split.close()
+        self._split = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """An opened prepared dataset."""
+
+    root: Path
+    manifest: dict[str, Any]
+
+    def split(self, name: str) -> "SplitReader":
+        """The slices of "train", "val" or "test". May have length 0."""
+        if name not in SPLITS:
+            raise UserError(f"split {name!r}: unknown; choose one of {', '.join(SPLITS)}")
+        return SplitReader(self.root / name, self.manifest["splits"][name]["slices"])
+
+    @property
+    def cases(self) -> list[dict[str, Any]]:
+        """Per case: name, split, shape, affine, slices, lesion_slices. A batch's `case` counts in this list."""
+        return self.manifest["cases"]
+
+
+class SplitReader:
+    """Random access to the slices of one split. Thread-safe; a pickled copy opens its files anew."""
+
+    def __init__(self, folder: Path, length: int):
+        self.folder = Path(folder)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __reduce__(self):
+        return SplitReader, (self.folder, self._length)
+
+    def read(self, indices: int | Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Reads one slice (an int) or several at once.
+
+        Returns:
+          image [..., H, W, C] float32, normalised but not yet in [-1, 1]; mask [..., H, W] uint8; label, case and slice
+          [...] int32. The leading axis is there if `indices` has one.
+
+        Raises:
+          IndexError: an index is outside 0 .. len - 1.
+          UserError: a file is damaged or gone.
+        """
+        indices = np.asarray(indices, np.int64)
+        if np.any((indices < 0) | (indices >= self._length)):
+            raise IndexError(f"{self.folder}: index outside 0..{self._length - 1}")
+        try:
+            pending = [self._arrays[name][indices].read() for name in ("images", "masks")]  # both in flight at once
+            image, mask = [future.result() for future in pending]
+            label, case, position = (self.rows[name][indices] for name in ROW_ARRAYS)
+        except (ValueError, OSError) as error:  # TensorStore's, for a failed checksum or a file it cannot read
+            raise UserError(f"{self.folder}: a slice cannot be read; look for damage with "
+                            f"tools/prepare_data.py --verify {self.folder.parent}") from error
+        return {"image": image, "mask": mask, "label": label, "case": case, "slice": position}
+
+    @functools.cached_property
+    def rows(self) -> dict[str, np.ndarray]:
+        """`labels`, `cases` and `slices` of the whole split, [N] int32 each; small enough to stay in memory."""
+        if self._length == 0:
+            return {name: np.zeros(0, np.int32) for name in ROW_ARRAYS}
+        return {name: _open_array(self.folder / name).read().result() for name in ROW_ARRAYS}
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, ts.TensorStore]:
+        return {name: _open_array(self.folder / name) for name in ("images", "masks")}
+
+
+def open_store(root: str | Path) -> Store:
+    """Opens a prepared dataset; checks that its files are there with their sizes, not their contents.
+
+    Raises:
+      UserError: `root` is not a prepared dataset, is damaged, or was written in another format version.
+    """
+    root = Path(root)
+    manifest = _read_manifest(root)
+    for name, facts in manifest["files"].items():
+        path = root / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            raise UserError(f"{path}: missing or of another size than when written; make the dataset again with "
+                            "tools/prepare_data.py --overwrite")
+    return Store(root, manifest)
+
+
+def verify_store(root: str | Path) -> list[str]:
+    """Compares every file with its checksum.
+
+    Returns:
+      One line per file that is missing, changed or not listed; an empty list if all is well.
+
+    Raises:
+      UserError: there is no readable manifest in `root`.
+    """
+    root = Path(root)
+    expected = _read_manifest(root)["files"]
+    present = {path.relative_to(root).as_posix(): path for path in _data_files(root)}
+    problems = [f"{name}: not listed in the manifest" for name in sorted(present.keys() - expected.keys())]
+    for name, facts in expected.items():
+        if name not in present:
+            problems.append(f"{name}: missing")
+        elif _sha256(present[name]) != facts["sha256"]:
+            problems.append(f"{name}: changed since it was written")
+    return problems
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    again = "make the dataset again with tools/prepare_data.py --overwrite"
+    try:
+        manifest = json.loads(path.read_text())
+        described = (manifest["format"], manifest["format_version"])
+    except FileNotFoundError as error:
+        raise UserError(f"{root}: no prepared dataset here; make one with tools/prepare_data.py "
+                        f"--source FOLDER --output {root}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: unreadable; {again}") from error
+    if described != (FORMAT, FORMAT_VERSION):
+        raise UserError(f"{path}: not format version {FORMAT_VERSION} of a prepared dataset; {again}")
+    return manifest
+
+
+class _SplitWriter:
+    """Appends to one split's arrays; writes whole shards only, so that none is ever read back and rewritten."""
+
+    def __init__(self, root: Path, name: str, item_shape: tuple[int, ...]):
+        self.name = name
+        self._folder = root / name
+        self._folder.mkdir()
+        _write_group(self._folder)
+        self._shards = {
+            "images": _ShardedArray(self._folder / "images", item_shape, "float32"),
+            "masks": _ShardedArray(self._folder / "masks", item_shape[:2], "uint8"),
+        }
+        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in ROW_ARRAYS}
+
+    def add(self, **arrays: np.ndarray) -> None:
+        for name, values in arrays.items():
+            if name in self._shards:
+                self._shards[name].append(values)
+            else:
+                self._rows[name].append(values)
+
+    def close(self) -> None:
+        for array in self._shards.values():
+            array.flush()
+        for name, parts in self._rows.items():
+            values = np.concatenate(parts).astype(np.int32)
+            metadata = _metadata("int32", values.shape, values.shape)
+            _create(self._folder / name, metadata).write(values).result()
+
+
+class _ShardedArray:
+    """A growing array [N, *item_shape]; rows wait in memory until they fill a shard."""
+
+    def __init__(self, path: Path, item_shape: tuple[int, ...], dtype: str):
+        item_bytes = int(np.prod(item_shape)) * np.dtype(dtype).itemsize
+        self._rows_per_shard = max(1, SHARD_BYTES // item_bytes)
+        self._item_shape = tuple(item_shape)
+        shard_shape = (self._rows_per_shard, *item_shape)
+        self._array = _create(path, _metadata(dtype, (0, *item_shape), shard_shape, sharded=True))
+        self._waiting: list[np.ndarray] = []
+        self._written = 0
+
+    def append(self, values: np.ndarray) -> None:
+        self._waiting.append(values)
+        while sum(map(len, self._waiting)) >= self._rows_per_shard:
+            values = np.concatenate(self._waiting)
+            self._write(values[:self._rows_per_shard])
+            self._waiting = [values[self._rows_per_shard:].copy()]  # a view would keep the whole shard in memory
+
+    def flush(self) -> None:
+        values = np.concatenate(self._waiting)
+        if len(values):
+            self._write(values)
+        self._waiting = []
+
+    def _write(self, values: np.ndarray) -> None:
+        stop = self._written + len(values)
+        self._array = self._array.resize(exclusive_max=(stop, *self._item_shape)).result()
+        self._array[self._written:stop].write(values).result()
+        self._written = stop
+
+
+def _metadata(dtype: str, shape: Sequence[int], chunk_shape: Sequence[int], sharded: bool = False) -> dict[str, Any]:
+    """Zarr v3 array metadata: Zstandard, and a CRC-32C on every chunk so that damage is noticed on reading."""
+    to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
+    checksum = {"name": "crc32c"}
+    codecs = [to_bytes, {"name": "zstd", "configuration": {"level": 1, "checksum": False}}, checksum]
+    if sharded:
+        codecs = [{"name": "sharding_indexed", "configuration": {
+            "chunk_shape": [1, *chunk_shape[1:]], "codecs": codecs, "index_codecs": [to_bytes, checksum]}}]
+    return {
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk_shape)}},
+        # "." keeps all shards of an array in one folder; the default "/" makes a folder tree per shard.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "codecs": codecs,
+        "fill_value": 0,
+        "dimension_names": list(_DIMENSIONS[:len(shape)]),
+    }
+
+
+def _create(path: Path, metadata: dict[str, Any]) -> ts.TensorStore:
+    return ts.open(_spec(path) | {"metadata": metadata}, create=True).result()
+
+
+def _open_array(path: Path) -> ts.TensorStore:
+    # A store never changes once it has its name, so nothing is checked again after opening.
+    return ts.open(_spec(path), read=True, recheck_cached_data="open", recheck_cached_metadata="open").result()
+
+
+def _spec(path: Path) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute())}}
+
+
+def _write_group(folder: Path) -> None:
+    write_json(folder / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
+
+
+def _data_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _totals(cases: list[dict[str, Any]], split: str) -> dict[str, int]:
+    own = [case for case in cases if case["split"] == split]
+    return {"cases": len(own), "slices": sum(case["slices"] for case in own),
+            "lesion_slices": sum(case["lesion_slices"] for case in own)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
