@@ -1,0 +1,112 @@
+"""What a phantom looks like, and how far one flair threshold gets: the competitor that any method has to beat."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hae_jax.data.cases import MODALITIES, CaseFiles, find_cases, read_case
+from hae_jax.errors import UserError
+from hae_jax.files import written_whole
+
+_BINS, _TOP = 1500, 3.0  # thresholds tried: multiples of 0.002 of the flair volume's 99th percentile
+
+
+@dataclass(frozen=True)
+class ThresholdScore:
+    """Volume Dice of flair thresholds over the cases with a lesion.
+
+    names, volumes_ml, common_dice, own_dice: one entry per case. common_threshold: the one that is best for the mean
+    over all cases; own: each case's best, which needs its segmentation and is an upper bound.
+    """
+
+    names: tuple[str, ...]
+    volumes_ml: np.ndarray
+    common_threshold: float
+    common_dice: np.ndarray
+    own_dice: np.ndarray
+
+
+def flair_threshold(folder: str | os.PathLike) -> ThresholdScore:
+    """Scores thresholds on flair / (99th percentile of its positive voxels) against any lesion label.
+
+    Raises:
+      UserError: no cases in `folder`, or none with a lesion.
+    """
+    names, volumes, curves = [], [], []
+    for files in find_cases(folder):
+        case = read_case(files)
+        if case.mask is not None and case.mask.any():
+            names.append(case.name)
+            volumes.append(case.mask.sum() * abs(np.linalg.det(case.affine[:3, :3])) / 1000)
+            curves.append(_dice_curve(case.volumes[..., MODALITIES.index("flair")], case.mask))
+    if not curves:
+        raise UserError(f"{folder}: no case has a segmentation with a lesion; give cases that do")
+    dice = np.stack(curves)  # [cases, thresholds]
+    best = int(np.argmax(dice.mean(axis=0)))
+    return ThresholdScore(tuple(names), np.array(volumes), best * _TOP / _BINS, dice[:, best], dice.max(axis=1))
+
+
+def _dice_curve(flair: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Dice of (flair >= threshold) for all thresholds [bins], from the histograms inside and outside the lesion."""
+    positive = flair > 0
+    value = np.clip(flair[positive] / np.percentile(flair[positive], 99), 0, _TOP * (1 - 1e-6))
+    index = (value * (_BINS / _TOP)).astype(int)
+    found = np.cumsum(np.bincount(index, minlength=_BINS)[::-1])[::-1]
+    hit = np.cumsum(np.bincount(index[mask[positive]], minlength=_BINS)[::-1])[::-1]
+    return 2 * hit / (found + mask.sum())
+
+
+def draw_phantom(folder: str | os.PathLike, output: str | os.PathLike, *, subjects: int = 5) -> Path:
+    """Draws up to `subjects` subjects, one per row: the four modalities on one axial slice, then the outlined lesion.
+
+    The slice is the one with most lesion, in a healthy subject the middle one. The last row is the first healthy
+    subject, where there is one.
+
+    Raises:
+      UserError: no cases in `folder`.
+    """
+    import matplotlib.pyplot as plt
+
+    rows = _rows(find_cases(folder), subjects)
+    titles = (*MODALITIES, "flair + segmentation")
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=(10, 2.35 * len(rows) + 0.35), facecolor="black",
+                                squeeze=False, layout="constrained")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, color="white", fontsize=9)
+    for line, (name, images, mask) in zip(axes, rows, strict=True):
+        for axis, image in zip(line, [*images, images[0]], strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1.1, interpolation="bilinear")
+            axis.set_axis_off()
+        line[0].text(0.01, 0.02, name, color="white", fontsize=7, transform=line[0].transAxes)
+        if mask.any():
+            line[-1].contour(mask, levels=[0.5], colors=["#ffb000"], linewidths=0.8)
+    figure.suptitle("Phantom figure: template anatomy with drawn lesions, no patient", color="white", fontsize=9)
+    with written_whole(output) as temporary:
+        figure.savefig(temporary, dpi=110, facecolor="black")
+    plt.close(figure)
+    return Path(output)
+
+
+def _rows(cases: list[CaseFiles], count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    ill, healthy = [], []
+    for files in cases:
+        row = _row(files)
+        (ill if row[2].any() else healthy).append(row)
+        if len(ill) >= count - 1 and healthy:
+            break
+    return ill[: count - len(healthy[:1])] + healthy[:1]
+
+
+def _row(files: CaseFiles) -> tuple[str, np.ndarray, np.ndarray]:
+    """Name, images [4, y, x] and lesion mask [y, x] of the slice to show, front of the head up, cropped to the head."""
+    case = read_case(files)
+    mask = case.mask if case.mask is not None else np.zeros(case.volumes.shape[:3], bool)
+    area = mask.sum(axis=(0, 1))
+    k = int(np.argmax(area)) if area.any() else mask.shape[2] // 2
+    scale = [np.percentile(v[v > 0], 99.5) for v in np.moveaxis(case.volumes, -1, 0)]
+    head = np.argwhere(case.volumes[..., 0].any(axis=2))
+    (x0, y0), (x1, y1) = head.min(axis=0), head.max(axis=0) + 1
+    images = np.moveaxis(case.volumes[x0:x1, y0:y1, k] / scale, -1, 0)
+    return case.name, images.transpose(0, 2, 1), mask[x0:x1, y0:y1, k].T
