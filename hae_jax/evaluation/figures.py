@@ -1,0 +1,211 @@
+"""Pictures of slices: what goes in, its healthy counterpart, map, mask and truth; sample grids; the loss.
+
+Reads arrays only. Slices come as [X, Y] of volumes whose axes run to the patient's left and back (LPS), and are shown
+as radiologists hang them: front at the top, the patient's left on the right. Figures are built with matplotlib's
+objects, not pyplot, so that a training run or a server keeps no hidden state.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from scipy import ndimage
+
+from hae_jax import files
+from hae_jax.provenance import RESEARCH_USE
+
+_BLACK, _TEXT, _FAINT = "black", "0.92", "0.55"
+_PREDICTED, _TRUTH = "#ff4d4d", "#3ddc84"
+_DPI = 150
+
+
+def overlay_figure(
+    path: str | os.PathLike,
+    inputs: np.ndarray,  # [S, H, W, C]
+    healthy: np.ndarray,  # [S, H, W, M]
+    maps: np.ndarray,  # [S, H, W]
+    masks: np.ndarray,  # [S, H, W] bool
+    truth: np.ndarray | None = None,  # [S, H, W] bool
+    *,
+    channels: Sequence[str],  # C names
+    modality: Sequence[int],  # M channels that `healthy` shows
+    title: str = "",
+    row_titles: Sequence[str] | None = None,
+) -> None:
+    """Writes a PNG with a row for each slice: input modalities, healthy counterpart, map, mask, truth.
+
+    A counterpart shares its input's grey window, and all maps share one colour scale, so both can be compared by eye.
+    The outlines of mask and truth lie on the first of the modalities.
+    """
+    names = [*channels, *(f"healthy {channels[m]}" for m in modality), "anomaly map", "mask"]
+    names += [] if truth is None else ["truth"]
+    crop = _crop(inputs)
+    figure, axes = _panels(len(inputs), names, _aspect(inputs[0][crop]), title)
+    hottest = float(np.quantile(maps, 0.999)) or 1.0
+    for s, row in enumerate(axes):
+        outlines = [(masks[s], _PREDICTED)] + ([] if truth is None else [(truth[s], _TRUTH)])
+        coloured = _overlay_row(row, crop, inputs[s], healthy[s], maps[s], outlines, modality, hottest)
+        if row_titles is not None:
+            row[0].set_ylabel(row_titles[s], color=_TEXT, fontsize=8)
+    _colour_bar(figure, axes[-1][len(channels) + len(modality)], coloured)
+    _save(figure, path)
+
+
+def _overlay_row(
+    row: np.ndarray,  # axes, one for each panel
+    crop: tuple[slice, slice],
+    image: np.ndarray,  # [H, W, C]
+    healthy: np.ndarray,  # [H, W, M]
+    map: np.ndarray,  # [H, W]
+    outlines: Sequence[tuple[np.ndarray, str]],  # mask [H, W] and its colour
+    modality: Sequence[int],
+    hottest: float,
+) -> AxesImage:
+    """Draws one slice and returns its coloured map, for the scale."""
+    panels = iter(row)
+    whites = [_white(image[..., c]) for c in range(image.shape[-1])]
+    for c, white in enumerate(whites):
+        _show(next(panels), image[..., c][crop], -1, white)
+    for i, m in enumerate(modality):
+        _show(next(panels), healthy[..., i][crop], -1, whites[m])
+    coloured = _show(next(panels), map[crop], 0, hottest, cmap="inferno")
+    for mask, colour in outlines:
+        axis = next(panels)
+        _show(axis, image[..., modality[0]][crop], -1, whites[modality[0]])
+        _outline(axis, mask[crop], colour)
+    return coloured
+
+
+def sample_grid(
+    path: str | os.PathLike,
+    images: np.ndarray,  # [N, R, H, W, C]
+    strengths: Sequence[float],  # N guidance strengths
+    *,
+    row_titles: Sequence[str] | None = None,  # R
+    channels: Sequence[str] = (),  # C names
+    title: str = "",
+) -> None:
+    """Writes a PNG with a row for each sample and a column for each guidance strength.
+
+    A cell shows all channels of one sample as tiles, row by row.
+    """
+    crop = _crop(images.reshape(-1, *images.shape[2:]))
+    rows = [[_tiles(image[crop]) for image in row] for row in np.moveaxis(images, 0, 1)]
+    names = [f"w = {strength:g}" for strength in strengths]
+    figure, axes = _panels(len(rows), names, _aspect(rows[0][0]), title, width=1.8,
+                           note=f"Tiles: {', '.join(channels)}." if len(channels) > 1 else "")
+    for r, row in enumerate(axes):
+        for axis, tile in zip(row, rows[r], strict=True):
+            _show(axis, tile, -1, 1)
+        if row_titles is not None:
+            row[0].set_ylabel(row_titles[r], color=_TEXT, fontsize=8)
+    _save(figure, path)
+
+
+def loss_curve(
+    path: str | os.PathLike,
+    steps: Sequence[int],
+    values: Sequence[float],
+) -> None:
+    """Writes a PNG of the training loss over the steps, with its running mean once there are enough points."""
+    steps, values = np.asarray(steps), np.asarray(values, float)
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.add_subplot()
+    span = len(values) // 20
+    axis.plot(steps, values, color="#9db8d9" if span > 1 else "#1f5fa8", linewidth=1, label="logged")
+    if span > 1:
+        axis.plot(steps, ndimage.uniform_filter1d(values, span, mode="nearest"), color="#1f5fa8", linewidth=1.8,
+                  label=f"mean of {span}")
+        axis.legend(frameon=False, fontsize=9)
+    if (values > 0).all():
+        axis.set_yscale("log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set(xlabel="step", ylabel="training loss")
+    axis.grid(alpha=0.25, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _panels(rows: int, names: Sequence[str], aspect: float, title: str, width: float = 1.25,
+            note: str = "") -> tuple[Figure, np.ndarray]:
+    """A black figure with rows x names empty axes, the names on top and the small print at the bottom."""
+    left, right, head, foot = 0.3, 0.1, 0.28 + 0.3 * bool(title), 0.42
+    size = (left + right + width * len(names), head + foot + width * aspect * rows)
+    figure = Figure(figsize=size, facecolor=_BLACK)
+    axes = figure.subplots(rows, len(names), squeeze=False, gridspec_kw={
+        "left": left / size[0], "right": 1 - right / size[0], "bottom": foot / size[1], "top": 1 - head / size[1],
+        "wspace": 0.03, "hspace": 0.03})
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, color=_TEXT, fontsize=9, pad=4)
+    for axis in axes.flat:
+        axis.set(facecolor=_BLACK, xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    if title:
+        figure.text(left / size[0], 1 - 0.1 / size[1], title, color=_TEXT, fontsize=11, va="top")
+    figure.text(left / size[0], 0.08 / size[1], f"{note} {RESEARCH_USE}".strip(), color=_FAINT, fontsize=6.5,
+                wrap=True)
+    return figure, axes
+
+
+def _show(axis: Axes, image: np.ndarray, low: float, high: float, cmap: str = "gray") -> AxesImage:
+    return axis.imshow(image.T, cmap=cmap, vmin=low, vmax=high, interpolation="bilinear", aspect="auto")
+
+
+def _outline(axis: Axes, mask: np.ndarray, colour: str) -> None:
+    if mask.any():
+        axis.contour(np.asarray(mask, float).T, levels=[0.5], colors=[colour], linewidths=1.1)
+
+
+def _colour_bar(figure: Figure, axis: Axes, coloured: AxesImage) -> None:
+    """A thin scale below the column of maps, in the room that the small print leaves."""
+    box, height = axis.get_position(), figure.get_figheight()
+    scale = figure.add_axes((box.x0, box.y0 - 0.11 / height, box.width, 0.05 / height))
+    bar = figure.colorbar(coloured, cax=scale, orientation="horizontal", ticks=[0, coloured.norm.vmax])
+    bar.outline.set_visible(False)
+    bar.ax.set_xticklabels(["0", f"{coloured.norm.vmax:.2g}"])
+    for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_horizontalalignment(side)
+    bar.ax.tick_params(colors=_FAINT, labelsize=6, length=0, pad=2)
+
+
+def _crop(inputs: np.ndarray, margin: int = 3) -> tuple[slice, slice]:
+    """The rectangle that holds the head in all slices, so that black borders take no room."""
+    head = (inputs > -0.95).any(axis=(0, 3))
+    if not head.any():
+        return slice(None), slice(None)
+    ends = (np.flatnonzero(head.any(axis=axis))[[0, -1]] for axis in (1, 0))
+    return tuple(slice(max(int(first) - margin, 0), int(last) + margin + 1) for first, last in ends)
+
+
+def _aspect(image: np.ndarray) -> float:
+    """Height by width as shown, that is, of the transposed image."""
+    return image.shape[1] / image.shape[0]
+
+
+def _white(image: np.ndarray) -> float:
+    """The grey window's upper end: the few brightest pixels (vessels) must not darken the rest."""
+    return max(float(np.quantile(image, 0.998)), -0.5)
+
+
+def _tiles(image: np.ndarray) -> np.ndarray:
+    """[H, W, C] -> the channels side by side in an almost square of tiles, first row first when shown."""
+    channels = image.shape[-1]
+    columns = int(np.ceil(np.sqrt(channels)))
+    height, width = image.shape[:2]
+    sheet = np.full((columns * height, -(-channels // columns) * width), -1, image.dtype)
+    for c in range(channels):
+        row, column = divmod(c, columns)
+        sheet[column * height:(column + 1) * height, row * width:(row + 1) * width] = image[..., c]
+    return sheet
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    FigureCanvasAgg(figure)
+    with files.written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DPI, facecolor=figure.get_facecolor())

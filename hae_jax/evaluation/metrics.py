@@ -1,0 +1,180 @@
+"""How good masks and maps are: per slice, over pixels, per slice label, per volume.
+
+Reads arrays only; `report.py` writes what comes out of it. S: slices. An undefined value is None, so that it is
+null in JSON and never enters a mean unseen.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+_SMOOTH = 1e-6
+FIXED_THRESHOLDS = np.arange(1, 70) / 100  # the candidates for methods with one fixed threshold on the map
+
+DEFINITIONS = {
+    "mixed": "all slices; a slice that is called healthy has an empty mask",
+    "unhealthy": "only slices with a lesion by their label; every slice keeps its mask",
+    "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
+    "iou": "(I + s) / (P + Q - I + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
+    "precision": "share of the mask's pixels that are lesion, over the pixels of all slices together",
+    "recall": "share of the lesion's pixels that are in the mask, over the pixels of all slices together",
+    "auroc": "area under the ROC curve of the continuous map, over the foreground pixels of all slices together",
+    "auprc": "average precision of the continuous map, over the foreground pixels of all slices together",
+    "slice_level": "the predicted label of a slice against its true one; precision and recall are of lesion slices",
+    "shares": "number of slices, share of them that is healthy (in 'mixed', an empty mask scores 1 there), and share "
+              "that is called a lesion slice",
+}
+
+
+def dice(
+    predicted: np.ndarray,  # [S, ...] bool
+    truth: np.ndarray,  # [S, ...] bool
+) -> np.ndarray:  # [S]
+    """(2 I + s) / (P + Q + s) for each entry of the first axis; 1 where both are empty."""
+    overlap, p, q = _counts(predicted, truth)
+    return (2 * overlap + _SMOOTH) / (p + q + _SMOOTH)
+
+
+def iou(
+    predicted: np.ndarray,  # [S, ...] bool
+    truth: np.ndarray,  # [S, ...] bool
+) -> np.ndarray:  # [S]
+    """(I + s) / (P + Q - I + s) for each entry of the first axis; 1 where both are empty."""
+    overlap, p, q = _counts(predicted, truth)
+    return (overlap + _SMOOTH) / (p + q - overlap + _SMOOTH)
+
+
+def precision_recall(
+    predicted: np.ndarray,  # [...] bool
+    truth: np.ndarray,  # [...] bool
+) -> tuple[float | None, float | None]:
+    """I / P and I / Q over all entries together; None where nothing is predicted or nothing is true."""
+    overlap, p, q = (int(count.sum()) for count in _counts(predicted[None], truth[None]))
+    return (overlap / p if p else None), (overlap / q if q else None)
+
+
+def foreground(
+    images: np.ndarray,  # [S, H, W, C] in [-1, 1]
+) -> np.ndarray:  # [S, H, W] bool
+    """Pixels of the head, over which AUROC and AUPRC run: mean of all input channels above -0.95."""
+    return images.mean(axis=-1) > -0.95
+
+
+def slice_metrics(
+    *,
+    mask: np.ndarray,  # [S, H, W] bool
+    mask_all: np.ndarray,  # [S, H, W] bool
+    map: np.ndarray,  # [S, H, W] float
+    lesion: np.ndarray,  # [S] bool
+    truth: np.ndarray,  # [S, H, W] bool or 0/1 integers
+    labels: np.ndarray,  # [S] 0 healthy, 1 lesion
+    foreground: np.ndarray,  # [S, H, W] bool
+    valid: np.ndarray | None = None,  # [S] bool
+) -> dict[str, dict[str, float | int | None]]:
+    """Everything that `DEFINITIONS` explains, as nested dictionaries ready for JSON.
+
+    Args:
+      mask: masks that are empty where `lesion` is False, for the mixed setting.
+      mask_all: masks of every slice, for the unhealthy setting.
+      map: continuous anomaly maps.
+      lesion: predicted labels.
+      truth: true masks.
+      labels: true labels, as the training saw them.
+      foreground: the pixels that AUROC and AUPRC count.
+      valid: False where a row is padding; all rows count where None.
+    """
+    rows = np.ones(len(labels), bool) if valid is None else np.asarray(valid, bool)
+    mask, mask_all, map, lesion, truth, labels, foreground = (
+        values[rows] for values in (mask, mask_all, map, lesion, truth, labels, foreground))
+    sick = labels > 0
+    return {
+        "mixed": _pixel_metrics(mask, map, truth, foreground),
+        "unhealthy": _pixel_metrics(mask_all[sick], map[sick], truth[sick], foreground[sick]),
+        "slice_level": _label_metrics(lesion, sick),
+        "shares": {
+            "slices": int(rows.sum()),
+            "healthy": _mean(~sick),
+            "called_lesion": _mean(lesion),
+        },
+    }
+
+
+def volume_dice(
+    predicted: np.ndarray,  # [X, Y, Z] bool
+    truth: np.ndarray,  # [X, Y, Z] bool
+) -> float:
+    """Dice of one whole volume; 1 where both are empty."""
+    return float(dice(predicted[None], truth[None])[0])
+
+
+def volume_ml(
+    mask: np.ndarray,  # [X, Y, Z] bool
+    affine: np.ndarray,  # [4, 4] voxels to mm
+) -> float:
+    """The volume of a mask in millilitres."""
+    return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
+def best_threshold(
+    values: np.ndarray,  # [S, H, W] float
+    truth: np.ndarray,  # [S, H, W] bool or 0/1 integers
+    thresholds: Sequence[float] = FIXED_THRESHOLDS,
+    groups: np.ndarray | None = None,  # [S] int, e.g. the case of each slice
+) -> tuple[float, float]:
+    """The threshold whose masks `values >= threshold` have the highest mean Dice, and that Dice.
+
+    The mean runs over slices, or over groups of slices measured as one volume each. Of several equally good ones the
+    lowest listed first is taken.
+    """
+    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    means = []
+    for threshold in thresholds:
+        overlap, p, q = (np.bincount(groups, count) for count in _counts(values >= threshold, truth))
+        means.append(((2 * overlap + _SMOOTH) / (p + q + _SMOOTH)).mean())
+    best = int(np.argmax(means))
+    return float(thresholds[best]), float(means[best])
+
+
+def _counts(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels in both, in the first and in the second, for each entry of the first axis."""
+    predicted, truth = _as_bool(predicted), _as_bool(truth)
+    axes = tuple(range(1, predicted.ndim))
+    return (predicted & truth).sum(axis=axes), predicted.sum(axis=axes), truth.sum(axis=axes)
+
+
+def _as_bool(mask: np.ndarray) -> np.ndarray:
+    if mask.dtype.kind == "f":  # a soft mask would count as lesion wherever it is above 0
+        raise TypeError("masks must be bool or integers; threshold a soft mask first")
+    return mask.astype(bool)
+
+
+def _pixel_metrics(
+    mask: np.ndarray,  # [S, H, W] bool
+    map: np.ndarray,  # [S, H, W]
+    truth: np.ndarray,  # [S, H, W] bool
+    foreground: np.ndarray,  # [S, H, W] bool
+) -> dict[str, float | None]:
+    precision, recall = precision_recall(mask, truth)
+    hits, values = _as_bool(truth)[foreground], map[foreground]
+    both = hits.any() and not hits.all()
+    return {
+        "dice": _mean(dice(mask, truth)),
+        "iou": _mean(iou(mask, truth)),
+        "precision": precision,
+        "recall": recall,
+        "auroc": float(roc_auc_score(hits, values)) if both else None,
+        "auprc": float(average_precision_score(hits, values)) if both else None,
+    }
+
+
+def _label_metrics(
+    lesion: np.ndarray,  # [S] bool
+    sick: np.ndarray,  # [S] bool
+) -> dict[str, float | None]:
+    precision, recall = precision_recall(lesion, sick)
+    return {"accuracy": _mean(lesion == sick), "precision": precision, "recall": recall}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None

@@ -1,0 +1,95 @@
+"""Figures: what is where, which way up, and no state left behind.
+
+Whether they please is for the eye; here is what the eye would take for granted.
+"""
+
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from hae_jax.evaluation import figures
+
+CHANNELS = ("flair", "t1", "t1ce", "t2")
+
+
+@pytest.fixture
+def head():
+    """[S, H, W, C] ellipses: longer from front to back (axis 1) than from side to side (axis 0)."""
+    x, y = np.meshgrid(np.linspace(-1, 1, 48), np.linspace(-1, 1, 48), indexing="ij")
+    inside = (x / 0.6) ** 2 + (y / 0.9) ** 2 < 1
+    return np.repeat(np.where(inside, 0.0, -1.0)[None, ..., None], 2, axis=0).repeat(4, axis=-1).astype(np.float32)
+
+
+def _pixels(path):
+    return matplotlib.image.imread(path)[..., :3]
+
+
+def test_front_is_up_and_left_is_right(tmp_path):
+    image = np.full((1, 1, 40, 40, 1), -1.0, np.float32)
+    image[0, 0, 2:10, 2:16] = 1  # small x: the patient's right; small y: the front
+    image[0, 0, 36:, 36:] = -0.5  # grey, in the opposite corner, so that this too is shown
+    figures.sample_grid(tmp_path / "a.png", image, [2])
+    white = _pixels(tmp_path / "a.png").min(axis=-1) > 0.99
+    height, width = white.shape
+    block = white[int(0.2 * height):int(0.85 * height)]  # without the names and the small print
+    rows, columns = np.nonzero(block)
+    assert rows.mean() < block.shape[0] / 2
+    assert columns.mean() < width / 2
+    assert np.ptp(rows) > np.ptp(columns)  # 14 along y against 8 along x
+
+
+def test_tiles_read_like_text(tmp_path):
+    image = np.stack([np.full((8, 6), c, np.float32) for c in range(4)], axis=-1)
+    sheet = figures._tiles(image).T  # as shown
+    assert sheet.shape == (12, 16)
+    assert [sheet[0, 0], sheet[0, -1], sheet[-1, 0], sheet[-1, -1]] == [0, 1, 2, 3]
+    three = figures._tiles(image[..., :3]).T
+    assert [three[-1, 0], three[-1, -1]] == [2, -1]
+    assert figures._tiles(image[..., :1]).shape == (8, 6)
+
+
+def test_overlay_outlines_mask_and_truth(tmp_path, head):
+    masks = np.zeros((2, 48, 48), bool)
+    masks[0, 18:26, 20:30] = True
+    arguments = {"channels": CHANNELS, "modality": (0, 3), "title": "case", "row_titles": ["slice 3", "slice 9"]}
+
+    def coloured(path, colour):
+        wanted = matplotlib.colors.to_rgb(colour)
+        return int((np.abs(_pixels(path) - wanted).max(axis=-1) < 0.1).sum())
+
+    maps = np.zeros((2, 48, 48), np.float32)
+    figures.overlay_figure(tmp_path / "a.png", head, head[..., :2], maps, masks, masks, **arguments)
+    figures.overlay_figure(tmp_path / "b.png", head, head[..., :2], maps, masks, None, **arguments)
+    figures.overlay_figure(tmp_path / "c.png", head, head[..., :2], maps, masks & False, None, **arguments)
+    assert coloured(tmp_path / "a.png", figures._PREDICTED) > 50
+    assert coloured(tmp_path / "a.png", figures._TRUTH) > 50
+    assert coloured(tmp_path / "b.png", figures._PREDICTED) > 50
+    assert coloured(tmp_path / "b.png", figures._TRUTH) == 0
+    assert coloured(tmp_path / "c.png", figures._PREDICTED) == 0
+    assert _pixels(tmp_path / "a.png").shape[1] > _pixels(tmp_path / "b.png").shape[1]  # one column more
+
+
+def test_black_borders_are_cropped_alike_in_all_slices(head):
+    rows, columns = figures._crop(head)
+    inside = np.argwhere(head[0, ..., 0] > -0.95)
+    assert rows.start <= inside[:, 0].min()
+    assert rows.stop > inside[:, 0].max()
+    assert columns.start <= inside[:, 1].min()
+    assert columns.stop > inside[:, 1].max()
+    assert head[0][rows, columns].shape[0] < 40
+    assert head[0][figures._crop(np.full_like(head, -1))].shape == (48, 48, 4)
+
+
+def test_loss_curve(tmp_path):
+    for name, values in (("few", [3.0, 2.0, 1.0]), ("many", np.linspace(2, 1, 200)), ("odd", [1.0, 0.0, np.nan])):
+        figures.loss_curve(tmp_path / f"{name}.png", np.arange(len(values)), values)
+        assert np.ptp(_pixels(tmp_path / f"{name}.png")) > 0.5
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_figures_leave_pyplot_alone():
+    code = "import sys; from hae_jax.evaluation import figures; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

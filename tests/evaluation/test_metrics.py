@@ -1,0 +1,150 @@
+"""Metrics against the golden values, against hand counts, and where they are undefined."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hae_jax.evaluation import metrics
+
+
+@pytest.fixture(scope="module")
+def slices(golden):
+    """The golden masks after the component filter, as arguments of `slice_metrics`."""
+    z = np.load(golden / "masks.npz")
+    mask = z["mask_all_cc_filtered"][:, 0] > 0
+    lesion = z["pred_label"] > 0
+    return {
+        "mask": mask & lesion[:, None, None], "mask_all": mask, "map": z["map"][:, 0], "lesion": lesion,
+        "truth": z["lesion"][:, 0] > 0, "labels": z["label"],
+        "foreground": metrics.foreground(np.moveaxis(z["source"], 1, -1)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"), [("mixed", "metrics_cc_filtered"), ("unhealthy", "metrics_unhealthy_only")])
+def test_slice_metrics_golden(golden, slices, setting, key):
+    z = np.load(golden / "masks.npz")
+    found = metrics.slice_metrics(**slices)[setting]
+    # the names stored there are the right ones: precision is 1 (every predicted pixel is lesion), recall is not;
+    # the values were computed in float32
+    for name, value in zip(z["metrics_names"], z[key], strict=True):
+        assert found[str(name)] == pytest.approx(value, abs=1e-7), name
+
+
+def test_slice_level_and_shares(slices):
+    found = metrics.slice_metrics(**slices)
+    # called lesion: 0, 1, 2, 3, 4; labels: 1, 1, 0, 1, 1, 0
+    assert found["slice_level"] == {"accuracy": 5 / 6, "precision": 4 / 5, "recall": 1.0}
+    assert found["shares"] == {"slices": 6, "healthy": 2 / 6, "called_lesion": 5 / 6}
+
+
+def test_padding_never_enters(slices):
+    rng = np.random.default_rng(0)
+    padded = {name: np.concatenate([v, rng.permutation(v)[:3] if v.dtype == bool else v[:3] + 1])
+              for name, v in slices.items()}
+    valid = np.arange(9) < 6
+    assert metrics.slice_metrics(**padded, valid=valid) == metrics.slice_metrics(**slices)
+    assert metrics.slice_metrics(**padded) != metrics.slice_metrics(**slices)
+
+
+def test_mixed_uses_gated_masks_and_unhealthy_all_masks(slices):
+    missed = {**slices, "lesion": np.zeros(6, bool), "mask": np.zeros_like(slices["mask"])}
+    found = metrics.slice_metrics(**missed)
+    assert found["mixed"]["dice"] == pytest.approx(2 / 6, abs=1e-6)  # the two healthy slices score 1
+    assert found["mixed"]["precision"] is None
+    assert found["mixed"]["recall"] == 0
+    assert found["unhealthy"] == metrics.slice_metrics(**slices)["unhealthy"]
+    assert found["slice_level"]["precision"] is None
+
+
+def test_dice_and_iou_by_hand():
+    predicted = np.zeros((4, 4, 4), bool)
+    truth = np.zeros((4, 4, 4), bool)
+    predicted[0, 0, :3] = True
+    truth[0, 0, 1:] = True  # I = 2, P = Q = 3
+    predicted[1, 0, 0] = True  # nothing true
+    truth[2, 0, 0] = True  # nothing predicted; slice 3: both empty
+    np.testing.assert_allclose(metrics.dice(predicted, truth), [4 / 6, 0, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(metrics.iou(predicted, truth), [2 / 4, 0, 0, 1], atol=1e-6)
+    precision, recall = metrics.precision_recall(predicted, truth)
+    assert (precision, recall) == (2 / 4, 2 / 4)
+    predicted[3] = True
+    precision, recall = metrics.precision_recall(predicted, truth)
+    assert (precision, recall) == (2 / 20, 2 / 4)
+
+
+def test_auroc_counts_the_foreground_only():
+    truth = np.zeros((1, 2, 4), bool)
+    truth[0, 0, :2] = True
+    anomaly = np.array([[[4.0, 2, 3, 1], [9, 9, 9, 9]]])
+    head = np.array([[[True] * 4, [False] * 4]])
+    arguments = {"mask": truth, "mask_all": truth, "map": anomaly, "lesion": np.array([True]), "truth": truth,
+                 "labels": np.array([1])}
+    found = metrics.slice_metrics(**arguments, foreground=head)["mixed"]
+    assert found["auroc"] == pytest.approx(3 / 4)  # of the four pairs, (2, 3) is in the wrong order
+    assert found["auprc"] == pytest.approx((1 / 1 + 2 / 3) / 2)
+    everywhere = metrics.slice_metrics(**arguments, foreground=np.ones_like(head))["mixed"]
+    assert everywhere["auroc"] < found["auroc"]
+
+
+def test_foreground_is_strictly_above_the_limit():
+    image = np.full((1, 1, 3, 4), -1, np.float32)
+    image[0, 0, 1] = -0.95
+    image[0, 0, 2, 0] = -0.7  # mean -0.925
+    assert metrics.foreground(image).tolist() == [[[False, False, True]]]
+
+
+def test_undefined_values_are_null(slices):
+    healthy_only = {name: values[[2, 5]] for name, values in slices.items()}
+    found = metrics.slice_metrics(**healthy_only)
+    assert found["mixed"]["dice"] == 1
+    assert found["mixed"]["recall"] is found["mixed"]["auroc"] is found["mixed"]["auprc"] is None
+    assert set(found["unhealthy"].values()) == {None}
+    assert found["slice_level"]["recall"] is None
+    nothing = metrics.slice_metrics(**slices, valid=np.zeros(6, bool))
+    assert nothing["shares"] == {"slices": 0, "healthy": None, "called_lesion": None}
+    json.dumps([found, nothing], allow_nan=False)
+
+
+def test_soft_masks_are_refused(slices):
+    with pytest.raises(TypeError, match="threshold a soft mask"):
+        metrics.slice_metrics(**{**slices, "truth": slices["truth"].astype(np.float32)})
+
+
+def test_every_name_has_a_definition(slices):
+    found = metrics.slice_metrics(**slices)
+    assert {*found, *found["mixed"]} <= set(metrics.DEFINITIONS)
+
+
+def test_volumes():
+    mask = np.zeros((10, 10, 10), bool)
+    assert metrics.volume_dice(mask, mask) == 1
+    mask[:5] = True
+    assert metrics.volume_dice(mask, ~mask) == pytest.approx(0, abs=1e-8)
+    assert metrics.volume_dice(mask, np.ones_like(mask)) == pytest.approx(2 / 3)
+    oblique = np.array([[0, -2, 0, 90], [1, 0, 0, 80], [0, 0, 3, 70], [0, 0, 0, 1.0]])  # 6 mm3 a voxel, flipped
+    assert metrics.volume_ml(mask, oblique) == pytest.approx(3.0)
+
+
+def test_best_threshold_finds_the_lesion_level():
+    rng = np.random.default_rng(3)
+    truth = rng.random((5, 16, 16)) < 0.2
+    values = np.where(truth, 0.5, 0.3)
+    threshold, found = metrics.best_threshold(values, truth)
+    assert threshold == pytest.approx(0.31)  # the first that separates
+    assert found == pytest.approx(1)
+    assert metrics.best_threshold(values, truth, [0.1, 0.5, 0.6])[0] == 0.5  # >= keeps the value itself
+
+
+def test_best_threshold_groups_slices_to_volumes():
+    rng = np.random.default_rng(4)
+    truth = rng.random((6, 8, 8)) < 0.3
+    values = rng.random((6, 8, 8)) * 0.5 + 0.3 * truth
+    case = np.array([7, 7, 2, 2, 2, 9])
+    threshold, found = metrics.best_threshold(values, truth, groups=case)
+    by_hand = [np.mean([metrics.volume_dice(values[case == c] >= t, truth[case == c]) for c in (2, 7, 9)])
+               for t in metrics.FIXED_THRESHOLDS]
+    assert found == pytest.approx(max(by_hand))
+    assert threshold == metrics.FIXED_THRESHOLDS[np.argmax(by_hand)]
+    assert (metrics.FIXED_THRESHOLDS[[0, -1]] == [0.01, 0.69]).all()
