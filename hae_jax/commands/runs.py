@@ -1,0 +1,91 @@
+"""Trained networks as commands see them: which run to take, and the settings to use it with."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from hae_jax.commands.config import read_config
+from hae_jax.errors import UserError
+
+_DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
+_FIXED = ("--config.model.", "--config.diffusion.", "--config.training.")
+
+
+def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") -> Path:
+    """The run in `folder` with the newest checkpoint, among those that were trained on this data.
+
+    Args:
+      config_path: the configuration that asks for it, for the message.
+      data_root: its `data.root`.
+      folder: where the runs are.
+
+    Raises:
+      UserError: if there is none; says how to train one.
+    """
+    found = {}
+    for path in Path(folder).glob("*/config.json"):
+        steps = [step for step in (path.parent / "checkpoints").glob("*") if step.name.isdecimal()]
+        if steps and json.loads(path.read_text())["data"]["root"] == data_root:
+            found[max(step.stat().st_mtime for step in steps)] = path.parent
+    if not found:
+        raise UserError(f"{folder}/: no checkpoint that was trained on {data_root}; train one with python train.py "
+                        f"--config {config_path} --workdir {folder}/{Path(config_path).stem} (or make demo), or name "
+                        "one with --checkpoint")
+    return found[max(found)]
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """What belongs to a trained network cannot be changed any more.
+
+    Raises:
+      UserError: naming the argument, also when it is no override at all.
+    """
+    for argument in overrides:
+        if not argument.startswith("--config."):
+            raise UserError(f"{argument}: unknown argument; see --help")
+        if argument.startswith(_FIXED):
+            raise UserError(f"{argument}: belongs to the network's training and comes from its checkpoint; leave it "
+                            "out (translation, data, evaluation and seed can be set)")
+
+
+def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config that a checkpoint was saved with, with overrides; fields it does not know yet have their defaults.
+
+    Raises:
+      UserError: if an override names no field or has the wrong type.
+    """
+    config = read_config(str(_DEFAULTS), [])
+    with config.unlocked():
+        config.update(_as_config(tree))
+    return _overridden(config, overrides)
+
+
+def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """`config` with the network and the diffusion of the training that `tree` describes."""
+    with config.unlocked():
+        config.model, config.diffusion, config.training = (
+            _as_config(tree[part]) for part in ("model", "diffusion", "training"))
+    return config
+
+
+def _overridden(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    values = flags.FlagValues()
+    argv = ["config", *overrides]
+    try:
+        holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{' '.join(overrides)}: {error}; see configs/default.py for the fields") from error
+    return holder.value
+
+
+def _as_config(value: Any) -> Any:
+    """Plain JSON values as a config has them: dictionaries as ConfigDict, lists as tuples."""
+    if isinstance(value, Mapping):
+        return ml_collections.ConfigDict({name: _as_config(item) for name, item in value.items()})
+    return tuple(map(_as_config, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,31 @@
+"""The phantom on demand: what makes the program run where there is no data yet. Used by training and translation."""
+
+from pathlib import Path
+
+import ml_collections
+
+from hae_jax.data.phantom import make_phantom
+from hae_jax.data.prepare import prepare
+
+
+def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
+    """Makes and prepares the phantom if the config asks for one and the prepared dataset is not there yet.
+
+    Where `data.phantom` is None or `data.root` exists, nothing is done.
+
+    Args:
+      data: the config's `data`.
+      image_size: side of the prepared slices, pixels; the network's.
+
+    Raises:
+      UserError: for settings that do not fit, or when something else lies where the phantom should go.
+    """
+    phantom, root = data.phantom, Path(data.root)
+    if phantom is None or root.exists():
+        return
+    print(f"{root} is not there yet: making a phantom of {phantom.subjects} subjects in {phantom.cases}")
+    make_phantom(phantom.cases, subjects=phantom.subjects, tumour_share=phantom.tumour_share, seed=phantom.seed,
+                 size=phantom.size, workers=phantom.workers)
+    report = prepare(phantom.cases, root, image_size=image_size, train_fraction=phantom.train_fraction,
+                     val_fraction=phantom.val_fraction, workers=phantom.workers)
+    print("\n".join(report.lines()))

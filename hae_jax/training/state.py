@@ -1,0 +1,109 @@
+"""What training changes: parameters, optimiser, averages, step. Built abstractly first, then directly sharded."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from hae_jax.errors import UserError
+from hae_jax.model import UNet, UNetConfig
+from hae_jax.training.mesh import state_shardings
+
+LOSS_BINS = 4  # quartiles of the timesteps
+
+
+class Window(NamedTuple):
+    """Sums since the last line of the log; part of the state, so that a resumed run logs the same numbers."""
+
+    steps: jax.Array  # []
+    loss: jax.Array  # []
+    gradient_norm: jax.Array  # []
+    bin_loss: jax.Array  # [4] summed losses of the samples in each quartile of t
+    bin_count: jax.Array  # [4]
+
+
+class TrainState(NamedTuple):
+    """Everything that a run needs to go on exactly as if it had not stopped."""
+
+    step: jax.Array  # [] int32, optimisation steps done
+    params: nnx.State
+    opt_state: Any
+    ema: tuple[nnx.State, ...]  # one per rate
+    window: Window
+
+
+def empty_window() -> Window:
+    """Sums over no steps."""
+    return Window(*(jnp.zeros((), jnp.float32) for _ in range(3)), jnp.zeros(LOSS_BINS), jnp.zeros(LOSS_BINS))
+
+
+def network_config(config: dict[str, Any]) -> UNetConfig:
+    """The network's config from a config tree; a learned variance doubles the output channels.
+
+    Raises:
+      UserError: where the fields do not make a network.
+    """
+    fields = dict(config["model"])
+    if fields.get("out_channels") is None and config["diffusion"]["variance"] == "learned_range":
+        fields["out_channels"] = 2 * fields["in_channels"]
+    return UNetConfig.from_mapping(fields)
+
+
+def learning_rate(training: Any) -> optax.Schedule:
+    """Linear warm-up from 0, then constant, or linear or cosine annealing to 0 at the last step."""
+    rate, warmup = training.learning_rate, training.warmup_steps
+    rest = max(1, training.steps - warmup)
+    schedules = {
+        "none": optax.constant_schedule(rate),
+        "linear": optax.linear_schedule(rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(rate, rest),
+    }
+    if training.anneal not in schedules:
+        raise UserError(f"training.anneal is {training.anneal!r}: choose one of {', '.join(schedules)}")
+    # The step after step 0 already moves: warm-up counts from 1.
+    return optax.join_schedules([lambda step: rate * (step + 1) / (warmup + 1), schedules[training.anneal]], [warmup])
+
+
+def make_optimizer(training: Any) -> optax.GradientTransformation:
+    """AdamW with PyTorch's betas and epsilon, optionally behind clipping by global norm."""
+    adamw = optax.adamw(learning_rate(training), b1=0.9, b2=0.999, eps=1e-8, weight_decay=training.weight_decay)
+    return adamw if training.clip_norm is None else optax.chain(optax.clip_by_global_norm(training.clip_norm), adamw)
+
+
+def abstract_network(config: UNetConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The network's structure and the shapes of its parameters, without allocating any."""
+    return nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+
+
+def sharded_initial_state(
+    mesh: Mesh, config: UNetConfig, optimizer: optax.GradientTransformation, rates: int, seed: int
+) -> tuple[TrainState, TrainState]:
+    """The state before the first step, each part made where it will lie.
+
+    The parameters are drawn in the host's memory (every host draws the same) and sent to the devices in shards; what
+    follows from them is computed there.
+
+    Args:
+      rates: number of averages.
+      seed: of the parameters.
+
+    Returns:
+      The state, and a tree of its shardings.
+    """
+
+    def from_params(params: nnx.State) -> TrainState:
+        # Copies: donated buffers must not be shared between parameters and averages.
+        ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(rates))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, empty_window())
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        host_params = nnx.state(UNet(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    shardings = state_shardings(mesh, jax.eval_shape(from_params, host_params))
+    params = jax.tree.map(
+        lambda value, sharding: jax.make_array_from_callback(value.shape, sharding, np.asarray(value).__getitem__),
+        host_params, shardings.params)
+    return jax.jit(from_params, out_shardings=shardings)(params), shardings

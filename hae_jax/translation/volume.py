@@ -1,0 +1,98 @@
+"""A case in: slices for the network. Masks and maps out: NIfTI on the case's own grid.
+
+The first and the last stage of a translation; slicing and its reverse are those of `hae_jax.data.slices`.
+"""
+
+import dataclasses
+import os
+
+import nibabel as nib
+import numpy as np
+
+from hae_jax.data.cases import CaseFiles, read_case
+from hae_jax.data.slices import CaseSlices, case_slices, slices_to_volume, to_model_range
+from hae_jax.files import written_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicedCase:
+    """A case as the network sees it, and what is needed to go back.
+
+    Attributes:
+      name: of the case.
+      inputs: [S, H, W, C] float32 in [-1, 1], what the network gets.
+      slices: the same slices as in a prepared dataset (normalised, not scaled), their masks, positions, grid.
+      affine: [4, 4] voxels to mm.
+      header: of the first image.
+      truth: [X, Y, Z] bool, the lesion on the case's own grid; None without a segmentation.
+    """
+
+    name: str
+    inputs: np.ndarray
+    slices: CaseSlices
+    affine: np.ndarray
+    header: nib.Nifti1Header
+    truth: np.ndarray | None
+
+    @property
+    def slice_truth(self) -> np.ndarray | None:  # [S, H, W] bool
+        """The lesion in each slice, at network resolution, as a prepared dataset has it."""
+        return None if self.slices.masks is None else self.slices.masks > 0.5
+
+
+def read_slices(files: CaseFiles, image_size: int) -> SlicedCase:
+    """Reads a case and slices it; the volumes are let go.
+
+    Raises:
+      UserError: if the case cannot be used.
+    """
+    case = read_case(files)
+    slices = case_slices(case, image_size)
+    return SlicedCase(case.name, to_model_range(slices.images), slices, case.affine, case.header, case.mask)
+
+
+def map_volume(
+    maps: np.ndarray,  # [S, h, w]
+    slices: CaseSlices,
+) -> np.ndarray:  # [X, Y, Z] float32
+    """Slice maps on the case's grid, bilinear; zero where there was no slice."""
+    return slices_to_volume(maps, slices.index, slices.shape)
+
+
+def mask_volume(
+    masks: np.ndarray,  # [S, h, w] bool
+    slices: CaseSlices,
+) -> np.ndarray:  # [X, Y, Z] bool
+    """Slice masks on the case's grid: a voxel belongs to the lesion where the resized mask exceeds one half."""
+    return slices_to_volume(masks.astype(np.float32), slices.index, slices.shape) > 0.5
+
+
+def write_volume(
+    path: str | os.PathLike,
+    values: np.ndarray,  # [X, Y, Z], of the type to be stored
+    header: nib.Nifti1Header,
+    description: str,
+) -> None:
+    """Writes a NIfTI file on another image's grid, whole or not at all.
+
+    Shape, zooms, qform and sform with their codes, and units are those of `header`, to the last bit; what it says
+    about the image's intensities is replaced.
+
+    Args:
+      path: ending in .nii or .nii.gz.
+      values: the volume.
+      header: of the image whose grid it is.
+      description: what it is, at most 79 characters.
+    """
+    header = header.copy()
+    header.set_data_dtype(values.dtype)
+    header.set_slope_inter(1, 0)
+    header.set_intent("none")
+    header["cal_min"], header["cal_max"] = 0, values.max()
+    header["descrip"] = description
+    header.extensions.clear()  # whatever another program noted there was about the input's intensities
+    image_type = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    # Without an affine of its own the image keeps the header's; given one, nibabel would rewrite the codes.
+    image = image_type(values, None, header)
+    with written_whole(path) as temporary:
+        nib.save(image, temporary)

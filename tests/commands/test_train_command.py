@@ -1,0 +1,67 @@
+"""Front doors as a user meets them: help without JAX, one line for a mistake, the exit status."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hae_jax.commands.common import entry_point
+from hae_jax.commands.config import read_config
+from hae_jax.commands.train import main
+from hae_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+PHANTOM = str(ROOT / "configs" / "phantom.py")
+
+
+@pytest.mark.parametrize("script", ["train.py", "translate.py", "tools/make_phantom.py", "tools/prepare_data.py"])
+def test_every_front_door_has_help_and_opens_from_any_folder(script, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True,
+                          check=True)
+    assert "usage:" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_mistake_is_one_line_and_status_2(capsys):
+    @entry_point
+    def command(argv):
+        raise UserError("data.root: no such\nfolder; make it")
+
+    with pytest.raises(SystemExit) as stop:
+        command([])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: data.root: no such folder; make it\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    @entry_point
+    def command(argv):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        command([])
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--config", "nowhere.py"], "--config nowhere.py: no such file"),
+    (["--config", PHANTOM, "--config.training.stepz=3"], "Did you mean \"steps\""),
+    (["--config", PHANTOM, "--config.training.steps=many"], "invalid literal"),
+    (["--config", PHANTOM, "--steps", "3"], "--steps: unknown argument"),
+])
+def test_bad_arguments_of_training_are_named(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--workdir", "run"])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overrides_reach_the_config():
+    config = read_config(PHANTOM, ["--config.model.channel_mult=(1,2)", "--config.translation.respacing=20",
+                                   "--config.training.clip_norm=1", "--config.data.root=/with a space"])
+    assert config.model.channel_mult == (1, 2)
+    assert config.translation.respacing == "20"
+    assert config.training.clip_norm == 1.0
+    assert config.data.root == "/with a space"

@@ -1,0 +1,142 @@
+"""The command: which network and which settings it takes, and what it says when there is none."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from configs import default, phantom
+from hae_jax.commands import runs
+from hae_jax.commands.translate import main
+from hae_jax.data import demo
+from hae_jax.errors import UserError
+from hae_jax.training import checkpoint
+from hae_jax.translation import run
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """An empty folder with the configs in it."""
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+
+
+def _train(name, tree, age=0.0):
+    """Leaves what the commands look at of a finished run."""
+    step = Path("runs") / name / "checkpoints" / "10"
+    step.mkdir(parents=True)
+    (step.parent.parent / "config.json").write_text(json.dumps(tree))
+    os.utime(step, (time.time() - age,) * 2)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces the network and the work; records what would have been done."""
+    found = {"loaded": [], "failed": {}}
+
+    def load(workdir, *, ema=True):
+        found["loaded"].append((str(workdir), ema))
+        tree = json.loads((Path(workdir) / "config.json").read_text())
+        return checkpoint.Network(tree, "model", {"path": str(workdir), "step": 10, "parameters": "ema"})
+
+    def translate(model, identity, config, mesh, **places):
+        found.update(config=config, **places)
+        return run.Report(Path(places["output"]), 1, found["failed"], "a table", [], 1.0)
+
+    monkeypatch.setattr(checkpoint, "load_network", load)
+    monkeypatch.setattr(run, "translate", translate)
+    monkeypatch.setattr(demo, "ensure_phantom", lambda data, size: found.update(ensured=(data.root, size)))
+    return found
+
+
+def _exit(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    return caught.value.code, capsys.readouterr().err.splitlines()
+
+
+def test_without_a_checkpoint_one_line_says_what_to_do(capsys):
+    status, lines = _exit([], capsys)
+    assert status == 2
+    assert len(lines) == 1
+    assert "train.py --config configs/phantom.py --workdir runs/phantom" in lines[0]
+
+
+def test_a_folder_without_checkpoint_is_named(capsys):
+    status, lines = _exit(["--checkpoint", "runs/nothing"], capsys)
+    assert (status, len(lines)) == (2, 1)
+    assert "runs/nothing" in lines[0]
+
+
+def test_with_nothing_given_the_newest_phantom_run(calls, capsys):
+    demo_tree = phantom.get_config().to_dict()
+    _train("old", demo_tree, age=100)
+    _train("phantom", demo_tree, age=50)
+    _train("other_data", default.get_config().to_dict())
+    (Path("runs/unfinished/checkpoints")).mkdir(parents=True)
+    (Path("runs/unfinished/config.json")).write_text(json.dumps(demo_tree))
+    main([])
+    assert calls["loaded"] == [("runs/phantom", True)]
+    assert calls["ensured"] == ("data/phantom_64", 64)
+    assert (calls["output"], calls["source"]) == (Path("runs/phantom/translation"), None)
+    assert "a table" in capsys.readouterr().out
+
+
+def test_settings_come_from_the_checkpoint_with_overrides(calls):
+    tree = default.get_config().to_dict()
+    tree["translation"] |= {"guidance": 5.0, "modality": [1], "ema": False}
+    tree["model"]["model_channels"] = 64
+    _train("a", tree)
+    main(["--checkpoint", "runs/a", "--input", "some/cases", "--config.translation.forward_steps=7"])
+    wanted = calls["config"].translation
+    assert (wanted.guidance, wanted.modality, wanted.forward_steps) == (5.0, (1,), 7)
+    assert calls["config"].model.model_channels == 64
+    assert calls["loaded"] == [("runs/a", True), ("runs/a", False)]
+    assert (calls["output"], calls["source"]) == (Path("runs/a/translation_cases"), "some/cases")
+
+
+def test_a_config_gives_settings_and_the_checkpoint_the_network(calls):
+    tree = default.get_config().to_dict()
+    tree["model"]["model_channels"], tree["diffusion"]["steps"] = 96, 400
+    tree["translation"]["respacing"] = "7"
+    _train("a", tree)
+    main(["--config", "configs/phantom.py", "--checkpoint", "runs/a", "--config.translation.guidance=1.5"])
+    config = calls["config"]
+    assert (config.translation.respacing, config.translation.guidance) == ("50", 1.5)
+    assert (config.model.model_channels, config.diffusion.steps) == (96, 400)
+
+
+def test_a_failed_case_gives_exit_status_1(calls, capsys):
+    _train("a", default.get_config().to_dict())
+    calls["failed"] = {"case_7": "no head"}
+    with pytest.raises(SystemExit) as caught:
+        main(["--checkpoint", "runs/a"])
+    assert caught.value.code == 1
+    assert "failed case_7: no head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("--config.model.dropout=0.5", "comes from its checkpoint"),
+    ("--config.translation.speed=3", "speed"),
+    ("--config.translation.guidance=strong", "guidance"),
+    ("--speed=3", "unknown argument"),
+])
+def test_bad_arguments_are_one_line(calls, capsys, argument, message):
+    _train("a", default.get_config().to_dict())
+    status, lines = _exit(["--checkpoint", "runs/a", argument], capsys)
+    assert (status, len(lines)) == (2, 1)
+    assert message in lines[0]
+
+
+def test_a_checkpoint_from_before_a_field_takes_its_default():
+    tree = phantom.get_config().to_dict()
+    del tree["translation"]["components"]
+    config = runs.trained_config(json.loads(json.dumps(tree)), [])
+    assert config.translation.components == default.get_config().translation.components
+    assert config.data.phantom.subjects == 24
+    with pytest.raises(UserError, match="speed"):
+        runs.trained_config(tree, ["--config.translation.speed=3"])

@@ -1,0 +1,32 @@
+"""The phantom on demand."""
+
+import pytest
+
+from configs import phantom
+from hae_jax.data import demo
+from hae_jax.data.store import open_store
+
+
+@pytest.fixture
+def data(tmp_path):
+    data = phantom.get_config().data
+    data.root = str(tmp_path / "store")
+    data.phantom.update({"cases": str(tmp_path / "cases"), "subjects": 3, "size": 0.1, "workers": 1,
+                         "train_fraction": 0.34, "val_fraction": 0.34})
+    return data
+
+
+def test_makes_what_is_absent_and_nothing_twice(data, monkeypatch, capsys):
+    demo.ensure_phantom(data, 16)
+    store = open_store(data.root)
+    assert store.manifest["slice_shape"] == [16, 16, 4]
+    assert [store.manifest["splits"][split]["cases"] for split in ("train", "val", "test")] == [1, 1, 1]
+    assert "making a phantom of 3 subjects" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "make_phantom", lambda *_, **__: pytest.fail("made again"))
+    demo.ensure_phantom(data, 16)
+
+
+def test_real_data_are_not_replaced(data, monkeypatch):
+    monkeypatch.setattr(demo, "make_phantom", lambda *_, **__: pytest.fail("made"))
+    data.phantom = None
+    demo.ensure_phantom(data, 16)

@@ -1,0 +1,149 @@
+"""The whole loop on a tiny network: devices, accumulation, resuming, what it writes, how it stops."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hae_jax.errors import UserError
+from hae_jax.training import checkpoint
+from hae_jax.training.loop import train
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_state(workdir, step):
+    """Every array of a checkpoint under its name."""
+    checkpoints = checkpoint.Checkpoints(workdir)
+    arrays = {}
+    for item in ("params", "ema", "optimizer", "progress"):
+        restored = checkpoints._manager.restore(
+            step, args=checkpoint.ocp.args.Composite(**{item: checkpoint.ocp.args.StandardRestore()}))
+        arrays |= {f"{item}/{name}": np.asarray(value) for name, value in restored[item].items()}
+    checkpoints.close()
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_settings, tmp_path_factory):
+    """A run of three steps on all four devices, with sample grids; not to be changed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    config = tiny_settings()
+    config.training.sample_every = 2
+    config.training.sample_steps = 2
+    config.training.sample_guidance = (0.0, 2.0)
+    train(config, workdir)
+    return workdir
+
+
+def test_one_device_gives_the_losses_of_four(tiny_config, tmp_path, finished):
+    train(tiny_config, tmp_path, jax.devices()[:1])
+    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
+
+
+def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(tiny_config, tmp_path, finished):
+    tiny_config.training.fsdp = True
+    tiny_config.training.accumulation = 4
+    train(tiny_config, tmp_path, jax.devices()[:2])
+    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
+
+
+def test_six_steps_at_once_equal_three_and_three(tiny_config, tmp_path):
+    """Bit for bit: parameters, averages, optimiser, step, and every logged number but the speed."""
+    tiny_config.training.log_every = 2  # the restart falls between two lines
+    tiny_config.training.steps = 6
+    train(tiny_config, tmp_path / "whole")
+    tiny_config.training.save_every = 3
+    train_until(tiny_config, tmp_path / "parts", 3)
+    train(tiny_config, tmp_path / "parts")
+    whole, parts = saved_state(tmp_path / "whole", 6), saved_state(tmp_path / "parts", 6)
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], parts[name], err_msg=name)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def train_until(config, workdir, step):
+    """Trains and dies, as if killed, right after the checkpoint of `step` is on its way."""
+    save = checkpoint.Checkpoints.save
+
+    def save_and_die(self, state, tree):
+        save(self, state, tree)
+        if int(state.step) == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, workdir)
+
+
+def test_a_finished_run_is_left_alone(tiny_config, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    train(tiny_config, finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert "already trained" in capsys.readouterr().out
+
+
+def test_what_a_run_writes(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert {"loss", "gradient_norm", "learning_rate", "images_per_second"} <= line.keys()
+        assert any(name.startswith("loss_t") for name in line)
+    assert sorted(p.name for p in (finished / "samples").iterdir()) == ["step_0000002.png", "step_0000003.png"]
+    assert (finished / "loss.png").stat().st_size > 1000
+    assert list((finished / "tensorboard").iterdir())
+    assert json.loads((finished / "config.json").read_text())["model"]["image_size"] == 16
+    assert "Research use only" in json.loads((finished / "run.json").read_text())["notice"]
+
+
+def test_the_network_of_a_run_can_be_loaded_alone(finished):
+    averaged, last = checkpoint.load_network(finished), checkpoint.load_network(finished, ema=False)
+    assert averaged.identity["step"] == 3
+    assert averaged.identity["parameters"] == "ema 0.9"
+    arrays = saved_state(finished, 3)
+    for network, prefix in ((averaged, "ema/0"), (last, "params")):
+        np.testing.assert_array_equal(network.model.head_conv.bias[...], arrays[f"{prefix}/head_conv/bias"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path):
+    tiny_config.training.save_every = 1
+    tiny_config.training.steps = 2
+    train(tiny_config, tmp_path)
+    tiny_config.training.steps = 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hae_jax.training.step.gaussian", lambda keys, shape: np.full((len(keys), *shape), np.nan, "f4"))
+        with pytest.raises(UserError, match=r"step 3 gave loss nan.*checkpoint 2 is kept"):
+            train(tiny_config, tmp_path)
+    assert checkpoint.load_network(tmp_path).identity["step"] == 2
+    assert len(losses(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("training.batch_size", 6, r"training\.batch_size is 6: 4 devices x 1 .* set it to 8"),
+    ("training.accumulation", 3, r"set it to 12"),
+    ("training.steps", 0, r"training\.steps is 0"),
+    ("training.p_uncond", 1.5, r"training\.p_uncond"),
+    ("training.ema_rates", (), r"training\.ema_rates"),
+    ("training.anneal", "exp", r"training\.anneal"),
+    ("model.image_size", 32, r"holds slices of \(16, 16, 4\)"),
+    ("model.variant", "hae_v3", r"model\.variant"),
+    ("data.root", "/nowhere", r"/nowhere"),
+])
+def test_bad_settings_are_named_before_anything_is_written(tiny_config, tmp_path, field, value, message):
+    section, name = field.split(".")
+    tiny_config[section][name] = value
+    with pytest.raises(UserError, match=message):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_another_config(tiny_config, finished):
+    tiny_config.training.learning_rate = 5e-4
+    tiny_config.model.num_heads = 2
+    with pytest.raises(UserError, match=r"num_heads was 4, is 2; training\.learning_rate was 0\.001, is 0\.0005"):
+        train(tiny_config, finished)

@@ -1,0 +1,92 @@
+"""The forward process against the reference's stored stacks, and properties that it must have."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hae_jax.diffusion.process import Process
+from hae_jax.diffusion.schedule import make_schedule
+from hae_jax.errors import UserError
+from hae_jax.translation.forward_process import Denoisers, ForwardSettings, forward_process
+
+PROCESS = Process(make_schedule("linear", 100))
+SETTINGS = ForwardSettings(steps=60, guidance=2.0, modality=(0, 3))
+
+
+def toy_eps(x, t, shift):
+    return 0.3 * x + 0.1 * jnp.sin(t / 20)[:, None, None, None] + shift
+
+
+def toy_denoisers(shift=0.05):
+    """The reference's toy network: the class healthy adds 0.05, the null condition nothing."""
+    return Denoisers(lambda x, t: toy_eps(x, t, 0), lambda x, t: (toy_eps(x, t, shift), toy_eps(x, t, 0)))
+
+
+@pytest.fixture(scope="module")
+def case(golden):
+    data = np.load(golden / "diffusion.npz")
+    nhwc = lambda a: jnp.asarray(np.moveaxis(a, -3, -1))
+    return {k: nhwc(data[k]) for k in data.files if k in ("x0", "noise") or k.startswith("fpdm_xstart")}
+
+
+def run(case, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    function = lambda x0: forward_process(PROCESS, toy_denoisers(), x0, lambda t: case["noise"], settings)
+    return jax.jit(function)(case["x0"])
+
+
+@pytest.mark.parametrize(("d_reverse", "key"), [(True, "ddim"), (False, "ddpm")])
+def test_equals_the_stored_stacks(case, d_reverse, key):
+    result = run(case, d_reverse=d_reverse)
+    guided, reference = case[f"fpdm_xstart_{key}"], case[f"fpdm_xstart_null_{key}"]  # [B, T, H, W, M]
+    x = case["x0"][:, None][..., jnp.array([0, 3])]
+    for ours, a, b in ((result.mse, guided, x), (result.ref, reference, x), (result.diff, guided, reference)):
+        np.testing.assert_allclose(ours, jnp.square(a - b).mean((2, 3)), rtol=1e-4, atol=1e-7)
+    stacked = np.square(np.asarray(guided - x))
+    diff = np.asarray(jnp.square(guided - reference).mean((2, 3)))
+    for b in range(3):
+        for m in range(2):
+            # Where two steps tie to rounding, either is the largest; the map must belong to the step that was taken.
+            t_e = int(result.t_e[b, m])
+            assert diff[b, t_e, m] >= diff[b, :, m].max() * (1 - 1e-5)
+            expected = stacked[b, :max(t_e, 1), :, :, m].mean(0)
+            np.testing.assert_allclose(result.map[b, :, :, m], expected, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(result.healthy[b, :, :, m], guided[b, t_e, :, :, m], atol=1e-5)
+
+
+def test_without_guidance_there_is_no_difference_from_the_healthy_reference(case):
+    result = run(case, guidance=0.0)
+    assert not np.any(result.diff)
+    assert not np.any(result.t_e)  # nothing is strictly larger than the first step
+
+
+def test_the_null_reference_is_another_prediction(case):
+    assert not np.allclose(run(case, reference="null").ref, run(case).ref)
+
+
+def test_permuting_slices_permutes_results(case):
+    order = jnp.array([2, 0, 1])
+    permuted = run({k: v[order] for k, v in case.items()})
+    for a, b in zip(run(case), permuted, strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[np.asarray(order)], b)
+
+
+def test_memory_does_not_grow_with_the_steps():
+    x0 = jnp.zeros((2, 16, 16, 4))
+
+    def temporary_bytes(steps):
+        settings = dataclasses.replace(SETTINGS, steps=steps)
+        function = lambda x: forward_process(PROCESS, toy_denoisers(), x, lambda t: x, settings)
+        return jax.jit(function).lower(x0).compile().memory_analysis().temp_size_in_bytes
+
+    # The curves alone may grow: 3 x B x M floats a step.
+    assert temporary_bytes(90) - temporary_bytes(10) <= 80 * 3 * 2 * 2 * 4 * 2
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"reference": "paper"}, {"modality": ()}, {"modality": (0, 0)}])
+def test_impossible_settings_name_the_field(bad):
+    with pytest.raises(UserError, match=r"translation\."):
+        dataclasses.replace(SETTINGS, **bad)
