@@ -1,19 +1,20 @@
-"""Shared by all tests: four CPU devices, a persistent compilation cache, the golden values."""
+"""Shared by all tests: four CPU devices, quick compilation and a cache of it, the golden values."""
 
 import os
-import tempfile
 from pathlib import Path
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
 
+# The networks here run for a fraction of a second: compiling fast is worth more than fast code.
+_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}"  # read when the first device is asked for
+
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_default_matmul_precision", "highest")
-_CACHE = os.environ.get("HAE_JAX_CACHE", str(Path(tempfile.gettempdir()) / "hae_jax_test_cache"))
-jax.config.update("jax_compilation_cache_dir", _CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")

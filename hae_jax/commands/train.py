@@ -22,8 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     config = read_config(arguments.config, overrides)
 
-    from hae_jax.data.demo import ensure_phantom  # after parsing: --help shall not wait for JAX
+    # Imported after parsing: --help shall not wait for JAX.
+    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.data.demo import ensure_phantom
     from hae_jax.training.loop import train
 
+    use_all_cores(max(1, config.training.batch_size // max(1, config.training.accumulation)))
     ensure_phantom(config.data, config.model.image_size)
     train(config, arguments.workdir)

@@ -33,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
                         "the config's data")
     parser.add_argument("--output", metavar="FOLDER", help="where the results go; default: RUN/translation, with the "
                         "name of --input after it")
+    parser.add_argument("--overwrite", action="store_true", help="work again where --output already holds the results "
+                        "of the same network, cases and settings")
     return parser
 
 
@@ -46,11 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = read_config(arguments.config or DEMO_CONFIG, overrides)
         checkpoint = checkpoint or newest_run(arguments.config or DEMO_CONFIG, config.data.root)
 
-    from hae_jax.data.demo import ensure_phantom  # after parsing: --help shall not wait for JAX
+    # Imported after parsing: --help shall not wait for JAX.
+    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.data.demo import ensure_phantom
     from hae_jax.training.checkpoint import load_network
     from hae_jax.training.mesh import make_mesh
     from hae_jax.translation.run import translate
 
+    use_all_cores()
     network = load_network(checkpoint)
     config = with_network(config or trained_config(network.config, overrides), network.config)
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
@@ -59,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
     name = "_".join(["translation", *([Path(arguments.input).resolve().name] if arguments.input else [])])
     report = translate(network.model, network.identity, config, make_mesh(), source=arguments.input,
-                       output=arguments.output or Path(checkpoint) / name)
+                       output=arguments.output or Path(checkpoint) / name, overwrite=arguments.overwrite)
     print("\n".join(report.lines()))
     if report.failed:
         sys.exit(1)

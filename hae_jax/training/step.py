@@ -41,11 +41,15 @@ def draw(
     settings: StepSettings, process: Process, step: jax.Array, shape: tuple[int, ...]
 ) -> Draws:  # shape: [B, H, W, C]
     """Draws timesteps, noise and dropped labels for the rows of the global batch of a step."""
-    key = jax.random.fold_in(jax.random.key(settings.seed), step)
+    key = _step_key(settings, step)
     rows = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4))(jnp.arange(shape[0]))
     t = jax.vmap(lambda k: jax.random.randint(k, (), 0, process.schedule.steps))(rows[:, 0])
     drop = jax.vmap(lambda k: jax.random.bernoulli(k, settings.p_uncond))(rows[:, 2])
     return Draws(t, gaussian(rows[:, 1], shape[1:]), drop, rows[:, 3])
+
+
+def _step_key(settings: StepSettings, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(settings.seed), step)
 
 
 def make_train_step(
@@ -65,7 +69,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         draws = draw(settings, process, state.step, batch["image"].shape)
-        shared = jax.random.fold_in(jax.random.key(settings.seed ^ 0x5EED), state.step)
+        # For what all rows share: the key that the row after the last would have.
+        shared = jax.random.fold_in(_step_key(settings, state.step), len(batch["label"]))
         seen = None if settings.accumulation == 1 else _context_of_whole_batch(draws.drop, config)
 
         def loss_of_part(params, part):

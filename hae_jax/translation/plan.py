@@ -1,6 +1,7 @@
 """What a run will do: settings, data and cases, checked before anything is computed or written."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,16 @@ def calibration_inputs(plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any
         "seed": plan.config.seed,
         "data": {"root": str(plan.store.root), "manifest_sha256": hashlib.sha256(manifest).hexdigest()},
     }
+
+
+def run_inputs(plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that a run's results depend on, ready for JSON: a run that finds it unchanged has nothing to do."""
+    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns]
+             for case in plan.cases for path in (*case.images, case.segmentation) if path is not None and path.exists()}
+    inputs = calibration_inputs(plan, identity) | {
+        "translation": plan.config.translation.to_dict(), "evaluation": plan.config.evaluation.to_dict(),
+        "files": files, "missing": plan.missing}
+    return json.loads(json.dumps(inputs))  # as it will be read back: tuples become lists
 
 
 def _check_slices(store: Store, config: ml_collections.ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of the network share: quick compilation, networks filled without drawing, shapes inside a program."""
+"""What the tests of the network share: networks filled without drawing, shapes inside a program."""
 
 import functools
 import zlib
@@ -12,16 +12,9 @@ from flax import nnx
 
 from hae_jax.model import UNet, UNetConfig
 
-# These networks run for a fraction of a second: compiling fast is worth more than fast code.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 # Two levels; the hybrid block has 12 x 12 tokens, enough to be sparse.
 SMALL = {"image_size": 24, "in_channels": 2, "model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1,
          "attention_resolutions": (2,)}
-
-
-def quick_jit(f: Callable) -> Callable:
-    """`jax.jit` with little optimisation."""
-    return jax.jit(f, compiler_options=_QUICK)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from network_helpers import assert_close, quick_jit, shapes_in
+from network_helpers import assert_close, shapes_in
 
 from hae_jax.model.attention import attend_with_context
 from hae_jax.model.conditioning import Context
@@ -53,7 +53,7 @@ def forms():
         def scalar(arguments):
             out = form(**arguments)
             return jnp.sum(out * direction), out
-        return quick_jit(jax.value_and_grad(scalar, has_aux=True))
+        return jax.jit(jax.value_and_grad(scalar, has_aux=True))
 
     return with_gradients(rank_one), with_gradients(product_form)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from network_helpers import SMALL, abstract, assert_close, filled, inputs, quick_jit
+from network_helpers import SMALL, abstract, assert_close, filled, inputs
 
 from hae_jax.model import VARIANTS, UNetConfig
 from hae_jax.model.conditioning import class_context, timestep_embedding
@@ -78,7 +78,7 @@ def network():
 
     def build(rule: str):
         graph, _ = abstract(dataclasses.replace(CONFIG, null_context=rule))
-        run = quick_jit(lambda state, x, t, y, null, drop: nnx.merge(graph, state)(x, t, y, null=null, drop=drop))
+        run = jax.jit(lambda state, x, t, y, null, drop: nnx.merge(graph, state)(x, t, y, null=null, drop=drop))
         return lambda null=NO, drop=NO, put=lambda a: a: run(state, *map(put, (x, t, y, null, drop)))
 
     return {rule: build(rule) for rule in ("batch", "keep")}

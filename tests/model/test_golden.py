@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_weights import GoldenCase, read_case
-from network_helpers import abstract, assert_close, quick_jit
+from network_helpers import abstract, assert_close
 
 from hae_jax.model import UNet, load_torch_state, torch_state
 
@@ -53,7 +53,7 @@ def network(request: pytest.FixtureRequest, golden) -> Network:
         out = f(state, null, drop)
         return jnp.mean(out * direction), out
 
-    compiled = quick_jit(jax.value_and_grad(scalar, has_aux=True))
+    compiled = jax.jit(jax.value_and_grad(scalar, has_aux=True))
 
     def run(null, drop):
         (_, out), gradients = compiled(state, null, drop)
@@ -95,7 +95,7 @@ def test_gradient_norm_of_every_parameter(network: Network):
 def test_outputs_without_memory_optimization(golden, name: str):
     case = read_case(golden, name)
     graph, state = nnx.split(loaded(case, memory_optimization=False))
-    run = quick_jit(forward(graph, case))
+    run = jax.jit(forward(graph, case))
     outputs = {mode: run(state, null, drop) for mode, (null, drop) in case.modes().items()}
     for mode, out in outputs.items():
         assert_close(out, case.output(mode, "_memopt_off"), TOLERANCE)
@@ -109,6 +109,6 @@ def test_the_full_size_network(golden):
     assert list(torch_state(model)) == list(case.weights)
     assert model.masked_tokens(128, 128) == case.values["sparse_seq_lens"].tolist()
     graph, state = nnx.split(model)
-    run = quick_jit(forward(graph, case))
+    run = jax.jit(forward(graph, case))
     for mode, (null, drop) in case.modes().items():
         assert_close(run(state, null, drop), case.output(mode), TOLERANCE)

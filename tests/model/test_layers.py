@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from network_helpers import SMALL, abstract, assert_close, inputs, quick_jit
+from network_helpers import SMALL, abstract, assert_close, inputs
 from scipy import signal
 
 from hae_jax.model import UNet, UNetConfig, torch_state
@@ -105,7 +105,7 @@ def test_attention_weights_are_dropped_in_training_without_bias(is_sparse: bool)
     """The output is linear in the weights that are dropped, so its mean over many samples is that without dropout."""
     attention = MultiHeadAttention(8, UNetConfig(**SMALL, dropout=0.5), nnx.Rngs(0))
     tokens = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 20, 8)), (1000, 20, 8))
-    run = quick_jit(lambda tokens, keys: attention(tokens, keys, None, is_sparse=is_sparse))
+    run = jax.jit(lambda tokens, keys: attention(tokens, keys, None, is_sparse=is_sparse))
     out = np.asarray(run(tokens, randomness(1000)))
     spread = out.std(0)
     assert (spread > 1e-3).all()
@@ -116,13 +116,13 @@ def test_attention_weights_are_dropped_in_training_without_bias(is_sparse: bool)
 @pytest.fixture(scope="module")
 def drawn() -> UNet:
     """A network as it is initialised."""
-    return nnx.merge(abstract(CONFIG)[0], quick_jit(lambda: nnx.state(UNet(CONFIG, nnx.Rngs(0))))())
+    return nnx.merge(abstract(CONFIG)[0], jax.jit(lambda: nnx.state(UNet(CONFIG, nnx.Rngs(0))))())
 
 
 def test_the_network_starts_at_zero(drawn: UNet):
     x, t, y = inputs(drawn.config, 2)
     graph, state = nnx.split(drawn)
-    out = quick_jit(lambda state, x, t, y: nnx.merge(graph, state)(x, t, y))(state, x, t, y)
+    out = jax.jit(lambda state, x, t, y: nnx.merge(graph, state)(x, t, y))(state, x, t, y)
     assert out.dtype == np.float32
     assert not out.any()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from network_helpers import SMALL, abstract, assert_close, filled, inputs, quick_jit
+from network_helpers import SMALL, abstract, assert_close, filled, inputs
 
 from hae_jax.model import VARIANTS, UNetConfig
 from hae_jax.model.layers import Randomness
@@ -35,7 +35,7 @@ def training_pass(config: UNetConfig) -> Callable:
         out = nnx.merge(graph, state)(x, t, y, drop=jnp.arange(len(x)) == 0, rngs=keys)
         return jnp.mean(jnp.square(out - 1)), out
 
-    return quick_jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize("variant", list(COMBINATIONS))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from network_helpers import SMALL, assert_close, quick_jit, shapes_in
+from network_helpers import SMALL, assert_close, shapes_in
 
 from hae_jax.model import UNetConfig, sparse
 from hae_jax.model.hybrid import MultiHeadAttention
@@ -53,7 +53,7 @@ def test_blocks_equal_dense_attention_with_the_same_pattern(tokens: int):
         def scalar(q, k, v):
             out = attention(q, k, v, pattern)
             return jnp.sum(out * direction), out
-        return quick_jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(*qkv)
+        return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(*qkv)
 
     (_, out), gradients = with_gradients(sparse.attend_blocks, links)
     (_, expected), expected_gradients = with_gradients(sparse.attend, blocked)
@@ -115,7 +115,7 @@ def influence(*, shared: jax.Array | None = None, blocked: np.ndarray | None = N
     randomness = None if shared is None else Randomness(jax.random.split(KEY, 1), shared)
     tokens = jax.random.normal(KEY, (TOKENS, 8))
     f = lambda tokens: attention(tokens[None], randomness, blocked, is_sparse=is_sparse)[0].sum(-1)
-    return (np.abs(quick_jit(jax.jacrev(f))(tokens)).max(-1) > 0) & ~np.eye(TOKENS, dtype=bool)
+    return (np.abs(jax.jit(jax.jacrev(f))(tokens)).max(-1) > 0) & ~np.eye(TOKENS, dtype=bool)
 
 
 def test_each_network_gets_its_own_trained_pattern():

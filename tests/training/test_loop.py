@@ -51,6 +51,14 @@ def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(tiny_conf
     np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
 
 
+def test_bfloat16_computes_nearly_the_same_with_float32_parameters(tiny_config, tmp_path, finished):
+    tiny_config.model.dtype = "bfloat16"
+    train(tiny_config, tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=0.02)
+    assert losses(tmp_path) != losses(finished)
+    assert {str(a.dtype) for name, a in saved_state(tmp_path, 3).items() if name.startswith("params")} == {"float32"}
+
+
 def test_six_steps_at_once_equal_three_and_three(tiny_config, tmp_path):
     """Bit for bit: parameters, averages, optimiser, step, and every logged number but the speed."""
     tiny_config.training.log_every = 2  # the restart falls between two lines

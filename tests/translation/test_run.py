@@ -24,8 +24,9 @@ IDENTITY = {"path": "runs/a/1", "step": 1, "parameters": "params"}
 
 @pytest.fixture
 def run(config, toy_network, mesh_of, tmp_path):
-    def call(source=None, seed=0, devices=1):
-        return translate(toy_network(seed), IDENTITY, config, mesh_of(devices), output=tmp_path / "out", source=source)
+    def call(source=None, seed=0, devices=1, overwrite=False):
+        return translate(toy_network(seed), IDENTITY, config, mesh_of(devices), output=tmp_path / "out", source=source,
+                         overwrite=overwrite)
 
     return call
 
@@ -69,6 +70,22 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
     assert "PHANTOM" not in report.table
     assert report.pictures == [tmp_path / "out" / f"{name}_overlay.png"]
     assert not report.failed
+
+
+def test_what_was_done_already_is_not_done_again(run, config, tmp_path):
+    first = run()
+    maps = next((tmp_path / "out").glob("*_map.nii.gz"))
+    written = maps.stat().st_mtime_ns
+    again = run()
+    assert again.again
+    assert maps.stat().st_mtime_ns == written
+    assert (again.table, again.pictures, again.finished) == (first.table, first.pictures, first.finished)
+    assert not run(overwrite=True).again
+    config.translation.median = not config.translation.median  # other masks from the same curves
+    assert not run().again
+    maps.unlink()
+    assert not run().again
+    assert maps.exists()
 
 
 def test_a_calibration_is_used_again_only_for_the_same(run, config, tmp_path, monkeypatch):
