@@ -1,0 +1,87 @@
+"""tools/convert_torch_weights.py: weights of the PyTorch code -> a run of this project, and back."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hae_jax.commands.common import entry_point
+from hae_jax.commands.config import CONFIG_HELP, read_config
+
+_DESCRIPTION = """\
+Import the weights of a PyTorch run. The folder that is written is a run like any other: translate.py --checkpoint takes
+it, and train.py --workdir goes on with it. With --to-torch, write the weights of a run for PyTorch instead.
+Nothing is written unless everything fits. .pt files are never allowed to run code."""
+_EPILOG = """\
+examples:
+  python tools/convert_torch_weights.py --checkpoint model210000.pt --ema ema_0.9999_210000.pt \\
+      --optimizer opt210000.pt --config configs/brats_v2c.py --output runs/imported --verify
+  python train.py --config configs/brats_v2c.py --workdir runs/imported --config.training.steps=250000
+  python tools/convert_torch_weights.py --checkpoint ema_0.9999_210000.pt --output runs/imported
+  python tools/convert_torch_weights.py --to-torch runs/imported model.pt"""
+_DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_torch_weights.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="state dict: .pt (plain or nested under state_dict, model or ema) or "
+        ".safetensors; a file named ema_RATE_STEP.pt serves as parameters and as average")
+    add("--optimizer", metavar="FILE", help="state of AdamW, opt210000.pt; default: moments begin at zero")
+    add("--ema", metavar="FILE", nargs="?", const="", action="append", default=[],
+        help="average of the parameters, ema_0.9999_210000.pt; once for each rate; default: begins as the parameters. "
+             "With --to-torch and without a FILE: write the (first) average, not the parameters")
+    add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py with the network that the names "
+        "and shapes tell, which is also written to config.py for train.py")
+    add("--output", metavar="FOLDER", help="the run to write, new or empty")
+    add("--verify", action="store_true", help="read the checkpoint again and compare every array with the files")
+    add("--to-torch", metavar=("RUN", "FILE"), nargs=2, help="write the newest checkpoint of a run to a .pt that "
+        "load_state_dict takes strictly, or to a .safetensors")
+    return parser
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and converts."""
+    parser = _parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.to_torch:
+        if overrides or arguments.checkpoint or arguments.output or arguments.config or any(arguments.ema):
+            parser.error("--to-torch RUN FILE goes with --ema (without a file) only")
+        _export(*arguments.to_torch, ema=bool(arguments.ema))
+    elif not arguments.checkpoint or not arguments.output or "" in arguments.ema:
+        parser.error("give --checkpoint FILE and --output FOLDER (and each --ema its FILE), or --to-torch RUN FILE")
+    elif overrides and not arguments.config:
+        parser.error(f"{overrides[0]}: unknown argument, or one that needs --config, such as configs/default.py")
+    else:
+        _import(arguments, overrides)
+
+
+def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from hae_jax.training import imported, torch_run  # after parsing: --help shall not wait for JAX
+
+    config, text = read_config(arguments.config or str(_DEFAULTS), overrides), None
+    weights = torch_run.read_weights(arguments.checkpoint, arguments.optimizer, arguments.ema)
+    if not arguments.config:
+        settings = torch_run.guessed_settings(weights, config)
+        config.update_from_flattened_dict(settings)
+        text = torch_run.config_file(settings, weights)
+    lines = imported.write_run(weights, config, arguments.output, config_name=arguments.config, config_text=text,
+                               verify=arguments.verify)
+    print("\n".join([*torch_run.network_lines(config), *lines]))
+    source = " ".join([arguments.config or f"{arguments.output}/config.py", *overrides])
+    print(f"to translate: python translate.py --checkpoint {arguments.output} --input FOLDER")
+    print(f"to go on: python train.py --config {source} --workdir {arguments.output}"
+          + (f" --config.training.steps=N (above {weights.step})" if weights.step >= config.training.steps else ""))
+
+
+def _export(run: str, file: str, ema: bool) -> None:
+    from hae_jax.model import torch_state
+    from hae_jax.model.torch_files import write_state_dict
+    from hae_jax.training.checkpoint import load_network
+
+    network = load_network(run, ema=ema)
+    state = torch_state(network.model)
+    write_state_dict(file, state)
+    print(f"{file}: {len(state)} arrays, {network.identity['parameters']} of {network.identity['path']}")

@@ -1,0 +1,168 @@
+"""Files of PyTorch's world -> NumPy arrays, and back; `torch_weights` then knows what the arrays mean.
+
+A .pt file is a pickle, which can run any code when it is loaded. It is only read with PyTorch's `weights_only=True`,
+which makes arrays, numbers and containers, and refuses everything else. A .safetensors file needs no PyTorch.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from hae_jax.errors import UserError
+from hae_jax.files import written_whole
+
+NESTED = ("state_dict", "model", "ema")  # under which people keep a state dict, tried in this order
+_PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put in front of all names
+_SAFETENSORS_FLOATS = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
+
+
+class AdamW(NamedTuple):
+    """The state of a `torch.optim.AdamW`, its parameters in the order in which they were given to it."""
+
+    path: Path
+    step: int  # the largest of the parameters'
+    exp_avg: list[np.ndarray | None]  # None: the parameter never had a gradient
+    exp_avg_sq: list[np.ndarray | None]
+    settings: dict[str, Any]  # lr, weight_decay, betas, eps
+
+
+def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED) -> dict[str, np.ndarray]:
+    """Reads names and arrays from a .safetensors file, or from anything that `torch.save` wrote.
+
+    Args:
+      path: the file. The state dict may be nested under one of the usual keys, and its names may have the prefix of a
+        wrapper; both are taken off.
+      nested: the keys, the preferred one first.
+
+    Returns:
+      float32 arrays, in the file's order.
+
+    Raises:
+      UserError: for a missing or damaged file, a pickle that wants more than arrays, or one without a state dict.
+    """
+    path = _existing(path)
+    if path.suffix == ".safetensors":
+        return _without_prefix(_read_safetensors(path))
+    found = _load(path)
+    while isinstance(found, Mapping) and (keys := [k for k in nested if isinstance(found.get(k), Mapping)]):
+        found = found[keys[0]]
+    if not isinstance(found, Mapping) or not found:
+        raise UserError(f"{path}: no state dict in it, neither plain nor under {', '.join(nested)}; save one with "
+                        "torch.save(model.state_dict(), ...)")
+    return _without_prefix({str(name): _as_array(path, name, value) for name, value in found.items()})
+
+
+def read_adamw(path: str | Path) -> AdamW:
+    """Reads what `torch.save(optimizer.state_dict(), path)` wrote for an AdamW.
+
+    Raises:
+      UserError: for a file that cannot be read, or is of another optimiser, or of one with several parameter groups.
+    """
+    path = _existing(path)
+    found = _load(path)
+    if not isinstance(found, Mapping) or not {"state", "param_groups"} <= found.keys():
+        raise UserError(f"{path}: not the state dict of an optimiser (it has no state and param_groups); give opt*.pt")
+    groups, state = found["param_groups"], found["state"]
+    if len(groups) != 1:
+        raise UserError(f"{path}: {len(groups)} parameter groups, so that the order of the parameters is not known; "
+                        "leave --optimizer out")
+    entries = [state.get(number) for number in groups[0]["params"]]
+    seen = [entry for entry in entries if entry is not None]
+    if not seen or any(not {"step", "exp_avg", "exp_avg_sq"} <= entry.keys() for entry in seen):
+        raise UserError(f"{path}: no moments of Adam or AdamW in it (step, exp_avg, exp_avg_sq); leave --optimizer out")
+    moments = ([None if entry is None else _as_array(path, f"{name} of parameter {i}", entry[name])
+                for i, entry in enumerate(entries)] for name in ("exp_avg", "exp_avg_sq"))
+    settings = {name: groups[0][name] for name in ("lr", "weight_decay", "betas", "eps") if name in groups[0]}
+    return AdamW(path, max(int(entry["step"]) for entry in seen), *moments, settings)
+
+
+def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict that PyTorch loads: .pt by `torch.save`, .safetensors without PyTorch.
+
+    Args:
+      path: the file; an existing one is left alone.
+      state: as `torch_state` gives it.
+
+    Raises:
+      UserError: if the file exists, or ends in neither.
+    """
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path}: exists already; name another file, or remove it")
+    if path.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"{path}: must end in .pt or .safetensors")
+    if path.suffix == ".pt":
+        torch = _torch(path)
+        with written_whole(path) as temporary:
+            torch.save({name: torch.from_numpy(value) for name, value in state.items()}, temporary)
+    else:
+        with written_whole(path) as temporary:
+            safetensors.numpy.save_file(dict(state), temporary)
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return path
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch  # an extra: training and translation never need it
+    except ImportError as error:
+        raise UserError(f"{path}: .pt files need PyTorch; pip install torch, or use .safetensors") from error
+    return torch
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path}: a .safetensors file holds no optimiser; give opt*.pt")
+    torch = _torch(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about protocols of pickles that are refused in the next line
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file makes PyTorch stumble in whatever its bytes look like: EOFError, KeyError, OSError, ...
+    except Exception as error:
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(f"{path}: refused, since loading it would run code ({wanted[1]}); it may hold arrays only: "
+                            "save it anew with torch.save(model.state_dict(), ...)") from error
+        raise UserError(f"{path}: damaged or truncated, or not written by torch.save ({type(error).__name__}); nothing "
+                        "in it was run; copy it again") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        entries = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: damaged or truncated ({error}); copy it again") from error
+    arrays = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFETENSORS_FLOATS:
+            raise UserError(f"{path}: {name} is of type {entry['dtype']}; only floating-point arrays are weights here")
+        values = np.frombuffer(entry["data"], _SAFETENSORS_FLOATS[entry["dtype"]])
+        arrays[name] = values.reshape(entry["shape"]).astype(np.float32)
+    return arrays
+
+
+def _as_array(path: Path, name: Any, value: Any) -> np.ndarray:
+    torch = _torch(path)
+    if not torch.is_tensor(value) or not value.is_floating_point():
+        kind = value.dtype if torch.is_tensor(value) else type(value).__name__
+        raise UserError(f"{path}: {name} is of type {kind}; only floating-point arrays are weights here")
+    return value.detach().float().numpy()  # NumPy has no bfloat16
+
+
+def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for prefix in (p for _ in _PREFIXES for p in _PREFIXES):  # one wrapper may be around the other
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state

@@ -1,0 +1,121 @@
+"""The command as a user meets it: what it finds, what it writes, and one line where something does not fit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from hae_jax.commands.config import read_config
+from hae_jax.commands.convert_torch_weights import main
+from hae_jax.model import torch_state
+from hae_jax.training.checkpoint import check_same_run, load_network
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def weights_of(golden, name: str) -> dict[str, np.ndarray]:
+    """Small numbers under the names and shapes of a reference network."""
+    rng = np.random.default_rng(0)
+    lines = (golden / f"{name}.keys.tsv").read_text().splitlines()
+    shapes = {key: tuple(map(int, shape.split("x"))) for key, shape in (line.split("\t") for line in lines)}
+    return {key: 0.1 * rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
+
+
+def tensors(state, dtype=torch.float32):
+    return {name: torch.from_numpy(value).to(dtype) for name, value in state.items()}
+
+
+def refused(arguments, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_help_opens_from_any_folder(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "convert_torch_weights.py"), "--help"], cwd=tmp_path,
+                          capture_output=True, text=True, check=True)
+    assert "--to-torch RUN FILE" in done.stdout
+    assert done.stderr == ""
+
+
+def test_without_a_config_the_network_is_found_and_comes_back(golden, tmp_path, monkeypatch, capsys):
+    """A wrapped bfloat16 average in; a strict file for PyTorch out; the printed command's config goes on."""
+    monkeypatch.chdir(tmp_path)
+    state = weights_of(golden, "hae_v2c_options")
+    torch.save({"ema": {f"module.{name}": value for name, value in tensors(state, torch.bfloat16).items()}},
+               "ema_0.99_000007.pt")
+    main(["--checkpoint", "ema_0.99_000007.pt", "--output", "runs/imported", "--verify"])
+    out = capsys.readouterr().out
+    for said in ("variant hae_v2c", "in_channels 1", "out_channels 2", "num_classes 3", "resblock_updown True",
+                 "bottleneck_ratio 0.5", "attention_resolutions (1, 2)", "use_scale_shift_norm False",
+                 "not in the weights, taken from the config: image_size 128, num_heads 4", "sparse_pattern is 'blocks'",
+                 "step 7, 1042562 parameters", "average 0.99: ema_0.99_000007.pt", "verified: "):
+        assert said in out
+    rounded = {name: value.float().numpy() for name, value in tensors(state, torch.bfloat16).items()}
+    network = load_network("runs/imported")
+    assert (network.identity["step"], network.identity["parameters"]) == (7, "ema 0.99")
+    assert network.config == json.loads(Path("runs/imported/config.json").read_text())
+    assert network.config["diffusion"]["variance"] == "learned_range"
+    check_same_run("runs/imported", network.config, read_config("runs/imported/config.py", []).to_dict())
+    for arguments, load in ((["out.pt", "--ema"], torch.load), (["out.safetensors"], safetensors.numpy.load_file)):
+        main(["--to-torch", "runs/imported", *arguments])
+        written = load(arguments[0])
+        assert written.keys() == rounded.keys()
+        assert all(np.array_equal(written[name], rounded[name]) for name in rounded)
+        assert arguments[0] in capsys.readouterr().out
+
+
+def test_an_unconditional_network_is_found(golden, tmp_path):
+    state = {name: value for name, value in weights_of(golden, "fpdm_tiny").items()
+             if not name.startswith(("label_emb", "class_emb"))}
+    safetensors.numpy.save_file(state, tmp_path / "a.safetensors")
+    main(["--checkpoint", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "run")])
+    network = load_network(tmp_path / "run")
+    assert network.config["model"]["num_classes"] is None
+    assert all(np.array_equal(value, state[name]) for name, value in torch_state(network.model).items())
+    again = read_config(str(tmp_path / "run" / "config.py"), [])
+    check_same_run(tmp_path / "run", network.config, again.to_dict())
+
+
+def test_what_cannot_be_imported_is_one_line_and_nothing_is_written(golden, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = weights_of(golden, "hae_tiny")
+    torch.save(tensors(state), "model.pt")
+    torch.save(os.system, "code.pt")
+    Path("cut.pt").write_bytes(Path("model.pt").read_bytes()[:-1000])
+    torch.save(tensors({name: value for name, value in state.items() if name != "out.2.weight"}), "part.pt")
+    config = str(ROOT / "configs" / "phantom.py")
+    before = sorted(os.listdir())
+    for arguments, said in (
+        (["nowhere.pt"], "nowhere.pt: no such file"),
+        (["code.pt"], "code.pt: refused, since loading it would run code"),
+        (["cut.pt"], "cut.pt: damaged or truncated"),
+        (["part.pt"], "part.pt: not the weights of one of the five networks: out.2.weight is missing"),
+        (["model.pt", "--config", config], f"model.pt does not fit {config}: model.variant is 'hae_v2c'"),
+        (["model.pt", "--ema", "model.pt", "--config", config, "--config.training.ema_rates=(0.9,0.99)"], "model.pt"),
+        (["model.pt", "--config", "nowhere.py"], "--config nowhere.py: no such file"),
+        (["model.pt", "--optimizer", "model.pt"], "not the state dict of an optimiser"),
+    ):
+        assert said in refused(["--checkpoint", *arguments, "--output", "run"], capsys)
+        assert sorted(os.listdir()) == before
+    assert "run: no checkpoints there" in refused(["--to-torch", "run", "a.pt"], capsys)
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["--checkpoint", "a.pt"], ["--to-torch", "run", "a.pt", "--output", "b"],
+    ["--checkpoint", "a.pt", "--output", "b", "--config.seed=3"], ["--checkpoint", "a.pt", "--output", "b", "--ema"],
+])
+def test_arguments_that_do_not_belong_together_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err

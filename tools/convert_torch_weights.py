@@ -1,0 +1,11 @@
+"""PyTorch weights in and out. See --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hae_jax.commands.convert_torch_weights import main
+
+if __name__ == "__main__":
+    main()
