@@ -16,6 +16,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+jax.devices()  # from here on their number is settled, whatever a command under test asks for
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:

@@ -1,5 +1,6 @@
 """Using a machine without an accelerator well: one JAX device for each core."""
 
+import contextlib
 import os
 
 import jax
@@ -15,4 +16,6 @@ def use_all_cores(batch_size: int = 0) -> None:
       batch_size: the global batch that will be cut into equal parts; 0 where any number of parts will do.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
+    # A program that has computed already, such as a notebook, keeps the devices it has.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))

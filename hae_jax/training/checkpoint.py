@@ -135,8 +135,8 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree under their paths."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    """The leaves of a tree under their paths; that Flax wraps each parameter in a Variable does not show."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

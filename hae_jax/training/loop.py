@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -45,6 +46,7 @@ class Run(NamedTuple):
     reader: SplitReader
     network: UNetConfig
     process: Process
+    optimizer: optax.GradientTransformation
 
 
 def train(
@@ -105,17 +107,16 @@ def _check(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[j
     if shape != expected:
         raise UserError(f"data.root: {config.data.root} holds slices of {shape}, the network wants {expected}; set "
                         "model.image_size and model.in_channels, or prepare the data with another --image-size")
-    return Run(config, tree, workdir, mesh, reader, network, process)
+    return Run(config, tree, workdir, mesh, reader, network, process, make_optimizer(training))
 
 
 def _begin(run: Run, checkpoints: Checkpoints, latest: int | None) -> None:
     """Builds the state and the step, restores, and enters the loop."""
     training, seed = run.config.training, run.config.seed
-    optimizer = make_optimizer(training)
     graph, _ = abstract_network(run.network)
-    state, shardings = sharded_initial_state(run.mesh, run.network, optimizer, len(training.ema_rates), seed)
+    state, shardings = sharded_initial_state(run.mesh, run.network, run.optimizer, len(training.ema_rates), seed)
     settings = StepSettings(seed, training.p_uncond, training.accumulation, tuple(training.ema_rates))
-    step = make_train_step(run.mesh, shardings, graph, run.network, run.process, optimizer, settings)
+    step = make_train_step(run.mesh, shardings, graph, run.network, run.process, run.optimizer, settings)
     # Where the state comes from: 1. the newest checkpoint of this workdir; 2. the seed.
     if latest is not None:
         print(f"resuming {run.workdir} at step {latest}")

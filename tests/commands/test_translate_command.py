@@ -81,7 +81,7 @@ def test_with_nothing_given_the_newest_phantom_run(calls, capsys):
     (Path("runs/unfinished/config.json")).write_text(json.dumps(demo_tree))
     main([])
     assert calls["loaded"] == [("runs/phantom", True)]
-    assert calls["ensured"] == ("data/phantom_64", 64)
+    assert calls["ensured"] == (demo_tree["data"]["root"], demo_tree["model"]["image_size"])
     assert (calls["output"], calls["source"]) == (Path("runs/phantom/translation"), None)
     assert "a table" in capsys.readouterr().out
 
@@ -106,7 +106,7 @@ def test_a_config_gives_settings_and_the_checkpoint_the_network(calls):
     _train("a", tree)
     main(["--config", "configs/phantom.py", "--checkpoint", "runs/a", "--config.translation.guidance=1.5"])
     config = calls["config"]
-    assert (config.translation.respacing, config.translation.guidance) == ("50", 1.5)
+    assert (config.translation.respacing, config.translation.guidance) == (phantom.get_config().translation.respacing, 1.5)
     assert (config.model.model_channels, config.diffusion.steps) == (96, 400)
 
 
@@ -137,6 +137,6 @@ def test_a_checkpoint_from_before_a_field_takes_its_default():
     del tree["translation"]["components"]
     config = runs.trained_config(json.loads(json.dumps(tree)), [])
     assert config.translation.components == default.get_config().translation.components
-    assert config.data.phantom.subjects == 24
+    assert config.data.phantom.subjects == phantom.get_config().data.phantom.subjects
     with pytest.raises(UserError, match="speed"):
         runs.trained_config(tree, ["--config.translation.speed=3"])

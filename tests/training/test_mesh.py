@@ -13,7 +13,7 @@ def shape(*axes):
 
 
 def test_parameters_are_replicated_unless_asked():
-    assert state_shardings(make_mesh(), shape(512, 1024)).spec == ()
+    assert state_shardings(make_mesh(), shape(512, 1024)).is_fully_replicated
 
 
 def test_the_largest_divisible_axis_is_sharded_and_small_leaves_are_not():
