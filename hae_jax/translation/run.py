@@ -55,11 +55,15 @@ class Report:
         return [
             *(f"failed {name}: {reason}" for name, reason in self.failed.items()),
             self.table or "no case has a segmentation, so there are no metrics",
-            f"{self.finished} cases {'were' if self.again else 'translated'} in {self.seconds:.0f} s"
-            f"{', from the same network, cases and settings: nothing to do' if self.again else ''}; look at",
+            f"{self.finished} cases {self._how()}; look at",
             *(f"  {path}" for path in (*self.pictures, self.output / "cases.csv", self.output / "metrics.json")),
             provenance.RESEARCH_USE,
         ]
+
+    def _how(self) -> str:
+        if self.again:
+            return "are there already, made from the same network, cases and settings (--overwrite makes them anew)"
+        return f"translated in {self.seconds:.0f} s"
 
 
 def translate(
