@@ -1,6 +1,9 @@
 """Noise fields that depend on their own key alone."""
 
 import jax
+import jax.numpy as jnp
+
+from hae_jax.diffusion.simplex import open_simplex
 
 
 def gaussian(
@@ -9,3 +12,39 @@ def gaussian(
 ) -> jax.Array:  # [B, *shape] float32
     """Standard normal noise, each sample from its own key: the same whatever batch it shares."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def simplex(
+    keys: jax.Array,  # [B] keys, one per sample
+    shape: tuple[int, int, int],  # (H, W, C) of one sample
+    t: jax.Array,  # [B] timesteps, the field's third coordinate
+    *,
+    frequency: float = 64,
+    octaves: int = 6,
+    persistence: float = 0.8,
+) -> jax.Array:  # [B, H, W, C] float32
+    """Simplex noise of several octaves (AnoDDPM, Wyatt et al. 2022, section 3.2), not normalised.
+
+    sum_k persistence^k OpenSimplex(x / f_k, y / f_k, t / f_k), f_k = frequency / 2^k pixels, x along W and y along H;
+    mean 0 and standard deviation about 0.51 by default. Each sample and channel has a permutation from the sample's
+    key, the same for all its octaves and timesteps: the same key at a neighbouring t gives a similar field.
+    """
+    height, width, channels = shape
+    y, x = jnp.meshgrid(jnp.arange(height, dtype=jnp.float32), jnp.arange(width, dtype=jnp.float32), indexing="ij")
+
+    def one_sample(key: jax.Array, t: jax.Array) -> jax.Array:  # [H, W, C]
+        permutations = _permutations(key, channels)
+        position = jnp.stack([x, y, jnp.full_like(x, t)])
+
+        def add_octave(value, octave):
+            scaled = position * (2.0**octave / frequency)
+            field = jax.vmap(open_simplex, in_axes=(0, None), out_axes=-1)(permutations, scaled)
+            return value + persistence**octave * field, None
+
+        return jax.lax.scan(add_octave, jnp.zeros(shape, jnp.float32), jnp.arange(octaves, dtype=jnp.float32))[0]
+
+    return jax.vmap(one_sample)(keys, t)
+
+
+def _permutations(key: jax.Array, count: int) -> jax.Array:  # [count, 256]
+    return jax.vmap(lambda key: jax.random.permutation(key, 256))(jax.random.split(key, count))

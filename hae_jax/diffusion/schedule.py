@@ -110,13 +110,13 @@ def retained_timesteps(steps: int, respacing: str) -> np.ndarray:  # [kept] int6
         for stride in range(1, steps):
             if len(range(0, steps, stride)) == wanted:
                 return np.arange(0, steps, stride)
-        raise UserError(f"diffusion.respacing is {respacing!r}: no fixed stride gives {wanted} of {steps} steps")
+        raise UserError(f"translation.respacing is {respacing!r}: no fixed stride gives {wanted} of {steps} steps")
     counts = _counts(respacing, respacing)
     kept, start = [], 0
     for i, count in enumerate(counts):
         size = steps // len(counts) + (1 if i < steps % len(counts) else 0)
         if size < count:
-            raise UserError(f"diffusion.respacing is {respacing!r}: a section of {size} steps cannot give {count}")
+            raise UserError(f"translation.respacing is {respacing!r}: a section of {size} steps cannot give {count}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Accumulated, not multiplied: which side of a half a position falls on must be the published code's.
         position = 0.0
@@ -133,5 +133,5 @@ def _counts(text: str, respacing: str) -> list[int]:
     except ValueError:
         counts = [0]
     if min(counts) < 1:
-        raise UserError(f"diffusion.respacing is {respacing!r}: give counts such as 20 or 10,15,20, or ddimN")
+        raise UserError(f"translation.respacing is {respacing!r}: give counts such as 20 or 10,15,20, or ddimN")
     return counts

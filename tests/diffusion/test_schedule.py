@@ -54,7 +54,7 @@ def test_respaced_alpha_bars_are_the_original_ones_at_the_kept_steps():
 
 @pytest.mark.parametrize("respacing", ["0", "x", "10,", "2000", "ddim999"])
 def test_impossible_respacing_names_the_field(respacing):
-    with pytest.raises(UserError, match=r"diffusion\.respacing"):
+    with pytest.raises(UserError, match=r"translation\.respacing"):
         make_schedule("linear", 1000, respacing)
 
 
