@@ -1,19 +1,22 @@
-"""Pictures of slices: what goes in, its healthy counterpart, map, mask and truth; sample grids; the loss.
+"""Pictures of slices: what goes in, its healthy counterpart, map, mask and truth; sample grids. Charts of numbers.
 
 Reads arrays only. Slices come as [X, Y] of volumes whose axes run to the patient's left and back (LPS), and are shown
 as radiologists hang them: front at the top, the patient's left on the right. Figures are built with matplotlib's
 objects, not pyplot, so that a training run or a server keeps no hidden state.
 """
 
+import itertools
 import os
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from scipy import ndimage
 
 from hae_jax import files
@@ -21,6 +24,7 @@ from hae_jax.provenance import RESEARCH_USE
 
 _BLACK, _TEXT, _FAINT = "black", "0.92", "0.55"
 _PREDICTED, _TRUTH = "#ff4d4d", "#3ddc84"
+_LINES = _BLUE, _ORANGE, _GREEN, _PURPLE = "#1f5fa8", "#d9782d", "#2a9d78", "#8a4fa8"
 _DPI = 150
 
 
@@ -110,26 +114,109 @@ def sample_grid(
 def loss_curve(
     path: str | os.PathLike,
     steps: Sequence[int],
-    values: Sequence[float],
+    values: Sequence[float | None],
+    validation: tuple[Sequence[int], Sequence[float | None]] | None = None,  # steps and values
 ) -> None:
-    """Writes a PNG of the training loss over the steps, with its running mean once there are enough points."""
+    """Writes a PNG of the training loss over the steps, with its running mean once there are enough points.
+
+    The validation loss lies over it, if there is one. A None is a gap.
+    """
     steps, values = np.asarray(steps), np.asarray(values, float)
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.add_subplot()
     span = len(values) // 20
-    axis.plot(steps, values, color="#9db8d9" if span > 1 else "#1f5fa8", linewidth=1, label="logged")
-    if span > 1:
-        axis.plot(steps, ndimage.uniform_filter1d(values, span, mode="nearest"), color="#1f5fa8", linewidth=1.8,
-                  label=f"mean of {span}")
+    smooth = span > 1 and np.isfinite(values).all()
+    axis.plot(steps, values, color="#9db8d9" if smooth else _BLUE, linewidth=1, label="training")
+    if smooth:
+        axis.plot(steps, ndimage.uniform_filter1d(values, span, mode="nearest"), color=_BLUE, linewidth=1.8,
+                  label=f"training, mean of {span} lines")
+    if validation is not None:
+        axis.plot(validation[0], np.asarray(validation[1], float), color=_ORANGE, linewidth=1.8, marker="o",
+                  markersize=3, label="validation, averaged weights")
+    if smooth or validation is not None:
         axis.legend(frameon=False, fontsize=9)
     if (values > 0).all():
         axis.set_yscale("log")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axis.set(xlabel="step", ylabel="training loss")
+    axis.set(xlabel="step", ylabel="loss")
     axis.grid(alpha=0.25, which="both")
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def comparison_figure(
+    path: str | os.PathLike,
+    rows: Sequence[tuple[str, str, Mapping[str, Any], float | None]],  # as for `report.write_comparison`
+    title: str,
+) -> None:
+    """Writes a PNG with a line for each method, and on it a dot each for volume Dice, unhealthy Dice and AUPRC.
+
+    A bar is the 95% interval over patients, which the volume Dice has. What a method lacks is not drawn.
+    """
+    figure = Figure(figsize=(7.2, 1.6 + 0.62 * len(rows)), layout="constrained")
+    axis = figure.add_subplot()
+    lines = np.arange(len(rows))
+    for offset, (name, marker, colour, *place) in zip((-0.22, 0, 0.22), _COMPARED, strict=True):
+        mean, low, high = np.array([_ends(results, *place) for _, _, results, _ in rows], float).reshape(-1, 3).T
+        bars = np.maximum((mean - low, high - mean), 0)  # equal patients: rounding may put an end past the mean
+        axis.errorbar(mean, lines + offset, xerr=bars, fmt=marker, color=colour, markersize=5.5, linewidth=1.4,
+                      capsize=3, label=name)
+    axis.set_yticks(lines, ["\n".join([method, *textwrap.wrap(settings, 44)]) for method, settings, *_ in rows],
+                    fontsize=8.5)
+    axis.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
+    axis.hlines(lines[1:] - 0.5, -0.02, 1.02, color="0.85", linewidth=0.8)
+    axis.tick_params(axis="y", length=0)
+    _finish_chart(figure, axis, title, columns=3)
+    _save(figure, path)
+
+
+_COMPARED = (  # name, marker, colour, where it is in a method's results
+    ("volume Dice (bar: 95% over patients)", "o", _BLUE, "volumes", "dice"),
+    ("unhealthy Dice", "s", _ORANGE, "unhealthy", "dice"),
+    ("AUPRC", "D", _GREEN, "mixed", "auprc"),
+)
+
+
+def _ends(results: Mapping[str, Any], setting: str, name: str) -> list[float | None]:
+    """Mean, low and high; None for what there is not."""
+    value = results.get(setting, {}).get(name)
+    return [value.get(key) for key in ("mean", "low", "high")] if isinstance(value, Mapping) else [value, None, None]
+
+
+def steps_figure(
+    path: str | os.PathLike,
+    steps: Sequence[int],
+    series: Mapping[str, Sequence[float | None]],  # a value for each of `steps`
+    title: str,
+) -> None:
+    """Writes a PNG of quality against the number of steps: a line for each figure of `series`, all on one axis.
+
+    The steps are on a logarithmic scale. None is a gap.
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.add_subplot()
+    order = np.argsort(steps)
+    for (name, values), marker, colour in zip(series.items(), itertools.cycle("osD^"), itertools.cycle(_LINES)):
+        axis.plot(np.asarray(steps)[order], np.asarray(values, float)[order], marker=marker, color=colour,
+                  markersize=5, linewidth=1.6, label=name)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(sorted(set(steps))))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set(xlabel="steps")
+    axis.grid(axis="y", alpha=0.25)
+    _finish_chart(figure, axis, title, columns=4)
+    _save(figure, path)
+
+
+def _finish_chart(figure: Figure, axis: Axes, title: str, columns: int) -> None:
+    """What charts of several figures share: title, legend above, grid, the small print."""
+    figure.legend(title=title, title_fontsize=10.5, frameon=False, fontsize=8.5, ncols=columns,
+                  loc="outside upper center")
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(RESEARCH_USE, fontsize=6.5, color=_FAINT)
 
 
 def _panels(rows: int, names: Sequence[str], aspect: float, title: str, width: float = 1.25,

@@ -138,12 +138,17 @@ def best_threshold(
 
 def _counts(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels in both, in the first and in the second, for each entry of the first axis."""
-    predicted, truth = _as_bool(predicted), _as_bool(truth)
+    predicted, truth = as_bool(predicted), as_bool(truth)
     axes = tuple(range(1, predicted.ndim))
     return (predicted & truth).sum(axis=axes), predicted.sum(axis=axes), truth.sum(axis=axes)
 
 
-def _as_bool(mask: np.ndarray) -> np.ndarray:
+def as_bool(mask: np.ndarray) -> np.ndarray:
+    """A mask of bool or integers as bool.
+
+    Raises:
+      TypeError: for floats.
+    """
     if mask.dtype.kind == "f":  # a soft mask would count as lesion wherever it is above 0
         raise TypeError("masks must be bool or integers; threshold a soft mask first")
     return mask.astype(bool)
@@ -156,7 +161,7 @@ def _pixel_metrics(
     foreground: np.ndarray,  # [S, H, W] bool
 ) -> dict[str, float | None]:
     precision, recall = precision_recall(mask, truth)
-    hits, values = _as_bool(truth)[foreground], map[foreground]
+    hits, values = as_bool(truth)[foreground], map[foreground]
     both = hits.any() and not hits.all()
     return {
         "dice": _mean(dice(mask, truth)),

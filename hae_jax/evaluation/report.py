@@ -1,34 +1,44 @@
-"""The numbers of a run on disk and on screen: metrics.json, cases.csv, a small table for the log.
+"""The numbers of a run on disk and on screen: metrics.json, cases.csv, a small table for the log, methods compared.
 
-The last stage; it computes nothing that `metrics.py` does not.
+The last stage; it computes nothing that `metrics.py` and `volumes.py` do not.
 """
 
 import csv
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hae_jax import files, provenance
-from hae_jax.evaluation import metrics
+from hae_jax.evaluation import metrics, volumes
+from hae_jax.evaluation.volumes import VolumeMetrics
 
 
 @dataclasses.dataclass(frozen=True)
 class CaseResult:
-    """One row of cases.csv.
+    """One row of cases.csv; its attributes, in their order, are the header.
 
     Attributes:
       case: its name.
       volume_ml: predicted lesion volume in millilitres.
-      true_volume_ml: the segmentation's volume; None without a segmentation, as the next two.
+      true_volume_ml: the segmentation's volume. Without a segmentation it is None, as all that needs one: dice, iou,
+        hd95_mm, lesions, lesions_found, false_lesions, best_dice, best_threshold.
       dice: volume Dice; 1 where both are empty.
       iou: volume IoU; 1 where both are empty.
       slices: number of slices that were translated.
-      lesion_slices: how many of them are called lesion slices.
+      lesion_slices: how many of them are flagged, that is, called lesion slices.
       lowest_similarity: of its slices; the lower, the more certain is a lesion. None without slices.
       seconds: time that the case took.
+      hd95_mm: 95th percentile Hausdorff distance; None where mask or segmentation is empty.
+      lesions: connected components of the segmentation in 3-D.
+      lesions_found: how many of them the mask touches.
+      lesions_predicted: connected components of the mask in 3-D.
+      false_lesions: how many of them touch no lesion.
+      best_dice: volume Dice at the threshold on the map that is best for this case; None without a map or a lesion.
+      best_threshold: that threshold.
     """
 
     case: str
@@ -40,6 +50,20 @@ class CaseResult:
     lesion_slices: int
     lowest_similarity: float | None
     seconds: float
+    hd95_mm: float | None = None
+    lesions: int | None = None
+    lesions_found: int | None = None
+    lesions_predicted: int | None = None
+    false_lesions: int | None = None
+    best_dice: float | None = None
+    best_threshold: float | None = None
+
+    @property
+    def measured(self) -> VolumeMetrics | None:
+        """What the case counts in `volumes.summarise`; None without a segmentation."""
+        if self.true_volume_ml is None:
+            return None
+        return VolumeMetrics(*(getattr(self, field.name) for field in dataclasses.fields(VolumeMetrics)))
 
 
 def case_result(
@@ -50,19 +74,21 @@ def case_result(
     lesion: np.ndarray,  # [S] bool, predicted slice labels
     score: np.ndarray,  # [S] similarity
     seconds: float,
+    anomaly: np.ndarray | None = None,  # [X, Y, Z] float
 ) -> CaseResult:
     """Sums a case up, on its own grid."""
-    known = truth is not None
+    if truth is not None:
+        measured = dataclasses.asdict(volumes.volume_metrics(predicted, truth, affine, anomaly))
+    else:
+        measured = {"volume_ml": metrics.volume_ml(predicted, affine), "true_volume_ml": None, "dice": None,
+                    "iou": None, "lesions_predicted": volumes.lesion_count(predicted)}
     return CaseResult(
         case=case,
-        volume_ml=metrics.volume_ml(predicted, affine),
-        true_volume_ml=metrics.volume_ml(truth, affine) if known else None,
-        dice=metrics.volume_dice(predicted, truth) if known else None,
-        iou=float(metrics.iou(predicted[None], truth[None])[0]) if known else None,
         slices=len(lesion),
         lesion_slices=int(np.sum(lesion)),
         lowest_similarity=float(np.min(score)) if len(score) else None,
         seconds=seconds,
+        **measured,
     )
 
 
@@ -85,7 +111,7 @@ def write_metrics(path: str | os.PathLike, results: Mapping[str, Any], **context
     files.write_json(path, {
         "results": results,
         **context,
-        "definitions": metrics.DEFINITIONS,
+        "definitions": metrics.DEFINITIONS | {"volumes": volumes.DEFINITIONS},
         "made_by": provenance.record(),
     })
 
@@ -94,7 +120,8 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Results of several methods side by side, for the log.
 
     Args:
-      columns: for each method its nested dictionaries of numbers; what one method lacks is shown as "-".
+      columns: for each method its nested dictionaries of numbers; what one method lacks is shown as "-". A figure
+        with an interval (`volumes.summarise`) takes one line: 0.712 [0.650, 0.770].
     """
     flat = {method: _flattened(results) for method, results in columns.items()}
     names = list(dict.fromkeys(name for results in flat.values() for name in results))
@@ -104,18 +131,123 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(row) for row in aligned)
 
 
+_INTERVALS = {"volume_dice": "dice", "hd95_mm": "hd95_mm", "best_dice": "best_dice"} | {
+    name: name for name in ("lesion_recall", "lesion_precision", "lesion_f1", "healthy_volume_ml")}
+# Columns of comparison.csv and where they are in a method's results.
+_COMPARED = {
+    **{f"{setting}_{name}": (setting, name) for setting in ("mixed", "unhealthy")
+       for name in ("dice", "iou", "auroc", "auprc")},
+    "slice_accuracy": ("slice_level", "accuracy"),
+    **{f"{column}{suffix}": ("volumes", name, end) for column, name in _INTERVALS.items()
+       for suffix, end in (("", "mean"), ("_low", "low"), ("_high", "high"))},
+    "slices": ("shares", "slices"),
+    "healthy_share": ("shares", "healthy"),
+    "cases": ("volumes", "cases"),
+    "missed_cases": ("volumes", "missed_cases"),
+}
+# Columns of comparison.md: where they are, and digits after the point.
+_PRINTED = {
+    "mixed Dice": ("mixed", "dice", 3),
+    "mixed IoU": ("mixed", "iou", 3),
+    "unhealthy Dice": ("unhealthy", "dice", 3),
+    "AUROC": ("mixed", "auroc", 3),
+    "AUPRC": ("mixed", "auprc", 3),
+    "slice accuracy": ("slice_level", "accuracy", 3),
+    "volume Dice": ("volumes", "dice", 3),
+    "HD95, mm": ("volumes", "hd95_mm", 1),
+    "lesion F1": ("volumes", "lesion_f1", 3),
+}
+
+
+class ComparedMethod(NamedTuple):
+    """One line of a comparison.
+
+    Attributes:
+      method: its title.
+      settings: what distinguishes it from other lines, in words.
+      results: `metrics.slice_metrics` and "volumes" of `volumes.summarise`; what it lacks stays empty.
+      seconds_per_slice: None where it was not measured.
+    """
+
+    method: str
+    settings: str
+    results: Mapping[str, Any]
+    seconds_per_slice: float | None
+
+
+def write_comparison(
+    folder: str | os.PathLike, rows: Sequence[ComparedMethod], phantom: bool, name: str = "comparison"
+) -> None:
+    """Writes <name>.csv (all figures, to six digits; an empty cell where there is none) and <name>.md.
+
+    Args:
+      folder: where to, made if absent.
+      rows: the methods in the order of the table, measured on the same slices; tuples in the order of the fields do.
+      phantom: whether the cases are of the phantom, which the headline says.
+      name: of the files.
+    """
+    rows = [ComparedMethod(*row) for row in rows]
+    with files.written_whole(Path(folder) / f"{name}.csv") as temporary, open(temporary, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["method", "settings", *_COMPARED, "seconds_per_slice", "phantom"])
+        for row in rows:
+            figures = [_found(row.results, *place) for place in _COMPARED.values()]
+            writer.writerow([row.method, row.settings, *map(_cell, figures), _cell(row.seconds_per_slice), phantom])
+    with files.written_whole(Path(folder) / f"{name}.md") as temporary:
+        temporary.write_text(_comparison_page(rows, phantom), encoding="utf-8")
+
+
+def _comparison_page(rows: Sequence[ComparedMethod], phantom: bool) -> str:
+    table = [["method", "settings", *_PRINTED, "seconds per slice"]]
+    for row in rows:
+        figures = [_shown(_found(row.results, *place), digits) for *place, digits in _PRINTED.values()]
+        table.append([row.method, row.settings, *figures, _shown(row.seconds_per_slice)])
+    table.insert(1, ["---", "---", *["---:"] * (len(table[0]) - 2)])
+    lines = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in table)
+    return "\n".join([
+        f"# {'PHANTOM figures' if phantom else 'Figures'} of {_extent(rows)}", "", *lines, "",
+        "Mixed: all slices, where an empty mask of an empty truth scores 1: the more slices are healthy, the higher. "
+        "AUROC and AUPRC are over all slices too. Unhealthy: lesion slices only. Volume Dice and HD95: means over the "
+        "patients with a lesion, HD95 without those whose mask is empty. Lesion F1: a lesion is found if the mask "
+        "touches it. In brackets the 95% interval, bootstrap over patients.", "", provenance.RESEARCH_USE, ""])
+
+
+def _extent(rows: Sequence[ComparedMethod]) -> str:
+    """What the methods were measured on, in words; methods that were measured on different slices show."""
+    def said(form: str, *place: str) -> str:
+        values = (_found(row.results, *place) for row in rows)
+        return " or ".join(dict.fromkeys(form.format(value) for value in values if value is not None)) or "?"
+
+    return (f"{said('{}', 'volumes', 'cases')} cases, {said('{}', 'shares', 'slices')} slices, "
+            f"{said('{:.0%}', 'shares', 'healthy')} of them healthy")
+
+
+def _found(results: Any, *place: str) -> Any:
+    for key in place:
+        results = results.get(key) if isinstance(results, Mapping) else None
+    return results
+
+
 def _flattened(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in results.items():
         label = f"{prefix}{name.replace('_', ' ')}"
-        flat |= _flattened(value, f"{label} ") if isinstance(value, Mapping) else {label: value}
+        nested = isinstance(value, Mapping) and not _is_interval(value)
+        flat |= _flattened(value, f"{label} ") if nested else {label: value}
     return flat
 
 
-def _shown(value: float | int | str | None) -> str:
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"mean", "low", "high"} <= value.keys()
+
+
+def _shown(value: Any, digits: int = 3) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if _is_interval(value):
+        ends = "" if value["low"] is None else f" [{_shown(value['low'], digits)}, {_shown(value['high'], digits)}]"
+        return _shown(value["mean"], digits) + ends
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def _cell(value: Any) -> Any:

@@ -90,6 +90,45 @@ def test_loss_curve(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def _pixels_of(path, colour):
+    return np.argwhere(np.abs(_pixels(path) - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.05)
+
+
+def _results(dice, low=None, high=None):
+    return {"mixed": {"auprc": 0.5}, "unhealthy": {"dice": dice},
+            "volumes": {"dice": {"mean": dice, "low": low, "high": high, "cases": 4}}}
+
+
+@pytest.mark.filterwarnings("error")
+def test_comparison_figure_draws_what_there_is(tmp_path):
+    def width(row):
+        """How far the volume Dice's drawing reaches, in pixels, below the legend."""
+        figures.comparison_figure(tmp_path / "a.png", [row], "title")
+        columns = [x for y, x in _pixels_of(tmp_path / "a.png", figures._BLUE) if y > 90]
+        return max(columns) - min(columns) if columns else 0
+
+    narrow, wide, alone = (width(("HAE", "20 steps", _results(0.5, *ends), 1.0))
+                           for ends in ((0.45, 0.55), (0.2, 0.8), (None, None)))
+    assert wide > 3 * narrow > 3 * alone > 0
+    assert width(("HAE", "", _results(0.7, 0.7 + 1e-16, 0.7 + 1e-16), None)) > 0  # rounded past the mean
+    assert width(("HAE", "", {"mixed": {"auprc": 0.5}}, None)) == 0
+    assert width(("HAE", "", _results(None), None)) == 0
+
+    figures.comparison_figure(tmp_path / "two.png", [("HAE", "w = 2", _results(0.5, 0.4, 0.6), 1.0)] * 2, "title")
+    assert _pixels(tmp_path / "two.png").shape[0] > _pixels(tmp_path / "a.png").shape[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_figure(tmp_path):
+    steps, values = [100, 5, 20], [0.7, 0.4, 0.6]
+    figures.steps_figure(tmp_path / "a.png", steps, {"Dice": values, "AUPRC": [0.5, None, 0.4]}, "title")
+    ordered = {"Dice": sorted(values), "AUPRC": [None, 0.4, 0.5]}
+    figures.steps_figure(tmp_path / "b.png", sorted(steps), ordered, "title")
+    assert len(_pixels_of(tmp_path / "a.png", figures._ORANGE)) > 50
+    np.testing.assert_array_equal(_pixels(tmp_path / "a.png"), _pixels(tmp_path / "b.png"))
+    figures.steps_figure(tmp_path / "c.png", [20], {name: [0.5] for name in "abcdef"}, "more series than colours")
+
+
 def test_figures_leave_pyplot_alone():
     code = "import sys; from hae_jax.evaluation import figures; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,11 +1,13 @@
 """The written results: readable by others, honest about what is not known."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
+import pytest
 
-from hae_jax.evaluation import metrics, report
+from hae_jax.evaluation import metrics, report, volumes
 
 
 def _cube(side):
@@ -14,9 +16,9 @@ def _cube(side):
     return mask
 
 
-def _result(truth):
+def _result(truth, anomaly=None):
     return report.case_result("a, b", _cube(10), truth, np.diag([2.0, 1, 1, 1]), np.array([True, False, True]),
-                              np.array([0.9, 0.99, 0.7]), 1.25)
+                              np.array([0.9, 0.99, 0.7]), 1.25, anomaly)
 
 
 def test_case_result():
@@ -24,10 +26,23 @@ def test_case_result():
     assert (found.volume_ml, found.true_volume_ml) == (2.0, 0.25)
     assert (found.slices, found.lesion_slices, found.lowest_similarity) == (3, 2, 0.7)
     np.testing.assert_allclose([found.dice, found.iou], [2 * 125 / 1125, 125 / 1000])
-    unknown = _result(None)
-    assert unknown.true_volume_ml is unknown.dice is unknown.iou is None
+    unknown = _result(None, _cube(5) * 0.5)
+    assert unknown.true_volume_ml is unknown.dice is unknown.iou is unknown.hd95_mm is unknown.best_dice is None
+    assert unknown.lesions is unknown.lesions_found is unknown.false_lesions is unknown.measured is None
+    assert unknown.lesions_predicted == 1
     empty = report.case_result("x", _cube(0), None, np.eye(4), np.array([], bool), np.array([]), 0.0)
     assert (empty.slices, empty.lesion_slices, empty.lowest_similarity) == (0, 0, None)
+
+
+def test_case_result_measures_the_volume():
+    found = _result(_cube(5), _cube(5) * 0.5)
+    assert found.measured == volumes.volume_metrics(_cube(10), _cube(5), np.diag([2.0, 1, 1, 1]), _cube(5) * 0.5)
+    assert (found.lesions, found.lesions_found, found.lesions_predicted, found.false_lesions) == (1, 1, 1, 0)
+    assert (found.best_dice, found.best_threshold) == (1, 0.5)
+    assert found.hd95_mm > 5
+    assert _result(_cube(5)).best_dice is None
+    again = report.CaseResult(**json.loads(json.dumps(dataclasses.asdict(found))))
+    assert again == found
 
 
 def test_write_cases(tmp_path):
@@ -37,7 +52,10 @@ def test_write_cases(tmp_path):
     assert [row["case"] for row in rows] == ["a, b", "a, b"]
     assert [row["dice"] for row in rows] == ["0.222222", ""]
     assert float(rows[0]["volume_ml"]) == 2
-    assert rows[1]["true_volume_ml"] == ""
+    assert rows[1]["true_volume_ml"] == rows[1]["hd95_mm"] == rows[0]["best_dice"] == ""
+    assert rows[0]["lesions_found"] == "1"
+    assert list(rows[0])[:9] == ["case", "volume_ml", "true_volume_ml", "dice", "iou", "slices", "lesion_slices",
+                                 "lowest_similarity", "seconds"]  # what was there stays where it was
     assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
 
 
@@ -47,7 +65,7 @@ def test_write_metrics(tmp_path):
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["results"] == results
     assert found["calibration"] == {"threshold": 0.9}
-    assert found["definitions"] == metrics.DEFINITIONS
+    assert found["definitions"] == {**metrics.DEFINITIONS, "volumes": volumes.DEFINITIONS}
     assert "Not a medical device" in found["made_by"]["notice"]
 
 
@@ -64,3 +82,68 @@ def test_metrics_table():
         ["volume", "dice", "-", "0.700"],
     ]
     assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_metrics_table_shows_intervals_in_one_line():
+    table = report.metrics_table({
+        "a": {"volumes": {"dice": {"mean": 0.5, "low": 0.25, "high": 0.75, "cases": 9}, "cases": 9}},
+        "b": {"volumes": {"dice": {"mean": 0.5, "low": None, "high": None, "cases": 1}}},
+        "c": {"volumes": {"dice": {"mean": None, "low": None, "high": None, "cases": 0}}},
+    })
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["volumes", "dice", "0.500", "[0.250,", "0.750]", "0.500", "-"], ["volumes", "cases", "9", "-", "-"]]
+
+
+def _compared(dice, slices=40):
+    patients = [volumes.VolumeMetrics(2.0, 1.0, dice + step, dice, 4.0 + step, 1, 1, 1, 0, dice + step, 0.1)
+                for step in (-0.1, 0, 0.1)]
+    return {"mixed": {"dice": dice, "iou": dice / 2, "auroc": 0.9, "auprc": 0.8}, "unhealthy": {"dice": dice / 4},
+            "slice_level": {"accuracy": 0.75}, "shares": {"slices": slices, "healthy": 0.375},
+            "volumes": volumes.summarise(patients)}
+
+
+@pytest.fixture
+def compared():
+    return [report.ComparedMethod("HAE", "w = 2, |x0|", _compared(0.6), 0.25), ("threshold", "", _compared(0.4), None)]
+
+
+def test_comparison_reads_back_from_csv(tmp_path, compared):
+    report.write_comparison(tmp_path / "new", compared, phantom=False)
+    with open(tmp_path / "new" / "comparison.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["method"], row["settings"]) for row in rows] == [("HAE", "w = 2, |x0|"), ("threshold", "")]
+    for row, (_, _, results, _) in zip(rows, compared, strict=True):
+        found = {
+            "mixed_dice": results["mixed"]["dice"], "mixed_iou": results["mixed"]["iou"], "mixed_auprc": 0.8,
+            "unhealthy_dice": results["unhealthy"]["dice"], "slice_accuracy": 0.75, "healthy_share": 0.375,
+            "volume_dice": results["volumes"]["dice"]["mean"], "volume_dice_low": results["volumes"]["dice"]["low"],
+            "volume_dice_high": results["volumes"]["dice"]["high"], "hd95_mm": 4, "lesion_f1": 1, "slices": 40,
+            "cases": 3}
+        assert {name: float(row[name]) for name in found} == pytest.approx(found, abs=1e-6)
+        assert row["unhealthy_iou"] == row["healthy_volume_ml"] == ""  # not in the results; no healthy case
+        assert row["phantom"] == "False"
+    assert [row["seconds_per_slice"] for row in rows] == ["0.25", ""]
+
+
+def test_comparison_reads_back_from_markdown(tmp_path, compared):
+    report.write_comparison(tmp_path, compared, phantom=True)
+    page = (tmp_path / "comparison.md").read_text()
+    assert page.startswith("# PHANTOM figures of 3 cases, 40 slices, 38% of them healthy\n")
+    assert "an empty mask of an empty truth scores 1" in page
+    assert "Research use only" in page
+    table = [line.replace("\\|", "/").strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    header, _, *rows = table
+    assert {len(row) for row in table} == {len(header)}
+    first = dict(zip(header, rows[0], strict=True))
+    assert first["settings"] == "w = 2, /x0/"
+    assert (first["mixed Dice"], first["unhealthy Dice"], first["seconds per slice"]) == ("0.600", "0.150", "0.250")
+    ends = compared[0].results["volumes"]["dice"]
+    assert first["volume Dice"] == f"0.600 [{ends['low']:.3f}, {ends['high']:.3f}]"
+    assert rows[1][-1] == "-"
+
+
+def test_comparison_of_different_slices_shows(tmp_path, compared):
+    report.write_comparison(tmp_path, [*compared, ("DDIB", "", _compared(0.5, slices=39), 1.0)], phantom=False)
+    assert (tmp_path / "comparison.md").read_text().startswith("# Figures of 3 cases, 40 or 39 slices, 38%")
+    report.write_comparison(tmp_path, [("DDIB", "", {}, 1.0)], phantom=False)
+    assert (tmp_path / "comparison.md").read_text().startswith("# Figures of ? cases")

@@ -1,0 +1,242 @@
+"""How good a mask and a map are per patient: whole volumes on the case's own grid, then a mean over the patients.
+
+Beside `metrics.py`, which looks at slices. Reads arrays only; `report.py` writes what comes out of it. An undefined
+value is None and enters no mean; every mean says how many cases it is of.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import ndimage, stats
+from scipy.spatial import KDTree
+from skimage import measure
+
+from hae_jax.evaluation import metrics
+
+_RESAMPLES = 5000
+_INTERVAL = (0.025, 0.975)
+
+DEFINITIONS = {
+    "cases": "patients with a segmentation: lesion_cases have a lesion in it, healthy_cases have none; missed_cases "
+             "have a lesion and an empty mask",
+    "mean, low, high": "the mean over the cases that count ('cases'), and its 95% interval by the percentile bootstrap "
+                       f"over patients ({_RESAMPLES} resamples); null where fewer than two cases count",
+    "dice": "volume Dice, over the lesion cases (an empty mask scores 0)",
+    "iou": "volume IoU, over the lesion cases (an empty mask scores 0)",
+    "hd95_mm": "the larger of the two directed 95th percentiles of the distances from the surface voxels of mask and "
+               "truth to the other's nearest one, in mm; a surface voxel has one of its six neighbours outside. "
+               "Undefined where mask or truth is empty: its mean leaves out the missed cases",
+    "best_dice": "volume Dice of the map at the one threshold that is best for this patient, chosen with the truth in "
+                 "hand: a bound on what any threshold can reach. Over the lesion cases",
+    "lesions": "connected components of the truth in 3-D (26 neighbours), of any size; a lesion is found if at least "
+               "one of its voxels is in the mask, and a component of the mask is false if none of its voxels is in the "
+               "truth",
+    "lesion_recall": "share of the lesions of all patients together that are found",
+    "lesion_precision": "share of the components of all patients' masks together that are not false",
+    "lesion_f1": "2 lesions found / (2 lesions found + lesions not found + false components), all patients together",
+    "healthy_volume_ml": "volume of the mask in the healthy cases, all of it false",
+    "healthy_false_lesions": "components of the mask in the healthy cases",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class VolumeMetrics:
+    """One patient's figures; see `DEFINITIONS`. Every value is ready for JSON.
+
+    Attributes:
+      volume_ml: of the mask, in millilitres.
+      true_volume_ml: of the truth.
+      dice: 1 where both are empty.
+      iou: 1 where both are empty.
+      hd95_mm: None where either is empty.
+      lesions: components of the truth.
+      lesions_found: how many of them the mask touches.
+      lesions_predicted: components of the mask.
+      false_lesions: how many of them touch no lesion.
+      best_dice: None without a map and for an empty truth.
+      best_threshold: the mask is `map >= best_threshold`.
+    """
+
+    volume_ml: float
+    true_volume_ml: float
+    dice: float
+    iou: float
+    hd95_mm: float | None
+    lesions: int
+    lesions_found: int
+    lesions_predicted: int
+    false_lesions: int
+    best_dice: float | None
+    best_threshold: float | None
+
+
+def volume_metrics(
+    predicted: np.ndarray,  # [X, Y, Z] bool
+    truth: np.ndarray,  # [X, Y, Z] bool
+    affine: np.ndarray,  # [4, 4] voxels to mm
+    anomaly: np.ndarray | None = None,  # [X, Y, Z] float
+) -> VolumeMetrics:
+    """Measures one patient.
+
+    Raises:
+      ValueError: if the volumes differ in shape.
+    """
+    if any(other.shape != truth.shape for other in (predicted, anomaly) if other is not None):
+        raise ValueError(f"mask {predicted.shape}, truth {truth.shape} and map must be volumes of one shape")
+    predicted, truth = metrics.as_bool(predicted), metrics.as_bool(truth)
+    box = _bounding_box(predicted | truth)
+    p, q = predicted[box], truth[box]
+    lesions, found, components, false = _detection(p, q)
+    best, threshold = (None, None) if anomaly is None else best_dice(anomaly, truth)
+    return VolumeMetrics(
+        volume_ml=metrics.volume_ml(p, affine),
+        true_volume_ml=metrics.volume_ml(q, affine),
+        dice=metrics.volume_dice(p, q),
+        iou=float(metrics.iou(p[None], q[None])[0]),
+        hd95_mm=hd95_mm(p, q, affine),
+        lesions=lesions,
+        lesions_found=found,
+        lesions_predicted=components,
+        false_lesions=false,
+        best_dice=best,
+        best_threshold=threshold,
+    )
+
+
+def hd95_mm(
+    predicted: np.ndarray,  # [X, Y, Z] bool
+    truth: np.ndarray,  # [X, Y, Z] bool
+    affine: np.ndarray,  # [4, 4] voxels to mm
+) -> float | None:
+    """The robust Hausdorff distance of two masks in mm; None where either is empty.
+
+    max(P95_a min_b |a - b|, P95_b min_a |a - b|) over the surface voxels a, b: the partial Hausdorff distance of
+    Huttenlocher et al. 1993 at the 95th percentile. Distances are between voxel centres in scanner space, so that any
+    spacing and any obliqueness counts.
+    """
+    a, b = (_surface_mm(metrics.as_bool(mask), affine) for mask in (predicted, truth))
+    if not len(a) or not len(b):
+        return None
+    return max(float(np.percentile(_grid_tree(there).query(here)[0], 95)) for here, there in ((a, b), (b, a)))
+
+
+def best_dice(
+    anomaly: np.ndarray,  # [X, Y, Z] float
+    truth: np.ndarray,  # [X, Y, Z] bool
+) -> tuple[float | None, float | None]:
+    """The highest Dice that a mask `anomaly >= threshold` can have, and the lowest threshold that has it.
+
+    Exact: between two neighbouring values of lesion voxels a lower threshold only adds false voxels, so the values of
+    lesion voxels are all the candidates there are. None, None where nothing is true.
+    """
+    values = np.sort(anomaly[metrics.as_bool(truth)])
+    if not len(values):
+        return None, None
+    candidates, first = np.unique(values, return_index=True)
+    everywhere = np.sort(anomaly[anomaly >= candidates[0]])
+    overlap = len(values) - first
+    masked = len(everywhere) - np.searchsorted(everywhere, candidates)
+    dice = 2 * overlap / (masked + len(values))
+    best = int(np.argmax(dice))
+    return float(dice[best]), float(candidates[best])
+
+
+def lesion_count(mask: np.ndarray) -> int:
+    """Connected components of a mask [X, Y, Z] in 3-D, 26 neighbours."""
+    return _components(metrics.as_bool(mask))[1]
+
+
+def summarise(cases: Sequence[VolumeMetrics], seed: int = 0) -> dict[str, dict[str, float | int | None] | int]:
+    """Everything that `DEFINITIONS` explains over several patients, ready for JSON.
+
+    A figure is {"mean", "low", "high", "cases"}. Equal seeds draw equal patients, so that methods which were measured
+    on the same cases in the same order are compared on the same resamples.
+    """
+    ill, healthy = ([case for case in cases if bool(case.lesions) == kind] for kind in (True, False))
+
+    def mean(of: Sequence[VolumeMetrics], name: str) -> dict[str, float | int | None]:
+        known = [value for case in of if (value := getattr(case, name)) is not None]
+        return _interval([known], lambda values, axis=-1: values.mean(axis=axis), seed)
+
+    counts = [[getattr(case, name) for case in cases] for name in (
+        "lesions_found", "lesions", "lesions_predicted", "false_lesions")]
+    return {
+        "cases": len(cases),
+        "lesion_cases": len(ill),
+        "healthy_cases": len(healthy),
+        "missed_cases": sum(case.lesions_predicted == 0 for case in ill),
+        **{name: mean(ill, name) for name in ("dice", "iou", "hd95_mm", "best_dice")},
+        "lesion_recall": _interval(counts, _recall, seed),
+        "lesion_precision": _interval(counts, _precision, seed),
+        "lesion_f1": _interval(counts, _f1, seed),
+        "healthy_volume_ml": mean(healthy, "volume_ml"),
+        "healthy_false_lesions": mean(healthy, "lesions_predicted"),
+    }
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds the mask; of no extent where it is empty."""
+    box = ndimage.find_objects(mask.astype(np.uint8))
+    return box[0] if box else (slice(0, 0),) * mask.ndim
+
+
+def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """The number of its component in each voxel, and how many there are."""
+    return measure.label(mask, connectivity=3, return_num=True) if mask.any() else (np.zeros(mask.shape, int), 0)
+
+
+def _detection(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int]:
+    """Lesions, those found, components of the mask, false ones."""
+    (true_labels, lesions), (labels, components) = _components(truth), _components(predicted)
+    shared = predicted & truth
+    return lesions, len(np.unique(true_labels[shared])), components, components - len(np.unique(labels[shared]))
+
+
+def _surface_mm(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """[N, 3] centres of the voxels of a mask that have one of their six neighbours outside."""
+    surface = mask & ~ndimage.binary_erosion(mask)  # what lies outside the volume is outside the mask
+    return np.argwhere(surface) @ np.asarray(affine, float)[:3, :3].T
+
+
+def _grid_tree(points: np.ndarray) -> KDTree:
+    return KDTree(points, balanced_tree=False, compact_nodes=False)  # the quickest to build on the points of a grid
+
+
+def _recall(found: np.ndarray, lesions: np.ndarray, components: np.ndarray, false: np.ndarray,
+            axis: int = -1) -> np.ndarray:
+    return _share(found.sum(axis=axis), lesions.sum(axis=axis))
+
+
+def _precision(found: np.ndarray, lesions: np.ndarray, components: np.ndarray, false: np.ndarray,
+               axis: int = -1) -> np.ndarray:
+    return _share((components - false).sum(axis=axis), components.sum(axis=axis))
+
+
+def _f1(found: np.ndarray, lesions: np.ndarray, components: np.ndarray, false: np.ndarray,
+        axis: int = -1) -> np.ndarray:
+    return _share(2 * found.sum(axis=axis), (found + lesions + false).sum(axis=axis))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole; NaN where there is nothing to have a share of."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+def _interval(
+    samples: Sequence[Sequence[float]],  # quantities, each with a value for every patient
+    statistic: Callable[..., np.ndarray],
+    seed: int,
+) -> dict[str, float | int | None]:
+    """A statistic of the patients with its bootstrap interval; None where it is undefined."""
+    values = [np.asarray(sample, float) for sample in samples]
+    found = float(statistic(*values)) if len(values[0]) else np.nan
+    low = high = np.nan
+    if len(values[0]) > 1 and not np.isnan(found):
+        with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # patients may be alike
+            drawn = stats.bootstrap(values, statistic, n_resamples=_RESAMPLES, paired=True, vectorized=True, batch=500,
+                                    method="percentile", rng=seed).bootstrap_distribution
+        low, high = np.nanquantile(drawn, _INTERVAL)  # a draw of patients without any lesion has no recall
+    mean, low, high = (None if np.isnan(value) else float(value) for value in (found, low, high))
+    return {"mean": mean, "low": low, "high": high, "cases": len(values[0])}
