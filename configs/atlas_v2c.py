@@ -1,11 +1,11 @@
 """HAE V2 Conservative on ATLAS v2.0: one channel (T1w), guidance strength 20, one modality in the maps.
 
-    python tools/prepare_data.py --source /path/to/npy_slices --output data/atlas
+    python tools/prepare_data.py --source ATLAS_2/Training --output data/atlas --modalities t1
     python train.py --config configs/atlas_v2c.py --workdir runs/atlas_v2c
+    python translate.py --checkpoint runs/atlas_v2c --input ATLAS_2/Testing
 
-tools/prepare_data.py does not read ATLAS's own NIfTI files yet. What it can import are one-channel slices that were
-prepared for the PyTorch code (npy_train/patient_<case>/slice_<k>.npz, ...); the path above means those. translate.py
-needs NIfTI cases of four modalities, so a network trained here cannot be applied to cases yet.
+ATLAS's own folders are read (sub-.../ses-1/anat/sub-..._T1w.nii.gz), and one-channel slices that were prepared for the
+PyTorch code. ATLAS_2/Testing comes without lesion masks.
 
 121.2 million parameters. The training settings are those of the published BraTS run (210 000 steps at a global batch of
 28); this project has not measured how long that takes or how well the network does.
@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Differences from `configs/default.py`; bfloat16 computation for GPUs."""
     config = default.get_config()
     config.data.root = "data/atlas"
+    config.data.modalities = ("t1",)
     config.model.in_channels = 1
     config.model.dtype = "bfloat16"
     config.translation.modality = (0,)

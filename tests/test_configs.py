@@ -81,7 +81,7 @@ def test_a_brats_config_is_its_variant_and_nothing_else(name, variant, count):
 
 def test_atlas_is_one_channel_at_its_published_strength():
     assert _differences("atlas_v2c") == {
-        "data.root": "data/atlas", "model.in_channels": 1, "model.dtype": "bfloat16",
+        "data.root": "data/atlas", "data.modalities": ("t1",), "model.in_channels": 1, "model.dtype": "bfloat16",
         "translation.modality": (0,), "translation.guidance": 20.0}
 
 

@@ -5,16 +5,23 @@ import sys
 from collections.abc import Sequence
 
 from hae_jax.commands.common import entry_point
+from hae_jax.data.layouts import LAYOUTS, MODALITIES
 from hae_jax.data.prepare import prepare
 from hae_jax.data.store import verify_store
 
 _DESCRIPTION = """\
-Turn a folder of BraTS cases into a prepared dataset: normalised axial slices, lesion masks, labels, split by patient.
+Turn a folder of cases into a prepared dataset: normalised axial slices, lesion masks, labels, split by patient.
 A case that cannot be used is named and skipped; the exit status is then 1. Mistakes end with 2, and nothing is written.
-Slices prepared for the PyTorch code (npy_train/patient_<case>/slice_<k>.npz, ...) are imported as they are."""
-_EPILOG = """\
+Volumes of any orientation are turned to that of BraTS. Slices prepared for the PyTorch code
+(npy_train/patient_<case>/slice_<k>.npz, ...) are imported as they are."""
+_LAYOUTS = "\n".join(f"  {title}: {example}" for title, example in LAYOUTS)
+_EPILOG = f"""\
+layouts, found without being told which (docs/data.md shows the folders):
+{_LAYOUTS}
+
 examples:
   python tools/prepare_data.py --source BraTS2021/ --output data/brats --workers 4
+  python tools/prepare_data.py --source ATLAS_2/Training --output data/atlas --modalities t1
   python tools/prepare_data.py --source phantom/ --output data/phantom --train-fraction 0.6 --val-fraction 0.2
   python tools/prepare_data.py --verify data/brats
 
@@ -28,8 +35,10 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Formatter)
     add = parser.add_argument
-    add("--source", metavar="FOLDER", help="folder of cases, each <case>/<case>_flair.nii.gz and so on")
+    add("--source", metavar="FOLDER", help="folder of cases in one of the layouts below")
     add("--output", metavar="STORE", help="folder to make")
+    add("--modalities", nargs="+", default=MODALITIES, choices=MODALITIES, metavar="NAME",
+        help=f"the channels in their order, of {', '.join(MODALITIES)}")
     add("--image-size", type=int, default=128, metavar="N", help="slices are resized to N x N pixels")
     add("--train-fraction", type=float, default=0.75, metavar="F", help="share of patients to train on, rounded down")
     add("--val-fraction", type=float, default=0.05, metavar="F", help="share to calibrate on; the rest is for testing")

@@ -1,146 +1,116 @@
-"""Find and read cases on disk: the first stage of the data flow, shared by preparation and translation.
+"""Read a case: the second step of the data flow, shared by preparation and translation.
 
-A layout is one row of `LAYOUTS`. What leaves this file is the same for every layout: raw intensities in channel order,
-the affine, and a binary lesion mask where there is a segmentation.
+What leaves this file is the same for every layout and orientation: raw intensities in channel order, turned to LPS, and
+a binary lesion mask where there is a segmentation; with them the grid on disk, for the way back.
 """
 
+import contextlib
 import dataclasses
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
+from hae_jax.data.layouts import MODALITIES, UNREADABLE, CaseFiles, ImageFile, find_cases
+from hae_jax.data.orientation import ORIENTATION, Grid
 from hae_jax.errors import UserError
 
-MODALITIES = ("flair", "t1", "t1ce", "t2")
-EXTENSIONS = (".nii.gz", ".nii")
+__all__ = ["MODALITIES", "Case", "CaseFiles", "ImageFile", "find_cases", "read_case"]
+
 AFFINE_TOLERANCE = 1e-3  # mm; what writing an affine as float32 quaternions can lose
-_UNREADABLE = (OSError, EOFError, ValueError, TypeError, zlib.error, ImageFileError, HeaderDataError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Naming of the files in a case folder: a file is `<anything><suffix><extension>`."""
-
-    title: str
-    images: dict[str, str]  # modality -> suffix
-    segmentation: str
-
-
-LAYOUTS = (
-    Layout("BraTS 2021", {"flair": "_flair", "t1": "_t1", "t1ce": "_t1ce", "t2": "_t2"}, "_seg"),
-    Layout("BraTS 2023 and later", {"flair": "-t2f", "t1": "-t1n", "t1ce": "-t1c", "t2": "-t2w"}, "-seg"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class CaseFiles:
-    """Where a case lies. A missing modality keeps the path it should have, so that `read_case` can name it."""
-
-    name: str
-    images: tuple[Path, ...]  # in the order of MODALITIES
-    segmentation: Path | None
+SQUARE = (0.8, 1.25)  # height / width of a slice's field of view that passes as square
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A case in memory, on its own grid."""
+    """A case in memory, turned to LPS."""
 
     name: str
     volumes: np.ndarray  # [X, Y, Z, C] float32, raw intensities
-    affine: np.ndarray  # [4, 4] float64, voxel -> mm
-    header: nib.Nifti1Header  # of the first channel; results are written with it
+    affine: np.ndarray  # [4, 4] float64, voxel -> mm, of `volumes`
+    grid: Grid  # of the first image on disk; `grid.restore` takes [X, Y, Z] back to it
     mask: np.ndarray | None  # [X, Y, Z] bool, any lesion label; None without a segmentation
+    warnings: tuple[str, ...] = ()  # what the user should know about it, one line each, without the case's name
 
-
-def find_cases(folder: str | Path) -> list[CaseFiles]:
-    """Lists the cases in `folder`, sorted by name. `folder` may also be a single case.
-
-    A sub-folder counts as a case as soon as it holds one image of a known layout; its name is the case's name.
-
-    Raises:
-      UserError: `folder` does not exist or holds no case.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder of cases, or one case's folder")
-    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")]
-    cases = [case for path in candidates if (case := _case_in(path)) is not None]
-    if not cases:
-        suffixes = " or ".join(f"*{layout.images['flair']}.nii.gz ({layout.title})" for layout in LAYOUTS)
-        raise UserError(f"{folder}: no cases found; expected <case>/{suffixes} and the other modalities beside it")
-    return sorted(cases, key=lambda case: case.name)
+    @property
+    def header(self) -> nib.Nifti1Header:
+        """Of the first image, as it is on disk but 3-D; results are written with it."""
+        return self.grid.header
 
 
 def read_case(files: CaseFiles) -> Case:
     """Reads all of a case and checks that its parts belong together.
 
+    A file may have an orientation of its own, as long as it lies on the same voxels.
+
     Raises:
-      UserError: a file is missing, unreadable, not 3-D, not finite, without a positive voxel, or on another grid than
-        the first modality.
+      UserError: a file is missing, unreadable, of other dimensions than its layout says, not finite, without a positive
+        voxel, or on another grid than the first modality.
     """
-    first, affine, header = _read_volume(files.images[0])
+    first, grid = _read_volume(files.images[0])
     volumes = np.empty((*first.shape, len(files.images)), np.float32)
-    for channel, path in enumerate(files.images):
-        volume = first if channel == 0 else _read_on_grid(path, first.shape, affine, files.images[0])
+    for channel, image in enumerate(files.images):
+        volume = first if channel == 0 else _read_on_grid(image, grid, files.images[0].path)
         if not (volume > 0).any():
-            raise UserError(f"{path}: no voxel is positive; the image is empty, export it again")
+            raise UserError(f"{image.path}: no voxel is positive; the image is empty, export it again")
         volumes[..., channel] = volume
     mask = None
     if files.segmentation is not None:
-        mask = _read_on_grid(files.segmentation, first.shape, affine, files.images[0]) > 0.5
-    return Case(files.name, volumes, affine, header, mask)
+        mask = _read_on_grid(ImageFile("segmentation", files.segmentation), grid, files.images[0].path) > 0.5
+    return Case(files.name, volumes, grid.reoriented_affine, grid, mask, _warnings(grid))
 
 
-def _case_in(folder: Path) -> CaseFiles | None:
-    name = folder.resolve().name
-    files = sorted(path.name for path in folder.iterdir() if path.name.endswith(EXTENSIONS) and path.name[0] != ".")
-    for layout in LAYOUTS:
-        found = [_with_suffix(files, name, layout.images[modality]) for modality in MODALITIES]
-        if any(found):
-            images = tuple(folder / (file or name + layout.images[modality] + EXTENSIONS[0])
-                           for file, modality in zip(found, MODALITIES, strict=True))
-            segmentation = _with_suffix(files, name, layout.segmentation)
-            return CaseFiles(name, images, None if segmentation is None else folder / segmentation)
-    return None
-
-
-def _with_suffix(files: list[str], name: str, suffix: str) -> str | None:
-    """The file that is named after its folder, else the only one that ends in `suffix`; None if there is a choice."""
-    endings = [suffix + extension for extension in EXTENSIONS]
-    exact = [name + ending for ending in endings if name + ending in files]
-    loose = [file for file in files if file.endswith(tuple(endings))]
-    if exact:
-        return exact[0]
-    return loose[0] if len(loose) == 1 else None
-
-
-def _read_volume(path: Path) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+def _read_volume(file: ImageFile) -> tuple[np.ndarray, Grid]:
+    """One channel [X, Y, Z] float32 in LPS, and its grid on disk."""
+    path = file.path
     if not path.is_file():
-        raise UserError(f"{path}: missing; every case needs one file each for {', '.join(MODALITIES)}")
-    try:
+        raise UserError(f"{path}: missing, or one of several to choose from; the case needs one {file.modality} image")
+    with _reading(path):
         image = nib.load(path)
+    extra = image.shape[3:]
+    expected = () if file.volume is None else (file.volumes,)
+    if len(image.shape) < 3 or tuple(n for n in extra if n != 1) != expected:
+        what = "one 3-D volume" if file.volume is None else f"{file.volumes} volumes along a fourth axis"
+        raise UserError(f"{path}: has shape {image.shape}; expected {what}")
+    with _reading(path):
+        if extra:  # reads the one volume only
+            image = image.slicer[(..., *(0 if n == 1 else file.volume for n in extra))]
         volume = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except _UNREADABLE as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)}); copy or download it again") from error
-    if volume.ndim != 3:
-        raise UserError(f"{path}: has shape {volume.shape}; expected one 3-D volume per file")
     if not np.isfinite(volume).all():
         raise UserError(f"{path}: holds NaN or infinite voxels; repair or remove the case")
-    return volume, image.affine, image.header
+    if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine[:3, :3]) < 3:
+        raise UserError(f"{path}: its affine cannot be inverted; repair the header's sform and qform")
+    grid = Grid(volume.shape, image.affine, image.header)
+    return grid.reorient(volume), grid
 
 
-def _read_on_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray, reference: Path) -> np.ndarray:
-    volume, own_affine, _ = _read_volume(path)
+def _read_on_grid(file: ImageFile, grid: Grid, reference: Path) -> np.ndarray:
+    volume, own = _read_volume(file)
+    shape = grid.reoriented_shape
     if volume.shape != shape:
-        raise UserError(f"{path}: shape {volume.shape} differs from {shape} of {reference.name}; resample the case")
-    if not np.allclose(own_affine, affine, rtol=0, atol=AFFINE_TOLERANCE):
-        raise UserError(f"{path}: its affine differs from that of {reference.name}; resample to one grid")
+        raise UserError(f"{file.path}: shape {volume.shape} differs from {shape} of {reference.name} (both in "
+                        f"{ORIENTATION}); resample the case")
+    if not np.allclose(own.reoriented_affine, grid.reoriented_affine, rtol=0, atol=AFFINE_TOLERANCE):
+        raise UserError(f"{file.path}: its affine differs from that of {reference.name}; resample to one grid")
     return volume
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _warnings(grid: Grid) -> tuple[str, ...]:
+    found = []
+    if grid.header["qform_code"] == 0 and grid.header["sform_code"] == 0:
+        found.append(f"the header tells no orientation (qform and sform codes are 0); taken as {grid.axes}")
+    height, width = np.linalg.norm(grid.reoriented_affine[:3, :2], axis=0) * grid.reoriented_shape[:2]
+    if not SQUARE[0] <= height / width <= SQUARE[1]:
+        found.append(f"axial slices show {height:.0f} x {width:.0f} mm and are resized to a square, which distorts the "
+                     "brain; crop or pad the volumes to about as wide as long")
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason}); copy or download it again") from error

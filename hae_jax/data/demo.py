@@ -27,5 +27,5 @@ def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
     make_phantom(phantom.cases, subjects=phantom.subjects, tumour_share=phantom.tumour_share, seed=phantom.seed,
                  size=phantom.size, workers=phantom.workers)
     report = prepare(phantom.cases, root, image_size=image_size, train_fraction=phantom.train_fraction,
-                     val_fraction=phantom.val_fraction, workers=phantom.workers)
+                     val_fraction=phantom.val_fraction, workers=phantom.workers, modalities=data.modalities)
     print("\n".join(report.lines()))

@@ -21,13 +21,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hae_jax.data.cases import CaseFiles, find_cases, read_case
+from hae_jax.data.cases import MODALITIES, CaseFiles, find_cases, read_case
+from hae_jax.data.layouts import check_modalities
+from hae_jax.data.orientation import ORIENTATION
 from hae_jax.data.slices import SPLITS, CaseSlices, case_slices, split_patients
 from hae_jax.data.store import MANIFEST, StoreWriter
 from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole
 from hae_jax.provenance import record
 
+_WITHOUT_LABELS = "imagesTs"  # the Decathlon's and nnU-Net's cases whose labels are kept secret
 _NPZ_SPLITS = {split: f"npy_{split}" for split in SPLITS}
 
 
@@ -41,12 +44,15 @@ class PrepareReport:
     lesion_slices: dict[str, int]
     skipped: dict[str, str]  # case name -> reason
     seconds: float
+    warnings: dict[str, list[str]]  # what to know -> names of the cases that it is about
 
     def lines(self) -> list[str]:
         """The summary that the command prints."""
         lines = [f"{self.output}: {sum(self.cases.values())} cases in {self.seconds:.0f} s"]
         lines += [f"  {split}: {self.cases[split]} cases, {self.slices[split]} slices, "
                   f"{self.lesion_slices[split]} with lesion" for split in SPLITS]
+        lines += [f"warning: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {warning}"
+                  for warning, names in self.warnings.items()]
         lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return lines
 
@@ -58,7 +64,14 @@ class _Plan:
     layout: str
     settings: dict[str, Any]
     split: dict[str, list[Any]]  # split -> items with a `name`
-    load: Callable[[Any], tuple[CaseSlices, np.ndarray | None]]
+    load: Callable[[Any], "_Loaded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    slices: CaseSlices
+    affine: np.ndarray | None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +84,7 @@ def prepare(
     source: str | Path,
     output: str | Path,
     *,
+    modalities: Sequence[str] = MODALITIES,
     image_size: int = 128,
     train_fraction: float = 0.75,
     val_fraction: float = 0.05,
@@ -84,8 +98,9 @@ def prepare(
     read, so a broken case does not move other patients. Memory holds a few cases and one shard, however many cases.
 
     Args:
-      source: folder of NIfTI cases, or the parent of `npy_train`, `npy_val`, `npy_test`.
+      source: folder of NIfTI cases in any of `layouts.LAYOUTS`, or the parent of `npy_train`, `npy_val`, `npy_test`.
       output: folder to make; complete or absent afterwards.
+      modalities: the channels, in their order; those of PyTorch slices are taken to be these.
       image_size: side of the square slices, pixels. PyTorch slices must have it already.
       train_fraction: share of patients to train on. This, `val_fraction` and `seed` do not apply to PyTorch slices.
       val_fraction: share of patients to calibrate on; the rest is for testing.
@@ -100,63 +115,73 @@ def prepare(
     started = time.monotonic()
     if image_size < 1 or workers < 1:
         raise UserError(f"image_size {image_size} and workers {workers}: both must be at least 1")
+    check_modalities(modalities)
     replaces = _must_replace(output, overwrite)
     if any((source / folder).is_dir() for folder in _NPZ_SPLITS.values()):
-        plan = _plan_npz(source, image_size)
+        plan = _plan_npz(source, modalities, image_size)
     else:
-        plan = _plan_nifti(source, image_size, train_fraction, val_fraction, seed)
+        plan = _plan_nifti(source, modalities, image_size, train_fraction, val_fraction, seed)
     target = output.with_name(f".{os.getpid()}.new.{output.name}") if replaces else output
     with folder_written_whole(target) as root:
-        manifest, skipped = _write(root, source, plan, workers)
+        manifest, skipped, warnings = _write(root, source, plan, modalities, workers)
     if replaces:
         _replace_folder(output, target)
     totals = manifest["splits"]
     per_split = [{split: totals[split][key] for split in SPLITS} for key in ("cases", "slices", "lesion_slices")]
-    return PrepareReport(output, *per_split, skipped, time.monotonic() - started)
+    return PrepareReport(output, *per_split, skipped, time.monotonic() - started, warnings)
 
 
-def _write(root: Path, source: Path, plan: _Plan, workers: int) -> tuple[dict[str, Any], dict[str, str]]:
+def _write(
+    root: Path, source: Path, plan: _Plan, modalities: Sequence[str], workers: int
+) -> tuple[dict[str, Any], dict[str, str], dict[str, list[str]]]:
     todo = [(split, item) for split in SPLITS for item in sorted(plan.split[split], key=lambda item: item.name)]
-    writer, skipped, added = StoreWriter(root), {}, 0
+    writer, skipped, warnings, added = StoreWriter(root), {}, collections.defaultdict(list), 0
     loaded = _in_order(functools.partial(_attempt, plan.load), [item for _, item in todo], workers)
     for (split, item), result in tqdm(zip(todo, loaded, strict=True), "preparing", len(todo), unit="case"):
         try:
             if isinstance(result, str):
                 raise UserError(result)
-            writer.add(item.name, split, *result)
+            writer.add(item.name, split, result.slices, result.affine)
             added += 1
+            for warning in result.warnings:
+                warnings[warning].append(item.name)
         except UserError as error:
             skipped[item.name] = str(error)
     if not added:
         name, reason = next(iter(skipped.items()))
         raise UserError(f"{source}: none of {len(skipped)} cases can be used; the first, {name}: {reason}")
     names = {split: [item.name for item in plan.split[split] if item.name not in skipped] for split in SPLITS}
-    facts = {"source": str(source.resolve()), "layout": plan.layout, "settings": plan.settings, "split": names,
-             "skipped": skipped, "provenance": record()}
-    return writer.finish(facts), skipped
+    facts = {"source": str(source.resolve()), "layout": plan.layout, "modalities": list(modalities),
+             "settings": plan.settings, "split": names, "skipped": skipped, "warnings": dict(warnings),
+             "provenance": record()}
+    return writer.finish(facts), skipped, dict(warnings)
 
 
-def _plan_nifti(source: Path, image_size: int, train_fraction: float, val_fraction: float, seed: int) -> _Plan:
-    cases = {case.name: case for case in find_cases(source)}
+def _plan_nifti(
+    source: Path, modalities: Sequence[str], image_size: int, train_fraction: float, val_fraction: float, seed: int
+) -> _Plan:
+    cases = {case.name: case for case in find_cases(source, modalities)
+             if case.segmentation is not None or case.folder.name != _WITHOUT_LABELS}
     split = split_patients(list(cases), train_fraction, val_fraction, seed)
     settings = {
         "image_size": image_size,
         "normalisation": "divided by the 99th percentile of the positive voxels, per case and modality",
+        "orientation": ORIENTATION,
         "train_fraction": train_fraction, "val_fraction": val_fraction, "split_seed": seed,
     }
     return _Plan("NIfTI cases", settings, {name: [cases[case] for case in chosen] for name, chosen in split.items()},
                  functools.partial(_load_nifti, image_size=image_size))
 
 
-def _load_nifti(files: CaseFiles, image_size: int) -> tuple[CaseSlices, np.ndarray]:
+def _load_nifti(files: CaseFiles, image_size: int) -> _Loaded:
     if files.segmentation is None:
-        raise UserError(f"{files.images[0].parent}: no segmentation; a case without one can be translated, "
+        raise UserError(f"{files.images[0].path}: no segmentation; a case without one can be translated, "
                         "but neither trained nor measured on")
     case = read_case(files)
-    return case_slices(case, image_size), case.affine
+    return _Loaded(case_slices(case, image_size), case.affine, case.warnings)
 
 
-def _plan_npz(source: Path, image_size: int) -> _Plan:
+def _plan_npz(source: Path, modalities: Sequence[str], image_size: int) -> _Plan:
     split = {name: [_NpzCase(path.name.removeprefix("patient_"), path)
                     for path in sorted((source / folder).glob("patient_*")) if path.is_dir()]
              for name, folder in _NPZ_SPLITS.items()}
@@ -167,10 +192,11 @@ def _plan_npz(source: Path, image_size: int) -> _Plan:
     if twice:
         raise UserError(f"{source}: patient {twice[0]} is in more than one split; move all its slices into one")
     settings = {"image_size": image_size, "normalisation": "as found"}
-    return _Plan("PyTorch slices", settings, split, functools.partial(_load_npz, image_size=image_size))
+    load = functools.partial(_load_npz, modalities=modalities, image_size=image_size)
+    return _Plan("PyTorch slices", settings, split, load)
 
 
-def _load_npz(case: _NpzCase, image_size: int) -> tuple[CaseSlices, None]:
+def _load_npz(case: _NpzCase, modalities: Sequence[str], image_size: int) -> _Loaded:
     paths = {}
     for path in case.folder.glob("slice_*.npz"):
         position = path.stem.removeprefix("slice_")
@@ -183,7 +209,11 @@ def _load_npz(case: _NpzCase, image_size: int) -> tuple[CaseSlices, None]:
     images, masks = zip(*(_read_npz(paths[k], image_size) for k in index), strict=True)
     if len({image.shape for image in images}) > 1:
         raise UserError(f"{case.folder}: the slices differ in their number of channels")
-    return CaseSlices(np.stack(images), np.stack(masks), np.asarray(index, np.int32), None), None
+    channels = images[0].shape[-1]
+    if channels != len(modalities):
+        raise UserError(f"{case.folder}: the slices have {channels} channels, not {len(modalities)} "
+                        f"({', '.join(modalities)}); say with --modalities what they are")
+    return _Loaded(CaseSlices(np.stack(images), np.stack(masks), np.asarray(index, np.int32), None), None)
 
 
 def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:

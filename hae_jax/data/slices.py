@@ -4,8 +4,10 @@ The arithmetic is that of the published PyTorch preparation, number for number. 
 translation uses the same functions, so that a network never sees slices made in another way.
 """
 
+import collections
 import dataclasses
 import random
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +19,7 @@ from hae_jax.errors import UserError
 SPLITS = ("train", "val", "test")
 PERCENTILE = 99.0  # of a modality's positive voxels; becomes intensity 1
 MIN_SLICE_SUM = 0.5  # a slice whose modality-mean intensity sums to more than this shows brain
+_VISIT = re.compile(r"(?<=^BraTS-...-\d{5})-\d{3}$|_ses-[^_]+")
 RANGE_EPSILON = 1e-5  # keeps the range of a constant slice finite
 
 
@@ -33,7 +36,18 @@ class CaseSlices:
 def normalise_volumes(
     volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
 ) -> np.ndarray:  # [X, Y, Z, C] float32
-    """Divides each channel by the 99th percentile (linear interpolation) of its positive voxels.
+    """Divides each channel by its `intensity_scales`.
+
+    Raises:
+      ValueError: a channel has no positive voxel (`read_case` refuses such a case earlier).
+    """
+    return (volumes / intensity_scales(volumes).astype(volumes.dtype)).astype(np.float32, copy=False)
+
+
+def intensity_scales(
+    volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
+) -> np.ndarray:  # [C]
+    """The raw intensity that becomes 1: the 99th percentile (linear interpolation) of a channel's positive voxels.
 
     Raises:
       ValueError: a channel has no positive voxel (`read_case` refuses such a case earlier).
@@ -45,7 +59,7 @@ def normalise_volumes(
         if positive.size == 0:
             raise ValueError(f"channel {channel} has no positive voxel")
         scales.append(np.percentile(positive, PERCENTILE))
-    return (volumes / np.asarray(scales, volumes.dtype)).astype(np.float32, copy=False)
+    return np.asarray(scales)
 
 
 def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
@@ -103,6 +117,16 @@ def to_model_range(
     return scaled
 
 
+def from_model_range(
+    scaled: np.ndarray,  # [..., H, W, C] in [-1, 1]
+    images: np.ndarray,  # [..., H, W, C] what `to_model_range` was given when the range was set
+) -> np.ndarray:  # [..., H, W, C] float32
+    """The inverse of `to_model_range`, into the range of other slices' intensities."""
+    low = images.min(axis=(-3, -2), keepdims=True)
+    high = images.max(axis=(-3, -2), keepdims=True)
+    return ((scaled + 1) / 2 * (high - low + RANGE_EPSILON) + low).astype(np.float32)
+
+
 def slices_to_volume(
     values: np.ndarray,  # [S, h, w]
     index: np.ndarray,  # [S] positions along axis 2
@@ -122,8 +146,8 @@ def split_patients(
 ) -> dict[str, list[str]]:
     """Splits patients as published: sorted names, shuffled, then int(train_fraction n), int(val_fraction n), the rest.
 
-    The defaults need 20 patients to give one for validation. Fewer are not rearranged silently: the error names the
-    option to set.
+    All visits of a patient (`patient_of`) come into one split. The defaults need 20 patients to give one for
+    validation. Fewer are not rearranged silently: the error names the option to set.
 
     Returns:
       {"train": [...], "val": [...], "test": [...]} in shuffled order, without overlap. `test` may be empty.
@@ -134,16 +158,25 @@ def split_patients(
     if not (train_fraction > 0 and val_fraction > 0 and train_fraction + val_fraction <= 1 + 1e-9):
         raise UserError(f"train_fraction {train_fraction} and val_fraction {val_fraction}: both must be greater than 0 "
                         "and their sum at most 1")
-    names = sorted(names)
-    if len(names) < 2:
-        raise UserError(f"{len(names)} case(s) cannot be split; at least one to train on and one to validate is needed")
-    n_train, n_val = int(train_fraction * len(names)), int(val_fraction * len(names))
+    visits = collections.defaultdict(list)
+    for name in sorted(names):
+        visits[patient_of(name)].append(name)
+    patients = sorted(visits)
+    if len(patients) < 2:
+        raise UserError(f"{len(patients)} case(s) cannot be split; at least one to train on and one to validate is "
+                        "needed")
+    n_train, n_val = int(train_fraction * len(patients)), int(val_fraction * len(patients))
     for split, count, fraction in (("train", n_train, train_fraction), ("val", n_val, val_fraction)):
         if count == 0:
-            needed = int(1000 / len(names) + 1) / 1000  # rounded up, so that it suffices as printed
-            raise UserError(f"{len(names)} cases with {split}_fraction {fraction} leave none in {split}; "
+            needed = int(1000 / len(patients) + 1) / 1000  # rounded up, so that it suffices as printed
+            raise UserError(f"{len(patients)} cases with {split}_fraction {fraction} leave none in {split}; "
                             f"set --{split}-fraction to {needed:.3f} or more, or add cases")
-    order = list(range(len(names)))
+    order = list(range(len(patients)))
     random.Random(seed).shuffle(order)
     bounds = {"train": order[:n_train], "val": order[n_train:n_train + n_val], "test": order[n_train + n_val:]}
-    return {split: [names[i] for i in chosen] for split, chosen in bounds.items()}
+    return {split: [name for i in chosen for name in visits[patients[i]]] for split, chosen in bounds.items()}
+
+
+def patient_of(name: str) -> str:
+    """The patient that a case is of: several visits of one are told apart by BraTS 2023 and BIDS names."""
+    return _VISIT.sub("", name)

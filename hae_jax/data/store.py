@@ -74,15 +74,13 @@ class StoreWriter:
         })
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Writes what is buffered, then the manifest with `facts` (source, settings, provenance). Returns it."""
+        """Writes what is buffered, then the manifest with `facts` (source, modalities, settings, ...). Returns it."""
         self._close_split()
-        channels = 0 if self._item_shape is None else self._item_shape[-1]
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             **facts,
             "slice_shape": None if self._item_shape is None else list(self._item_shape),
-            "channels": list(MODALITIES) if channels == len(MODALITIES) else [f"channel_{i}" for i in range(channels)],
             "splits": {split: _totals(self._cases, split) for split in SPLITS},
             "cases": self._cases,
             "files": {path.relative_to(self._root).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -109,6 +107,13 @@ class Store:
         if name not in SPLITS:
             raise UserError(f"split {name!r}: unknown; choose one of {', '.join(SPLITS)}")
         return SplitReader(self.root / name, self.manifest["splits"][name]["slices"])
+
+    @property
+    def modalities(self) -> tuple[str, ...] | None:
+        """The channels in their order; None where the dataset does not say."""
+        names = self.manifest.get("modalities", MODALITIES)  # older datasets do not name theirs
+        channels = (self.manifest["slice_shape"] or [0])[-1]
+        return tuple(names) if len(names) == channels else None
 
     @property
     def cases(self) -> list[dict[str, Any]]:

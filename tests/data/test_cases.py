@@ -1,4 +1,4 @@
-"""Finding and reading cases: both BraTS namings, and every way in which a case can be broken."""
+"""Reading cases: values, orientation and grid, and every way in which a case can be broken."""
 
 import shutil
 
@@ -6,10 +6,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from hae_jax.data.cases import LAYOUTS, MODALITIES, find_cases, read_case
+from hae_jax.data.cases import MODALITIES, find_cases, read_case
+from hae_jax.data.slices import case_slices
 from hae_jax.errors import UserError
 
 NAME = "BraTS2021_00000"
+LATER_NAMES = {"_flair": "-t2f", "_t1": "-t1n", "_t1ce": "-t1c", "_t2": "-t2w", "_seg": "-seg"}
 
 
 @pytest.fixture
@@ -32,6 +34,7 @@ def test_channels_are_in_order_and_values_raw(folder):
         image = nib.load(folder / NAME / f"{NAME}_{modality}.nii.gz")
         np.testing.assert_array_equal(case.volumes[..., channel], np.asarray(image.dataobj))
     np.testing.assert_array_equal(case.affine, image.affine)
+    assert case.warnings == ()
     segmentation = nib.load(folder / NAME / f"{NAME}_seg.nii.gz")
     np.testing.assert_array_equal(case.mask, np.asarray(segmentation.dataobj) > 0)
     assert case.header.get_data_shape() == case.mask.shape
@@ -39,10 +42,9 @@ def test_channels_are_in_order_and_values_raw(folder):
 
 def test_later_brats_names_and_plain_nii_give_the_same_case(folder):
     expected = read_case(find_cases(folder)[0])
-    old, new = LAYOUTS
     target = folder / "BraTS-GLI-00001-000"
     (folder / NAME).rename(target)
-    for before, after in [*((old.images[m], new.images[m]) for m in MODALITIES), (old.segmentation, new.segmentation)]:
+    for before, after in LATER_NAMES.items():
         nib.save(nib.load(target / f"{NAME}{before}.nii.gz"), target / f"{target.name}{after}.nii")
         (target / f"{NAME}{before}.nii.gz").unlink()
     case = read_case(find_cases(folder)[0])
@@ -102,3 +104,76 @@ def test_no_cases(tmp_path):
         find_cases(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_cases(tmp_path / "absent")
+
+
+def reoriented(image, axes):
+    """The same image with its voxels stored along other axes."""
+    start = nib.orientations.io_orientation(image.affine)
+    return image.as_reoriented(nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(axes)))
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LAS", "PSR", "SRA", "IPL"])
+def test_a_case_is_the_same_in_any_orientation(folder, axes):
+    expected = read_case(find_cases(folder)[0])
+    for path in (folder / NAME).iterdir():
+        nib.save(reoriented(nib.load(path), axes), path)
+    case = read_case(find_cases(folder)[0])
+    on_disk = nib.load(folder / NAME / f"{NAME}_flair.nii.gz")
+    assert case.grid.axes == axes
+    assert case.grid.shape == case.header.get_data_shape() == on_disk.shape
+    np.testing.assert_array_equal(case.grid.affine, on_disk.affine)
+    np.testing.assert_array_equal(case.grid.restore(case.volumes[..., 0]), np.asarray(on_disk.dataobj))
+    np.testing.assert_array_equal(case.mask, expected.mask)
+    np.testing.assert_allclose(case.affine, expected.affine, atol=1e-4)
+    ours, theirs = case_slices(case, 32), case_slices(expected, 32)
+    np.testing.assert_array_equal(ours.images, theirs.images)
+    np.testing.assert_array_equal(ours.masks, theirs.masks)
+    np.testing.assert_array_equal(ours.index, theirs.index)
+
+
+def test_files_of_a_case_may_differ_in_orientation(folder):
+    expected = read_case(find_cases(folder)[0])
+    path = folder / NAME / f"{NAME}_seg.nii.gz"
+    nib.save(reoriented(nib.load(path), "RAS"), path)
+    np.testing.assert_array_equal(read_case(find_cases(folder)[0]).mask, expected.mask)
+
+
+def test_trailing_single_axes_are_dropped_and_the_grid_kept(folder):
+    expected = read_case(find_cases(folder)[0])
+    for path in (folder / NAME).iterdir():
+        image = nib.load(path)
+        nib.save(type(image)(np.asarray(image.dataobj)[..., None, None], image.affine, image.header), path)
+    case = read_case(find_cases(folder)[0])
+    np.testing.assert_array_equal(case.volumes, expected.volumes)
+    assert case.header.get_data_shape() == case.grid.shape == expected.grid.shape
+    for field in ("qform_code", "sform_code", "quatern_b", "qoffset_y", "srow_x", "srow_y", "srow_z", "xyzt_units"):
+        np.testing.assert_array_equal(case.header[field], expected.header[field])
+
+
+def test_a_header_without_orientation_is_accepted_and_said(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 99, (9, 9, 4)).astype(np.int16)
+    image = nib.Nifti1Image(values, None)
+    assert (image.header["qform_code"], image.header["sform_code"]) == (0, 0)
+    nib.save(image, tmp_path / "a.nii")
+    case = read_case(find_cases(tmp_path, ("t1",))[0])
+    np.testing.assert_array_equal(case.grid.restore(case.volumes[..., 0]), values)
+    assert len(case.warnings) == 1
+    assert "no orientation" in case.warnings[0]
+
+
+@pytest.mark.parametrize(("spacing", "warns"), [((1, 1, 1), False), ((1.2, 1, 1), False), ((1.3, 1, 1), True),
+                                                ((1, 1.3, 1), True), ((1, 1, 9), False)])
+def test_a_field_of_view_far_from_square_is_said(tmp_path, spacing, warns):
+    affine = np.diag([*spacing, 1])[:, [2, 0, 1, 3]]  # stored with the axial axis first
+    nib.save(nib.Nifti1Image(np.ones((7, 20, 20), np.uint8), affine), tmp_path / "a.nii")
+    warnings = read_case(find_cases(tmp_path, ("t1",))[0]).warnings
+    assert [" mm and are resized to a square" in warning for warning in warnings] == [True] * warns
+
+
+def test_an_affine_of_no_use_is_named(tmp_path):
+    image = nib.Nifti1Image(np.ones((5, 5, 5), np.uint8), None)
+    image.set_sform(np.diag([1, 1, 0, 1]), 2, update_affine=False)
+    nib.save(image, tmp_path / "a.nii")
+    with pytest.raises(UserError, match=r"a.nii: its affine cannot be inverted"):
+        read_case(find_cases(tmp_path, ("t1",))[0])

@@ -37,7 +37,7 @@ def test_files_are_a_brats_case(folder):
     case = read_case(cases[0])
     assert case.volumes.shape == (60, 60, 39, 4)
     np.testing.assert_allclose(case.affine, [[-4, 0, 0, 0], [0, -4, 0, 236], [0, 0, 4, 0], [0, 0, 0, 1]])
-    for path in (*cases[0].images, cases[0].segmentation):
+    for path in cases[0].paths:
         image = nib.load(path)
         assert image.get_data_dtype() == np.int16
         assert image.header.get_xyzt_units()[0] == "mm"

@@ -55,6 +55,7 @@ def test_manifest_says_how_it_was_made(source, tmp_path):
     assert {"image_size": 32, "split_seed": 4, **HALF}.items() <= manifest["settings"].items()
     assert "tensorstore" in manifest["provenance"]["versions"]
     assert manifest["slice_shape"] == [32, 32, 4]
+    assert manifest["modalities"] == ["flair", "t1", "t1ce", "t2"]
     image = nib.load(source / "p1" / "p1_t1.nii.gz")
     for case in manifest["cases"]:
         assert case["name"] in manifest["split"][case["split"]]
@@ -137,6 +138,55 @@ def test_a_folder_that_is_no_dataset_is_never_replaced(source, tmp_path):
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
 
+def test_some_modalities_in_another_order(source, tmp_path):
+    prepare(source, tmp_path / "all", image_size=32, **HALF)
+    main(["--source", str(source), "--output", str(tmp_path / "two"), "--modalities", "t2", "flair", "--workers", "1",
+          "--image-size", "32", "--train-fraction", "0.5", "--val-fraction", "0.25"])
+    every, two = open_store(tmp_path / "all"), open_store(tmp_path / "two")
+    assert two.modalities == ("t2", "flair")
+    assert two.manifest["slice_shape"] == [32, 32, 2]
+    np.testing.assert_array_equal(two.split("val").read(2)["image"], every.split("val").read(2)["image"][..., [3, 0]])
+
+
+def test_a_dataset_that_does_not_name_its_modalities_opens(source, tmp_path):
+    prepare(source, tmp_path / "store", image_size=32, **HALF)
+    manifest = json.loads((tmp_path / "store" / MANIFEST).read_text())
+    del manifest["modalities"], manifest["warnings"]
+    (tmp_path / "store" / MANIFEST).write_text(json.dumps(manifest))
+    assert open_store(tmp_path / "store").modalities == ("flair", "t1", "t1ce", "t2")
+    manifest["slice_shape"][-1] = 1
+    (tmp_path / "store" / MANIFEST).write_text(json.dumps(manifest))
+    assert open_store(tmp_path / "store").modalities is None
+
+
+def write_t1(path, shape, spacing=(1, 1, 1)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.random.default_rng(0).integers(50, 99, shape).astype(np.int16)
+    nib.save(nib.Nifti1Image(image, np.diag([*spacing, 1])), path)
+
+
+def test_unsegmented_test_images_take_no_place_in_the_split(tmp_path):
+    for i in range(4):
+        write_t1(tmp_path / "raw" / "imagesTr" / f"c{i}_0000.nii.gz", (9, 9, 3))
+        write_t1(tmp_path / "raw" / "labelsTr" / f"c{i}.nii.gz", (9, 9, 3))
+        write_t1(tmp_path / "raw" / "imagesTs" / f"d{i}_0000.nii.gz", (9, 9, 3))
+    report = prepare(tmp_path / "raw", tmp_path / "store", modalities=("t1",), image_size=16, **HALF)
+    assert report.cases == {"train": 2, "val": 1, "test": 1}
+    assert report.skipped == {}
+
+
+def test_one_warning_for_all_cases_that_it_is_about(tmp_path):
+    for i in range(4):
+        write_t1(tmp_path / "raw" / f"c{i}.nii.gz", (9, 9, 3), spacing=(1 + (i > 0), 1, 1))
+        write_t1(tmp_path / "raw" / f"c{i}_seg.nii.gz", (9, 9, 3), spacing=(1 + (i > 0), 1, 1))
+    report = prepare(tmp_path / "raw", tmp_path / "store", modalities=("t1",), image_size=16, **HALF)
+    ((warning, names),) = report.warnings.items()
+    assert "18 x 9 mm" in warning
+    assert sorted(names) == ["c1", "c2", "c3"]
+    assert open_store(tmp_path / "store").manifest["warnings"] == report.warnings
+    assert sum(line.startswith("warning: ") and "and 2 more: axial slices" in line for line in report.lines()) == 1
+
+
 @pytest.fixture
 def npz_source(golden, tmp_path):
     """The golden slices as the published PyTorch preparation stores them; patient 7's slice 10 sorts after its 9."""
@@ -167,6 +217,8 @@ def test_pytorch_layout_is_imported_as_is(npz_source, golden, tmp_path):
 def test_broken_pytorch_slices(npz_source, tmp_path):
     with pytest.raises(UserError, match="set --image-size"):
         prepare(npz_source, tmp_path / "store", image_size=64)
+    with pytest.raises(UserError, match=r"4 channels, not 1 \(t1\); say with --modalities"):
+        prepare(npz_source, tmp_path / "store", modalities=("t1",))
     damaged = npz_source / "npy_val" / "patient_00002" / "slice_2.npz"
     damaged.write_bytes(damaged.read_bytes()[:500])
     assert "slice_2.npz" in prepare(npz_source, tmp_path / "store").skipped["00002"]

@@ -11,6 +11,7 @@ from hae_jax.data.cases import find_cases, read_case
 from hae_jax.data.slices import (
     case_slices,
     normalise_volumes,
+    patient_of,
     resize,
     slices_to_volume,
     split_patients,
@@ -137,3 +138,14 @@ def test_twenty_patients_keep_the_published_recipe():
 def test_impossible_fractions(train, val):
     with pytest.raises(UserError, match="fraction"):
         split_patients([str(i) for i in range(50)], train, val)
+
+
+def test_visits_of_a_patient_stay_together():
+    names = [f"BraTS-GLI-{i:05d}-{visit:03d}" for i in range(40) for visit in range(2)]
+    split = split_patients(names)
+    assert {name: len(cases) for name, cases in split.items()} == {"train": 60, "val": 4, "test": 16}
+    for cases in split.values():
+        assert {case[:-1] + "0" for case in cases} <= set(cases)
+        assert {case[:-1] + "1" for case in cases} <= set(cases)
+    assert patient_of("sub-01_ses-2_T1w") == patient_of("sub-01_ses-1_T1w") != patient_of("sub-02_ses-1_T1w")
+    assert patient_of("BraTS2021_00000") == "BraTS2021_00000"

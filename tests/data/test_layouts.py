@@ -1,0 +1,331 @@
+"""Every layout, with and without segmentations, found without being told which; and mistakes named in one line."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from hae_jax.data.cases import MODALITIES, find_cases, read_case
+from hae_jax.data.layouts import SYNONYMS
+from hae_jax.errors import UserError
+
+SHAPE = (6, 7, 3)
+AFFINE = np.diag([-1.0, -1, 1, 1])
+DECATHLON = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+ATLAS = "{0}_ses-1_space-MNI152NLin2009aSym"
+LESION = "_label-L_desc-T1lesion_mask"
+
+
+def save(path, value, volumes=None):
+    """A constant image: `value`, or one volume per entry of `volumes`; what was read can be told by its values."""
+    data = np.full(SHAPE, value) if volumes is None else np.broadcast_to(np.array(volumes), (*SHAPE, len(volumes)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data.astype(np.int16), AFFINE), path)
+
+
+def describe(folder, **facts):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps(facts))
+
+
+def brats(root, case, value, label):
+    for k, modality in enumerate(MODALITIES):
+        save(root / case / f"{case}_{modality}.nii.gz", value + k)
+    if label:
+        save(root / case / f"{case}_seg.nii.gz", label)
+
+
+def later_brats(root, case, value, label):
+    for k, word in enumerate(("t2f", "t1n", "t1c", "t2w")):
+        save(root / case / f"{case}-{word}.nii.gz", value + k)
+    if label:
+        save(root / case / f"{case}-seg.nii.gz", label)
+
+
+def side_by_side(root, case, value, label):
+    for k, word in enumerate(("FLAIR", "T1", "T1Gd", "T2")):
+        save(root / f"{case}_{word}.nii", value + k)
+    if label:
+        save(root / f"{case}_seg.nii", label)
+
+
+def words_alone(root, case, value, label):
+    for k, word in enumerate(("flair", "t1", "t1c", "t2")):
+        save(root / "data" / "site" / case / f"{word}.nii.gz", value + k)
+    if label:
+        save(root / "data" / "site" / case / "seg.nii.gz", label)
+
+
+def decathlon(root, case, value, label):
+    describe(root, modality=DECATHLON)
+    save(root / ("imagesTr" if label else "imagesTs") / f"{case}.nii.gz", 0, value + np.arange(4))
+    if label:
+        save(root / "labelsTr" / f"{case}.nii.gz", label)
+
+
+def shuffled_decathlon(root, case, value, label):
+    describe(root, modality={"0": "T2", "1": "ADC", "2": "T1-Gd", "3": "T1", "4": "FLAIR"})
+    save(root / "imagesTr" / f"{case}.nii.gz", 0, np.array([value + 3, 77, value + 2, value + 1, value]))
+    if label:
+        save(root / "labelsTr" / f"{case}.nii.gz", label)
+
+
+def four_dimensional(root, case, value, label):
+    save(root / f"{case}.nii.gz", 0, value + np.arange(4))
+    if label:
+        save(root / f"{case}_seg.nii.gz", label)
+
+
+def nnunet(root, case, value, label):
+    describe(root, channel_names={"0": "T1", "1": "T1ce", "2": "T2", "3": "Flair"})
+    for k, offset in enumerate((1, 2, 3, 0)):
+        save(root / ("imagesTr" if label else "imagesTs") / f"{case}_{k:04d}.nii.gz", value + offset)
+    if label:
+        save(root / "labelsTr" / f"{case}.nii.gz", label)
+
+
+def bare_nnunet(root, case, value, label):
+    describe(root, modality=DECATHLON)
+    for k in range(4):
+        save(root / f"{case}_{k:04d}.nii.gz", value + k)
+    if label:
+        save(root / f"{case}_mask.nii.gz", label)
+
+
+def atlas(root, case, value, label):
+    folder = root / "Training" / "R001" / f"sub-{case}" / "ses-1" / "anat"
+    stem = ATLAS.format(f"sub-{case}")
+    save(folder / f"{stem}_T1w.nii.gz", value + 1)
+    if label:
+        save(folder / f"{stem}{LESION}.nii.gz", label)
+
+
+def flat_atlas(root, case, value, label):
+    stem = ATLAS.format(f"sub-{case}")
+    save(root / f"{stem}_T1w.nii.gz", value + 1)
+    if label:
+        save(root / f"{stem}{LESION}.nii.gz", label)
+
+
+def plain(root, case, value, label):
+    save(root / f"{case}.nii.gz", value + 1)
+    if label:
+        save(root / f"{case}_mask.nii.gz", label)
+
+
+def plain_folders(root, case, value, label):
+    save(root / case / f"{case}.nii", value + 1)
+    if label:
+        save(root / case / f"{case}_seg.nii", label)
+
+
+def single_nnunet(root, case, value, label):
+    save(root / "imagesTr" / f"{case}_0000.nii.gz", value + 1)
+    if label:
+        save(root / "labelsTr" / f"{case}.nii.gz", label)
+
+
+FOUR = (brats, later_brats, side_by_side, words_alone, decathlon, shuffled_decathlon, four_dimensional, nnunet,
+        bare_nnunet)
+ONE = (atlas, flat_atlas, plain, plain_folders, single_nnunet)
+NAMES = {atlas: ATLAS.format("sub-{0}"), flat_atlas: ATLAS.format("sub-{0}")}
+
+
+def values(case):
+    """The value of each channel."""
+    assert case.volumes.shape[:3] == SHAPE
+    return [int(np.unique(volume).item()) for volume in np.moveaxis(case.volumes, -1, 0)]
+
+
+@pytest.mark.parametrize("write", [*FOUR, *ONE])
+def test_every_layout(tmp_path, write):
+    write(tmp_path / "data", "p2_x", 20, label=4)
+    write(tmp_path / "data", "p1_x", 10, label=None)
+    for folder in (tmp_path / "data").rglob("*"):
+        if folder.is_dir():
+            (folder / "._p1_x_flair.nii.gz").write_bytes(b"what macOS leaves behind")
+            (folder / ".DS_Store").write_bytes(b"")
+    modalities = ("t1",) if write in ONE else MODALITIES
+    first, second = find_cases(tmp_path / "data", modalities)
+    assert [first.name, second.name] == [NAMES.get(write, "{0}").format(name) for name in ("p1_x", "p2_x")]
+    assert first.segmentation is None
+    healthy, ill = read_case(first), read_case(second)
+    assert healthy.mask is None
+    assert ill.mask.all()
+    offsets = [1] if write in ONE else [0, 1, 2, 3]
+    assert values(healthy) == [10 + k for k in offsets]
+    assert values(ill) == [20 + k for k in offsets]
+    assert ill.header.get_data_shape() == ill.grid.shape == SHAPE
+    assert all(path.is_file() for path in second.paths)
+    assert second.paths[-1] == second.segmentation
+    assert first.folder.is_dir()
+
+
+@pytest.mark.parametrize("write", [*FOUR, *ONE])
+def test_a_single_file_stands_for_its_case(tmp_path, write):
+    write(tmp_path, "p1_x", 10, label=2)
+    write(tmp_path, "p2_x", 20, label=2)
+    modalities = ("t1",) if write in ONE else MODALITIES
+    for case in find_cases(tmp_path, modalities):
+        assert find_cases(case.images[0].path, modalities) == [case]
+
+
+@pytest.mark.parametrize("write", FOUR)
+def test_some_channels_of_many_in_another_order(tmp_path, write):
+    write(tmp_path, "a", 10, label=1)
+    write(tmp_path, "b", 20, label=1)
+    for wanted in (("t2", "flair"), ("t1ce",)):
+        cases = find_cases(tmp_path, wanted)
+        assert [image.modality for image in cases[0].images] == list(wanted)
+        assert values(read_case(cases[1])) == [20 + MODALITIES.index(modality) for modality in wanted]
+
+
+@pytest.mark.parametrize("write", [brats, decathlon, nnunet])
+def test_one_case_alone(tmp_path, write):
+    write(tmp_path / "p1", "p1", 10, label=2)
+    (case,) = find_cases(tmp_path / "p1")
+    (again,) = find_cases(case.folder)  # the case's own folder, or imagesTr, with dataset.json above it
+    assert again.name == case.name == "p1"
+    assert values(read_case(again)) == [10, 11, 12, 13]
+    assert read_case(again).mask.all()
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_synonyms_in_any_case(tmp_path, modality):
+    for word in SYNONYMS[modality]:
+        for k, written in enumerate((word, word.upper())):
+            save(tmp_path / f"{word}{k}" / f"a_{written}.nii.gz", 9)
+            describe(tmp_path / f"nn_{word}{k}", channel_names={"0": written})
+            save(tmp_path / f"nn_{word}{k}" / "a_0000.nii.gz", 9)
+    for folder in tmp_path.iterdir():
+        assert values(read_case(find_cases(folder, (modality,))[0])) == [9]
+
+
+def test_flair_with_other_files_beside_it(tmp_path):
+    for name in ("FLAIR", "T1W", "T1WKS", "brainmask", "consensus_gt"):
+        save(tmp_path / "patient01" / f"patient01_{name}.nii.gz", len(name))
+    (case,) = find_cases(tmp_path, ("flair",))
+    assert [path.name for path in case.paths] == ["patient01_FLAIR.nii.gz", "patient01_consensus_gt.nii.gz"]
+
+
+def test_a_brain_mask_is_no_lesion(tmp_path):
+    brats(tmp_path, "a", 10, label=None)
+    save(tmp_path / "a" / "a_brain_mask.nii.gz", 1)
+    assert find_cases(tmp_path)[0].segmentation is None
+
+
+def test_cases_side_by_side_do_not_lend_each_other_masks(tmp_path):
+    plain(tmp_path / "flat", "a", 10, label=1)
+    plain(tmp_path / "flat", "b", 10, label=None)
+    side_by_side(tmp_path / "words", "a", 10, label=1)
+    side_by_side(tmp_path / "words", "b", 10, label=None)
+    assert [case.segmentation is None for case in find_cases(tmp_path / "flat", ("t1",))] == [False, True]
+    assert [case.segmentation is None for case in find_cases(tmp_path / "words")] == [False, True]
+
+
+def test_sessions_of_a_subject_are_cases(tmp_path):
+    for session in ("ses-1", "ses-2"):
+        for word in ("T1w", "T2w", "FLAIR"):
+            save(tmp_path / "sub-1" / session / "anat" / f"sub-1_{session}_{word}.nii.gz", 3)
+    save(tmp_path / "sub-1" / "ses-2" / "anat" / "sub-1_ses-2_acq-gd_T1gd.nii.gz", 3)
+    assert [case.name for case in find_cases(tmp_path, ("t1", "t2"))] == ["sub-1_ses-1", "sub-1_ses-2"]
+    assert values(read_case(find_cases(tmp_path)[1])) == [3, 3, 3, 3]
+
+
+def test_results_and_strays_are_no_cases(tmp_path):
+    plain(tmp_path, "a", 10, label=None)
+    save(tmp_path / "results" / "results.nii.gz", 5)
+    (tmp_path / "results" / "cases.csv").write_text("case")
+    save(tmp_path / "templates" / "mni.nii.gz", 5)
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "linked").mkdir()
+    assert [case.name for case in find_cases(tmp_path, ("t1",))] == ["a"]
+
+
+def test_linked_case_folders_are_followed(tmp_path):
+    brats(tmp_path / "archive", "a", 10, label=2)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "archive" / "a", target_is_directory=True)
+    assert values(read_case(find_cases(tmp_path / "data")[0])) == [10, 11, 12, 13]
+
+
+def test_numbers_of_patients_are_no_channels(tmp_path):
+    for k in (1, 2):
+        save(tmp_path / f"patient_{k:04d}.nii.gz", 10 * k)
+    assert [case.name for case in find_cases(tmp_path, ("t1",))] == ["patient_0001", "patient_0002"]
+
+
+def twice(root):
+    brats(root / "one", "a", 10, label=2)
+    brats(root / "two", "a", 10, label=2)
+
+
+def twice_in_a_folder(root):
+    save(root / "a.nii", 1)
+    save(root / "a.nii.gz", 1)
+
+
+def nnunet_without_json(root):
+    nnunet(root, "a", 10, label=2)
+    (root / "dataset.json").unlink()
+
+
+def nnunet_with(**facts):
+    def write(root):
+        nnunet(root, "a", 10, label=2)
+        describe(root, **facts)
+    return write
+
+
+@pytest.mark.parametrize(("write", "says"), [
+    (twice, r"one/a/a_flair.*two|two/a/a_flair.*one"),
+    (twice_in_a_folder, r"a.nii.gz and a.nii: two files|a.nii and a.nii.gz: two files"),
+    (nnunet_without_json, "need a dataset.json"),
+    (nnunet_with(channel_names={"0": "T1", "1": "T2", "2": "FLAIR"}), "no channels are t1ce"),
+    (nnunet_with(channel_names={"0": "T1", "1": "T1w", "2": "FLAIR", "3": "T2", "4": "t1gd"}), "2 channels are t1,"),
+    (nnunet_with(channel_names={"0": "T1", "2": "FLAIR"}), "count from 0"),
+    (nnunet_with(labels={}), 'give "channel_names"'),
+    (nnunet_with(channel_names=["T1"]), 'give "channel_names"'),
+    (lambda root: (root / "dataset.json").write_text("{") and save(root / "a_0000.nii.gz", 1), "dataset.json"),
+    (lambda root: (root / "readme.txt").write_text(""), "no cases found"),
+])
+def test_mistakes_of_a_folder(tmp_path, write, says):
+    write(tmp_path)
+    with pytest.raises(UserError, match=says) as error:
+        find_cases(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("write", "modalities", "says"), [
+    (lambda root: save(root / "a.nii.gz", 1), MODALITIES, r"a.nii.gz: has shape \(6, 7, 3\); expected 4 volumes"),
+    (lambda root: save(root / "a.nii.gz", 0, [1, 2, 3]), ("t1",), r"\(6, 7, 3, 3\); expected 4 volumes"),
+    (lambda root: save(root / "a_t1.nii.gz", 0, [1, 2]), ("t1",), r"\(6, 7, 3, 2\); expected one 3-D volume"),
+    (lambda root: save(root / "a_flair.nii.gz", 1), ("t1",), r"t1.nii.gz: missing.*t1 image"),
+    (lambda root: later_brats(root, "a", 1, 1) or (root / "a" / "a-t1c.nii.gz").unlink(), MODALITIES,
+     r"a-t1c.nii.gz: missing"),
+    (lambda root: nnunet(root, "a", 1, 1) or (root / "imagesTr" / "a_0002.nii.gz").unlink(), MODALITIES,
+     r"a_0002.nii.gz: missing"),
+    (lambda root: (root / "a.nii.gz").write_bytes(b"?"), ("t1",), r"a.nii.gz: cannot be read"),
+    (lambda root: save(root / "a.nii.gz", 0, [0, 0, 0, 5]), ("t1",), r"a.nii.gz: no voxel is positive"),
+])
+def test_mistakes_of_a_case(tmp_path, write, modalities, says):
+    write(tmp_path)
+    (case,) = find_cases(tmp_path, modalities)
+    with pytest.raises(UserError, match=says) as error:
+        read_case(case)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_image_of_what_is_wanted(tmp_path):
+    save(tmp_path / "a_flair.nii.gz", 1)
+    (tmp_path / "notes.txt").write_text("")
+    for name in ("a_flair.nii.gz", "notes.txt"):
+        with pytest.raises(UserError, match=f"{name}: not a NIfTI image of t1"):
+            find_cases(tmp_path / name, ("t1",))
+
+
+@pytest.mark.parametrize("modalities", [(), ("pd",), ("t1", "t1"), "t1"])
+def test_modalities_that_cannot_be(tmp_path, modalities):
+    with pytest.raises(UserError, match="give one or several of flair, t1, t1ce, t2"):
+        find_cases(tmp_path, modalities)
