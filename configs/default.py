@@ -68,6 +68,7 @@ def _data() -> ml_collections.ConfigDict:
     """Where the slices come from."""
     data = ml_collections.ConfigDict()
     data.root = "data/brats"  # the prepared dataset, made by tools/prepare_data.py
+    data.modalities = ("flair", "t1", "t1ce", "t2")  # the channels in their order; as many as model.in_channels
     data.workers = 0  # processes that read slices; 0: threads of the training process
     data.prefetch = 4  # batches read ahead
     data.phantom = config_dict.placeholder(ml_collections.ConfigDict)  # None: data.root must exist (see phantom.py)
@@ -98,8 +99,9 @@ def _training() -> ml_collections.ConfigDict:
 
 
 def _translation() -> ml_collections.ConfigDict:
-    """The forward process and the masks (see `hae_jax.translation`)."""
+    """How lesions are found, and the masks (see `hae_jax.translation`)."""
     translation = ml_collections.ConfigDict()
+    translation.method = "hae"  # hae, ddib, anoddpm-simplex, anoddpm-gaussian or threshold
     translation.forward_steps = 600  # of diffusion.steps; with respacing, those retained among the first 600
     translation.respacing = ""  # "" walks every step; "100" walks a tenth of 1000
     translation.guidance = 2.0  # w
@@ -107,9 +109,19 @@ def _translation() -> ml_collections.ConfigDict:
     translation.d_reverse = True  # walk by DDIM inversion; False: fresh noise at each step
     translation.modality = (0, 3)  # channels that the maps are made of: flair and t2
     translation.clipping = "static"  # of predicted x0: static, dynamic or none
+    translation.maps = "mse"  # mse, or as ablations gradient (rescaled by its weight at t) or gradient_unscaled
+    translation.t_e_ratio = 1.0  # ablation: the end of the averaging, as a share of the step where diff peaks
+    translation.last_step_only = False  # ablation: that step alone instead of the average up to it
+    translation.every = 1  # ablation: average every k-th step
+    translation.ddib_steps = 600  # of diffusion.steps: how far DDIB goes
+    translation.ddib_start = "published"  # of DDIB's way back: published (one step below), or level (where it got)
+    translation.anoddpm_steps = 250  # of diffusion.steps: how far AnoDDPM goes
+    translation.calibration = config_dict.placeholder(str)  # None: made on validation data; a file or a preset's name
     translation.batch_size = 32  # slices at once, over all devices
+    translation.max_memory_gb = config_dict.placeholder(float)  # choose the batch size by memory; None: batch_size
     translation.median = True  # 5 x 5 median filter on the maps
     translation.components = 40  # connected components of at most so many pixels are removed; 0: none
+    translation.save_healthy = False  # write the healthy counterparts as NIfTI
     translation.ema = True  # use the averaged parameters
     return translation
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from absl import flags
@@ -11,6 +11,15 @@ from ml_collections import config_flags
 
 from hae_jax.commands.config import read_config
 from hae_jax.errors import UserError
+
+
+class Loaded(NamedTuple):
+    """A trained network with the run that it comes from."""
+
+    model: Any  # nnx.Module; None where the method needs no network
+    identity: dict[str, Any]
+    run: Path
+
 
 _DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
 _FIXED = ("--config.model.", "--config.diffusion.", "--config.training.")
@@ -71,6 +80,37 @@ def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> 
         config.model, config.diffusion, config.training = (
             _as_config(tree[part]) for part in ("model", "diffusion", "training"))
     return config
+
+
+def network_and_config(
+    config_path: str | None, default_config: str, checkpoint: str | None, overrides: Sequence[str]
+) -> tuple[Loaded, ml_collections.ConfigDict]:
+    """The network that a command line asks for, and the settings to use it with.
+
+    Args:
+      config_path: a configuration file; None: that of the checkpoint, or `default_config` without one.
+      default_config: what stands in for both.
+      checkpoint: a run's folder; None: the newest run that was trained on the configuration's data.
+      overrides: of single fields.
+
+    Raises:
+      UserError: if there is no such file or network, or an override does not fit.
+    """
+    from hae_jax.training.checkpoint import load_network  # here, since --help shall not wait for JAX
+
+    config = None
+    if config_path or not checkpoint:
+        config_path = config_path or default_config
+        config = read_config(config_path, overrides)
+        if not checkpoint and config.translation.method == "threshold":
+            return Loaded(None, {"path": "none needed", "parameters": config.translation.method},
+                          Path("runs") / Path(config_path).stem), config
+        checkpoint = checkpoint or newest_run(config_path, config.data.root)
+    network = load_network(checkpoint)
+    config = with_network(config or trained_config(network.config, overrides), network.config)
+    if not config.translation.ema:  # known only now, since the checkpoint itself may say so
+        network = load_network(checkpoint, ema=False)
+    return Loaded(network.model, network.identity, Path(checkpoint)), config
 
 
 def _overridden(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:

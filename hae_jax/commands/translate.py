@@ -6,19 +6,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hae_jax.commands.common import entry_point
-from hae_jax.commands.config import CONFIG_HELP, read_config
-from hae_jax.commands.runs import check_overrides, newest_run, trained_config, with_network
+from hae_jax.commands.config import CONFIG_HELP
+from hae_jax.commands.runs import check_overrides
+from hae_jax.translation.calibration import PRESETS
 
 DEMO_CONFIG = "configs/phantom.py"
 _DESCRIPTION = """\
 Translate cases towards "healthy" with a trained network and write, for each, a lesion mask and an anomaly map as NIfTI
 on the case's own grid, and a picture; for all together cases.csv and metrics.json. With nothing given it runs on the
-phantom (made if absent) with the newest network trained on it. Exit status 1 if a case failed."""
+phantom (made if absent) with the newest network trained on it. Cases that are finished are not done again. Exit status
+1 if a case failed."""
 _EPILOG = """\
 examples:
   python translate.py                                            # the phantom's test cases
   python translate.py --checkpoint runs/a                        # the test cases of the data that runs/a learnt from
-  python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --config.translation.respacing=100"""
+  python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --config.translation.respacing=100
+  python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --calibration brats_600 --save-healthy
+  python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --num-shards 8 --shard $SLURM_ARRAY_TASK_ID
+
+cases: BraTS 2021 or 2023 folders, Decathlon or nnU-Net folders with dataset.json, one volume per case for a network of
+one channel; with or without segmentation (docs/data.md)."""
+_SHORTCUTS = {  # flags that stand for one field of config.translation
+    "method": {"metavar": "NAME", "help": "how lesions are found: hae (the forward process; default), ddib, "
+               "anoddpm-simplex, anoddpm-gaussian, or threshold (of intensity; needs no network)"},
+    "calibration": {"metavar": "NAME", "help": f"calibration.json of another run, or a preset: {', '.join(PRESETS)} "
+                    "(published); default: made on the validation slices and kept with the checkpoint"},
+    "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "choose the batch size by "
+                      "memory: the largest that needs no more than this on each device (on a CPU: in all)"},
+    "save_healthy": {"action": "store_true", "default": None, "help": "write the healthy counterparts, too"},
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,9 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases, or one case; default: the test split of "
                         "the config's data")
     parser.add_argument("--output", metavar="FOLDER", help="where the results go; default: RUN/translation, with the "
-                        "name of --input after it")
-    parser.add_argument("--overwrite", action="store_true", help="work again where --output already holds the results "
-                        "of the same network, cases and settings")
+                        "names of --input and --method after it")
+    parser.add_argument("--overwrite", action="store_true", help="work again on cases that are finished")
+    parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="deal the cases out to N jobs")
+    parser.add_argument("--shard", type=int, default=0, metavar="I",
+                        help="this job's number, from 0; all jobs share --output")
+    for field, options in _SHORTCUTS.items():
+        options = dict(options)
+        parser.add_argument(options.pop("flag", "--" + field.replace("_", "-")), dest=field, **options)
     return parser
 
 
@@ -43,28 +64,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, translates; exits with 1 if a case failed."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
-    config, checkpoint = None, arguments.checkpoint
-    if arguments.config or not checkpoint:
-        config = read_config(arguments.config or DEMO_CONFIG, overrides)
-        checkpoint = checkpoint or newest_run(arguments.config or DEMO_CONFIG, config.data.root)
+    overrides += [f"--config.translation.{field}={getattr(arguments, field)}" for field in _SHORTCUTS
+                  if getattr(arguments, field) is not None]
 
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import use_all_cores
+    from hae_jax.commands.runs import network_and_config
     from hae_jax.data.demo import ensure_phantom
-    from hae_jax.training.checkpoint import load_network
     from hae_jax.training.mesh import make_mesh
     from hae_jax.translation.run import translate
 
     use_all_cores()
-    network = load_network(checkpoint)
-    config = with_network(config or trained_config(network.config, overrides), network.config)
-    if not config.translation.ema:  # known only now, since the checkpoint itself may say so
-        network = load_network(checkpoint, ema=False)
+    network, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     ensure_phantom(config.data, config.model.image_size)
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
-    name = "_".join(["translation", *([Path(arguments.input).resolve().name] if arguments.input else [])])
+    name = ["translation", *([Path(arguments.input).resolve().name] if arguments.input else []),
+            *([arguments.method] if arguments.method else [])]
     report = translate(network.model, network.identity, config, make_mesh(), source=arguments.input,
-                       output=arguments.output or Path(checkpoint) / name, overwrite=arguments.overwrite)
+                       output=arguments.output or network.run / "_".join(name), overwrite=arguments.overwrite,
+                       shard=arguments.shard, num_shards=arguments.num_shards,
+                       calibrations=network.run / "calibrations")
     print("\n".join(report.lines()))
     if report.failed:
         sys.exit(1)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,55 +69,70 @@ class Calibration:
         Raises:
           UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
         """
-        try:
-            fields = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); calibrate first, or name a preset") from error
-        except ValueError as error:
-            raise UserError(f"{path}: is not JSON ({error}); delete it and calibrate again") from error
-        try:
-            return cls(**_checked_fields(fields))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}; delete it and calibrate again") from error
+        return loaded(cls, path, _KINDS, "calibrate first, or name a preset")
 
 
-def _checked_fields(fields: Any) -> dict[str, Any]:
-    """The JSON object as arguments of `Calibration`: every field there, none unknown, each of its kind."""
+def loaded(cls: type, path: str | os.PathLike, kinds: Mapping[str, Callable[[Any], bool]], otherwise: str) -> Any:
+    """A dataclass from the JSON object that holds its fields, checked.
+
+    Args:
+      cls: the dataclass; its tuples are lists in JSON.
+      path: the file.
+      kinds: for every field, whether a value out of JSON can be its.
+      otherwise: what to do if there is no such file, in words.
+
+    Raises:
+      UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
+    """
+    try:
+        fields = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {otherwise}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); delete it and calibrate again") from error
+    try:
+        return cls(**_checked_fields(fields, kinds))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; delete it and calibrate again") from error
+
+
+def _checked_fields(fields: Any, kinds: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    """The JSON object as arguments: every field there, none unknown, each of its kind."""
     if not isinstance(fields, dict):
         raise TypeError("is not a JSON object")
-    names = [field.name for field in dataclasses.fields(Calibration)]
-    if missing := [name for name in names if name not in fields]:
+    if missing := [name for name in kinds if name not in fields]:
         raise ValueError(f"field {', '.join(missing)} is missing")
-    if unknown := [name for name in fields if name not in names]:
+    if unknown := [name for name in fields if name not in kinds]:
         raise ValueError(f"field {', '.join(unknown)} is not known")
-    for name, right in _KINDS.items():
+    for name, right in kinds.items():
         if not right(fields[name]):
             raise TypeError(f"field {name} has the wrong kind of value ({fields[name]!r})")
-    as_tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return as_tuples | {"threshold": float(fields["threshold"])}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value out of JSON is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_number(item) for item in value)
-
-
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value out of JSON is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(is_number(item) for item in value)
+
+
 def _is_count(value: Any) -> bool:
-    return value is None or (_is_whole(value) and value >= 0)
+    return value is None or (is_whole(value) and value >= 0)
 
 
 _KINDS = {  # what each field looks like in JSON
-    "threshold": _is_number,
+    "threshold": is_number,
     "diff_max": _is_numbers,
     "diff_min": _is_numbers,
-    "modality": lambda value: isinstance(value, list) and all(_is_whole(item) for item in value),
+    "modality": lambda value: isinstance(value, list) and all(is_whole(item) for item in value),
     "healthy_slices": _is_count,
     "lesion_slices": _is_count,
     "errors": _is_count,

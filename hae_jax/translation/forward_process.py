@@ -5,23 +5,28 @@ in one batch. What it returns goes to `calibration` and `masks`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from hae_jax.diffusion.noise import gaussian
 from hae_jax.diffusion.process import Denoiser, Process, guide
 from hae_jax.errors import UserError
 
 HEALTHY = 0  # the class label
+_MAPS = ("mse", "gradient", "gradient_unscaled")
 
 
 class Denoisers(NamedTuple):
     """The network's two faces in a translation; t are original timesteps."""
 
     null: Denoiser  # (x, t) -> output under the null condition
-    healthy_and_null: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # both, from one stacked pass
+    # (x, t) -> both outputs, from one stacked pass; None for a network without classes
+    healthy_and_null: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None
 
 
 class Translation(NamedTuple):
@@ -30,45 +35,82 @@ class Translation(NamedTuple):
     mse: jax.Array  # [B, T, M] spatial means of (G_t - X)^2, G_t the guided prediction of x0
     ref: jax.Array  # [B, T, M] of (R_t - X)^2, R_t the reference prediction
     diff: jax.Array  # [B, T, M] of (G_t - R_t)^2
-    map: jax.Array  # [B, H, W, M] mean of (G_t - X)^2 over t < t_e
-    t_e: jax.Array  # [B, M] the step at which diff is largest
+    map: jax.Array  # [B, H, W, M] mean of (G_t - X)^2 over t < t_e, or what `ForwardSettings` makes of it
+    t_e: jax.Array  # [B, M] the step at which diff is largest, times t_e_ratio
     healthy: jax.Array  # [B, H, W, M] G at t_e: the healthy counterpart
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSettings:
-    """How far and how to translate.
+    """How far and how to translate. The last four are ablations; by default they change nothing.
 
     Attributes:
       steps: steps of the (respaced) schedule to walk, from its beginning.
-      guidance: strength w of the guided prediction.
+      guidance: strength w of the guided prediction; None: the plain "healthy" one, which is also that of w = 0.
       reference: what the guided prediction is compared with: the unguided "healthy" one (the published code) or the
         "null" one (the paper).
       d_reverse: walk by DDIM inversion; off: noise the slice anew at each step.
       modality: channels that take part.
+      maps: what maps average: "mse", (G_t - X)^2; "gradient", (G_t - R_t)^2 / (B_t^2 (1 + w)^2) with
+        B_t = (1 - a_t) / sqrt(a_t), the squared difference of the two scores; "gradient_unscaled", (G_t - R_t)^2.
+      t_e_ratio: t_e is the step where diff is largest times this, rounded half to even, at most the last step. Unless
+        it is 1, the walk is made twice and costs twice the time, in the same memory.
+      last_step_only: the map is the step before t_e alone.
+      every: k > 1: the map averages the steps 0, k, 2k, ... below t_e, and t_e itself.
 
     Raises:
       UserError: for values that cannot be.
     """
 
     steps: int
-    guidance: float = 2.0
+    guidance: float | None = 2.0
     reference: str = "healthy"
     d_reverse: bool = True
     modality: tuple[int, ...] = (0, 3)
+    maps: str = "mse"
+    t_e_ratio: float = 1.0
+    last_step_only: bool = False
+    every: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "modality", tuple(self.modality))
         if self.steps < 1:
             raise UserError(f"translation.forward_steps gives {self.steps} steps: it must give at least 1")
-        if self.reference not in ("healthy", "null"):
-            raise UserError(f"translation.reference is {self.reference!r}: choose healthy or null")
-        if not self.modality or min(self.modality) < 0 or len(set(self.modality)) != len(self.modality):
-            raise UserError(f"translation.modality is {self.modality}: give different channel numbers from 0")
+        check_choice("reference", self.reference, ("healthy", "null"))
+        check_choice("maps", self.maps, _MAPS)
+        check_guidance(self.guidance)
+        check_modality(self.modality)
+        if not (self.t_e_ratio > 0 and math.isfinite(self.t_e_ratio)):
+            raise UserError(f"translation.t_e_ratio is {self.t_e_ratio}: give a number above 0; 1 leaves t_e as it is")
+        if self.every < 1:
+            raise UserError(f"translation.every is {self.every}: it must be at least 1, which takes every step")
+        if self.last_step_only and self.every > 1:
+            raise UserError(f"translation.every is {self.every}, but translation.last_step_only leaves one step to "
+                            "average: choose one of the two")
 
 
-def network_denoisers(model: Callable[..., jax.Array]) -> Denoisers:
-    """The denoisers of a class-conditional network `model(x, t, y, null=...)`."""
+def check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises a UserError for a value of `translation.<field>` that is none of the choices."""
+    if value not in choices:
+        raise UserError(f"translation.{field} is {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_guidance(guidance: float | None) -> None:
+    """Raises a UserError for a negative or infinite guidance strength."""
+    if guidance is not None and not (guidance >= 0 and math.isfinite(guidance)):
+        raise UserError(f"translation.guidance is {guidance}: give a strength of at least 0, or None for no guidance")
+
+
+def check_modality(modality: tuple[int, ...]) -> None:
+    """Raises a UserError unless these are different channel numbers."""
+    if not modality or min(modality) < 0 or len(set(modality)) != len(modality):
+        raise UserError(f"translation.modality is {modality}: give different channel numbers from 0")
+
+
+def network_denoisers(model: Callable[..., jax.Array], conditional: bool = True) -> Denoisers:
+    """The denoisers of a network: `model(x, t, y, null=...)`, or `model(x, t)` where it is not class-conditional."""
+    if not conditional:
+        return Denoisers(model, None)
 
     def healthy_and_null(x, t):
         y = jnp.full(2 * len(x), HEALTHY)
@@ -77,6 +119,24 @@ def network_denoisers(model: Callable[..., jax.Array]) -> Denoisers:
         return out[:len(x)], out[len(x):]
 
     return Denoisers(lambda x, t: model(x, t, null=True), healthy_and_null)
+
+
+def step_noise(
+    keys: jax.Array,  # [B] keys, one for each slice
+    shape: tuple[int, ...],  # of one slice
+) -> Callable[[jax.Array], jax.Array]:  # step () -> [B, *shape]
+    """Gaussian noise for each step, that of a slice from its own key alone."""
+    return lambda step: gaussian(step_keys(keys, step), shape)
+
+
+def step_keys(keys: jax.Array, step: int | jax.Array) -> jax.Array:  # [B], () -> [B]
+    """Each slice's key for a step."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+
+
+def guided_output(healthy: jax.Array, null: jax.Array, guidance: float | None) -> jax.Array:  # [B, H, W, C]
+    """The network's guided output; None leaves the healthy one."""
+    return healthy if guidance is None else guide(healthy, null, guidance)
 
 
 def forward_process(
@@ -93,55 +153,101 @@ def forward_process(
     results depend on. The map needs no stored steps: the running sum of (G_t - X)^2 is kept whenever diff_t is
     strictly the largest so far, before step t is added.
     """
+
+    def is_largest(t, diff, best):
+        return diff > best.diff
+
+    first = _walk(process, denoisers, x0, noise, settings, is_largest)
+    if settings.t_e_ratio == 1:
+        return first
+    # The same walk again, for a snapshot at a step that only the whole curve gives.
+    ends = jnp.round(settings.t_e_ratio * first.t_e).astype(first.t_e.dtype).clip(max=settings.steps - 1)
+    return _walk(process, denoisers, x0, noise, settings, lambda t, diff, best: t == ends)
+
+
+class _Kept(NamedTuple):
+    """The state at the step that counts as t_e so far, per sample and modality."""
+
+    diff: jax.Array  # [B, M]
+    t_e: jax.Array  # [B, M]
+    total: jax.Array  # [B, H, W, M] sum of the terms that the map averages
+    healthy: jax.Array  # [B, H, W, M]
+
+
+def _walk(process, denoisers, x0, noise, settings, counts: Callable[..., jax.Array]) -> Translation:
+    """One walk; `counts(t, diff_t [B, M], kept so far) -> [B, M] bool`: whether t is the step to keep."""
     modality = jnp.asarray(settings.modality)
     x_m = x0[..., modality]
 
     def step(carry, t):
-        x, total, best = carry
+        x, total, kept = carry
         t_rows = jnp.full(x.shape[0], t)
         guided, reference = (g[..., modality] for g in _predictions(process, denoisers, x, t_rows, settings))
-        errors = jnp.square(guided - x_m)
-        curves = jax.tree.map(lambda a: a.mean((1, 2)),
-                              (errors, jnp.square(reference - x_m), jnp.square(guided - reference)))
-        best = _keep_if_better(best, curves[2], t, total, errors, guided)
-        return (_next(process, denoisers, x, x0, t_rows + 1, noise, settings), total + errors, best), curves
+        errors, difference = jnp.square(guided - x_m), jnp.square(guided - reference)
+        curves = jax.tree.map(lambda a: a.mean((1, 2)), (errors, jnp.square(reference - x_m), difference))
+        term = _map_term(process, errors, difference, t, settings)
+        now = _Kept(curves[2], jnp.full_like(kept.t_e, t), _ended(total, term, t, settings), guided)
+        kept = _choose(counts(t, curves[2], kept), now, kept)
+        return (_next(process, denoisers, x, x0, t_rows + 1, noise, settings),
+                _continued(total, term, t, settings), kept), curves
 
-    batch = x0.shape[0]
+    batch, empty = x0.shape[0], jnp.zeros_like(x_m)
     first = process.noised(x0, jnp.zeros(batch, jnp.int32), noise(jnp.int32(0)))
-    empty = jnp.zeros_like(x_m)
-    best = _Best(jnp.full((batch, len(settings.modality)), -jnp.inf), jnp.zeros((batch, len(settings.modality)), int),
+    kept = _Kept(jnp.full((batch, len(settings.modality)), -jnp.inf), jnp.zeros((batch, len(settings.modality)), int),
                  empty, empty)
-    (_, _, best), (mse, ref, diff) = jax.lax.scan(step, (first, empty, best), jnp.arange(settings.steps))
+    (_, _, kept), (mse, ref, diff) = jax.lax.scan(step, (first, empty, kept), jnp.arange(settings.steps))
     mse, ref, diff = (jnp.moveaxis(curve, 0, 1) for curve in (mse, ref, diff))
-    count = jnp.maximum(best.t_e, 1)[:, None, None, :]
-    return Translation(mse, ref, diff, best.total / count, best.t_e, best.healthy)
+    count = _terms(kept.t_e, settings)[:, None, None, :]
+    return Translation(mse, ref, diff, kept.total / count, kept.t_e, kept.healthy)
 
 
-class _Best(NamedTuple):
-    """The state at the step with the largest diff so far, per sample and modality."""
+def _map_term(process, errors, difference, t, settings) -> jax.Array:  # [B, H, W, M]
+    """What step t gives to the map."""
+    if settings.maps == "mse":
+        return errors
+    if settings.maps == "gradient_unscaled":
+        return difference
+    a = process.schedule.alpha_bar
+    # (1 + w)^2 whatever the reference, as published; against the healthy one w^2 would undo the guidance.
+    weight = a / np.square((1 - a) * (1 + (settings.guidance or 0)))
+    return difference * jnp.asarray(weight, jnp.float32)[t]
 
-    diff: jax.Array  # [B, M]
-    t_e: jax.Array  # [B, M]
-    total: jax.Array  # [B, H, W, M] sum of errors over t < t_e; at t_e = 0 that of step 0
-    healthy: jax.Array  # [B, H, W, M]
+
+def _ended(total, term, t, settings) -> jax.Array:  # [B, H, W, M]
+    """The sum of a map that ends at t_e = t: of the steps before it, but of step 0 alone where t is 0."""
+    if settings.every > 1:
+        return total + term
+    return jnp.where(t == 0, term, total)
 
 
-def _keep_if_better(best: _Best, diff: jax.Array, t: jax.Array, total, errors, guided) -> _Best:
-    better = diff > best.diff
-    total = jnp.where(t == 0, errors, total)
-    now = _Best(diff, jnp.full_like(best.t_e, t), total, guided)
+def _continued(total, term, t, settings) -> jax.Array:  # [B, H, W, M]
+    """The sum that a map ending later than t has after step t."""
+    if settings.last_step_only:
+        return term
+    if settings.every > 1:
+        return total + jnp.where(t % settings.every == 0, term, 0)
+    return total + term
 
-    def choose(new, old):
-        return jnp.where(better if new.ndim == 2 else better[:, None, None, :], new, old)
 
-    return jax.tree.map(choose, now, best)
+def _terms(t_e, settings) -> jax.Array:  # [B, M]
+    """How many steps are in the sum of a map that ends at t_e."""
+    if settings.last_step_only:
+        return jnp.ones_like(t_e)
+    if settings.every > 1:
+        return -(-t_e // settings.every) + 1
+    return jnp.maximum(t_e, 1)
+
+
+def _choose(here: jax.Array, now: _Kept, before: _Kept) -> _Kept:
+    return jax.tree.map(lambda new, old: jnp.where(here if new.ndim == 2 else here[:, None, None, :], new, old),
+                        now, before)
 
 
 def _predictions(process, denoisers, x, t, settings) -> tuple[jax.Array, jax.Array]:
     """The guided and the reference prediction of x0 from the same x_t, each [B, H, W, C]."""
     healthy, null = denoisers.healthy_and_null(x, process.original(t))
     reference = healthy if settings.reference == "healthy" else null
-    guided = guide(healthy, null, settings.guidance)
+    guided = guided_output(healthy, null, settings.guidance)
     return process.predict(guided, x, t).x0, process.predict(reference, x, t).x0
 
 

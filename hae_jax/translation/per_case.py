@@ -1,128 +1,191 @@
 """Case after case: read and sliced, translated in batches that cases share, masked, written, forgotten.
 
-A case is in memory only from its reading until its files are written; what the metrics need stays in the `Tally`.
+A case is in memory only from its reading until its files are written; what the metrics need goes into its record.
 """
 
-import dataclasses
+import collections
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from hae_jax.data.cases import MODALITIES, CaseFiles
+from hae_jax.data.cases import CaseFiles
 from hae_jax.errors import UserError
+from hae_jax.evaluation import metrics
 from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
-from hae_jax.translation.batched import Slice, SliceTranslator, stacked
-from hae_jax.translation.calibration import Calibration
-from hae_jax.translation.forward_process import Translation
-from hae_jax.translation.masks import Masks, make_masks
-from hae_jax.translation.methods import FlairThreshold
-from hae_jax.translation.plan import Plan
-from hae_jax.translation.tally import Tally
-from hae_jax.translation.volume import SlicedCase, map_volume, mask_volume, read_slices, write_volume
+from hae_jax.evaluation.volumes import volume_metrics
+from hae_jax.translation import records
+from hae_jax.translation.batched import Slice, stacked
+from hae_jax.translation.masks import Masks
+from hae_jax.translation.plan import Plan, case_digest
+from hae_jax.translation.validation import Translator
+from hae_jax.translation.volume import SlicedCase, healthy_volume, map_volume, mask_volume, read_slices, write_volume
 
-NETWORK, FLAIR = "network", "flair threshold"  # the methods' names in the tally
 _CASE_FAULTS = (UserError, OSError)  # what concerns one case; everything else is a bug and ends the run
+_READ_AHEAD = 2  # cases, while the devices work on those before
 
 
 class TranslatedCase(NamedTuple):
-    """A case with the network's results for all its slices."""
+    """A case with the method's results for all its slices."""
 
     case: SlicedCase
-    result: Translation  # of NumPy arrays, [S, ...]
-    started: float  # time.monotonic() when its reading began
+    result: Any  # a NamedTuple of NumPy arrays [S, ...]
 
 
-@dataclasses.dataclass
-class Outcome:
-    """What came of the cases: rows of cases.csv, reasons of failures by case name, overlays, numbers for metrics."""
+class Calibrations(NamedTuple):
+    """What turns maps into masks: for the run's method, and for its competitor if it has one."""
 
-    finished: list[CaseResult] = dataclasses.field(default_factory=list)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)
-    pictures: list[Path] = dataclasses.field(default_factory=list)
-    tally: Tally = dataclasses.field(default_factory=Tally)
+    method: Any
+    competitor: Any | None
 
 
 def process_cases(
-    plan: Plan, translator: SliceTranslator, calibration: Calibration, competitor: FlairThreshold
-) -> Outcome:
-    """Translates all cases of a run and writes each one's files as soon as it is complete."""
-    outcome = Outcome(failed=dict(plan.missing))
-    with tqdm(total=len(plan.cases), desc="translating",
+    plan: Plan, cases: Sequence[CaseFiles], translator: Translator, calibrations: Calibrations,
+    inputs: Mapping[str, Any],
+) -> None:
+    """Translates cases, writes each one's files as soon as it is complete, and its record after them.
+
+    A case that fails leaves a record that says why; the others go on.
+
+    Args:
+      plan: the run.
+      cases: those to work on.
+      translator: the run's method at work.
+      calibrations: of the method and its competitor.
+      inputs: of the run, for the records.
+    """
+    digests = {case.name: case_digest(inputs, case) for case in cases}
+    before = time.monotonic()
+
+    def failed(name: str, reason: str) -> None:
+        records.write(plan.output, name, _record(digests[name], failed=reason), None)
+        tqdm.write(f"failed {name}: {reason}")
+
+    with tqdm(total=len(cases), desc="translating",
               bar_format="{l_bar}{bar}| {n:.1f}/{total_fmt} cases [{elapsed}<{remaining}]") as bar:
-        for done in _translated(plan.cases, plan.config.model.image_size, translator, outcome.failed, bar):
+        for name, done in _translated(cases, plan.config.model.image_size, translator, bar):
             try:
-                _finish(plan, done, calibration, competitor, outcome)
+                if isinstance(done, Exception):
+                    raise done
+                now = time.monotonic()
+                _finish(plan, done, calibrations, digests[name], now - before)
+                before = now
             except _CASE_FAULTS as error:
-                outcome.failed[done.case.name] = str(error)
-    return outcome
+                failed(name, str(error))
 
 
 def _translated(
-    cases: Sequence[CaseFiles], image_size: int, translator: SliceTranslator, failed: dict[str, str], bar: tqdm
-) -> Iterator[TranslatedCase]:
-    """Yields the cases in order, each when its last slice is done; unreadable ones go to `failed`."""
-    reading: dict[str, tuple[SlicedCase, float]] = {}
+    cases: Sequence[CaseFiles], image_size: int, translator: Translator, bar: tqdm
+) -> Iterator[tuple[str, TranslatedCase | Exception]]:
+    """Yields the cases, each when its last slice is done; for an unreadable one, the reason."""
+    reading: dict[str, SlicedCase] = {}
+    broken: collections.deque[tuple[str, Exception]] = collections.deque()
 
     def slices() -> Iterator[Slice]:
-        for case_files in cases:
-            started = time.monotonic()
+        for name, future in _read_ahead(cases, image_size):
             try:
-                case = read_slices(case_files, image_size)
+                case = future.result()
             except _CASE_FAULTS as error:
-                failed[case_files.name] = str(error)
+                broken.append((name, error))
                 bar.update(1)
                 continue
-            reading[case.name] = case, started
-            for image, index in zip(case.inputs, case.slices.index, strict=True):
-                yield Slice(image, case.name, int(index))
+            for warning in case.warnings:
+                tqdm.write(f"{name}: {warning}")
+            reading[name] = case
+            for image, intensity, index in zip(case.inputs, case.slices.images, case.slices.index, strict=True):
+                yield Slice(image, name, int(index), intensity)
 
     results = []
     for item, result in translator(slices()):
+        while broken:
+            yield broken.popleft()
         results.append(result)
-        count = len(reading[item.case][0].inputs)
+        count = len(reading[item.case].inputs)
         bar.update(min(1 / count, bar.total - bar.n))  # fractions may add up to a little more than 1
         if len(results) == count:  # slices come in order, so these are all of one case
-            case, started = reading.pop(item.case)
-            yield TranslatedCase(case, stacked(results), started)
+            yield item.case, TranslatedCase(reading.pop(item.case), stacked(results))
             results = []
+    yield from broken
 
 
-def _finish(
-    plan: Plan, done: TranslatedCase, calibration: Calibration, competitor: FlairThreshold, outcome: Outcome
-) -> None:
-    """Makes the masks, writes the volumes and the picture, and adds the case to the outcome."""
-    case, wanted = done.case, plan.config.translation
-    masks = make_masks(done.result.mse, done.result.ref, done.result.diff, done.result.map, calibration,
-                       median=wanted.median, remove_up_to=wanted.components)
-    mask = mask_volume(masks.mask, case.slices)
-    write_volume(plan.output / f"{case.name}_mask.nii.gz", mask.astype(np.uint8), case.header,
-                 "lesion mask, HAE-JAX, research use only")
-    write_volume(plan.output / f"{case.name}_map.nii.gz", map_volume(masks.map, case.slices), case.header,
-                 "anomaly map, HAE-JAX, research use only")
-    row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score,
-                      time.monotonic() - done.started)
+def _read_ahead(cases: Sequence[CaseFiles], image_size: int) -> Iterator[tuple[str, Future[SlicedCase]]]:
+    """The cases in order, the next ones being read in the background."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: collections.deque[tuple[str, Future[SlicedCase]]] = collections.deque()
+        try:
+            for files in cases:
+                waiting.append((files.name, pool.submit(read_slices, files, image_size)))
+                if len(waiting) > _READ_AHEAD:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _finish(plan: Plan, done: TranslatedCase, calibrations: Calibrations, digest: str, seconds: float) -> None:
+    """Makes the masks, writes the volumes, the picture and the record."""
+    case, method, wanted = done.case, plan.method, plan.config.translation
+    masks = method.masks(done.result, calibrations.method, median=wanted.median, remove_up_to=wanted.components)
+    mask, anomaly = mask_volume(masks.mask, case.slices), map_volume(masks.map, case.slices)
+    volumes = {"mask": (mask.astype(np.uint8), "lesion mask"), "map": (anomaly, "anomaly map")}
+    healthy = method.healthy(done.result)
+    if wanted.save_healthy and healthy is not None:
+        for m, channel in enumerate(wanted.modality):
+            modality = plan.config.data.modalities[channel]
+            volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
+                                              f"healthy counterpart of {modality}")
+    written = []
+    for kind, (values, description) in volumes.items():
+        written.append(f"{case.name}_{kind}.nii.gz")
+        write_volume(plan.output / written[-1], values, case.grid, f"{description}, HAE-JAX, research use only")
+    row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, seconds, anomaly)
     if plan.config.evaluation.overlay_slices:
-        outcome.pictures.append(_draw(plan, done, masks, row))
-    outcome.tally.add(case, {NETWORK: masks, FLAIR: competitor.masks(case.slices.images, wanted.components)})
-    outcome.finished.append(row)
+        written.append(_draw(plan, done, healthy, masks, row).name)
+    record = _record(digest, files=tuple(written), row=row)
+    records.write(plan.output, case.name, record, _measured(plan, case, masks, row, calibrations))
 
 
-def _draw(plan: Plan, done: TranslatedCase, masks: Masks, row: CaseResult) -> Path:
+def _measured(
+    plan: Plan, case: SlicedCase, masks: Masks, row: CaseResult, calibrations: Calibrations
+) -> records.Measured | None:
+    """The answers of the method and its competitor, if there is anything to measure them against."""
+    if case.truth is None:
+        return None
+    answers = {plan.method.name: records.Answer(masks, row.measured)}
+    if plan.competitor is not None:
+        rival = plan.competitor.masks(plan.competitor.intensity(case.slices.images), calibrations.competitor,
+                                      median=False, remove_up_to=plan.config.translation.components)
+        answers[plan.competitor.name] = records.Answer(rival, volume_metrics(
+            mask_volume(rival.mask, case.slices), case.truth, case.affine, map_volume(rival.map, case.slices)))
+    return records.Measured(case.slice_truth, metrics.foreground(case.inputs), answers)
+
+
+def _record(
+    digest: str, files: tuple[str, ...] = (), row: CaseResult | None = None, failed: str | None = None
+) -> records.Record:
+    return records.Record(digest, files, row, failed, socket.gethostname())
+
+
+def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: Masks, row: CaseResult) -> Path:
     """The overlay of the most anomalous slices."""
     case, path = done.case, plan.output / f"{done.case.name}_overlay.png"
     shown = most_anomalous(masks.score, plan.config.evaluation.overlay_slices)
     title = f"{case.name}{' (phantom figure)' if plan.phantom else ''}: mask {row.volume_ml:.1f} ml"
     if row.dice is not None:
         title += f", truth {row.true_volume_ml:.1f} ml, volume Dice {row.dice:.2f}"
+    modality = plan.config.translation.modality
     overlay_figure(
-        path, case.inputs[shown], done.result.healthy[shown], masks.map[shown], masks.mask[shown],
-        None if case.truth is None else case.slice_truth[shown], channels=MODALITIES, modality=plan.settings.modality,
-        title=title, row_titles=[f"slice {case.slices.index[s]}, s {masks.score[s]:.4f}" for s in shown])
+        path, case.inputs[shown], case.inputs[shown][..., list(modality)] if healthy is None else healthy[shown],
+        masks.map[shown], masks.mask[shown], None if case.truth is None else case.slice_truth[shown],
+        channels=plan.config.data.modalities, modality=modality, title=title,
+        row_titles=[f"slice {case.slices.index[s]}, s {masks.score[s]:.4f}" for s in shown])
     return path
 
 

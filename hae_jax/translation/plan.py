@@ -1,5 +1,6 @@
-"""What a run will do: settings, data and cases, checked before anything is computed or written."""
+"""What a run will do: method, data and cases, checked before anything is computed or written."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -14,121 +15,182 @@ from flax import nnx
 from hae_jax.data import phantom
 from hae_jax.data.cases import CaseFiles, find_cases
 from hae_jax.data.store import MANIFEST, Store, open_store
-from hae_jax.diffusion.process import Process
-from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.translation.forward_process import ForwardSettings
+from hae_jax.translation.calibration import PRESETS, Calibration, preset
+from hae_jax.translation.methods import IntensityThreshold, Method, make_method
+from hae_jax.translation.records import digest
 
-_CURVE_FIELDS = ("forward_steps", "respacing", "guidance", "reference", "d_reverse", "modality", "clipping")
+_NOT_IN_CURVES = ("median", "components", "save_healthy", "batch_size", "max_memory_gb", "calibration", "ema")
+_WITHOUT_INFLUENCE = ("batch_size", "max_memory_gb")  # on any result
 
 
 class Plan(NamedTuple):
     """The fixed parts of a run."""
 
     config: ml_collections.ConfigDict
-    process: Process
-    settings: ForwardSettings
-    store: Store
-    cases: list[CaseFiles]
+    method: Method
+    competitor: IntensityThreshold | None  # measured beside the method, where there is validation data for it
+    calibration: Calibration | None  # given by the user; None: to be made on validation slices
+    store: Store | None  # the prepared dataset, where there is one
+    cases: list[CaseFiles]  # of this shard
+    everyone: list[CaseFiles]  # of all shards
     missing: dict[str, str]  # cases that should be there, and why they are not
     phantom: bool  # whether the cases are a phantom's
     output: Path
 
 
-def make_plan(config: ml_collections.ConfigDict, output: Path, source: str | Path | None) -> Plan:
+def make_plan(
+    config: ml_collections.ConfigDict, output: Path, source: str | Path | None, shard: int = 0, num_shards: int = 1
+) -> Plan:
     """Checks everything that can be checked before the network runs, and makes the output folder.
 
     Args:
       config: the config tree, with `model` and `diffusion` as the network was trained.
       output: folder for the results.
       source: folder of cases; None: the test split of the prepared dataset.
+      shard: which part of the cases to work on.
+      num_shards: how many parts there are; cases are dealt out one by one.
 
     Raises:
       UserError: for settings or data that do not fit.
     """
-    process, settings = forward_setup(config)
-    store = open_store(config.data.root)
-    _check_slices(store, config)
-    cases, missing = _test_cases(store) if source is None else (find_cases(source), {})
-    folder = cases[0].images[0].parent
-    is_phantom = any((parent / phantom.MANIFEST).is_file() for parent in (folder, folder.parent))
+    if not 0 <= shard < num_shards:
+        raise UserError(f"--shard {shard} of --num-shards {num_shards}: shards are counted from 0 to "
+                        f"{max(num_shards - 1, 0)}")
+    method = make_method(config)
+    if len(config.data.modalities) != config.model.in_channels:
+        raise UserError(f"data.modalities names {len(config.data.modalities)} channels "
+                        f"({', '.join(config.data.modalities)}), the network has {config.model.in_channels}")
+    calibration = _given_calibration(config, method)
+    store = _store(config, needed=source is None)
+    if source is None:
+        everyone, missing = _test_cases(store, config)
+    else:
+        everyone, missing = find_cases(source, config.data.modalities), {}
+    folder = everyone[0].folder
+    is_phantom = any((parent / phantom.MANIFEST).is_file() for parent in (folder, *list(folder.parents)[:2]))
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the results with --output")
     output.mkdir(parents=True, exist_ok=True)
-    return Plan(config, process, settings, store, cases, missing, is_phantom, output)
-
-
-def forward_setup(config: ml_collections.ConfigDict) -> tuple[Process, ForwardSettings]:
-    """The diffusion process, respaced for translation, and the walk along it.
-
-    `translation.forward_steps` counts original steps: of a respaced schedule, those retained below it are walked.
-
-    Raises:
-      UserError: for values that do not fit.
-    """
-    diffusion, wanted = config.diffusion, config.translation
-    if not 1 <= wanted.forward_steps <= diffusion.steps:
-        raise UserError(f"translation.forward_steps is {wanted.forward_steps}: it must be in 1..{diffusion.steps} "
-                        "(diffusion.steps)")
-    schedule = make_schedule(diffusion.schedule, diffusion.steps, wanted.respacing)
-    steps = int(np.count_nonzero(schedule.timesteps < wanted.forward_steps))
-    settings = ForwardSettings(steps, wanted.guidance, wanted.reference, wanted.d_reverse, tuple(wanted.modality))
-    if max(settings.modality) >= config.model.in_channels:
-        raise UserError(f"translation.modality is {settings.modality}: the network has only {config.model.in_channels} "
-                        f"channels, 0 to {config.model.in_channels - 1}")
-    return Process(schedule, diffusion.predicts, diffusion.variance, wanted.clipping), settings
+    competitor = IntensityThreshold.of(config) if store and method.network and _has_lesions(store) else None
+    return Plan(config, method, competitor, calibration, store, everyone[shard::num_shards], everyone, missing,
+                is_phantom, output)
 
 
 def fingerprint(model: nnx.Module) -> str:
     """SHA-256 of a network's parameters: a folder can be trained anew, its name says little."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+        sha.update(jax.tree_util.keystr(path).encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()
 
 
-def calibration_inputs(plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that a calibration depends on, ready for JSON.
+def calibration_inputs(plan: Plan, method: Method, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that a calibration of a method depends on, ready for JSON.
 
     Args:
       plan: the run.
-      identity: the network's.
+      method: the run's, or its competitor.
+      identity: the network's; a method without network has none.
     """
-    manifest = (plan.store.root / MANIFEST).read_bytes()
-    return {
-        "checkpoint": dict(identity),
-        "settings": {name: plan.config.translation[name] for name in _CURVE_FIELDS},
-        "seed": plan.config.seed,
-        "data": {"root": str(plan.store.root), "manifest_sha256": hashlib.sha256(manifest).hexdigest()},
-    }
+    data = {"root": plan.config.data.root}
+    if plan.store is not None:
+        data["manifest_sha256"] = hashlib.sha256((plan.store.root / MANIFEST).read_bytes()).hexdigest()
+    wanted = {name: value for name, value in plan.config.translation.to_dict().items()
+              if name not in _NOT_IN_CURVES and not _is_of_another_method(name, method.name)}
+    if not method.network:
+        return {"settings": {"method": method.name}, "data": data}
+    if method.name != "hae":  # a fixed threshold on filtered maps
+        wanted["median"] = plan.config.translation.median
+    return {"checkpoint": _without_path(identity), "settings": wanted, "seed": plan.config.seed, "data": data}
 
 
 def run_inputs(plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that a run's results depend on, ready for JSON: a run that finds it unchanged has nothing to do."""
-    files = {str(path): [path.stat().st_size, path.stat().st_mtime_ns]
-             for case in plan.cases for path in (*case.images, case.segmentation) if path is not None and path.exists()}
-    inputs = calibration_inputs(plan, identity) | {
-        "translation": plan.config.translation.to_dict(), "evaluation": plan.config.evaluation.to_dict(),
-        "files": files, "missing": plan.missing}
-    return json.loads(json.dumps(inputs))  # as it will be read back: tuples become lists
+    """Everything but its own files that a case's results depend on, ready for JSON."""
+    config = plan.config
+    calibration = plan.calibration or calibration_inputs(plan, plan.method, identity)
+    return json.loads(json.dumps({
+        "checkpoint": _without_path(identity), "seed": config.seed, "image_size": config.model.image_size,
+        "modalities": config.data.modalities, "evaluation": config.evaluation.to_dict(),
+        "translation": {name: value for name, value in config.translation.to_dict().items()
+                        if name not in _WITHOUT_INFLUENCE},
+        "calibration": dataclasses.asdict(calibration) if dataclasses.is_dataclass(calibration) else calibration,
+        "competitor": plan.competitor is not None}))
 
 
-def _check_slices(store: Store, config: ml_collections.ConfigDict) -> None:
+def case_digest(inputs: Mapping[str, Any], case: CaseFiles) -> str:
+    """What a case's record is recognised by: the run's inputs and the case's files as they are now."""
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in case.paths if path.exists()]
+    return digest(inputs, case.name, files)
+
+
+def _is_of_another_method(field: str, method: str) -> bool:
+    """Whether a field of the configuration, such as "ddib_steps", is another method's own."""
+    own = field.split("_")[0]
+    return own in ("ddib", "anoddpm") and not method.startswith(own)
+
+
+def _without_path(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs are moved and copied; their parameters stay the same."""
+    return {name: value for name, value in identity.items() if name != "path"}
+
+
+def _given_calibration(config: ml_collections.ConfigDict, method: Method) -> Calibration | None:
+    name = config.translation.calibration
+    if name is None:
+        return None
+    if (name in PRESETS or _is_of_hae(Path(name))) != (method.name == "hae"):
+        raise UserError(f"--calibration {name}: is not for the method {method.name}; leave it out, or take one that "
+                        "this method has made")
+    found = preset(name) if name in PRESETS else method.load_calibration(name)
+    if method.name == "hae" and found.modality != tuple(config.translation.modality):
+        raise UserError(f"--calibration {name}: made for the modalities {found.modality}, but translation.modality is "
+                        f"{tuple(config.translation.modality)}")
+    for field in ("guidance", "forward_steps") if method.name == "hae" else ():
+        made_with = found.made_with.get("settings", found.made_with).get(field)
+        if made_with is not None and made_with != config.translation[field]:
+            print(f"calibration: {name} was made with {field} {made_with}, this run has {config.translation[field]}; "
+                  "its threshold may not fit")
+    return found
+
+
+def _is_of_hae(path: Path) -> bool:
+    """Whether a calibration's file is the forward process's own; what cannot be read is for `load` to complain of."""
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return True
+    return not isinstance(fields, dict) or "method" not in fields
+
+
+def _store(config: ml_collections.ConfigDict, needed: bool) -> Store | None:
+    root = Path(config.data.root)
+    if not needed and not (root / MANIFEST).is_file():
+        return None
+    store = open_store(root)
     found, size = store.manifest["slice_shape"], config.model.image_size
     if found != [size, size, config.model.in_channels]:
         raise UserError(f"{store.root}: its slices are {found} (H, W, channels), the network takes "
                         f"{[size, size, config.model.in_channels]}; name the data that it was trained on with "
                         "--config.data.root")
+    if store.modalities not in (None, tuple(config.data.modalities)):
+        raise UserError(f"{store.root}: its channels are {', '.join(store.modalities)}, data.modalities says "
+                        f"{', '.join(config.data.modalities)}; give --config.data.modalities in the store's order")
+    return store
 
 
-def _test_cases(store: Store) -> tuple[list[CaseFiles], dict[str, str]]:
+def _has_lesions(store: Store) -> bool:
+    return bool(store.split("val").rows["labels"].any())
+
+
+def _test_cases(store: Store, config: ml_collections.ConfigDict) -> tuple[list[CaseFiles], dict[str, str]]:
     """The cases of the test split on their own grid, and those that have gone from the folder they were read from."""
     names, folder = store.manifest["split"]["test"], store.manifest["source"]
     if not names:
         raise UserError(f"{store.root}: its test split is empty; give cases with --input FOLDER")
     try:
-        found = {case.name: case for case in find_cases(folder)}
+        found = {case.name: case for case in find_cases(folder, config.data.modalities)}
     except UserError as error:
         raise UserError(f"{store.root}: the cases that it was prepared from are not there ({error}); give cases with "
                         "--input FOLDER") from error

@@ -4,9 +4,8 @@ Joins the other files of this room in the order of the data; `hae_jax.commands.t
 """
 
 import dataclasses
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax import provenance
+from hae_jax.data.cases import CaseFiles
 from hae_jax.evaluation import report
 from hae_jax.files import write_json
-from hae_jax.translation.batched import SliceTranslator
-from hae_jax.translation.calibration import Calibration
-from hae_jax.translation.methods import FlairThreshold
-from hae_jax.translation.per_case import FLAIR, NETWORK, Outcome, process_cases
-from hae_jax.translation.plan import Plan, calibration_inputs, fingerprint, make_plan, run_inputs
-from hae_jax.translation.tally import VOLUMES
+from hae_jax.translation import records
+from hae_jax.translation.batched import IntensityReader, SliceTranslator
+from hae_jax.translation.per_case import Calibrations, process_cases
+from hae_jax.translation.plan import Plan, calibration_inputs, case_digest, fingerprint, make_plan, run_inputs
+from hae_jax.translation.tally import Tally
 from hae_jax.translation.validation import calibrated
 
 MANIFEST = "manifest.json"
+CALIBRATION = "calibration.json"
+CASES = "cases.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,40 +35,53 @@ class Report:
 
     Attributes:
       output: the folder that holds it.
-      finished: number of cases with results.
-      failed: why the others have none, by name.
-      table: the metrics of network and competitor under a headline; None where no case has a segmentation.
+      finished: number of cases with results, of this run and of those before it.
+      translated: how many of them this run has worked on.
+      wanted: number of cases in all shards.
+      failed: why others have none, by name.
+      results: the metrics by method; empty where no case has a segmentation.
+      table: the same as text under a headline; None where there are none.
       pictures: the overlays.
-      seconds: duration.
-      again: whether everything was there already, made from the same, so that nothing was computed.
+      seconds: duration of this run.
+      seconds_per_slice: of all finished cases, reading and writing included, compilation not.
+      phantom: whether the cases are a phantom's.
     """
 
     output: Path
     finished: int
+    translated: int
+    wanted: int
     failed: dict[str, str]
+    results: dict[str, dict[str, Any]]
     table: str | None
     pictures: list[Path]
     seconds: float
-    again: bool = False
+    seconds_per_slice: float | None
+    phantom: bool = False
 
     def lines(self) -> list[str]:
         """The summary that the command prints."""
         return [
+            self.table or "no finished case has a segmentation, so there are no metrics",
             *(f"failed {name}: {reason}" for name, reason in self.failed.items()),
-            self.table or "no case has a segmentation, so there are no metrics",
-            f"{self.finished} cases {self._how()}; look at",
-            *(f"  {path}" for path in (*self.pictures, self.output / "cases.csv", self.output / "metrics.json")),
+            f"{self._how()}; look at",
+            *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / "metrics.json")),
             provenance.RESEARCH_USE,
         ]
 
     def _how(self) -> str:
-        if self.again:
-            return "are there already, made from the same network, cases and settings (--overwrite makes them anew)"
-        return f"translated in {self.seconds:.0f} s"
+        again = self.finished - self.translated
+        parts = [f"{self.translated} cases translated in {self.seconds:.0f} s"] if self.translated or not again else []
+        if again:
+            parts.append(f"{again} cases were there already, made from the same network, files and settings "
+                         "(--overwrite makes them anew)")
+        if left := self.wanted - self.finished - len(self.failed):
+            parts.append(f"{left} are left to other shards")
+        return ", ".join(parts)
 
 
 def translate(
-    model: nnx.Module,
+    model: nnx.Module | None,
     identity: Mapping[str, Any],
     config: ml_collections.ConfigDict,
     mesh: Mesh,
@@ -75,86 +89,139 @@ def translate(
     output: str | Path,
     source: str | Path | None = None,
     overwrite: bool = False,
+    shard: int = 0,
+    num_shards: int = 1,
+    calibrations: str | Path | None = None,
 ) -> Report:
-    """Calibrates a network on the validation slices and translates cases.
+    """Calibrates a method on the validation slices and translates cases.
 
-    Writes <case>_mask.nii.gz (the mask of the "mixed" setting), <case>_map.nii.gz and <case>_overlay.png for each case,
-    and calibration.json, cases.csv, metrics.json, manifest.json. A case that fails is reported, the others go on.
+    Writes <case>_mask.nii.gz (the mask of the "mixed" setting), <case>_map.nii.gz, <case>_overlay.png and, if asked
+    for, <case>_healthy_<modality>.nii.gz for each case, and calibration.json, cases.csv, metrics.json, manifest.json.
+    Cases that are finished are not done again; one that fails is reported, the others go on.
 
     Args:
-      model: the network.
+      model: the network; None for a method that needs none.
       identity: where it comes from, ready for JSON.
       config: the config tree; `model` and `diffusion` are those of the network's training.
       mesh: the devices.
-      output: folder for the results, made if absent.
+      output: folder for the results, made if absent; several shards may share it.
       source: folder of cases; None: the test split of `data.root`, from the folder that it was prepared from.
-      overwrite: work again where the same was done already.
+      overwrite: work again on cases that are finished.
+      shard: which part of the cases to work on.
+      num_shards: how many parts there are.
+      calibrations: folder in which calibrations are kept from run to run; None, or one that cannot be written: output.
 
     Raises:
       UserError: for settings or data that do not fit.
     """
     clock = time.monotonic()
-    plan = make_plan(config, Path(output), source)
-    identity = dict(identity) | {"sha256": fingerprint(model)}
+    plan = make_plan(config, Path(output), source, shard, num_shards)
+    identity = dict(identity) | ({} if model is None else {"sha256": fingerprint(model)})
     inputs = run_inputs(plan, identity)
-    if not overwrite and (report_of_before := _finished(plan, inputs)):
-        return report_of_before
-    translator = SliceTranslator(model, plan.process, plan.settings, batch_size=config.translation.batch_size,
-                                 seed=config.seed, mesh=mesh)
-    calibration = calibrated(translator, plan.store, plan.settings.modality, plan.output / "calibration.json",
-                             calibration_inputs(plan, identity))
-    competitor = FlairThreshold.chosen_on(plan.store.split("val"))
-    outcome = process_cases(plan, translator, calibration, competitor)
-    results = outcome.tally.results()
-    done = Report(plan.output, len(outcome.finished), outcome.failed, _table(plan, outcome, results, competitor),
-                  outcome.pictures, time.monotonic() - clock)
-    _write(plan, outcome, results, calibration, competitor, done,
-           {"checkpoint": identity, "devices": [str(device) for device in mesh.devices.flat], "inputs": inputs})
-    return done
+    if not (plan.output / CASES).exists():
+        report.write_cases(plan.output / CASES, [])  # what lies beside it is no longer taken for cases
+    cases = [case for case in plan.cases
+             if overwrite or (record := _record(plan, inputs, case)) is None or record.failed is not None]
+    if cases:
+        translator = _translator(plan, model, mesh)
+        folder = _writable(calibrations, plan.output)
+        made = Calibrations(
+            plan.calibration or calibrated(translator, plan.method, plan.store, folder,
+                                           calibration_inputs(plan, plan.method, identity)),
+            plan.competitor and calibrated(IntensityReader(plan.competitor.intensity), plan.competitor, plan.store,
+                                           folder, calibration_inputs(plan, plan.competitor, identity)))
+        made.method.save(plan.output / CALIBRATION)
+        if made.competitor is not None:
+            made.competitor.save(plan.output / f"calibration_{plan.competitor.name}.json")
+        model_config = plan.config.model
+        translator.prepare((model_config.image_size, model_config.image_size, model_config.in_channels))
+        process_cases(plan, cases, translator, made, inputs)
+    origin = {"checkpoint": identity, "devices": [str(device) for device in mesh.devices.flat], "inputs": inputs}
+    return _gathered(plan, inputs, origin, cases, clock)
 
 
-def _finished(plan: Plan, inputs: dict[str, Any]) -> Report | None:
-    """The report of an earlier run with the same inputs, if all its files are still there."""
-    path = plan.output / MANIFEST
-    if not path.is_file():
-        return None
-    before = json.loads(path.read_text())
-    if before.get("inputs") != inputs or before["failed"]:
-        return None
-    pictures = [plan.output / name for name in before["pictures"]]
-    volumes = [plan.output / f"{case.name}_{kind}.nii.gz" for case in plan.cases for kind in ("mask", "map")]
-    tables = [plan.output / name for name in ("cases.csv", "metrics.json")]
-    if not all(file.is_file() for file in pictures + volumes + tables):
-        return None
-    return Report(plan.output, len(plan.cases), {}, before["table"], pictures, before["seconds"], again=True)
+def _translator(plan: Plan, model: nnx.Module | None, mesh: Mesh) -> SliceTranslator | IntensityReader:
+    if not plan.method.network:
+        return IntensityReader(plan.method.intensity)
+    wanted = plan.config.translation
+    return SliceTranslator(model, plan.method, batch_size=wanted.batch_size, seed=plan.config.seed, mesh=mesh,
+                           conditional=plan.config.model.num_classes is not None, max_memory_gb=wanted.max_memory_gb)
+
+
+def _record(plan: Plan, inputs: Mapping[str, Any], case: CaseFiles) -> records.Record | None:
+    """What is there of a case, if it was made of the same."""
+    record = records.read(plan.output, case.name)
+    return record if record is not None and record.digest == case_digest(inputs, case) else None
+
+
+def _writable(folder: str | Path | None, otherwise: Path) -> Path:
+    """`folder`, made if absent, or the results' own where networks lie in a place that is only to be read."""
+    if folder is None:
+        return otherwise
+    try:
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / ".writable").touch()
+        (Path(folder) / ".writable").unlink()
+    except OSError:
+        return otherwise
+    return Path(folder)
+
+
+def _gathered(
+    plan: Plan, inputs: dict[str, Any], origin: dict[str, Any], worked_on: Sequence[CaseFiles], clock: float
+) -> Report:
+    """Writes what the cases of all shards have in common, from the records that are there.
+
+    Shards may end at the same time; the one that writes last looks once more, so nothing stays out.
+    """
+    while True:
+        found = {case.name: record for case in plan.everyone if (record := _record(plan, inputs, case))}
+        tally = Tally()
+        for name in (name for name, record in found.items() if record.row):
+            tally.add(records.read_measured(plan.output, name))
+        failed = plan.missing | {name: record.failed for name, record in found.items() if record.failed}
+        finished = [record.row for record in found.values() if record.row]
+        results = tally.results()
+        pictures = [plan.output / name for record in found.values() for name in record.files if name.endswith(".png")]
+        done = Report(plan.output, len(finished), sum(case.name not in failed for case in worked_on),
+                      len(plan.everyone) + len(plan.missing), failed, results, _table(plan, tally, results), pictures,
+                      time.monotonic() - clock, _seconds_per_slice(finished), plan.phantom)
+        _write(plan, found, finished, done, origin)
+        if all(_record(plan, inputs, case) is None for case in plan.everyone if case.name not in found):
+            return done
+
+
+def _seconds_per_slice(finished: Sequence[report.CaseResult]) -> float | None:
+    slices = sum(row.slices for row in finished)
+    return sum(row.seconds for row in finished) / slices if slices else None
 
 
 def _write(
-    plan: Plan, outcome: Outcome, results: dict[str, dict[str, Any]], calibration: Calibration,
-    competitor: FlairThreshold, done: Report, origin: dict[str, Any],
+    plan: Plan, found: dict[str, records.Record], finished: list[report.CaseResult], done: Report,
+    origin: dict[str, Any],
 ) -> None:
-    """Writes what the cases have in common: cases.csv, metrics.json, manifest.json."""
-    report.write_cases(plan.output / "cases.csv", outcome.finished)
+    report.write_cases(plan.output / CASES, finished)
+    own = done.results.get(plan.method.name, {})
     report.write_metrics(
-        plan.output / "metrics.json", results.get(NETWORK, {}),
-        competitors={FLAIR: results.get(FLAIR, {}) | dataclasses.asdict(competitor)},
-        volumes=VOLUMES, phantom=plan.phantom, image_size=plan.config.model.image_size, **origin,
-        settings=plan.config.translation.to_dict(), seed=plan.config.seed,
-        calibration=dataclasses.asdict(calibration))
+        plan.output / "metrics.json", own,
+        competitors={name: result for name, result in done.results.items() if name != plan.method.name},
+        method=plan.method.name, cases=len(finished), seconds_per_slice=done.seconds_per_slice,
+        phantom=plan.phantom, image_size=plan.config.model.image_size,
+        **origin, settings=plan.config.translation.to_dict(), seed=plan.config.seed)
     write_json(plan.output / MANIFEST, {
         **provenance.record(), **origin, "seed": plan.config.seed, "seconds": done.seconds, "phantom": plan.phantom,
-        "table": done.table, "pictures": [path.name for path in done.pictures],
-        "cases": {case.name: str(case.images[0].parent) for case in plan.cases}, "failed": outcome.failed,
+        "table": done.table, "failed": done.failed,
+        "cases": {case.name: {"folder": str(case.folder), "host": found[case.name].host,
+                              "files": found[case.name].files} for case in plan.everyone if case.name in found},
         "config": plan.config.to_dict()})
 
 
-def _table(
-    plan: Plan, outcome: Outcome, results: dict[str, dict[str, Any]], competitor: FlairThreshold
-) -> str | None:
+def _table(plan: Plan, tally: Tally, results: dict[str, dict[str, Any]]) -> str | None:
     if not results:
         return None
     size = plan.config.model.image_size
-    headline = (f"{'PHANTOM figures' if plan.phantom else 'figures'} from {outcome.tally.cases} cases, "
-                f"{outcome.tally.slices} slices of {size} x {size} px (flair threshold {competitor.threshold:.2f}, "
-                "chosen on the validation slices by their masks)")
+    healthy = next(iter(results.values()))["shares"]["healthy"]
+    headline = (f"{'PHANTOM figures' if plan.phantom else 'figures'} from {tally.cases} cases, {tally.slices} slices "
+                f"of {size} x {size} px, {healthy:.0%} of them healthy (where an empty mask scores 1 in 'mixed'); in "
+                "brackets the 95% interval over patients")
     return f"{headline}\n{report.metrics_table(results)}"

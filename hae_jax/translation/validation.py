@@ -1,67 +1,92 @@
 """From the validation slices of a prepared dataset to a calibration, which is kept and used again.
 
-Stands between `batched.py`, which translates the slices, and `calibration.py`, which does the arithmetic.
+Stands between `batched.py`, which translates the slices, and the methods, which do the arithmetic.
 """
 
+import collections
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from hae_jax.data.batches import eval_batches
+from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
-from hae_jax.translation.batched import Slice, SliceTranslator
-from hae_jax.translation.calibration import Calibration, calibrate
+from hae_jax.translation.batched import Slice
+from hae_jax.translation.calibration import PRESETS
+from hae_jax.translation.records import digest
 
 _SPLIT = "val"
+_READ_AT_ONCE = 64  # slices
+
+Translator = Callable[[Iterable[Slice]], Iterator[tuple[Slice, Any]]]
 
 
 def calibrated(
-    translator: SliceTranslator,
-    store: Store,
-    modality: tuple[int, ...],
-    path: Path,
-    made_with: Mapping[str, Any],
-) -> Calibration:
-    """The calibration of a network; that in `path` if it was made with exactly the same, else a new one, saved there.
+    translator: Translator, method: Any, store: Store | None, folder: Path, made_with: Mapping[str, Any]
+) -> Any:
+    """The calibration of a method: that in `folder` which was made with exactly the same, else a new one, saved there.
+
+    Without a prepared dataset, one that was made with the same network and settings will do: that of a run which was
+    calibrated elsewhere.
 
     Args:
-      translator: the network with its settings.
-      store: the prepared dataset, of which the validation slices and their yes/no labels are used.
-      modality: the channels that the settings name.
-      path: the JSON file.
-      made_with: everything that the result depends on: checkpoint, settings, data.
+      translator: the method at work, a `SliceTranslator` or an `IntensityReader`.
+      method: see `hae_jax.translation.methods`.
+      store: the prepared dataset, of which the validation slices are used, with what of their labels and masks the
+        method asks for.
+      folder: where calibrations are kept, made if absent.
+      made_with: everything that the result depends on, ready for JSON: "checkpoint", "settings", "seed", "data".
 
     Raises:
-      UserError: if there are no validation slices of both kinds, or the file is damaged.
+      UserError: if there is no validation data, not both kinds of slices in it, or the file is damaged.
     """
     made_with = json.loads(json.dumps(made_with))  # as it will be read back: tuples become lists
+    path = folder / f"{method.name}_{digest(made_with)[:12]}.json"
+    if store is None:
+        path = _same_but_for_data(method, folder, made_with)
     if path.exists():
-        found = Calibration.load(path)
-        if found.made_with == made_with:
-            print(f"calibration: {path} is used again")
-            return found
+        print(f"calibration: {path} is used again")
+        return method.load_calibration(path)
     reader = store.split(_SPLIT)
     if len(reader) == 0:
         raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
                         "prepare the data with a larger --val-fraction")
-    curves = []
-    with tqdm(total=len(reader), desc="calibrating", unit="slice") as bar:
-        for _, result in translator(_slices(store, translator.batch_size)):
-            curves.append((result.mse, result.ref, result.diff))
-            bar.update()
-    mse, ref, diff = map(np.stack, zip(*curves, strict=True))
-    made = calibrate(mse, ref, diff, reader.rows["labels"], modality=modality, made_with=made_with)
+    made = method.calibrate(_results(translator, store), made_with)
     made.save(path)
     return made
 
 
-def _slices(store: Store, batch_size: int) -> Iterator[Slice]:
-    """The validation slices in stored order."""
-    for batch in eval_batches(store.split(_SPLIT), batch_size=batch_size):
-        for i in np.flatnonzero(batch["valid"]):
-            yield Slice(batch["image"][i], store.cases[batch["case"][i]]["name"], int(batch["slice"][i]))
+def _same_but_for_data(method: Any, folder: Path, made_with: Mapping[str, Any]) -> Path:
+    """The newest calibration in `folder` that differs from the wanted one in its data alone."""
+    wanted = {name: value for name, value in made_with.items() if name != "data"}
+    for path in sorted(folder.glob(f"{method.name}_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        found = method.load_calibration(path).made_with
+        if {name: value for name, value in found.items() if name != "data"} == wanted:
+            return path
+    raise UserError(
+        f"calibration: neither data.root ({made_with['data']['root']}) holds a prepared dataset, whose validation "
+        f"slices would be needed, nor {folder} a calibration of this network with these settings; prepare data, or "
+        f"name a calibration.json or a preset ({', '.join(PRESETS)}) with --calibration")
+
+
+def _results(translator: Translator, store: Store) -> Iterator[tuple[Any, int, np.ndarray]]:
+    """The method's result, the label and the mask of each validation slice, in stored order."""
+    known = collections.deque()
+
+    def slices() -> Iterator[Slice]:
+        reader = store.split(_SPLIT)
+        for start in range(0, len(reader), _READ_AT_ONCE):
+            rows = reader.read(np.arange(start, min(start + _READ_AT_ONCE, len(reader))))
+            images = to_model_range(rows["image"])
+            for i, case in enumerate(rows["case"]):
+                known.append((int(rows["label"][i]), rows["mask"][i] > 0))
+                yield Slice(images[i], store.cases[case]["name"], int(rows["slice"][i]), rows["image"][i])
+
+    with tqdm(total=len(store.split(_SPLIT)), desc="calibrating", unit="slice") as bar:
+        for _, result in translator(slices()):
+            yield result, *known.popleft()
+            bar.update()

@@ -1,6 +1,7 @@
-"""A case in: slices for the network. Masks and maps out: NIfTI on the case's own grid.
+"""A case in: slices for the network. Masks, maps and healthy counterparts out: NIfTI on the case's own grid.
 
-The first and the last stage of a translation; slicing and its reverse are those of `hae_jax.data.slices`.
+The first and the last stage of a translation; slicing and its reverse are those of `hae_jax.data.slices`. In between,
+volumes lie in the orientation that networks are trained in; `write_volume` turns them back.
 """
 
 import dataclasses
@@ -9,8 +10,15 @@ import os
 import nibabel as nib
 import numpy as np
 
-from hae_jax.data.cases import CaseFiles, read_case
-from hae_jax.data.slices import CaseSlices, case_slices, slices_to_volume, to_model_range
+from hae_jax.data.cases import CaseFiles, Grid, read_case
+from hae_jax.data.slices import (
+    CaseSlices,
+    case_slices,
+    from_model_range,
+    intensity_scales,
+    slices_to_volume,
+    to_model_range,
+)
 from hae_jax.files import written_whole
 
 
@@ -20,19 +28,23 @@ class SlicedCase:
 
     Attributes:
       name: of the case.
-      inputs: [S, H, W, C] float32 in [-1, 1], what the network gets.
+      inputs: [S, H, W, C] float32 in [-1, 1], what the network gets. Slices that show nothing are left out.
       slices: the same slices as in a prepared dataset (normalised, not scaled), their masks, positions, grid.
-      affine: [4, 4] voxels to mm.
-      header: of the first image.
-      truth: [X, Y, Z] bool, the lesion on the case's own grid; None without a segmentation.
+      affine: [4, 4] voxels, reoriented, to mm.
+      grid: of the files.
+      scales: [C] the raw intensity that is 1 in `slices.images`.
+      truth: [X, Y, Z] bool, reoriented: the lesion; None without a segmentation.
+      warnings: what is unusual about the case, in words.
     """
 
     name: str
     inputs: np.ndarray
     slices: CaseSlices
     affine: np.ndarray
-    header: nib.Nifti1Header
+    grid: Grid
+    scales: np.ndarray
     truth: np.ndarray | None
+    warnings: tuple[str, ...]
 
     @property
     def slice_truth(self) -> np.ndarray | None:  # [S, H, W] bool
@@ -47,15 +59,23 @@ def read_slices(files: CaseFiles, image_size: int) -> SlicedCase:
       UserError: if the case cannot be used.
     """
     case = read_case(files)
-    slices = case_slices(case, image_size)
-    return SlicedCase(case.name, to_model_range(slices.images), slices, case.affine, case.header, case.mask)
+    slices = _shown(case_slices(case, image_size))
+    return SlicedCase(case.name, to_model_range(slices.images), slices, case.affine, case.grid,
+                      intensity_scales(case.volumes), case.mask, tuple(case.warnings))
+
+
+def _shown(slices: CaseSlices) -> CaseSlices:
+    """Without the empty slices that may lie between others."""
+    keep = slices.images.any(axis=(1, 2, 3))
+    masks = None if slices.masks is None else slices.masks[keep]
+    return dataclasses.replace(slices, images=slices.images[keep], masks=masks, index=slices.index[keep])
 
 
 def map_volume(
     maps: np.ndarray,  # [S, h, w]
     slices: CaseSlices,
 ) -> np.ndarray:  # [X, Y, Z] float32
-    """Slice maps on the case's grid, bilinear; zero where there was no slice."""
+    """Slice maps on the case's grid, reoriented, bilinear; zero where there was no slice."""
     return slices_to_volume(maps, slices.index, slices.shape)
 
 
@@ -67,24 +87,35 @@ def mask_volume(
     return slices_to_volume(masks.astype(np.float32), slices.index, slices.shape) > 0.5
 
 
+def healthy_volume(
+    healthy: np.ndarray,  # [S, h, w] in [-1, 1], one modality
+    case: SlicedCase,
+    channel: int,
+) -> np.ndarray:  # [X, Y, Z] float32
+    """The healthy counterpart of one modality in the file's own intensities; zero where there was no slice."""
+    normalised = from_model_range(healthy[..., None], case.slices.images[..., channel:channel + 1])[..., 0]
+    return map_volume(normalised * case.scales[channel], case.slices)
+
+
 def write_volume(
     path: str | os.PathLike,
-    values: np.ndarray,  # [X, Y, Z], of the type to be stored
-    header: nib.Nifti1Header,
+    values: np.ndarray,  # [X, Y, Z] reoriented, of the type to be stored
+    grid: Grid,
     description: str,
 ) -> None:
     """Writes a NIfTI file on another image's grid, whole or not at all.
 
-    Shape, zooms, qform and sform with their codes, and units are those of `header`, to the last bit; what it says
-    about the image's intensities is replaced.
+    Shape, zooms, qform and sform with their codes, and units are those of the image, to the last bit; what its header
+    says about intensities is replaced.
 
     Args:
       path: ending in .nii or .nii.gz.
       values: the volume.
-      header: of the image whose grid it is.
+      grid: of the image.
       description: what it is, at most 79 characters.
     """
-    header = header.copy()
+    values, header = np.ascontiguousarray(grid.restore(values)), grid.header.copy()
+    header.set_data_shape(values.shape)  # the image may be 4-D, or 3-D in 4 dimensions
     header.set_data_dtype(values.dtype)
     header.set_slope_inter(1, 0)
     header.set_intent("none")

@@ -45,7 +45,7 @@ def calls(monkeypatch):
 
     def translate(model, identity, config, mesh, **places):
         found.update(config=config, **places)
-        return run.Report(Path(places["output"]), 1, found["failed"], "a table", [], 1.0)
+        return run.Report(Path(places["output"]), 1, 1, 1, found["failed"], {}, "a table", [], 1.0, None)
 
     monkeypatch.setattr(checkpoint, "load_network", load)
     monkeypatch.setattr(run, "translate", translate)
@@ -141,3 +141,21 @@ def test_a_checkpoint_from_before_a_field_takes_its_default():
     assert config.data.phantom.subjects == phantom.get_config().data.phantom.subjects
     with pytest.raises(UserError, match="speed"):
         runs.trained_config(tree, ["--config.translation.speed=3"])
+
+
+def test_shortcuts_are_fields_of_the_config(calls):
+    _train("a", phantom.get_config().to_dict())
+    main(["--checkpoint", "runs/a", "--method", "ddib", "--calibration", "some.json", "--max-memory", "1.5",
+          "--save-healthy", "--num-shards", "4", "--shard", "2", "--input", "cases"])
+    wanted = calls["config"].translation
+    assert (wanted.method, wanted.calibration, wanted.max_memory_gb, wanted.save_healthy) == (
+        "ddib", "some.json", 1.5, True)
+    assert (calls["shard"], calls["num_shards"], calls["source"]) == (2, 4, "cases")
+    assert calls["output"] == Path("runs/a/translation_cases_ddib")
+    assert calls["calibrations"] == Path("runs/a/calibrations")
+
+
+def test_the_threshold_needs_no_network(calls):
+    main(["--method", "threshold"])
+    assert calls["loaded"] == []
+    assert calls["config"].translation.method == "threshold"

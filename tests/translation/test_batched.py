@@ -9,23 +9,26 @@ from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.model import UNet, UNetConfig
+from hae_jax.translation import batched
 from hae_jax.translation.batched import Slice, SliceTranslator, stacked
 from hae_jax.translation.calibration import Calibration
 from hae_jax.translation.forward_process import ForwardSettings
 from hae_jax.translation.masks import make_masks
+from hae_jax.translation.methods import Hae
 
 PROCESS = Process(make_schedule("linear", 50))
 SETTINGS = ForwardSettings(steps=5, modality=(0, 3))
+METHOD = Hae(PROCESS, SETTINGS)
 CALIBRATION = Calibration(0.999, (0.01, 0.01), (), (0, 3))
 
 
 def _slices(count):
     images = np.random.default_rng(0).uniform(-1, 1, (count, 8, 8, 4)).astype(np.float32)
-    return [Slice(image, f"case_{i % 3}", i // 3) for i, image in enumerate(images)]
+    return [Slice(image, f"case_{i % 3}", i // 3, image) for i, image in enumerate(images)]
 
 
 def _translate(model, mesh, slices, batch_size=4, seed=0, settings=SETTINGS):
-    translator = SliceTranslator(model, PROCESS, settings, batch_size=batch_size, seed=seed, mesh=mesh)
+    translator = SliceTranslator(model, Hae(PROCESS, settings), batch_size=batch_size, seed=seed, mesh=mesh)
     found = list(translator(iter(slices)))
     assert [item for item, _ in found] == list(slices)
     return stacked(result for _, result in found)
@@ -74,7 +77,7 @@ def test_batch_size_does_not_matter(toy_network, mesh_of):
 
 def test_noise_is_the_slice_s_own(toy_network, mesh_of):
     image = _slices(1)[0].image
-    same_image = [Slice(image, "a", 1), Slice(image, "a", 2), Slice(image, "b", 1), Slice(image, "a", 1)]
+    same_image = [Slice(image, *place, image) for place in (("a", 1), ("a", 2), ("b", 1), ("a", 1))]
     settings = ForwardSettings(steps=5, d_reverse=False)  # noise at every step
     mse = _translate(toy_network(), mesh_of(1), same_image, settings=settings).mse
     np.testing.assert_array_equal(mse[0], mse[3])
@@ -84,7 +87,7 @@ def test_noise_is_the_slice_s_own(toy_network, mesh_of):
 
 
 def test_the_batch_size_is_rounded_up_to_the_devices(toy_network, mesh_of):
-    make = lambda n: SliceTranslator(toy_network(), PROCESS, SETTINGS, batch_size=n, seed=0, mesh=mesh_of(4))
+    make = lambda n: SliceTranslator(toy_network(), METHOD, batch_size=n, seed=0, mesh=mesh_of(4))
     assert [make(n).batch_size for n in (1, 4, 5)] == [4, 4, 8]
     with pytest.raises(UserError, match=r"translation\.batch_size is 0"):
         make(0)
@@ -93,7 +96,86 @@ def test_the_batch_size_is_rounded_up_to_the_devices(toy_network, mesh_of):
 def test_the_next_batch_is_read_before_results_are_waited_for(toy_network, mesh_of):
     read = []
     slices = (read.append(i) or item for i, item in enumerate(_slices(6)))
-    translator = SliceTranslator(toy_network(), PROCESS, SETTINGS, batch_size=2, seed=0, mesh=mesh_of(1))
+    translator = SliceTranslator(toy_network(), METHOD, batch_size=2, seed=0, mesh=mesh_of(1))
     results = translator(slices)
     next(results)
     assert len(read) == 4  # two batches, and no more: memory stays bounded
+
+
+class _Crowded:
+    """A device that has room for so many slices, at dispatch or only when results are fetched."""
+
+    def __init__(self, monkeypatch, room, late=False):
+        self.sizes, self._room, self._late = [], room, late
+        self._executable = SliceTranslator._executable
+        monkeypatch.setattr(SliceTranslator, "_executable", lambda *arguments: self.limited(*arguments))
+
+    def limited(self, translator, size, shape):
+        run = self._executable(translator, size, shape)
+
+        def call(*arguments):
+            self.sizes.append(size)
+            if size <= self._room:
+                return run(*arguments)
+            if self._late:
+                return _Broken()
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes")
+
+        return call
+
+
+class _Broken(tuple):
+    def __iter__(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_out_of_memory_makes_batches_smaller_and_is_said(toy_network, mesh_of, monkeypatch, late):
+    expected = _translate(toy_network(), mesh_of(1), _slices(11), batch_size=4)
+    said, crowded = [], _Crowded(monkeypatch, room=2, late=late)
+    translator = SliceTranslator(toy_network(), METHOD, batch_size=8, seed=0, mesh=mesh_of(1), say=said.append)
+    found = list(translator(iter(_slices(11))))
+    assert [item.index for item, _ in found] == [item.index for item in _slices(11)]
+    _assert_close(stacked(result for _, result in found), expected)
+    assert translator.batch_size == 2
+    assert [message.split(":")[0] for message in said] == [
+        "out of memory with batches of 8 slices", "out of memory with batches of 4 slices"]
+    assert crowded.sizes.count(8) == 2  # two batches were under way; afterwards none of this size is tried again
+
+
+def test_no_room_for_a_single_slice(toy_network, mesh_of, monkeypatch):
+    _Crowded(monkeypatch, room=0)
+    translator = SliceTranslator(toy_network(), METHOD, batch_size=2, seed=0, mesh=mesh_of(1), say=lambda text: None)
+    with pytest.raises(UserError, match="one slice on each device does not fit"):
+        list(translator(iter(_slices(3))))
+
+
+def test_other_errors_of_the_device_are_not_hidden(toy_network, mesh_of, monkeypatch):
+    def broken(self, size, shape):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(SliceTranslator, "_executable", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        _translate(toy_network(), mesh_of(1), _slices(3))
+
+
+def test_the_batch_size_can_be_chosen_by_memory(toy_network, mesh_of, monkeypatch):
+    monkeypatch.setattr(batched, "LARGEST_BATCH", 16)
+    said = []
+
+    def chosen(limit):
+        translator = SliceTranslator(toy_network(), METHOD, batch_size=1, seed=0, mesh=mesh_of(2), max_memory_gb=limit,
+                                     say=said.append)
+        translator.prepare((8, 8, 4))
+        return translator
+
+    ample = chosen(1.0)
+    assert ample.batch_size == 16
+    needed = [ample._planned_gb(size, (8, 8, 4)) for size in (4, 16)]
+    assert needed[0] < needed[1]
+    tight = chosen(sum(needed) / 2)
+    assert 4 <= tight.batch_size < 16
+    assert tight._planned_gb(tight.batch_size, (8, 8, 4)) <= sum(needed) / 2
+    assert f"batches of {tight.batch_size} slices" in said[-1]
+    with pytest.raises(UserError, match="--max-memory 1e-06: a batch of 2 slices"):
+        chosen(1e-6)

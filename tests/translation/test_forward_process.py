@@ -10,7 +10,13 @@ import pytest
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.translation.forward_process import Denoisers, ForwardSettings, forward_process
+from hae_jax.translation.forward_process import (
+    Denoisers,
+    ForwardSettings,
+    forward_process,
+    network_denoisers,
+    step_noise,
+)
 
 PROCESS = Process(make_schedule("linear", 100))
 SETTINGS = ForwardSettings(steps=60, guidance=2.0, modality=(0, 3))
@@ -57,9 +63,12 @@ def test_equals_the_stored_stacks(case, d_reverse, key):
             np.testing.assert_allclose(result.healthy[b, :, :, m], guided[b, t_e, :, :, m], atol=1e-5)
 
 
-def test_without_guidance_there_is_no_difference_from_the_healthy_reference(case):
-    result = run(case, guidance=0.0)
+@pytest.mark.parametrize("guidance", [0, 0.0, None])
+@pytest.mark.parametrize("d_reverse", [True, False])
+def test_without_guidance_there_is_no_difference_from_the_healthy_reference(case, guidance, d_reverse):
+    result = run(case, guidance=guidance, d_reverse=d_reverse)
     assert not np.any(result.diff)
+    np.testing.assert_array_equal(result.mse, result.ref)
     assert not np.any(result.t_e)  # nothing is strictly larger than the first step
 
 
@@ -86,7 +95,27 @@ def test_memory_does_not_grow_with_the_steps():
     assert temporary_bytes(90) - temporary_bytes(10) <= 80 * 3 * 2 * 2 * 4 * 2
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"reference": "paper"}, {"modality": ()}, {"modality": (0, 0)}])
+def test_the_noise_of_a_slice_is_its_own_at_each_step():
+    keys = jax.random.split(jax.random.key(3), 4)
+    noise = step_noise(keys, (5, 6, 2))
+    expected = [jax.random.normal(jax.random.fold_in(key, 7), (5, 6, 2)) for key in keys]
+    np.testing.assert_array_equal(noise(jnp.int32(7)), jnp.stack(expected))
+    np.testing.assert_array_equal(step_noise(keys[2:], (5, 6, 2))(7), noise(7)[2:])
+    assert not np.allclose(noise(7), noise(8))
+
+
+def test_a_network_without_classes_is_not_asked_for_any():
+    x, t = jnp.ones((2, 4, 4, 1)), jnp.array([3, 4])
+    denoisers = network_denoisers(lambda x, t: x * t[:, None, None, None], conditional=False)
+    np.testing.assert_array_equal(denoisers.null(x, t)[:, 0, 0, 0], [3, 4])
+    assert denoisers.healthy_and_null is None
+
+
+@pytest.mark.parametrize("bad", [
+    {"steps": 0}, {"reference": "paper"}, {"modality": ()}, {"modality": (0, 0)}, {"guidance": -1.0},
+    {"guidance": float("nan")}, {"maps": "mean"}, {"t_e_ratio": 0}, {"t_e_ratio": float("inf")}, {"every": 0},
+    {"every": 2, "last_step_only": True}])
 def test_impossible_settings_name_the_field(bad):
-    with pytest.raises(UserError, match=r"translation\."):
+    field = "forward_steps" if "steps" in bad else next(iter(bad))
+    with pytest.raises(UserError, match=rf"translation\.{field} "):
         dataclasses.replace(SETTINGS, **bad)

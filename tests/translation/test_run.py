@@ -8,25 +8,21 @@ import numpy as np
 import pytest
 
 from hae_jax.data import phantom
-from hae_jax.data.cases import find_cases
 from hae_jax.errors import UserError
 from hae_jax.evaluation import metrics
-from hae_jax.translation import validation
-from hae_jax.translation.masks import Masks
+from hae_jax.translation import methods, per_case
 from hae_jax.translation.per_case import most_anomalous
-from hae_jax.translation.plan import fingerprint, forward_setup
+from hae_jax.translation.plan import fingerprint
 from hae_jax.translation.run import translate
-from hae_jax.translation.tally import Tally
-from hae_jax.translation.volume import read_slices
 
 IDENTITY = {"path": "runs/a/1", "step": 1, "parameters": "params"}
 
 
 @pytest.fixture
 def run(config, toy_network, mesh_of, tmp_path):
-    def call(source=None, seed=0, devices=1, overwrite=False):
-        return translate(toy_network(seed), IDENTITY, config, mesh_of(devices), output=tmp_path / "out", source=source,
-                         overwrite=overwrite)
+    def call(source=None, seed=0, devices=1, **options):
+        options = {"output": tmp_path / "out"} | options
+        return translate(toy_network(seed), IDENTITY, config, mesh_of(devices), source=source, **options)
 
     return call
 
@@ -39,9 +35,11 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
     config.evaluation.overlay_slices = 2
     report = run(devices=4)
     (name,) = _json(prepared / "store" / "manifest.json")["split"]["test"]
-    written = {f"{name}_mask.nii.gz", f"{name}_map.nii.gz", f"{name}_overlay.png", "calibration.json", "cases.csv",
-               "metrics.json", "manifest.json"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == written
+    written = {f"{name}_mask.nii.gz", f"{name}_map.nii.gz", f"{name}_overlay.png", "calibration.json",
+               "calibration_threshold.json", "cases.csv", "metrics.json", "manifest.json", "records"}
+    kept = {path.name for path in (tmp_path / "out").glob("*_????????????.json")}  # calibrations by what they are of
+    assert {name.split("_")[0] for name in kept} == {"hae", "threshold"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written | kept
     given = nib.load(prepared / "cases" / name / f"{name}_flair.nii.gz")
     mask, anomaly = (nib.load(tmp_path / "out" / f"{name}_{kind}.nii.gz") for kind in ("mask", "map"))
     for image, dtype in ((mask, np.uint8), (anomaly, np.float32)):
@@ -57,69 +55,167 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
     assert row["case"] == name
     assert float(row["volume_ml"]) == pytest.approx(metrics.volume_ml(np.asarray(mask.dataobj), given.affine), rel=1e-4)
     found = _json(tmp_path / "out" / "metrics.json")
-    for results in (found["results"], found["competitors"]["flair threshold"]):
+    for results in (found["results"], found["competitors"]["threshold"]):
         assert results["shares"] == {"slices": 7, "healthy": pytest.approx(4 / 7), "called_lesion": pytest.approx(
             results["shares"]["called_lesion"])}
         assert {"mixed", "unhealthy", "slice_level", "volumes"} <= results.keys()
-    assert found["results"]["volumes"]["lesion_dice"] == pytest.approx(float(row["dice"]), rel=1e-4)
-    assert found["competitors"]["flair threshold"]["volumes"]["lesion_dice"] > 0.8  # the ball is bright
+    assert found["results"]["volumes"]["dice"]["mean"] == pytest.approx(float(row["dice"]), rel=1e-4)
+    assert found["competitors"]["threshold"]["volumes"]["dice"]["mean"] > 0.8  # the ball is bright
     assert found["checkpoint"] == _json(tmp_path / "out" / "manifest.json")["checkpoint"] == IDENTITY | {
         "sha256": found["checkpoint"]["sha256"]}
     assert found["settings"]["guidance"] == 2.0
-    assert "lesion dice" in report.table
+    assert "volumes dice" in report.table
     assert "PHANTOM" not in report.table
     assert report.pictures == [tmp_path / "out" / f"{name}_overlay.png"]
     assert not report.failed
 
 
-def test_what_was_done_already_is_not_done_again(run, config, tmp_path):
-    first = run()
-    maps = next((tmp_path / "out").glob("*_map.nii.gz"))
+@pytest.fixture
+def three_cases(tmp_path, case_writer):
+    for i, name in enumerate(("a", "b", "c")):
+        case_writer(tmp_path / "in", name, seed=i, lesion=name == "a", segmented=name != "c")
+    return tmp_path / "in"
+
+
+def test_what_was_done_already_is_not_done_again(run, config, three_cases, tmp_path):
+    first = run(three_cases)
+    maps = tmp_path / "out" / "a_map.nii.gz"
     written = maps.stat().st_mtime_ns
-    again = run()
-    assert again.again
+    again = run(three_cases)
+    assert (first.translated, again.translated, again.finished) == (3, 0, 3)
     assert maps.stat().st_mtime_ns == written
-    assert (again.table, again.pictures, again.finished) == (first.table, first.pictures, first.finished)
-    assert not run(overwrite=True).again
+    assert (again.table, again.pictures, again.results) == (first.table, first.pictures, first.results)
+    assert run(three_cases, overwrite=True).translated == 3
+    config.translation.batch_size = 3  # without influence on results
+    assert run(three_cases).translated == 0
     config.translation.median = not config.translation.median  # other masks from the same curves
-    assert not run().again
+    assert run(three_cases).translated == 3
     maps.unlink()
-    assert not run().again
+    assert run(three_cases).translated == 1
     assert maps.exists()
+    (three_cases / "b" / "b_seg.nii.gz").unlink()  # a changed case is another one
+    assert run(three_cases).translated == 1
 
 
 def test_a_calibration_is_used_again_only_for_the_same(run, config, tmp_path, monkeypatch):
-    made = []
-    original = validation.calibrate
-    monkeypatch.setattr(validation, "calibrate", lambda *a, **k: made.append(k["made_with"]) or original(*a, **k))
-    run()
-    first = (tmp_path / "out" / "calibration.json").read_bytes()
-    maps = next((tmp_path / "out").glob("*_map.nii.gz"))
-    before = np.asarray(nib.load(maps).dataobj).copy()
+    made, folder = [], tmp_path / "calibrations"
+    original = methods.Hae.calibrate
+    monkeypatch.setattr(methods.Hae, "calibrate",
+                        lambda self, results, with_: made.append(with_) or original(self, results, with_))
+    run(calibrations=folder)
+    (first,) = folder.glob("hae_*.json")
+    before = first.read_bytes()
     config.translation.components = 0  # changes masks, no curves
-    run()
+    run(calibrations=folder, output=tmp_path / "elsewhere")
     assert len(made) == 1
-    assert (tmp_path / "out" / "calibration.json").read_bytes() == first
-    np.testing.assert_array_equal(np.asarray(nib.load(maps).dataobj), before)
+    assert first.read_bytes() == before
     config.translation.guidance = 3.0
-    run()
-    run(seed=1)  # other parameters under the same name
+    run(calibrations=folder)
+    run(calibrations=folder, seed=1)  # other parameters under the same name
     assert [entry["settings"]["guidance"] for entry in made] == [2.0, 3.0, 3.0]
     assert made[1]["checkpoint"] != made[2]["checkpoint"]
+    assert _json(tmp_path / "out" / "calibration.json")["made_with"] == made[2]
 
 
-def test_a_bad_case_is_named_and_the_others_go_on(run, tmp_path, case_writer):
-    for i, name in enumerate(("a", "b", "c")):
-        case_writer(tmp_path / "in", name, seed=i, lesion=name == "a", segmented=name != "c")
-    (tmp_path / "in" / "b" / "b_t1.nii.gz").unlink()
-    report = run(tmp_path / "in")
-    assert report.finished == 2
+def test_a_calibrated_network_needs_its_data_no_more(run, config, three_cases, tmp_path):
+    with_data = run(calibrations=tmp_path / "calibrations", source=three_cases)
+    before = _volume(tmp_path / "out" / "a_mask.nii.gz")
+    config.data.root = str(tmp_path / "gone")
+    without = run(three_cases, calibrations=tmp_path / "calibrations", output=tmp_path / "hospital")
+    np.testing.assert_array_equal(_volume(tmp_path / "hospital" / "a_mask.nii.gz"), before)
+    assert with_data.results.keys() == {"hae", "threshold"}
+    assert without.results.keys() == {"hae"}  # the threshold has nothing to be chosen on
+    config.translation.guidance = 3.0
+    with pytest.raises(UserError, match=r"neither data.root .*gone.* nor .* a calibration .*brats_600"):
+        run(three_cases, calibrations=tmp_path / "calibrations")
+
+
+def test_a_preset_or_a_file_stands_in_for_a_calibration(run, config, three_cases, tmp_path, capsys):
+    config.data.root = str(tmp_path / "gone")
+    config.translation.calibration = "brats_600"
+    assert run(three_cases).finished == 3
+    assert "was made with forward_steps 600, this run has 5" in capsys.readouterr().out
+    assert _json(tmp_path / "out" / "calibration.json")["threshold"] == 0.99488
+    config.translation.calibration = "atlas_600"
+    with pytest.raises(UserError, match=r"atlas_600: made for the modalities \(0,\)"):
+        run(three_cases)
+    config.translation.calibration = str(tmp_path / "none.json")
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+        run(three_cases)
+
+
+def test_shards_share_a_folder(run, three_cases, tmp_path):
+    whole = run(three_cases, output=tmp_path / "whole")
+    first = run(three_cases, num_shards=2, shard=0)
+    assert (first.translated, first.wanted) == (2, 3)
+    assert "1 are left to other shards" in " ".join(first.lines())
+    last = run(three_cases, num_shards=2, shard=1)
+    assert (last.translated, last.finished) == (1, 3)
+    assert last.results == whole.results
+    assert len((tmp_path / "out" / "cases.csv").read_text().splitlines()) == 4
+    for name in "abc":
+        np.testing.assert_array_equal(_volume(tmp_path / "out" / f"{name}_map.nii.gz"),
+                                      _volume(tmp_path / "whole" / f"{name}_map.nii.gz"))
+    with pytest.raises(UserError, match="--shard 2 of --num-shards 2"):
+        run(three_cases, num_shards=2, shard=2)
+
+
+def test_a_damaged_record_says_what_to_do(run, three_cases, tmp_path):
+    run(three_cases)
+    (tmp_path / "out" / "records" / "a.json").write_text("{")
+    with pytest.raises(UserError, match=r"records/a\.json: is damaged"):
+        run(three_cases)
+
+
+def test_the_healthy_counterpart_is_written_in_the_input_s_intensities(run, config, three_cases, tmp_path):
+    config.translation.save_healthy = True
+    run(three_cases)
+    for modality in ("flair", "t2"):
+        given = nib.load(three_cases / "a" / f"a_{modality}.nii.gz")
+        healthy = nib.load(tmp_path / "out" / f"a_healthy_{modality}.nii.gz")
+        np.testing.assert_array_equal(healthy.affine, given.affine)
+        values = np.asarray(healthy.dataobj)
+        assert values.shape == given.shape
+        assert 20 < values[..., 1:-1].mean() < 300  # raw intensities are 50 to 250
+        assert not values[..., [0, -1]].any()
+
+
+@pytest.mark.parametrize("method", ["ddib", "anoddpm-simplex", "anoddpm-gaussian", "threshold"])
+def test_other_methods_have_the_same_door(run, config, three_cases, tmp_path, method):
+    config.translation.update({"method": method, "ddib_steps": 5, "anoddpm_steps": 5})
+    report = run(three_cases)
+    assert report.finished == 3
+    assert report.results.keys() == {method} | ({"threshold"} if method != "threshold" else set())
+    assert _volume(tmp_path / "out" / "a_mask.nii.gz").shape == (20, 24, 9)
+    assert _json(tmp_path / "out" / "metrics.json")["method"] == method
+    assert run(three_cases).translated == 0
+
+
+def _volume(path):
+    return np.asarray(nib.load(path).dataobj).copy()
+
+
+def test_a_bad_case_is_named_and_the_others_go_on(run, tmp_path, three_cases, monkeypatch):
+    (three_cases / "b" / "b_t1.nii.gz").rename(three_cases / "b" / "kept")
+    report = run(three_cases)
+    assert (report.finished, report.translated) == (2, 2)
     assert list(report.failed) == ["b"]
     assert "b_t1.nii.gz: missing" in report.failed["b"]
     assert any(line.startswith("failed b: ") for line in report.lines())
     assert _json(tmp_path / "out" / "manifest.json")["failed"] == report.failed
     assert {path.name for path in (tmp_path / "out").glob("c_*")} == {"c_mask.nii.gz", "c_map.nii.gz"}
     assert _json(tmp_path / "out" / "metrics.json")["results"]["shares"]["slices"] == 7  # of case a alone
+    (three_cases / "b" / "kept").rename(three_cases / "b" / "b_t1.nii.gz")
+    report = run(three_cases)
+    assert (report.finished, report.translated, report.failed) == (3, 1, {})
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(per_case, "write_volume", full_disk)
+    report = run(three_cases, output=tmp_path / "other")
+    assert report.finished == 0
+    assert "No space left" in report.failed["a"]
 
 
 def test_without_truth_there_are_volumes_but_no_metrics(run, tmp_path, case_writer):
@@ -135,12 +231,13 @@ def test_without_truth_there_are_volumes_but_no_metrics(run, tmp_path, case_writ
 def test_phantom_figures_are_called_so(run, tmp_path, case_writer):
     case_writer(tmp_path / "in", "a", seed=0)
     (tmp_path / "in" / phantom.MANIFEST).write_text("{}")
-    assert run(tmp_path / "in").table.startswith("PHANTOM figures from 1 cases, 7 slices")
+    table = run(tmp_path / "in").table
+    assert table.startswith("PHANTOM figures from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("translation.forward_steps", 51, "forward_steps is 51: it must be in 1..50"),
-    ("translation.modality", (0, 4), "only 4 channels"),
+    ("translation.modality", (0, 4), "the network has 4 channels, from 0 to 3"),
     ("translation.clipping", "hard", "clipping is 'hard'"),
     ("translation.batch_size", 0, "batch_size is 0"),
     ("model.image_size", 32, r"slices are \[16, 16, 4\]"),
@@ -165,16 +262,6 @@ def test_a_moved_source_says_what_to_do(run, prepared, config, tmp_path):
         run()
 
 
-@pytest.mark.parametrize(("respacing", "forward_steps", "expected"), [
-    ("", 30, 30), ("10", 30, 6), ("ddim10", 30, 6), ("10", 50, 10), ("10", 1, 1)])
-def test_forward_steps_counts_original_steps(config, respacing, forward_steps, expected):
-    config.translation.update({"respacing": respacing, "forward_steps": forward_steps})
-    process, settings = forward_setup(config)
-    assert settings.steps == expected
-    assert process.schedule.timesteps[settings.steps - 1] < forward_steps
-    assert all(process.schedule.timesteps[settings.steps:] >= forward_steps)
-
-
 def test_fingerprint(toy_network):
     assert fingerprint(toy_network(0)) == fingerprint(toy_network(0)) != fingerprint(toy_network(1))
 
@@ -184,27 +271,3 @@ def test_most_anomalous():
     score[[20, 21, 22, 5, 35]] = [0.1, 0.2, 0.3, 0.4, 0.5]
     assert most_anomalous(score, 3) == [5, 20, 35]  # 21 and 22 look like 20
     assert most_anomalous(np.array([0.3, 0.2]), 4) == [0, 1]
-
-
-def test_tally_counts_cases_with_truth(prepared, tmp_path, case_writer):
-    case_writer(tmp_path, "healthy", seed=9, lesion=False)
-    case_writer(tmp_path, "unknown", seed=9, segmented=False)
-    tally = Tally()
-    for folder in (prepared / "cases" / "case_0", tmp_path / "healthy", tmp_path / "unknown"):
-        case = read_slices(find_cases(folder)[0], 16)
-        answers = {}
-        for name in ("perfect", "nothing"):
-            mask = np.zeros(case.inputs.shape[:3], bool)
-            if name == "perfect" and case.truth is not None:
-                mask = case.slice_truth
-            answers[name] = Masks(mask.astype(np.float32), mask, mask, mask.any((1, 2)), np.ones(len(mask)))
-        tally.add(case, answers)
-    found = tally.results()
-    assert (tally.cases, tally.slices) == (2, 14)
-    assert found["perfect"]["mixed"]["dice"] == found["perfect"]["unhealthy"]["dice"] == 1
-    assert found["nothing"]["mixed"]["dice"] == pytest.approx(11 / 14, abs=1e-6)
-    assert found["perfect"]["shares"]["healthy"] == pytest.approx(11 / 14)
-    volumes = found["perfect"]["volumes"]
-    assert (volumes["lesion_cases"], volumes["healthy_cases"], volumes["healthy_ml"]) == (1, 1, 0.0)
-    assert volumes["lesion_dice"] > 0.85  # what resizing to 16 px and back costs
-    assert Tally().results() == {}

@@ -3,10 +3,12 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from hae_jax.data.cases import find_cases, read_case
+from hae_jax.data.orientation import Grid
 from hae_jax.data.slices import CaseSlices, case_slices
-from hae_jax.translation.volume import map_volume, mask_volume, read_slices, write_volume
+from hae_jax.translation.volume import healthy_volume, map_volume, mask_volume, read_slices, write_volume
 
 BRATS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
 OBLIQUE = np.array([[0.1, -0.2, 3.9, -7], [0.69, 0.05, -0.3, 11], [0.02, 0.93, 0.4, -80.25], [0, 0, 0, 1]])
@@ -30,8 +32,9 @@ def _header(affine, qcode, scode, image_type=nib.Nifti1Image, units=("mm", "sec"
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_the_grid_is_the_input_s(tmp_path, image_type, affine, qcode, scode, dtype):
     header = _header(affine, qcode, scode, image_type)
+    grid = Grid((7, 8, 5), header.get_best_affine(), header)
     values = np.random.default_rng(0).integers(0, 2, (7, 8, 5)).astype(dtype)
-    write_volume(tmp_path / "out.nii.gz", values, header, "a mask")
+    write_volume(tmp_path / "out.nii.gz", grid.reorient(values), grid, "a mask")
     found = nib.load(tmp_path / "out.nii.gz")
     assert type(found) is image_type
     np.testing.assert_array_equal(found.affine, header.get_best_affine())
@@ -44,6 +47,64 @@ def test_the_grid_is_the_input_s(tmp_path, image_type, affine, qcode, scode, dty
     assert (found.header["cal_max"], found.header["descrip"].item()) == (1, b"a mask")
     assert not found.header.extensions
     assert [path.name for path in tmp_path.iterdir()] == ["out.nii.gz"]
+
+
+def _turned(axes):
+    """An affine whose voxel axes point to the given anatomical directions."""
+    return nib.orientations.inv_ornt_aff(
+        nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)),
+        (7, 8, 5))
+
+
+_TILT = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.4) @ np.diag([-0.5, 1.25, 3]), [7, -80.25, 11])
+
+
+@pytest.mark.parametrize("affine", [BRATS, _TILT, *(_turned(axes) for axes in ("RAS", "LPS", "LAS", "PSR", "SRA"))])
+def test_a_second_reader_sees_the_input_s_grid_and_every_voxel_in_its_place(tmp_path, affine):
+    given, mask = tmp_path / "given.nii.gz", tmp_path / "mask.nii.gz"
+    image = nib.Nifti1Image(np.random.default_rng(0).integers(1, 99, (7, 8, 5)).astype(np.int16), affine)
+    nib.save(image, given)
+    image = nib.load(given)
+    grid = Grid(image.shape, image.affine, image.header)
+    bright = grid.reorient(np.asarray(image.dataobj)) > 50  # as a network would find it, in its orientation
+    write_volume(mask, bright.astype(np.uint8), grid, "a mask")
+    ours, theirs = sitk.ReadImage(str(mask)), sitk.ReadImage(str(given))
+    assert ours.GetSize() == theirs.GetSize()
+    for attribute in ("GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_array_equal(getattr(ours, attribute)(), getattr(theirs, attribute)(), err_msg=attribute)
+    assert ours.GetPixelIDTypeAsString() == "8-bit unsigned integer"
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(ours), sitk.GetArrayFromImage(theirs) > 50)
+
+
+def test_results_of_a_four_dimensional_file_are_three_dimensional(tmp_path):
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).integers(1, 99, (7, 8, 5, 4)).astype(np.int16), OBLIQUE),
+             tmp_path / "case.nii.gz")
+    case = read_slices(find_cases(tmp_path)[0], 8)
+    write_volume(tmp_path / "mask.nii.gz", np.ones(case.slices.shape, np.uint8), case.grid, "a mask")
+    found = nib.load(tmp_path / "mask.nii.gz")
+    assert found.shape == (7, 8, 5)
+    np.testing.assert_allclose(found.affine, OBLIQUE, atol=1e-6)
+
+
+def test_a_healthy_counterpart_equal_to_the_input_is_the_input(tmp_path, case_writer):
+    case_writer(tmp_path, "a", seed=0)
+    case = read_slices(find_cases(tmp_path)[0], 24)
+    back = healthy_volume(case.inputs[..., 3], case, 3)
+    expected = map_volume(case.slices.images[..., 3] * case.scales[3], case.slices)
+    np.testing.assert_allclose(back, expected, atol=1e-2)  # raw intensities, 50 to 250
+    assert 50 < back[..., 1:-1].mean() < 150
+
+
+def test_empty_slices_between_others_are_left_out(tmp_path, case_writer):
+    case_writer(tmp_path, "a", seed=0)
+    for path in (tmp_path / "a").glob("a_*.nii.gz"):
+        image = nib.load(path)
+        values = np.asarray(image.dataobj).copy()
+        values[..., 4] = 0
+        nib.save(nib.Nifti1Image(values, image.affine), path)
+    case = read_slices(find_cases(tmp_path)[0], 16)
+    assert list(case.slices.index) == [1, 2, 3, 5, 6, 7]
+    assert len(case.inputs) == len(case.slice_truth) == 6
 
 
 def test_read_slices_is_the_preparation_s_slicing(prepared):

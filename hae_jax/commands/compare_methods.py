@@ -1,0 +1,80 @@
+"""`tools/compare_methods.py`: several methods on the same cases, in one table."""
+
+import argparse
+from collections.abc import Sequence
+
+from hae_jax.commands.common import entry_point
+from hae_jax.commands.config import CONFIG_HELP
+from hae_jax.commands.runs import check_overrides
+from hae_jax.errors import UserError
+
+DEMO_CONFIG = "configs/phantom.py"
+METHODS = "hae,ddib,anoddpm-gaussian,anoddpm-simplex,threshold"
+_DESCRIPTION = """\
+Run several methods on the same cases and write comparison.csv, .md, .json and .png; with --steps, also the quality of
+the forward process against its number of steps: steps.csv, .md, .json and .png. Each method's masks and maps are kept
+in a folder of its own, and are not computed again by the next call."""
+_EPILOG = """\
+examples:
+  python tools/compare_methods.py                                  # the phantom's test cases, newest network
+  python tools/compare_methods.py --checkpoint runs/a --methods hae,ddib --output results/methods
+  python tools/compare_methods.py --checkpoint runs/a --unconditional runs/b       # AnoDDPM with a network of its own
+  python tools/compare_methods.py --checkpoint runs/a --methods "" --steps 10,20,50,100,200"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compare_methods.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: that of the checkpoint, or "
+                        f"{DEMO_CONFIG}")
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder that train.py --workdir wrote; default: the newest "
+                        "run in runs/ that was trained on the config's data")
+    parser.add_argument("--unconditional", metavar="RUN", help="run of an unconditional network for AnoDDPM (configs/"
+                        "anoddpm.py); default: the null condition of --checkpoint")
+    parser.add_argument("--input", metavar="FOLDER", help="folder of cases with segmentations; default: the test split "
+                        "of the config's data")
+    parser.add_argument("--output", metavar="FOLDER", help="where the tables go; default: RUN/comparison")
+    parser.add_argument("--methods", default=METHODS, metavar="A,B", help=f"which; default: {METHODS}")
+    parser.add_argument("--steps", default="", metavar="N,M", help="numbers of steps to respace the whole schedule to")
+    return parser
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, loads the networks, compares."""
+    arguments, overrides = _parser().parse_known_args(argv)
+    check_overrides(overrides)
+    methods = [name for name in arguments.methods.split(",") if name]
+    counts = _counts(arguments.steps)
+
+    # Imported after parsing: --help shall not wait for JAX.
+    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.commands.runs import Loaded, network_and_config
+    from hae_jax.data.demo import ensure_phantom
+    from hae_jax.training.mesh import make_mesh
+    from hae_jax.translation.comparison import Network, compare, compare_steps, method_entries
+
+    use_all_cores()
+    loaded, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    ensure_phantom(config.data, config.model.image_size)
+
+    def network(loaded: Loaded, model_config=None) -> Network:
+        return Network(loaded.model, loaded.identity, loaded.run / "calibrations", model_config)
+
+    twin = None
+    if arguments.unconditional:
+        other, its_config = network_and_config(None, DEMO_CONFIG, arguments.unconditional, [])
+        twin = network(other, its_config.model)
+    where = {"output": arguments.output or loaded.run / "comparison", "source": arguments.input}
+    written = compare(method_entries(methods, network(loaded), twin), config, make_mesh(), **where) if methods else []
+    if counts:
+        written += compare_steps(counts, network(loaded), config, make_mesh(), **where)
+    print("\n".join(["written:", *(f"  {path}" for path in written)]))
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise UserError(f"--steps {text}: give whole numbers with commas, such as 10,20,50") from error

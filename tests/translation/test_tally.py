@@ -1,0 +1,65 @@
+"""What cases add up to, and that records keep it."""
+
+import numpy as np
+import pytest
+
+from hae_jax.data.cases import find_cases
+from hae_jax.evaluation import metrics
+from hae_jax.evaluation.report import case_result
+from hae_jax.translation import records
+from hae_jax.translation.masks import Masks
+from hae_jax.translation.tally import Tally
+from hae_jax.translation.volume import map_volume, mask_volume, read_slices
+
+
+def _measured(case):
+    """A case with a perfect answer and an empty one, and the row of the perfect one."""
+    answers = {}
+    for name in ("perfect", "nothing"):
+        mask = case.slice_truth if name == "perfect" else np.zeros(case.inputs.shape[:3], bool)
+        masks = Masks(mask.astype(np.float32), mask, mask, mask.any((1, 2)), np.ones(len(mask)))
+        row = case_result(case.name, mask_volume(mask, case.slices), case.truth, case.affine, masks.lesion,
+                          masks.score, 1.0, map_volume(masks.map, case.slices))
+        answers[name] = records.Answer(masks, row.measured)
+    return records.Measured(case.slice_truth, metrics.foreground(case.inputs), answers), row
+
+
+@pytest.fixture
+def cases(prepared, tmp_path, case_writer):
+    case_writer(tmp_path, "healthy", seed=9, lesion=False)
+    return [read_slices(find_cases(folder)[0], 16) for folder in (prepared / "cases" / "case_0", tmp_path / "healthy")]
+
+
+def test_tally_counts_cases_with_truth(cases):
+    tally = Tally()
+    for case in cases:
+        tally.add(_measured(case)[0])
+    tally.add(None)
+    found = tally.results()
+    assert (tally.cases, tally.slices) == (2, 14)
+    assert found["perfect"]["mixed"]["dice"] == found["perfect"]["unhealthy"]["dice"] == 1
+    assert found["nothing"]["mixed"]["dice"] == pytest.approx(11 / 14, abs=1e-6)
+    assert found["perfect"]["shares"]["healthy"] == pytest.approx(11 / 14)
+    volumes = found["perfect"]["volumes"]
+    assert (volumes["lesion_cases"], volumes["healthy_cases"]) == (1, 1)
+    assert volumes["healthy_volume_ml"]["mean"] == 0
+    assert volumes["dice"]["mean"] > 0.85  # what resizing to 16 px and back costs
+    assert Tally().results() == {}
+
+
+def test_a_record_keeps_what_it_was_given(cases, tmp_path):
+    measured, row = _measured(cases[0])
+    record = records.Record("digest", ("a.txt",), row, None, "host")
+    records.write(tmp_path, "a", record, measured)
+    assert records.read(tmp_path, "a") is None  # a.txt is not there
+    (tmp_path / "a.txt").touch()
+    assert records.read(tmp_path, "a") == record
+    found = records.read_measured(tmp_path, "a")
+    np.testing.assert_array_equal(found.truth, measured.truth)
+    for name, answer in measured.answers.items():
+        assert found.answers[name].volume == answer.volume
+        for ours, theirs in zip(found.answers[name].masks, answer.masks, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert records.read(tmp_path, "b") is None
+    records.write(tmp_path, "c", records.Record("digest", (), None, "no brain", "host"), None)
+    assert records.read_measured(tmp_path, "c") is None
