@@ -60,6 +60,7 @@ def _diffusion() -> ml_collections.ConfigDict:
     diffusion.steps = 1000  # T
     diffusion.predicts = "eps"  # eps or x0: what the network gives
     diffusion.variance = "fixed_large"  # fixed_large, fixed_small or learned_range (doubles the output channels)
+    diffusion.noise = "gaussian"  # gaussian, or simplex as in AnoDDPM
     diffusion.clipping = "static"  # of predicted x0: static ([-1, 1]), dynamic or none
     return diffusion
 
@@ -69,6 +70,7 @@ def _data() -> ml_collections.ConfigDict:
     data = ml_collections.ConfigDict()
     data.root = "data/brats"  # the prepared dataset, made by tools/prepare_data.py
     data.modalities = ("flair", "t1", "t1ce", "t2")  # the channels in their order; as many as model.in_channels
+    data.balance = False  # draw healthy and lesion slices equally often
     data.workers = 0  # processes that read slices; 0: threads of the training process
     data.prefetch = 4  # batches read ahead
     data.phantom = config_dict.placeholder(ml_collections.ConfigDict)  # None: data.root must exist (see phantom.py)
@@ -88,13 +90,20 @@ def _training() -> ml_collections.ConfigDict:
     training.clip_norm = config_dict.placeholder(float)  # of the gradient; None: no clipping
     training.ema_rates = (0.9999,)  # exponential moving averages of the parameters; the first is used
     training.p_uncond = 0.1  # share of labels that are dropped
-    training.fsdp = False  # shard parameters and optimiser over the devices, not only the batch
+    training.timesteps = "uniform"  # uniform, or loss-second-moment: more often where the loss is large
+    training.nonfinite = "stop"  # when a loss or gradient is not finite: stop, or skip the step and count it
+    # Devices along ("data", "model"), -1: what is left. Batches are cut over both; parameters, averages and optimiser
+    # over "model": (-1, 1) is data parallel, (1, -1) FSDP, (4, 2) both.
+    training.mesh = (-1, 1)
     training.log_every = 100  # steps
     training.save_every = 5_000  # steps; the last step is always saved
     training.keep = 3  # newest checkpoints that are kept
+    training.validate_every = 1_000  # steps; 0: no validation loss
+    training.validation_slices = 64  # of the validation split; the same ones each time
     training.sample_every = 5_000  # steps; 0: no sample grids
     training.sample_steps = 50  # DDIM steps of the sample grids
     training.sample_guidance = (0.0, 1.0, 2.0, 4.0)  # strengths w shown side by side
+    training.wandb = config_dict.placeholder(str)  # project to log to with wandb as well; None: no
     return training
 
 

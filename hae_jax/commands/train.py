@@ -1,32 +1,65 @@
 """`train.py`: trains a network, or goes on with it."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from hae_jax.commands.common import entry_point
 from hae_jax.commands.config import CONFIG_HELP, read_config
+from hae_jax.errors import UserError
+
+_DESCRIPTION = """\
+Train a class-conditional diffusion U-Net on slices that are labelled healthy or lesion. The same command resumes a run
+that was stopped. SIGTERM and SIGUSR1 make it save and end with status 75: run it again."""
+_EPILOG = """\
+examples:
+  python train.py --config configs/phantom.py --workdir runs/phantom
+  python train.py --config configs/brats_v2c.py --dry-run                       # parameters, memory, operations, data
+  python train.py --config configs/brats_v2c.py --workdir runs/a --profile 10:15
+  srun python train.py --config configs/brats_v2c.py --workdir runs/a           # several hosts: docs/scaling.md"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="train.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
+    parser.add_argument("--workdir", metavar="FOLDER",
+                        help="where checkpoints, metrics.jsonl, TensorBoard logs and sample pictures go")
+    parser.add_argument("--dry-run", action="store_true", help="say what the training would be, and exit")
+    parser.add_argument("--print-sharding", action="store_true", help="say what would lie on which device, and exit")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="record these steps to WORKDIR/profile")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no scheduler says it")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="of the run; 1: this one alone")
+    parser.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+    return parser
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train a class-conditional diffusion U-Net on slices that are labelled healthy or lesion. "
-                    "The same command resumes a run that was stopped.",
-        epilog="example: python train.py --config configs/phantom.py --workdir runs/phantom",
-        allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
-    parser.add_argument("--workdir", required=True, metavar="FOLDER",
-                        help="where checkpoints, metrics.jsonl, TensorBoard logs and sample pictures go")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = _parser().parse_known_args(argv)
     config = read_config(arguments.config, overrides)
+    only_says = arguments.dry_run or arguments.print_sharding
+    if not (arguments.workdir or only_says):
+        raise UserError("--workdir is missing: name the folder for the run, such as --workdir runs/a")
 
     # Imported after parsing: --help shall not wait for JAX.
+    import jax
+
     from hae_jax.commands.devices import use_all_cores
     from hae_jax.data.demo import ensure_phantom
-    from hae_jax.training.loop import train
+    from hae_jax.training import dry_run, hosts, loop
+    from hae_jax.training.profile import parse_span
 
-    use_all_cores(max(1, config.training.batch_size // max(1, config.training.accumulation)))
-    ensure_phantom(config.data, config.model.image_size)
-    train(config, arguments.workdir)
+    profile = parse_span(arguments.profile) if arguments.profile else None
+    if arguments.num_processes or not hosts.in_cluster(os.environ):
+        parts = max(1, config.training.accumulation) * max(1, arguments.num_processes or 1)
+        use_all_cores(max(1, config.training.batch_size // parts))
+    with hosts.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
+        said = [*(dry_run.describe(config) if arguments.dry_run else ()),
+                *([loop.sharding_of(config)] if arguments.print_sharding else ())]
+        if said and jax.process_index() == 0:
+            print("\n".join(said))
+        if not only_says:
+            hosts.once(lambda: ensure_phantom(config.data, config.model.image_size))
+            loop.train(config, arguments.workdir, profile=profile)

@@ -25,11 +25,14 @@ def train_batches(
     process_count: int = 1,
     workers: int = 0,
     prefetch: int = 4,
+    balance: bool = False,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches in random order; every slice once per epoch, each epoch in another order.
 
     Batches run across the ends of epochs, so that all have the same size. Process p of P gets rows p B/P .. (p+1) B/P
     of each global batch of B.
+
+    Balanced, healthy and lesion slices take turns, each class in epochs of its own.
 
     Args:
       reader: the training split.
@@ -40,13 +43,14 @@ def train_batches(
       process_count: P; must divide B.
       workers: processes that read and scale; 0 does so in threads of this process, which is enough for most disks.
       prefetch: batches to read ahead (per worker); 0 reads when asked.
+      balance: draw healthy and lesion slices equally often, whatever their numbers.
 
     Returns:
       An iterator of dictionaries: image [B/P, H, W, C] float32 in [-1, 1]; label, case, slice [B/P] int32. With
       workers, `close()` it when done.
 
     Raises:
-      UserError: the split is empty, or a number does not fit.
+      UserError: the split is empty, or one class of it where they are to be balanced, or a number does not fit.
     """
     _check_batch_size(batch_size, reader)
     if batch_size % process_count:
@@ -55,10 +59,9 @@ def train_batches(
     for name, value in (("seed", seed), ("start_step", start_step), ("workers", workers), ("prefetch", prefetch)):
         if value < 0:
             raise UserError(f"{name} {value}: must not be negative")
-    # Grain's epoch e shuffles with seed + e: hashed seeds keep seed 0's second epoch from being seed 1's first.
-    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     # Indices are batched before anything is read, so that a batch is one request to TensorStore.
-    shares = grain.MapDataset.range(len(reader)).shuffle(seed=shuffle_seed).repeat().batch(batch_size // process_count)
+    order = _balanced_order(reader, seed) if balance else _reshuffled(np.arange(len(reader)), seed, stream=0)
+    shares = order.batch(batch_size // process_count)
     batches = shares[start_step * process_count + process_index::process_count].map(_TrainBatch(reader))
     dataset = batches.to_iter_dataset(_read_ahead(prefetch))
     return iter(_in_processes(dataset, workers) if workers else dataset)
@@ -79,6 +82,24 @@ def eval_batches(
     _check_batch_size(batch_size, reader)
     batches = grain.MapDataset.range(math.ceil(len(reader) / batch_size)).map(_EvalBatch(reader, batch_size))
     return iter(batches.to_iter_dataset(_read_ahead(prefetch)))
+
+
+def _reshuffled(indices: np.ndarray, seed: int, stream: int) -> grain.MapDataset[np.int64]:
+    """The indices again and again, in another order each time; streams of one seed are shuffled independently."""
+    # Grain's epoch e shuffles with seed + e: hashed seeds keep seed 0's second epoch from being seed 1's first.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(stream + 1)[stream])
+    return grain.MapDataset.source(indices).shuffle(seed=shuffle_seed).repeat()
+
+
+def _balanced_order(reader: SplitReader, seed: int) -> grain.MapDataset[np.int64]:
+    """A healthy slice at every even position, one with a lesion at every odd one."""
+    labels = reader.rows["labels"]
+    classes = {"healthy": np.flatnonzero(labels == 0), "lesion": np.flatnonzero(labels != 0)}
+    for name, indices in classes.items():
+        if not len(indices):
+            raise UserError(f"data.balance: {reader.folder} has no {name} slices; set it to False, or prepare the data "
+                            "again with other split fractions")
+    return grain.MapDataset.mix([_reshuffled(indices, seed, i) for i, indices in enumerate(classes.values())])
 
 
 class _TrainBatch(grain.transforms.Map):

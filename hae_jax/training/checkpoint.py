@@ -1,28 +1,43 @@
 """Checkpoints: saved whole in the background, restored onto any devices. The only file that knows Orbax.
 
 A checkpoint is the folder `<workdir>/checkpoints/<step>` with one item for each part of the state, so that translation
-can read the parameters alone, and the config. Arrays are stored under readable names, such as
-"input_blocks/1/0/in_conv/kernel".
+can read the parameters alone, the config, and the checksums of all these files. Arrays are stored under readable names,
+such as "input_blocks/1/0/in_conv/kernel". Orbax writes into a temporary folder and renames it at the end; the checksums
+are made before that, so every checkpoint has them. What is found damaged is renamed, never deleted.
 """
 
 import json
 import logging
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from hae_jax.errors import UserError
 from hae_jax.model import UNet
+from hae_jax.training.guard import disk_errors
+from hae_jax.training.integrity import damage, is_sealed, move_aside, seal
 from hae_jax.training.mesh import make_mesh, replicated
 from hae_jax.training.state import TrainState, abstract_network, network_config
 
 # What a resumed run may change without becoming another run.
 _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "data.prefetch", "data.phantom",
                 "model.remat", "training.steps", "training.log_every", "training.save_every", "training.keep",
-                "training.sample_")
+                "training.sample_", "training.mesh", "training.fsdp", "training.accumulation", "training.nonfinite",
+                "training.validat", "training.wandb")
+# What a checkpoint means that was written before these fields existed.
+_BEFORE = {"data.modalities": ["flair", "t1", "t1ce", "t2"], "data.balance": False, "diffusion.noise": "gaussian",
+           "training.timesteps": "uniform"}
+# Field of the state -> its item; the other fields make up the item "progress".
+_ITEMS = {"params": "params", "ema": "ema", "opt_state": "optimizer"}
+# Orbax completes these as it commits; they hold dates, and nothing is read from them.
+_COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Network(NamedTuple):
@@ -34,24 +49,81 @@ class Network(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. With several processes, each makes every call."""
 
-    def __init__(self, workdir: str | Path, keep: int = 3):
-        """Opens `<workdir>/checkpoints`, made if absent, and keeps the newest `keep` in it."""
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates each save
-        self.folder = Path(workdir).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+    def __init__(self, workdir: str | Path, keep: int | None = 3):
+        """Opens `<workdir>/checkpoints`, made if absent, keeps the newest `keep` in it and removes half-written ones.
+
+        Raises:
+          UserError: if the folder cannot be made.
+        """
+        self._workdir, self.folder = Path(workdir), Path(workdir).resolve() / "checkpoints"
+        self._saving = None  # step of the last save
+        finishing = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        with disk_errors(lambda: f"{workdir}: no checkpoints can be kept there"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = _manager(
+                self.folder, max_to_keep=keep, cleanup_tmp_directories=True, async_options=finishing)
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
+        """The newest checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    def recover(self) -> int | None:
+        """Finds where a run goes on: reads the newest checkpoint through and compares it with its checksums.
+
+        Damaged ones are said aloud and moved aside, so that their steps can be saved again.
+
+        Returns:
+          The step of the newest sound checkpoint; None if there are no checkpoints.
+
+        Raises:
+          UserError: if there are checkpoints and all are damaged; they are left as they are.
+        """
+        step, error = None, None
+        if jax.process_index() == 0:
+            try:
+                step = self._recover()
+            except UserError as caught:
+                error = caught
+        if jax.process_count() > 1:
+            told = np.array([error is not None, -1 if step is None else step], np.int32)
+            failed, step = (int(n) for n in multihost_utils.broadcast_one_to_all(told))
+            step = None if step < 0 else step
+            if failed and error is None:
+                error = UserError(f"{self._workdir}: the checkpoints are damaged; see the first process's message")
+        if error is not None:
+            raise error
+        self._manager.reload()
+        return step
+
     def save(self, state: TrainState, config: dict[str, Any]) -> None:
-        """Saves the state in the background; it may be donated as soon as this returns."""
+        """Saves the state in the background; it may be donated as soon as this returns.
+
+        Raises:
+          UserError: if this or the save before it cannot be written; older checkpoints are kept.
+        """
         step = int(state.step)
         items = {name: ocp.args.StandardSave(_named(value)) for name, value in _items(state).items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, config=ocp.args.JsonSave(config)))
+        self.check(wait=True)
+        self._saving = step
+        with disk_errors(self._failed):
+            saved = self._manager.save(step, args=ocp.args.Composite(**items, config=ocp.args.JsonSave(config)))
+        if not saved:
+            raise RuntimeError(f"step {step} is not newer than the newest checkpoint, {self.latest()}")
+
+    def check(self, wait: bool = False) -> None:
+        """Says whether the last save went wrong, if it is over.
+
+        Args:
+          wait: until it is over.
+
+        Raises:
+          UserError: if it could not be written; older checkpoints are kept.
+        """
+        if wait or not self._manager.is_saving_in_progress():
+            with disk_errors(self._failed):
+                self._manager.wait_until_finished()
 
     def config(self, step: int) -> dict[str, Any]:
         """The config that a checkpoint was saved with."""
@@ -62,51 +134,97 @@ class Checkpoints:
 
         Args:
           step: which.
-          like: a state of the same network, whose values are not read.
+          like: the initial state of the same network; its values are taken only for what the checkpoint, written by
+            an older version, does not have yet.
           shardings: where each leaf shall lie.
+
+        Raises:
+          UserError: if the checkpoint lacks arrays of the network.
         """
         abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings)
-        wanted = {name: ocp.args.StandardRestore(_named(value)) for name, value in _items(abstract).items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**wanted))
-        parts = {name: _unnamed(value, found[name]) for name, value in _items(like).items()}
-        return TrainState(params=parts["params"], ema=parts["ema"], opt_state=parts["optimizer"], **parts["progress"])
+        initial, where = _items(like), _items(shardings)
+        wanted, lacking = {}, {}
+        for item, value in _items(abstract).items():
+            leaves, there = _named(value), _stored_names(self.folder / str(step) / item)
+            wanted[item] = {name: leaf for name, leaf in leaves.items() if name in there}
+            lacking |= {f"{item}/{name}": (item, name) for name in leaves if name not in there}
+        self._check_lacking(step, lacking)
+        found = self._manager.restore(
+            step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(w) for item, w in wanted.items()}))
+        for item, name in lacking.values():
+            found[item][name] = jax.device_put(_named(initial[item])[name], _named(where[item])[name])
+        return _state({item: _unnamed(value, found[item]) for item, value in initial.items()})
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is written.
+
+        Raises:
+          UserError: if the last save could not be written; older checkpoints are kept.
+        """
+        try:
+            self.check(wait=True)
+        finally:
+            self._manager.close()
+
+    def _recover(self) -> int | None:
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            problem = _damage(self.folder / str(step))
+            if problem is None:
+                for bad, reason in damaged.items():
+                    aside = move_aside(self.folder / str(bad))
+                    print(f"{self._workdir}: checkpoint {bad} is damaged ({reason}); it is kept as {aside.name}, "
+                          f"checkpoint {step} is used", flush=True)
+                return step
+            damaged[step] = problem
+        if damaged:
+            raise _all_damaged(self.folder, damaged)
+        return None
+
+    def _seal(self) -> None:
+        # Called by Orbax in the first process, when all have written their files and nothing is renamed yet.
+        seal(self.folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}", _COMMIT_FILES)
+
+    def _check_lacking(self, step: int, lacking: dict[str, tuple[str, str]]) -> None:
+        foreign = [name for name, (item, _) in lacking.items() if item != "progress"]
+        if foreign:
+            raise UserError(f"{self.folder / str(step)}: lacks {len(foreign)} arrays, first {foreign[0]}; another "
+                            "version has written it, go on with that one")
+        if lacking and jax.process_index() == 0:
+            print(f"{self._workdir}: checkpoint {step} is older and lacks {', '.join(lacking)}; these begin anew",
+                  flush=True)
+
+    def _failed(self) -> str:
+        steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()]
+        kept = f"checkpoint {max(steps)} is kept" if steps else "there is none yet"
+        return f"{self._workdir}: checkpoint {self._saving} could not be saved, {kept}"
 
 
 def load_network(workdir: str | Path, *, step: int | None = None, ema: bool = True) -> Network:
-    """Reads a trained network from a run's folder.
+    """Reads a trained network from a run's folder, in which nothing is changed.
 
     Args:
       workdir: the folder that `train.py --workdir` wrote.
-      step: which checkpoint; None: the newest.
+      step: which checkpoint; None: the newest that is not damaged.
       ema: the averaged parameters (of the first rate) instead of the last ones.
 
     Raises:
-      UserError: if there is no such checkpoint.
+      UserError: if there is no such checkpoint, or it is damaged.
     """
     folder = Path(workdir).resolve() / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir}: no checkpoints there; train with train.py --workdir {workdir}, or name the folder "
                         "of a finished run")
-    checkpoints = Checkpoints(workdir, keep=None)
-    steps = sorted(checkpoints._manager.all_steps())
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{workdir}: no checkpoint of step {step if step is not None else '...'}; "
-                        f"there are {', '.join(map(str, steps)) or 'none'}")
-    step = steps[-1] if step is None else step
-    config = checkpoints.config(step)
+    manager = _manager(folder, create=False, save_root_metadata=False)
+    step = _sound_step(workdir, folder, sorted(manager.all_steps(), reverse=True), step)
+    config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
     graph, params = abstract_network(network_config(config))
     sharding = replicated(make_mesh())
     averages = len(config["training"]["ema_rates"]) if ema else 0
     item, tree = ("ema", (params,) * averages) if averages else ("params", params)
     abstract = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for name, a in _named(tree).items()}
-    wanted = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
-    found = checkpoints._manager.restore(step, args=wanted)[item]
-    checkpoints.close()
+    found = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))[item]
+    manager.close()
     loaded = _unnamed(tree, found)
     loaded = loaded[0] if averages else loaded
     parameters = f"ema {config['training']['ema_rates'][0]}" if averages else "params"
@@ -120,18 +238,82 @@ def check_same_run(workdir: str | Path, saved: dict[str, Any], config: dict[str,
     Raises:
       UserError: naming every field that differs.
     """
-    old, new = _flat(saved), _flat(json.loads(json.dumps(config)))
+    old, new = _BEFORE | _flat(saved), _flat(json.loads(json.dumps(config)))
     differing = [name for name in sorted(old.keys() | new.keys())
-                 if old.get(name) != new.get(name) and not name.startswith(_FREE_FIELDS)]
+                 if old.get(name) != new.get(name, _BEFORE.get(name)) and not name.startswith(_FREE_FIELDS)]
     if differing:
         changes = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing)
         raise UserError(f"{workdir}: its checkpoints belong to another config ({changes}); use another --workdir, or "
                         "give the same values")
 
 
+def checkpoint_bytes(state: TrainState) -> int:
+    """Size of a checkpoint of this state (arrays or their shapes)."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    # Orbax narrates each save, and prints the traceback of every error that it also raises.
+    absl = logging.getLogger("absl")
+    absl.setLevel(logging.WARNING)
+    absl.addFilter(_not_of_orbax)
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options))
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _sound_step(workdir: str | Path, folder: Path, steps: list[int], wanted: int | None) -> int:
+    """The step to read: `wanted`, or the first of `steps`, newest first, that is not damaged."""
+    if not steps or (wanted is not None and wanted not in steps):
+        raise UserError(f"{workdir}: no checkpoint of step {wanted if wanted is not None else '...'}; "
+                        f"there are {', '.join(map(str, reversed(steps))) or 'none'}")
+    damaged = {}
+    for step in steps if wanted is None else [wanted]:
+        problem = _damage(folder / str(step), ("config", "params", "ema"))
+        if problem is None:
+            for bad, reason in damaged.items():
+                print(f"{workdir}: checkpoint {bad} is damaged ({reason}); checkpoint {step} is used", flush=True)
+            return step
+        damaged[step] = problem
+    raise _all_damaged(folder, damaged)
+
+
+def _damage(folder: Path, items: Collection[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint, or with these items of it; None if nothing is."""
+    if is_sealed(folder):
+        return damage(folder, items)
+    # Of an older version: all that can be said is whether it can be read.
+    try:
+        ocp.JsonCheckpointHandler().restore(folder / "config")
+        for item in items or (*_ITEMS.values(), "progress"):
+            if item != "config":
+                as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in _stored_names(folder / item)}
+                ocp.PyTreeCheckpointHandler().restore(
+                    folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no checksums, and not readable: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def _stored_names(item: Path) -> Collection[str]:
+    return ocp.StandardCheckpointHandler().metadata(item).tree.keys()
+
+
+def _all_damaged(folder: Path, damaged: dict[int, str]) -> UserError:
+    reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+    return UserError(f"{folder}: no sound checkpoint ({reasons}); bring back a copy of one, take another step, or "
+                     "begin in another --workdir")
+
+
 def _items(state: TrainState) -> dict[str, Any]:
-    progress = {"step": state.step, "window": state.window}
-    return {"params": state.params, "ema": state.ema, "optimizer": state.opt_state, "progress": progress}
+    progress = {name: value for name, value in state._asdict().items() if name not in _ITEMS}
+    return {item: getattr(state, field) for field, item in _ITEMS.items()} | {"progress": progress}
+
+
+def _state(items: dict[str, Any]) -> TrainState:
+    return TrainState(**{field: items[item] for field, item in _ITEMS.items()}, **items["progress"])
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -1,12 +1,21 @@
-"""What a run says while it runs: metrics.jsonl always, TensorBoard beside it, a loss curve at the end."""
+"""What a run says while it runs: metrics.jsonl always, TensorBoard beside it, wandb on request, a curve at the end.
+
+A step has at most one line, which is on disk before the step's checkpoint is begun. So a run that goes on from a
+checkpoint finds every line up to it, drops what comes after, and writes that again: no gap, and no line twice.
+"""
 
 import json
+import math
 import os
+import uuid
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from hae_jax.errors import UserError
 from hae_jax.evaluation.figures import loss_curve
 from hae_jax.files import written_whole
 from hae_jax.training.state import LOSS_BINS, Window
@@ -15,32 +24,52 @@ from hae_jax.training.state import LOSS_BINS, Window
 class RunLog:
     """The log of one run, continued exactly where a resumed run goes on."""
 
-    def __init__(self, workdir: Path, start_step: int):
-        """Opens the log and drops whatever an interrupted run wrote after `start_step`."""
+    def __init__(
+        self, workdir: Path, start_step: int, project: str | None = None, config: dict[str, Any] | None = None
+    ):
+        """Opens the log and drops whatever an interrupted run wrote after `start_step`.
+
+        Args:
+          workdir: the run's folder.
+          start_step: of the checkpoint that the run goes on from, or 0.
+          project: of wandb; None: wandb is left alone.
+          config: what wandb notes as the run's config.
+
+        Raises:
+          UserError: wandb is wanted and not installed.
+        """
+        workdir.mkdir(parents=True, exist_ok=True)
         self.path = workdir / "metrics.jsonl"
         self._figure = workdir / "loss.png"
+        self._wandb = None if project is None else _begin_wandb(workdir, project, config)
         _truncate(self.path, start_step)
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line, on disk when this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Appends the line of a step, on disk when this returns; a value that is not finite is null there."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def close(self) -> None:
         """Draws the loss curve and closes the files."""
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         lines = read_metrics(self.path)
-        if len(lines) > 1:
-            loss_curve(self._figure, [line["step"] for line in lines], [line["loss"] for line in lines])
+        trained, validated = _curve(lines, "loss"), _curve(lines, "validation_loss")
+        if len(trained[0]) > 1:
+            loss_curve(self._figure, *trained, validated if validated[0] else None)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """The lines of a metrics.jsonl; a last line that was cut off by a crash is left out."""
     lines = []
     for line in path.read_text().splitlines():
@@ -52,13 +81,50 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def window_means(window: Window) -> dict[str, float]:
-    """Means over the steps since the last line: loss, gradient norm, and the loss by quartile of t."""
+    """Means over the steps since the last line: loss, gradient norm, and the loss by quartile of t.
+
+    Not a number where all these steps were skipped; a quartile that no sample fell into is left out.
+    """
     window = Window(*map(np.asarray, window))
-    means = {"loss": float(window.loss / window.steps), "gradient_norm": float(window.gradient_norm / window.steps)}
+    steps = window.steps or np.nan
+    means = {"loss": float(window.loss / steps), "gradient_norm": float(window.gradient_norm / steps)}
     for i in range(LOSS_BINS):
         if window.bin_count[i]:
             means[f"loss_t{i + 1}of{LOSS_BINS}"] = float(window.bin_loss[i] / window.bin_count[i])
     return means
+
+
+def import_wandb(project: str) -> ModuleType:
+    """The wandb package, which only a run that asks for it needs; imported here and nowhere else.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"training.wandb is {project!r}, and wandb is not installed; run `pip install wandb`, or leave "
+                        "training.wandb out") from error
+    return wandb
+
+
+def _begin_wandb(workdir: Path, project: str, config: dict[str, Any] | None) -> Any:
+    """Begins the run's page, or goes on with it: its id lies in the workdir.
+
+    A resumed run may log a step again that wandb has already and ignores; the values are the same.
+    """
+    wandb = import_wandb(project)
+    path = workdir / "wandb_id"
+    if not path.exists():
+        with written_whole(path) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:8])
+    return wandb.init(project=project, name=workdir.name, id=path.read_text().strip(), resume="allow", config=config,
+                      dir=str(workdir))
+
+
+def _curve(lines: list[dict[str, float | None]], name: str) -> tuple[list[float], list[float | None]]:
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _truncate(path: Path, start_step: int) -> None:

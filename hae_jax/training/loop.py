@@ -1,39 +1,45 @@
 """The training loop: mesh, data, model, state, step, restore, loop."""
 
-import time
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from hae_jax.data.batches import train_batches
-from hae_jax.data.store import SplitReader, open_store
+from hae_jax.data.store import SplitReader, Store, open_store
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.files import write_json
 from hae_jax.model import UNetConfig
 from hae_jax.provenance import record
-from hae_jax.training.checkpoint import Checkpoints, check_same_run
-from hae_jax.training.log import RunLog, window_means
-from hae_jax.training.mesh import check_batch_size, make_mesh, replicated, shard_batch
-from hae_jax.training.samples import draw_samples, make_sampler, write_samples
+from hae_jax.training.checkpoint import Checkpoints, check_same_run, checkpoint_bytes
+from hae_jax.training.guard import Guard, RunLock, check_workdir
+from hae_jax.training.hosts import describe
+from hae_jax.training.mesh import check_batch_size, make_mesh, shard_batch, sharding_table
+from hae_jax.training.profile import Profiler, Span
+from hae_jax.training.samples import make_sampler
+from hae_jax.training.settings import check_settings
 from hae_jax.training.state import (
     TrainState,
     abstract_network,
-    empty_window,
-    learning_rate,
+    abstract_state,
     make_optimizer,
     network_config,
+    remembered_timesteps,
     sharded_initial_state,
+    shardings_of,
 )
-from hae_jax.training.step import StepSettings, make_train_step
+from hae_jax.training.step import make_train_step, step_settings
+from hae_jax.training.validation import Validation
+from hae_jax.training.watch import Report
 
 
 class Run(NamedTuple):
@@ -43,154 +49,161 @@ class Run(NamedTuple):
     tree: dict[str, Any]  # the config as plain values, as it is saved
     workdir: Path
     mesh: Mesh
-    reader: SplitReader
+    store: Store
     network: UNetConfig
     process: Process
     optimizer: optax.GradientTransformation
+    abstract: TrainState  # the state's shapes
+    profile: Span | None
+
+    @property
+    def reader(self) -> SplitReader:
+        """The slices to train on."""
+        return self.store.split("train")
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: str | Path, devices: Sequence[jax.Device] | None = None
+    config: ml_collections.ConfigDict, workdir: str | Path, devices: Sequence[jax.Device] | None = None, *,
+    profile: Span | None = None,
 ) -> None:
-    """Trains a network, going on from the newest checkpoint in `workdir` if there is one.
+    """Trains a network, going on from the newest sound checkpoint in `workdir` if there is one.
 
     Writes checkpoints, metrics.jsonl, tensorboard/, samples/, config.json, run.json and loss.png to `workdir`. The same
-    call after an interruption continues the run as if it had never stopped.
+    call after an interruption continues the run as if it had never stopped. With several processes, each makes it.
 
     Args:
       config: the config tree (`configs/default.py`).
       workdir: the run's folder.
       devices: what to train on; None: all devices of all hosts.
+      profile: steps to record.
 
     Raises:
-      UserError: for settings or data that do not fit, and when the loss is not finite any more.
+      UserError: for settings or data that do not fit, a folder that cannot be written or that another job writes, and
+        when the loss is not finite any more.
+      Stopped: after a signal that asks to stop, once the state is saved.
     """
-    run = _check(config, Path(workdir), devices)
-    checkpoints = Checkpoints(run.workdir, config.training.keep)
-    try:
-        latest = checkpoints.latest()
+    run = _check(config, Path(workdir), devices, profile)
+    if jax.process_count() > 1:
+        print(describe(), flush=True)
+    with RunLock(run.workdir), Guard() as guard, \
+            contextlib.closing(Checkpoints(run.workdir, config.training.keep)) as checkpoints:
+        latest = checkpoints.recover()
         if latest is not None:
             check_same_run(run.workdir, checkpoints.config(latest), run.tree)
         if (latest or 0) >= config.training.steps:
-            print(f"{workdir}: already trained for {latest} steps")
+            _say(f"{workdir}: already trained for {latest} steps")
             return
+        check_workdir(run.workdir, checkpoint_bytes(run.abstract), config.training.keep)
         if jax.process_index() == 0:
             write_json(run.workdir / "config.json", run.tree)
-            write_json(run.workdir / "run.json", record() | {"devices": [str(d) for d in jax.devices()]})
-        _begin(run, checkpoints, latest)
-    finally:
-        checkpoints.close()
+            write_json(run.workdir / "run.json", record() | {"devices": [str(d) for d in run.mesh.devices.flat]})
+        _begin(run, checkpoints, guard, latest)
 
 
-def _check(config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None) -> Run:
-    """Everything that can be wrong is found here, before anything is built or written."""
-    tree = config.to_dict()
+def sharding_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> str:
+    """What of the state lies where, as a table; nothing is allocated.
+
+    Raises:
+      UserError: for settings that do not fit.
+    """
+    mesh = make_mesh(config.training.mesh, devices)
+    abstract = _abstract_state(config)
+    return sharding_table(abstract, shardings_of(mesh, abstract))
+
+
+def _abstract_state(config: ml_collections.ConfigDict) -> TrainState:
     training = config.training
-    for name in ("steps", "log_every", "save_every", "keep", "accumulation"):
-        if training[name] < 1:
-            raise UserError(f"training.{name} is {training[name]}: it must be at least 1")
-    if not 0 <= training.p_uncond <= 1:
-        raise UserError(f"training.p_uncond is {training.p_uncond}: it must be in [0, 1]")
-    if not training.ema_rates or not all(0 <= rate < 1 for rate in training.ema_rates):
-        raise UserError(f"training.ema_rates is {training.ema_rates}: give at least one rate in [0, 1)")
-    network = network_config(tree)
+    return abstract_state(network_config(config.to_dict()), make_optimizer(training), len(training.ema_rates),
+                          remembered_timesteps(config))
+
+
+def _check(
+    config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None, profile: Span | None
+) -> Run:
+    """Everything that can be wrong is found here, before anything is built or written."""
+    training = config.training
+    check_settings(config)
+    network = network_config(config.to_dict())
     diffusion = config.diffusion
     schedule = make_schedule(diffusion.schedule, diffusion.steps)
     process = Process(schedule, diffusion.predicts, diffusion.variance, diffusion.clipping)
-    mesh = make_mesh(training.fsdp, devices)
+    mesh = make_mesh(training.mesh, devices)
     check_batch_size(training.batch_size, training.accumulation, mesh, "training.batch_size")
-    reader = open_store(config.data.root).split("train")
-    if len(reader) == 0:
-        raise UserError(f"{config.data.root}: its train split is empty; prepare it with another split")
-    shape = reader.read(0)["image"].shape
+    optimizer = make_optimizer(training)
+    return Run(config, config.to_dict(), workdir, mesh, _checked_store(config, network), network, process, optimizer,
+               _abstract_state(config), profile)
+
+
+def _checked_store(config: ml_collections.ConfigDict, network: UNetConfig) -> Store:
+    store = open_store(config.data.root)
+    needed = ["train", *(["val"] if config.training.validate_every else [])]
+    for split in needed:
+        if len(store.split(split)) == 0:
+            raise UserError(f"{config.data.root}: its {split} split is empty; prepare it with another split"
+                            + (", or set training.validate_every to 0" if split == "val" else ""))
+    shape = store.split("train").read(0)["image"].shape
     expected = (network.image_size, network.image_size, network.in_channels)
     if shape != expected:
         raise UserError(f"data.root: {config.data.root} holds slices of {shape}, the network wants {expected}; set "
                         "model.image_size and model.in_channels, or prepare the data with another --image-size")
-    return Run(config, tree, workdir, mesh, reader, network, process, make_optimizer(training))
+    if network.num_classes is not None and (labels := store.split("train").rows["labels"]).max() >= network.num_classes:
+        raise UserError(f"data.root: {config.data.root} has label {labels.max()}, the network has "
+                        f"model.num_classes {network.num_classes}")
+    return store
 
 
-def _begin(run: Run, checkpoints: Checkpoints, latest: int | None) -> None:
+def _begin(run: Run, checkpoints: Checkpoints, guard: Guard, latest: int | None) -> None:
     """Builds the state and the step, restores, and enters the loop."""
-    training, seed = run.config.training, run.config.seed
+    training = run.config.training
     graph, _ = abstract_network(run.network)
-    state, shardings = sharded_initial_state(run.mesh, run.network, run.optimizer, len(training.ema_rates), seed)
-    settings = StepSettings(seed, training.p_uncond, training.accumulation, tuple(training.ema_rates))
-    step = make_train_step(run.mesh, shardings, graph, run.network, run.process, run.optimizer, settings)
-    # Where the state comes from: 1. the newest checkpoint of this workdir; 2. the seed.
+    state, shardings = sharded_initial_state(run.mesh, run.network, run.optimizer, len(training.ema_rates),
+                                             run.config.seed, remembered_timesteps(run.config))
+    step = make_train_step(run.mesh, shardings, graph, run.network, run.process, run.optimizer,
+                           step_settings(run.config))
+    # Where the state comes from: 1. the newest sound checkpoint of this workdir; 2. the seed.
     if latest is not None:
-        print(f"resuming {run.workdir} at step {latest}")
+        _say(f"resuming {run.workdir} at step {latest}")
         state = checkpoints.restore(latest, state, shardings)
-    _loop(run, step, state, checkpoints, graph)
+    start = int(state.step)
+    report = Report(run.workdir, run.config, run.network, run.mesh, start, sampler=_sampler(run, graph),
+                    validation=_validation(run, graph, shardings))
+    with contextlib.closing(report), Profiler(run.workdir, run.profile, start, training.steps) as profiler:
+        _loop(run, step, state, checkpoints, guard, report, profiler)
 
 
-def _loop(run: Run, step: Callable, state: TrainState, checkpoints: Checkpoints, graph: nnx.GraphDef) -> None:
+def _loop(
+    run: Run, step: Callable, state: TrainState, checkpoints: Checkpoints, guard: Guard, report: Report,
+    profiler: Profiler,
+) -> None:
     training, start = run.config.training, int(state.step)
     batches = train_batches(
         run.reader, batch_size=training.batch_size, seed=run.config.seed, start_step=start,
         process_index=jax.process_index(), process_count=jax.process_count(), workers=run.config.data.workers,
-        prefetch=run.config.data.prefetch)
-    report = _Report(run, start, _sampler(run, graph))
-    pending = None
+        prefetch=run.config.data.prefetch, balance=run.config.data.balance)
+    pending, stopping = None, False
     for done in range(start + 1, training.steps + 1):
-        last = done == training.steps
-        batch = next(batches)
-        state, metrics = step(state, shard_batch(run.mesh, {name: batch[name] for name in ("image", "label")}))
+        profiler.before(done)
+        batch = report.next(batches)
+        # Asked to stop, a process says so to all of them through the batch: they must stop at the same step.
+        stop = np.full(len(batch["label"]), guard.stop_requested(), np.int32)
+        inputs = {"image": batch["image"], "label": batch["label"], "stop": stop}
+        state, metrics = step(state, shard_batch(run.mesh, inputs))
+        report.stepped(done, metrics)
         # The metrics of the step before are read only now, so that the device never waits for the host.
-        _stop_unless_finite(run, checkpoints, pending)
+        if pending is not None:
+            _stop_unless_finite(run, checkpoints, *pending)
+            stopping = bool(pending[1]["stop"])
         pending = done, metrics
-        log, save = last or done % training.log_every == 0, last or done % training.save_every == 0
-        if log or save:
-            _stop_unless_finite(run, checkpoints, pending)
-        if log:
-            state = report.log(done, state)
+        save = stopping or done == training.steps or done % training.save_every == 0
+        if save or report.due(done):
+            _stop_unless_finite(run, checkpoints, *pending)
+        if report.due(done):
+            state = report.write(done, state)
         if save:
             checkpoints.save(state, run.tree)
-        if training.sample_every and (last or done % training.sample_every == 0):
-            report.sample(done, state)
-        report.bar.update()
-    report.close()
-
-
-class _Report:
-    """Everything that a run shows: one process's bar, log and sample grids; silent in the other processes."""
-
-    def __init__(self, run: Run, start: int, sampler: Callable | None):
-        self._run, self._sampler = run, sampler
-        self._speaks = jax.process_index() == 0
-        self._file = RunLog(run.workdir, start) if self._speaks else None
-        self._rate = learning_rate(run.config.training)
-        self._logged, self._clock = start, time.monotonic()
-        self.bar = tqdm(total=run.config.training.steps, initial=start, unit="step", desc="training",
-                        disable=not self._speaks)
-
-    def log(self, done: int, state: TrainState) -> TrainState:
-        """Writes the means since the last line and returns the state with an empty window."""
-        means = window_means(state.window)
-        now = time.monotonic()
-        images = (done - self._logged) * self._run.config.training.batch_size
-        speed = {"learning_rate": float(self._rate(done - 1)), "images_per_second": images / (now - self._clock)}
-        self._logged, self._clock = done, now
-        if self._speaks:
-            self._file.write(done, means | speed)
-            self.bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-        return state._replace(window=jax.device_put(empty_window(), replicated(self._run.mesh)))
-
-    def sample(self, done: int, state: TrainState) -> None:
-        """Writes a sample grid; its time does not count in images per second."""
-        paused, run = time.monotonic(), self._run
-        path = run.workdir / "samples" / f"step_{done:07d}.png"
-        strengths = tuple(run.config.training.sample_guidance)
-        images = draw_samples(self._sampler, state.ema[0], run.config.seed, strengths)
-        if self._speaks:
-            write_samples(path, images, strengths, run.network.num_classes)
-        self._clock += time.monotonic() - paused
-
-    def close(self) -> None:
-        """Ends the bar and draws the loss curve."""
-        self.bar.close()
-        if self._speaks:
-            self._file.close()
+        profiler.after(done, state)
+        if stopping and done < training.steps:
+            raise guard.stopped(run.workdir, done)
 
 
 def _sampler(run: Run, graph: nnx.GraphDef) -> Callable | None:
@@ -200,19 +213,33 @@ def _sampler(run: Run, graph: nnx.GraphDef) -> Callable | None:
     steps = min(training.sample_steps, diffusion.steps)
     schedule = make_schedule(diffusion.schedule, diffusion.steps, str(steps))
     process = Process(schedule, diffusion.predicts, diffusion.variance, diffusion.clipping)
-    return make_sampler(graph, run.network, process)
+    return make_sampler(run.mesh, graph, run.network, process, diffusion.noise)
 
 
-def _stop_unless_finite(run: Run, checkpoints: Checkpoints, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
-    """Stops the run before a broken state can be saved.
+def _validation(run: Run, graph: nnx.GraphDef, shardings: TrainState) -> Validation | None:
+    training = run.config.training
+    if not training.validate_every:
+        return None
+    return Validation(run.mesh, shardings.params, graph, run.network, run.process, run.store.split("val"),
+                      slices=training.validation_slices, batch_size=training.batch_size // training.accumulation,
+                      noise=run.config.diffusion.noise)
+
+
+def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Stops the run before a broken state can be saved, unless such steps are skipped.
 
     Raises:
       UserError: naming the step and the last good checkpoint.
     """
-    if pending is None or bool(pending[1]["finite"]):
+    if run.config.training.nonfinite == "skip" or bool(metrics["finite"]):
         return
     latest = checkpoints.latest()
     kept = f"checkpoint {latest} is kept" if latest is not None else "there is no checkpoint yet"
-    raise UserError(f"{run.workdir}: step {pending[0]} gave loss {float(pending[1]['loss'])} and gradient norm "
-                    f"{float(pending[1]['gradient_norm'])}; {kept}; lower training.learning_rate or set "
-                    "training.clip_norm")
+    raise UserError(f"{run.workdir}: step {step} gave loss {float(metrics['loss'])} and gradient norm "
+                    f"{float(metrics['gradient_norm'])}; {kept}; lower training.learning_rate or set "
+                    "training.clip_norm (training.nonfinite=skip leaves such steps out)")
+
+
+def _say(message: str) -> None:
+    if jax.process_index() == 0:
+        print(message, flush=True)

@@ -1,5 +1,7 @@
 """Devices, and what lies where: the mesh, the sharding rules, batches onto devices. The model knows none of it."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,20 +12,42 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hae_jax.errors import UserError
 
 _SMALLEST_SHARDED = 2**14  # elements; below this, gathering a parameter costs more than holding it
+_PARTS = {"params": "parameters", "ema": "averages", "opt_state": "optimiser"}  # fields of the state, in words
 
 
-def make_mesh(fsdp: bool = False, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices as a mesh ("data", "model").
+def make_mesh(shape: Sequence[int] = (-1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices as a mesh ("data", "model"). Batches are cut over both axes, the state over "model" alone.
 
     Args:
+      shape: devices along each axis; one may be -1: what is left. (-1, 1) copies the state to every device (data
+        parallel), (1, -1) cuts it over all devices (FSDP), (4, 2) over pairs of them.
       devices: which; None: all devices of all hosts.
-      fsdp: whether the parameters are sharded over the devices, too; they then lie on the "model" axis, which every
-        batch is also sharded over.
+
+    Raises:
+      UserError: the shape does not fit the number of devices, or the hosts have unequal numbers of them.
     """
-    count = len(jax.devices() if devices is None else devices)
-    shape = (1, count) if fsdp else (count, 1)
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _axis_sizes(tuple(shape), len(devices))
+    per_host = Counter(device.process_index for device in devices)
+    if len(set(per_host.values())) > 1:
+        counts = ", ".join(f"process {process}: {count}" for process, count in sorted(per_host.items()))
+        raise UserError(f"training.mesh: every process must have as many devices as the others ({counts})")
+    # Host by host, so that the rows that a host reads are those that its devices hold.
+    devices = sorted(devices, key=lambda device: device.process_index)
     # Auto axes: with Explicit ones, convolutions on sharded kernels fail.
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+    return Mesh(np.array(devices).reshape(sizes), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _axis_sizes(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape with -1 replaced."""
+    if len(shape) != 2 or any(n != -1 and n < 1 for n in shape) or shape == (-1, -1):
+        raise UserError(f"training.mesh is {shape}: give two numbers, devices along data and model; one may be -1")
+    given = abs(math.prod(shape))
+    if count % given or (-1 not in shape and given != count):
+        fitting = (-1, math.gcd(shape[1], count)) if shape[1] > 0 else (math.gcd(shape[0], count), -1)
+        raise UserError(f"training.mesh is {shape}: it does not fit {count} device{'s' * (count > 1)}; set it to "
+                        f"{fitting}")
+    return tuple(count // given if n == -1 else n for n in shape)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -55,6 +79,60 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "model"))
 
     return jax.tree.map(rule, abstract_state)
+
+
+def bytes_per_device(abstract_state: Any, shardings: Any) -> int:
+    """What a state takes on each device; the rules cut evenly, so it is the same on all.
+
+    Args:
+      abstract_state: a tree of anything with `shape` and `dtype`.
+      shardings: a tree of shardings, like `abstract_state`.
+    """
+    leaves = zip(jax.tree.leaves(abstract_state), jax.tree.leaves(shardings), strict=True)
+    return sum(_shard_bytes(leaf, sharding) for leaf, sharding in leaves)
+
+
+def _shard_bytes(leaf: Any, sharding: NamedSharding) -> int:
+    return math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def sharding_table(abstract_state: Any, shardings: Any) -> str:
+    """Where everything lies, as text: a line for each parameter, then sums for each part of the state.
+
+    Averages and the optimiser's moments have the shapes of the parameters and lie where these do: sums are enough.
+
+    Args:
+      abstract_state: the state, or its shapes and dtypes.
+      shardings: a tree of NamedSharding, like `abstract_state`.
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    rows, whole, held = [("parameter", "shape", "dtype", "axes", "bytes per device")], Counter(), Counter()
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_state)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        part = _PARTS.get(jax.tree_util.keystr(path[:1], simple=True), "rest")
+        whole[part] += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        held[part] += _shard_bytes(leaf, sharding)
+        if part == "parameters":
+            name = jax.tree_util.keystr(path[1:], simple=True, separator="/").removesuffix("/value")
+            rows.append((name, " x ".join(map(str, leaf.shape)), str(leaf.dtype), _axes(sharding, len(leaf.shape)),
+                         f"{_shard_bytes(leaf, sharding):,}"))
+    sums = [("", "bytes in all", "bytes per device")]
+    sums += [(part, f"{whole[part]:,}", f"{held[part]:,}") for part in (*_PARTS.values(), "rest")]
+    sums.append(("state", f"{sum(whole.values()):,}", f"{sum(held.values()):,}"))
+    title = f"mesh: data {mesh.shape['data']} x model {mesh.shape['model']}"
+    return "\n".join([title, "", *_columns(rows, "<<<<>"), "", *_columns(sums, "<>>")])
+
+
+def _axes(sharding: NamedSharding, ndim: int) -> str:
+    """The mesh axis that each axis of an array is cut over, such as "-, model"; "replicated" where none is."""
+    names = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
+    return ", ".join(name or "-" for name in names) if any(names) else "replicated"
+
+
+def _columns(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{align}{width}}" for cell, align, width in zip(row, alignment, widths, strict=True))
+            .rstrip() for row in rows]
 
 
 def check_batch_size(batch_size: int, parts: int, mesh: Mesh, field: str) -> None:

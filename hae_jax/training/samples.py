@@ -7,20 +7,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from hae_jax.data.cases import MODALITIES
 from hae_jax.diffusion.process import Process, guide, sample
 from hae_jax.evaluation.figures import sample_grid
 from hae_jax.model import UNetConfig
+from hae_jax.training.mesh import replicated
+from hae_jax.training.noise import draw_noise
 
 _PER_CLASS = 2
 _CLASS_NAMES = ("healthy", "lesion")
 
 
-def make_sampler(graph: nnx.GraphDef, config: UNetConfig, process: Process) -> Callable[..., jax.Array]:
-    """Compiles `sampler(params, key, strength) -> [R, H, W, C]`: R rows, two for each class, from the same noise."""
+def make_sampler(
+    mesh: Mesh, graph: nnx.GraphDef, config: UNetConfig, process: Process, noise: str = "gaussian"
+) -> Callable[..., jax.Array]:
+    """Compiles `sampler(params, seed, strength) -> [R, H, W, C]`: R rows, two for each class, from the same noise.
 
-    def sampler(params: nnx.State, key: jax.Array, strength: jax.Array) -> jax.Array:
+    Args:
+      noise: "gaussian" or "simplex", as in training.
+    """
+
+    def sampler(params: nnx.State, seed: jax.Array, strength: jax.Array) -> jax.Array:
         model = nnx.merge(graph, params)
         labels = jnp.arange(config.num_classes or 1).repeat(_PER_CLASS)
         rows = len(labels)
@@ -33,15 +42,17 @@ def make_sampler(graph: nnx.GraphDef, config: UNetConfig, process: Process) -> C
             return guide(both[:rows], both[rows:], strength)
 
         # One field of noise per place in a class: the classes differ by nothing but the label.
-        noise = jax.random.normal(key, (_PER_CLASS, config.image_size, config.image_size, config.in_channels))
-        return sample(process, denoise, jnp.tile(noise, (rows // _PER_CLASS, 1, 1, 1)))
+        keys = jax.random.split(jax.random.key(seed), _PER_CLASS)
+        last = jnp.full(_PER_CLASS, process.schedule.steps - 1)
+        field = draw_noise(noise, process, keys, (config.image_size, config.image_size, config.in_channels), last)
+        return sample(process, denoise, jnp.tile(field, (rows // _PER_CLASS, 1, 1, 1)))
 
-    return jax.jit(sampler)
+    return jax.jit(sampler, out_shardings=replicated(mesh))
 
 
 def draw_samples(sampler: Callable, params: nnx.State, seed: int, strengths: Sequence[float]) -> np.ndarray:
-    """Draws the same noise at each strength: [strengths, R, H, W, C]."""
-    return np.stack([np.asarray(sampler(params, jax.random.key(seed), jnp.float32(w))) for w in strengths])
+    """Draws the same noise at each strength: [strengths, R, H, W, C]; a call for all processes."""
+    return np.stack([np.asarray(sampler(params, np.uint32(seed), np.float32(w))) for w in strengths])
 
 
 def write_samples(path: Path, images: np.ndarray, strengths: Sequence[float], classes: int | None) -> None:

@@ -9,31 +9,59 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from hae_jax.diffusion.loss import empty_history
 from hae_jax.errors import UserError
 from hae_jax.model import UNet, UNetConfig
-from hae_jax.training.mesh import state_shardings
+from hae_jax.training.mesh import replicated, state_shardings
 
 LOSS_BINS = 4  # quartiles of the timesteps
 
 
 class Window(NamedTuple):
-    """Sums since the last line of the log; part of the state, so that a resumed run logs the same numbers."""
+    """Sums since the last line of the log; part of the state, so that a resumed run logs the same numbers.
 
-    steps: jax.Array  # []
+    Samples count by their importance weights (1 where timesteps are uniform): bin_loss / bin_count is the mean loss
+    over the quartile's timesteps, however these are drawn.
+    """
+
+    steps: jax.Array  # [] steps that were not skipped
     loss: jax.Array  # []
     gradient_norm: jax.Array  # []
     bin_loss: jax.Array  # [4] summed losses of the samples in each quartile of t
     bin_count: jax.Array  # [4]
 
 
+class LossHistory(NamedTuple):
+    """The last losses at each timestep, by which timesteps are drawn (Nichol & Dhariwal 2021, section 3.3)."""
+
+    losses: jax.Array  # [T, 10] float32
+    count: jax.Array  # [T] int32, how many of them there are
+
+
 class TrainState(NamedTuple):
     """Everything that a run needs to go on exactly as if it had not stopped."""
 
-    step: jax.Array  # [] int32, optimisation steps done
+    step: jax.Array  # [] int32, steps done; those that were skipped count, since their data and noise are used up
     params: nnx.State
     opt_state: Any
     ema: tuple[nnx.State, ...]  # one per rate
     window: Window
+    timesteps: LossHistory | None  # None: timesteps are uniform
+    skipped: jax.Array  # [] int32, steps that changed nothing because their gradients were not finite
+
+
+def initial_state(
+    params: nnx.State, opt_state: Any, ema: tuple[nnx.State, ...], history_steps: int | None = None, step: int = 0
+) -> TrainState:
+    """A state around these parameters, with nothing logged, remembered or skipped yet.
+
+    Args:
+      history_steps: T where the losses of the timesteps are remembered; None: they are not.
+      step: steps done.
+    """
+    history = None if history_steps is None else LossHistory(*empty_history(history_steps))
+    return TrainState(jnp.asarray(step, jnp.int32), params, opt_state, ema, empty_window(), history,
+                      jnp.zeros((), jnp.int32))
 
 
 def empty_window() -> Window:
@@ -51,6 +79,11 @@ def network_config(config: dict[str, Any]) -> UNetConfig:
     if fields.get("out_channels") is None and config["diffusion"]["variance"] == "learned_range":
         fields["out_channels"] = 2 * fields["in_channels"]
     return UNetConfig.from_mapping(fields)
+
+
+def remembered_timesteps(config: Any) -> int | None:
+    """T of the config (tree or ConfigDict) if it draws timesteps by their last losses; None if it does not."""
+    return config["diffusion"]["steps"] if config["training"]["timesteps"] == "loss-second-moment" else None
 
 
 def learning_rate(training: Any) -> optax.Schedule:
@@ -79,8 +112,22 @@ def abstract_network(config: UNetConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
 
 
+def abstract_state(
+    config: UNetConfig, optimizer: optax.GradientTransformation, rates: int, history_steps: int | None = None
+) -> TrainState:
+    """The shapes and types of a state, without allocating any (arguments as of `sharded_initial_state`)."""
+    return _abstract_around(abstract_network(config)[1], optimizer, rates, history_steps)
+
+
+def shardings_of(mesh: Mesh, abstract: TrainState) -> TrainState:
+    """A tree of shardings: by the rules of `mesh`, but the history of losses replicated, being used row by row."""
+    everywhere = jax.tree.map(lambda _: replicated(mesh), abstract.timesteps)
+    return state_shardings(mesh, abstract)._replace(timesteps=everywhere)
+
+
 def sharded_initial_state(
-    mesh: Mesh, config: UNetConfig, optimizer: optax.GradientTransformation, rates: int, seed: int
+    mesh: Mesh, config: UNetConfig, optimizer: optax.GradientTransformation, rates: int, seed: int,
+    history_steps: int | None = None,
 ) -> tuple[TrainState, TrainState]:
     """The state before the first step, each part made where it will lie.
 
@@ -90,20 +137,28 @@ def sharded_initial_state(
     Args:
       rates: number of averages.
       seed: of the parameters.
+      history_steps: T where the losses of the timesteps are remembered (`remembered_timesteps`); None: they are not.
 
     Returns:
       The state, and a tree of its shardings.
     """
-
-    def from_params(params: nnx.State) -> TrainState:
-        # Copies: donated buffers must not be shared between parameters and averages.
-        ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(rates))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, empty_window())
-
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         host_params = nnx.state(UNet(config, rngs=nnx.Rngs(seed)), nnx.Param)
-    shardings = state_shardings(mesh, jax.eval_shape(from_params, host_params))
+    shardings = shardings_of(mesh, _abstract_around(host_params, optimizer, rates, history_steps))
     params = jax.tree.map(
         lambda value, sharding: jax.make_array_from_callback(value.shape, sharding, np.asarray(value).__getitem__),
         host_params, shardings.params)
-    return jax.jit(from_params, out_shardings=shardings)(params), shardings
+    build = jax.jit(_from_params, static_argnums=(1, 2, 3), out_shardings=shardings)
+    return build(params, optimizer, rates, history_steps), shardings
+
+
+def _from_params(
+    params: nnx.State, optimizer: optax.GradientTransformation, rates: int, history_steps: int | None
+) -> TrainState:
+    # Copies: donated buffers must not be shared between parameters and averages.
+    ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(rates))
+    return initial_state(params, optimizer.init(params), ema, history_steps)
+
+
+def _abstract_around(params: nnx.State, optimizer: optax.GradientTransformation, rates: int, history_steps: int | None):
+    return jax.eval_shape(lambda p: _from_params(p, optimizer, rates, history_steps), params)

@@ -5,18 +5,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from hae_jax.diffusion.loss import training_loss
-from hae_jax.diffusion.noise import gaussian
+from hae_jax.diffusion.loss import remember_losses, second_moment_weights, training_loss
+from hae_jax.diffusion.noise import gaussian, simplex
 from hae_jax.diffusion.process import Process
+from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
 from hae_jax.model.conditioning import context_rule
 from hae_jax.model.layers import Randomness
 from hae_jax.training.mesh import batch_sharding, replicated
-from hae_jax.training.state import LOSS_BINS, TrainState, Window
+from hae_jax.training.state import LOSS_BINS, LossHistory, TrainState, Window
+
+_CHOICES = {
+    "training.timesteps": ("uniform", "loss-second-moment"),
+    "training.nonfinite": ("stop", "skip"),
+    "diffusion.noise": ("gaussian", "simplex"),
+}
 
 
 class StepSettings(NamedTuple):
@@ -26,30 +34,67 @@ class StepSettings(NamedTuple):
     p_uncond: float
     accumulation: int
     ema_rates: tuple[float, ...]
+    timesteps: str = "uniform"  # or "loss-second-moment"
+    noise: str = "gaussian"  # or "simplex"
+    nonfinite: str = "stop"  # or "skip": gradients that are not finite change nothing
 
 
 class Draws(NamedTuple):
-    """The randomness of a batch, a function of (seed, step, row) alone."""
+    """The randomness of a batch, a function of (seed, step, row) and of the losses so far."""
 
     t: jax.Array  # [B] steps of the schedule
+    weight: jax.Array  # [B] importance weights of the losses
     noise: jax.Array  # [B, H, W, C]
     drop: jax.Array  # [B] bool, labels that are dropped
     keys: jax.Array  # [B] keys, for dropout
 
 
+def step_settings(config: ml_collections.ConfigDict) -> StepSettings:
+    """The settings of a config.
+
+    Raises:
+      UserError: for an unknown choice.
+    """
+    for field, choices in _CHOICES.items():
+        section, name = field.split(".")
+        if config[section][name] not in choices:
+            raise UserError(f"{field} is {config[section][name]!r}: choose one of {', '.join(choices)}")
+    training = config.training
+    return StepSettings(config.seed, training.p_uncond, training.accumulation, tuple(training.ema_rates),
+                        training.timesteps, config.diffusion.noise, training.nonfinite)
+
+
 def draw(
-    settings: StepSettings, process: Process, step: jax.Array, shape: tuple[int, ...]
-) -> Draws:  # shape: [B, H, W, C]
+    settings: StepSettings,
+    process: Process,
+    step: jax.Array,  # []
+    history: LossHistory | None,
+    shape: tuple[int, ...],  # [B, H, W, C]
+) -> Draws:
     """Draws timesteps, noise and dropped labels for the rows of the global batch of a step."""
     key = _step_key(settings, step)
     rows = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4))(jnp.arange(shape[0]))
-    t = jax.vmap(lambda k: jax.random.randint(k, (), 0, process.schedule.steps))(rows[:, 0])
+    t, weight = _draw_timesteps(rows[:, 0], process.schedule.steps, history)
+    if settings.noise == "simplex":
+        noise = simplex(rows[:, 1], shape[1:], process.original(t).astype(jnp.float32))
+    else:
+        noise = gaussian(rows[:, 1], shape[1:])
     drop = jax.vmap(lambda k: jax.random.bernoulli(k, settings.p_uncond))(rows[:, 2])
-    return Draws(t, gaussian(rows[:, 1], shape[1:]), drop, rows[:, 3])
+    return Draws(t, weight, noise, drop, rows[:, 3])
 
 
 def _step_key(settings: StepSettings, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(settings.seed), step)
+
+
+def _draw_timesteps(keys: jax.Array, steps: int, history: LossHistory | None) -> tuple[jax.Array, jax.Array]:
+    """Timesteps [B], and the weights 1 / (T p_t) that keep the mean loss what it is when they are uniform."""
+    if history is None:
+        t = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(keys)
+        return t, jnp.ones(t.shape)
+    p = second_moment_weights(*history)
+    t = jax.vmap(lambda k: jax.random.choice(k, steps, p=p))(keys)
+    return t, 1 / (steps * p[t])
 
 
 def make_train_step(
@@ -63,39 +108,76 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles `step(state, batch) -> (state, metrics)`; the state is donated.
 
-    `batch` holds image [B, H, W, C] in [-1, 1] and label [B]. The metrics are scalars: loss, gradient_norm, finite
-    (whether both are).
+    `batch` holds image [B, H, W, C] in [-1, 1], label [B] and, where hosts may ask to stop, stop [B] int32, which is
+    not 0 in the rows of a host that does. The metrics are scalars: loss, gradient_norm, finite (whether both are),
+    skipped (steps so far, this one included) and stop (whether any row asks for it).
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        draws = draw(settings, process, state.step, batch["image"].shape)
+        draws = draw(settings, process, state.step, state.timesteps, batch["image"].shape)
         # For what all rows share: the key that the row after the last would have.
-        shared = jax.random.fold_in(_step_key(settings, state.step), len(batch["label"]))
+        shared = jax.random.fold_in(_step_key(settings, state.step), len(batch["image"]))
+        loss_of_part = _loss_function(graph, config, process, shared)
         seen = None if settings.accumulation == 1 else _context_of_whole_batch(draws.drop, config)
-
-        def loss_of_part(params, part):
-            images, labels, draws, seen = part
-            x_t = process.noised(images, draws.t, draws.noise)
-            output = nnx.merge(graph, params)(
-                x_t, process.original(draws.t), labels, drop=draws.drop, rngs=Randomness(draws.keys, shared),
-                context_seen=seen)
-            losses = training_loss(process, output, images, x_t, draws.t, draws.noise).loss
-            return losses.mean(), losses
-
         loss, losses, gradients = _accumulate(
             loss_of_part, state.params, (batch["image"], batch["label"], draws, seen), settings.accumulation)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = tuple(jax.tree.map(lambda e, p, rate=rate: rate * e + (1 - rate) * p, average, params)
-                    for rate, average in zip(settings.ema_rates, state.ema, strict=True))
+        # Gathered once, not at each of the rows that enter the history one after the other.
+        losses, draws = jax.lax.with_sharding_constraint(
+            (losses, draws._replace(noise=None, keys=None)), replicated(mesh))
         norm = optax.global_norm(gradients)
-        window = _add(state.window, loss, norm, losses, draws.t, process.schedule.steps)
-        metrics = {"loss": loss, "gradient_norm": norm, "finite": jnp.isfinite(loss) & jnp.isfinite(norm)}
-        return TrainState(state.step + 1, params, opt_state, ema, window), metrics
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = _updated(state, optimizer, gradients, settings.ema_rates)._replace(
+            window=_add(state.window, loss, norm, losses, draws, process.schedule.steps))
+        if state.timesteps is not None:
+            new = new._replace(timesteps=LossHistory(*remember_losses(*state.timesteps, draws.t, losses)))
+        if settings.nonfinite == "skip":
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            new = new._replace(skipped=state.skipped + ~finite)
+        metrics = {"loss": loss, "gradient_norm": norm, "finite": finite, "skipped": new.skipped,
+                   "stop": jnp.any(batch.get("stop", 0) != 0)}
+        return new._replace(step=state.step + 1), metrics
 
-    rows = batch_sharding(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, {"image": rows, "label": rows}),
+    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)),
                    out_shardings=(shardings, replicated(mesh)))
+
+
+@jax.jit
+def state_norms(state: TrainState) -> dict[str, jax.Array]:
+    """What the log says of a state: parameter_norm, and how far the averages are from the parameters, relative to it.
+
+    Not part of the step, since it reads everything once more. ema_distance is the first average's, ema_distance_2 the
+    second's, and so on.
+    """
+    norm = optax.global_norm(state.params)
+    distances = [optax.global_norm(jax.tree.map(jnp.subtract, average, state.params)) / norm for average in state.ema]
+    return {"parameter_norm": norm} | {
+        f"ema_distance_{i}" if i > 1 else "ema_distance": distance for i, distance in enumerate(distances, start=1)}
+
+
+def _loss_function(graph: nnx.GraphDef, config: UNetConfig, process: Process, shared: jax.Array) -> Callable:
+    """`f(params, part) -> (loss [], the loss of each sample before its weight [b])`, for a part of a batch."""
+
+    def loss_of_part(params: nnx.State, part: tuple) -> tuple[jax.Array, jax.Array]:
+        images, labels, draws, seen = part
+        condition = {} if config.num_classes is None else {"y": labels, "drop": draws.drop, "context_seen": seen}
+        x_t = process.noised(images, draws.t, draws.noise)
+        output = nnx.merge(graph, params)(
+            x_t, process.original(draws.t), rngs=Randomness(draws.keys, shared), **condition)
+        losses = training_loss(process, output, images, x_t, draws.t, draws.noise).loss
+        return (draws.weight * losses).mean(), losses
+
+    return loss_of_part
+
+
+def _updated(
+    state: TrainState, optimizer: optax.GradientTransformation, gradients: nnx.State, rates: tuple[float, ...]
+) -> TrainState:
+    """The state with new parameters, optimiser state and averages."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = tuple(jax.tree.map(lambda e, p, rate=rate: rate * e + (1 - rate) * p, average, params)
+                for rate, average in zip(rates, state.ema, strict=True))
+    return state._replace(params=params, opt_state=opt_state, ema=ema)
 
 
 def _context_of_whole_batch(drop: jax.Array, config: UNetConfig) -> jax.Array | None:
@@ -128,8 +210,9 @@ def _accumulate(loss_of_part: Callable, params: nnx.State, batch: Any, parts: in
     return loss, losses.T.reshape(-1), gradients
 
 
-def _add(window: Window, loss, norm, losses: jax.Array, t: jax.Array, steps: int) -> Window:
+def _add(window: Window, loss: jax.Array, norm: jax.Array, losses: jax.Array, draws: Draws, steps: int) -> Window:
     """Adds one step to the sums behind the log."""
-    in_bin = (t * LOSS_BINS // steps)[:, None] == jnp.arange(LOSS_BINS)
+    in_bin = (draws.t * LOSS_BINS // steps)[:, None] == jnp.arange(LOSS_BINS)
+    weight = in_bin * draws.weight[:, None]
     return Window(window.steps + 1, window.loss + loss, window.gradient_norm + norm,
-                  window.bin_loss + (in_bin * losses[:, None]).sum(0), window.bin_count + in_bin.sum(0))
+                  window.bin_loss + (weight * losses[:, None]).sum(0), window.bin_count + weight.sum(0))

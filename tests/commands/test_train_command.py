@@ -16,7 +16,7 @@ PHANTOM = str(ROOT / "configs" / "phantom.py")
 
 
 @pytest.mark.parametrize("script", ["train.py", "translate.py", "tools/make_phantom.py", "tools/prepare_data.py",
-                                    "tools/convert_torch_weights.py"])
+                                    "tools/convert_torch_weights.py", "tools/compare_methods.py", "tools/benchmark.py"])
 def test_every_front_door_has_help_and_opens_from_any_folder(script, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True,
                           check=True)
@@ -49,6 +49,8 @@ def test_a_bug_keeps_its_traceback():
     (["--config", PHANTOM, "--config.training.stepz=3"], "Did you mean \"steps\""),
     (["--config", PHANTOM, "--config.training.steps=many"], "invalid literal"),
     (["--config", PHANTOM, "--steps", "3"], "--steps: unknown argument"),
+    (["--config", PHANTOM, "--profile", "3"], "--profile 3: give the first and the last step"),
+    (["--config", PHANTOM, "--process-id", "1"], "belong together"),
 ])
 def test_bad_arguments_of_training_are_named(arguments, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -66,3 +68,19 @@ def test_overrides_reach_the_config():
     assert config.translation.respacing == "20"
     assert config.training.clip_norm == 1.0
     assert config.data.root == "/with a space"
+
+
+def test_a_dry_run_and_the_sharding_are_said_and_nothing_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["--config", PHANTOM, "--dry-run", "--print-sharding", "--config.training.mesh=(1,-1)"])
+    said = capsys.readouterr().out
+    assert "1,2" in said  # parameters, in thousands or millions
+    assert "model" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_is_needed_to_train(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", PHANTOM])
+    assert stop.value.code == 2
+    assert "--workdir is missing" in capsys.readouterr().err

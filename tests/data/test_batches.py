@@ -115,6 +115,42 @@ def test_worker_processes_and_no_prefetch_change_nothing(reader):
         workers.close()
 
 
+BALANCED_LESIONS = np.arange(0, COUNT, 3)  # the store's slices with a lesion: 8 of 23
+
+
+def test_balanced_classes_take_turns_each_in_its_own_epochs(reader):
+    positions = order(train_batches(reader, batch_size=6, seed=4, balance=True), 16)
+    healthy, lesion = positions[::2], positions[1::2]
+    for drawn, expected in ((healthy, np.setdiff1d(np.arange(COUNT), BALANCED_LESIONS)), (lesion, BALANCED_LESIONS)):
+        epochs = drawn[:len(drawn) // len(expected) * len(expected)].reshape(-1, len(expected))
+        np.testing.assert_array_equal(np.sort(epochs), np.tile(expected, (len(epochs), 1)))
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs) > 2
+    batch = next(train_batches(reader, batch_size=6, seed=4, balance=True))
+    assert batch["label"].tolist() == [0, 1] * 3
+
+
+@pytest.mark.parametrize("start", [0, 3, 10**12])
+def test_a_balanced_order_depends_on_seed_and_position_alone(reader, start):
+    options = {"seed": 1, "balance": True, "start_step": start}
+    expected = order(train_batches(reader, batch_size=6, **options), 4)
+    shares = [take(train_batches(reader, batch_size=6, **options, process_index=p, process_count=2), 4)
+              for p in range(2)]
+    np.testing.assert_array_equal(np.concatenate([s["slice"] for step in zip(*shares, strict=True) for s in step]),
+                                  expected)
+    np.testing.assert_array_equal(
+        order(train_batches(reader, batch_size=3, seed=1, balance=True, start_step=2 * start + 2), 6), expected[6:])
+    assert not np.array_equal(order(train_batches(reader, batch_size=6, **options | {"seed": 2}), 4), expected)
+
+
+def test_a_class_without_slices_cannot_be_balanced(tmp_path):
+    writer = StoreWriter(tmp_path)
+    images = np.zeros((4, SIZE, SIZE, 4), np.float32)
+    writer.add("a", "train", CaseSlices(images, images[..., 0], np.arange(4, dtype=np.int32), None), None)
+    writer.finish({})
+    with pytest.raises(UserError, match=r"data\.balance: .*train has no lesion slices"):
+        train_batches(open_store(tmp_path).split("train"), batch_size=2, seed=0, balance=True)
+
+
 def test_evaluation_sees_each_slice_once_in_order_and_marks_padding(reader):
     batches = list(eval_batches(reader, batch_size=5))
     assert all(batch["image"].shape == (5, SIZE, SIZE, 4) for batch in batches)

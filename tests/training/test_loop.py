@@ -45,7 +45,7 @@ def test_one_device_gives_the_losses_of_four(tiny_config, tmp_path, finished):
 
 
 def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(tiny_config, tmp_path, finished):
-    tiny_config.training.fsdp = True
+    tiny_config.training.mesh = (1, -1)
     tiny_config.training.accumulation = 4
     train(tiny_config, tmp_path, jax.devices()[:2])
     np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
@@ -100,7 +100,8 @@ def test_what_a_run_writes(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
-        assert {"loss", "gradient_norm", "learning_rate", "images_per_second"} <= line.keys()
+        assert {"loss", "gradient_norm", "learning_rate", "parameter_norm", "ema_distance"} <= line.keys()
+        assert ("images_per_second" in line) == (line["step"] > 1)  # the first step is compiled
         assert any(name.startswith("loss_t") for name in line)
     assert sorted(p.name for p in (finished / "samples").iterdir()) == ["step_0000002.png", "step_0000003.png"]
     assert (finished / "loss.png").stat().st_size > 1000

@@ -1,0 +1,27 @@
+"""The unconditional twin of `brats_v2c.py` for AnoDDPM: the same network without classes, trained on simplex noise.
+
+    python tools/prepare_data.py --source /path/to/BraTS2021 --output data/brats
+    python train.py --config configs/anoddpm.py --workdir runs/anoddpm
+    python tools/compare_methods.py --checkpoint runs/brats_v2c --unconditional runs/anoddpm
+
+Wyatt et al. 2022 train a plain U-Net on healthy images. This one sees all slices of the training split, so that it
+differs from the network that it is compared with in the method alone; healthy scans alone are a matter of data.root.
+
+120.9 million parameters. The training settings are those of the published run of `brats_v2c.py` (210 000 steps at a
+global batch of 28); this project has not measured how long that takes or how well the network then does.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Differences from `configs/default.py`; bfloat16 computation for GPUs."""
+    config = default.get_config()
+    config.model.num_classes = None
+    config.model.dtype = "bfloat16"
+    config.diffusion.noise = "simplex"
+    config.training.p_uncond = 0.0  # there is no label to drop
+    config.translation.method = "anoddpm-simplex"
+    return config

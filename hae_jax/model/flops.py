@@ -1,0 +1,122 @@
+"""What one pass through a network costs, counted on shapes alone; what the log's model FLOP/s are made of.
+
+A multiplication and an addition are two operations. Counted are convolutions and matrix products as this network does
+them (sparse attention computes only the blocks that it keeps); recomputation by remat is not, nor what XLA may save.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hae_jax.model.config import UNetConfig
+from hae_jax.model.unet import UNet
+
+TRAINING_FACTOR = 3  # the backward pass takes two products for each one of the forward pass
+
+# Dense peak FLOP/s of one JAX device, from the makers' data sheets, without structured sparsity: bfloat16, and float32
+# as JAX multiplies it by default (TF32 on NVIDIA from Ampere on, one bfloat16 pass on TPUs). A device is the first
+# whose name is in its `device_kind`.
+_PEAKS = (
+    ("GB200", 2500e12, 1250e12),
+    ("B200", 2250e12, 1100e12),
+    ("H100 PCIe", 756e12, 378e12),
+    ("H100 NVL", 835e12, 417e12),
+    ("H100", 989e12, 494e12),
+    ("H200", 989e12, 494e12),
+    ("A100", 312e12, 156e12),
+    ("A10G", 70e12, 35e12),
+    ("L40S", 362e12, 181e12),
+    ("L40", 181e12, 91e12),
+    ("L4", 121e12, 60e12),
+    ("A6000", 155e12, 77e12),
+    ("RTX 6000 Ada", 364e12, 182e12),
+    ("RTX 4090", 165e12, 83e12),
+    ("RTX 3090", 71e12, 36e12),
+    ("V100", 15.7e12, 15.7e12),  # no bfloat16 units
+    ("TPU v4", 275e12, 275e12),
+    ("TPU v5 lite", 197e12, 197e12),
+    ("TPU v5", 459e12, 459e12),
+    ("TPU v6 lite", 918e12, 918e12),
+)
+
+
+@functools.cache
+def forward_flops(config: UNetConfig) -> int:
+    """Operations of the forward pass of one image with its label, at the config's image size."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.in_channels), jnp.float32)
+    row = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return count_flops(lambda params, x, t, y: nnx.merge(graph, params)(x, t, y), params, image, row, row)
+
+
+def training_flops(config: UNetConfig) -> int:
+    """Operations of one image in a training step: forward, and backward as twice that."""
+    return TRAINING_FACTOR * forward_flops(config)
+
+
+def device_peak_flops(device: jax.Device, dtype: str) -> float | None:
+    """The most FLOP/s that a device's maker promises for dense products, or None where this is not known (CPUs).
+
+    Args:
+      dtype: "bfloat16" or "float32".
+    """
+    column = {"bfloat16": 1, "float32": 2}[dtype]
+    return next((row[column] for row in _PEAKS if row[0] in device.device_kind), None)
+
+
+def count_flops(f: Any, *args: Any) -> int:
+    """Operations in the convolutions and matrix products of `f(*args)`; nothing is run.
+
+    Args:
+      args: arrays, or `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: for a loop around products whose number of turns does not show in the program.
+    """
+    return _flops_of(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def _flops_of(jaxpr: Any) -> int:
+    return sum(map(_flops_of_equation, jaxpr.eqns))
+
+
+def _flops_of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _product_flops(equation)
+    if name == "conv_general_dilated":
+        return _convolution_flops(equation)
+    inner = [_flops_of(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    if name == "cond":
+        return max(inner)
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "while" and sum(inner):
+        raise ValueError("a while loop around matrix products: nobody can tell how often it turns")
+    return sum(inner)
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            part = getattr(part, "jaxpr", part)  # a closed one
+            if hasattr(part, "eqns"):
+                yield part
+
+
+def _product_flops(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    return 2 * terms * equation.outvars[0].aval.size
+
+
+def _convolution_flops(equation: Any) -> int:
+    """Two for each output and each weight that it sees; products with the padding's zeros count."""
+    kernel = equation.invars[1].aval.shape
+    layout = equation.params["dimension_numbers"].rhs_spec  # places of: output channels, input channels, space
+    return 2 * equation.outvars[0].aval.size * math.prod(kernel) // kernel[layout[0]]

@@ -1,0 +1,198 @@
+"""What stands around a run: one job per folder, room on the disk, and signals that ask it to stop."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+import jax
+
+from hae_jax.errors import UserError
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they kill
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Stopped(SystemExit):
+    """A run that was asked to stop has saved and stops; the process ends with status 75."""
+
+    def __init__(self, message: str):
+        super().__init__(REQUEUE)
+        self.message = message
+
+
+class RunLock:
+    """Context: this process alone works in `workdir`. The kernel lets go of the lock however the process ends.
+
+    Of several hosts' processes only the first takes it. On a file system that knows no locks, the run goes on with a
+    warning.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self._workdir = Path(workdir)
+        self._file = None
+
+    def __enter__(self) -> "RunLock":
+        """Takes the lock; makes the folder if there is none.
+
+        Raises:
+          UserError: if another process has it, naming its host and id, or if the folder cannot be written.
+        """
+        if jax.process_index() != 0:
+            return self
+        try:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._file = (self._workdir / ".lock").open("a+")
+        except OSError as error:
+            raise _unwritable(self._workdir, error) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self._workdir}: {self._holder()} is training there; wait until it is done, stop it, or "
+                            "give another --workdir") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"warning: {self._workdir}: its file system has no locks ({error.strerror}); make sure that no "
+                  "other job trains there", file=sys.stderr)
+        self._sign()
+        # Half-written files of a run that was killed; nobody else writes here now.
+        for leftover in filter(Path.is_file, self._workdir.glob(".*.partial.*")):
+            leftover.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _sign(self) -> None:
+        self._file.truncate(0)
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": started}, self._file)
+        self._file.flush()
+
+    def _holder(self) -> str:
+        try:
+            self._file.seek(0)
+            holder = json.load(self._file)
+            return f"process {holder['pid']} on host {holder['host']} (since {holder['started']})"
+        except (ValueError, KeyError):  # it has just begun
+            return "another process"
+        finally:
+            self._file.close()
+
+
+class Guard:
+    """Context: SIGTERM and SIGUSR1 ask the run to stop instead of ending it at once.
+
+    A second signal of the same kind has its usual effect. Outside the main thread nothing is caught.
+    """
+
+    def __init__(self):
+        self._first = None
+        self._previous = {}
+
+    def __enter__(self) -> "Guard":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        for number in list(self._previous):
+            self._give_back(number)
+        # Only now, when everything inside is closed, is it true.
+        if isinstance(error, Stopped) and jax.process_index() == 0:
+            print(error.message, file=sys.stderr, flush=True)
+
+    def stop_requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._first is not None
+
+    def stopped(self, workdir: str | Path, step: int) -> Stopped:
+        """What to raise once the checkpoint of `step` is on its way."""
+        reason = "another host's signal" if self._first is None else signal.Signals(self._first).name
+        return Stopped(f"{workdir}: stopped by {reason}, step {step} is saved; the same command goes on from there")
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._first = self._first or number
+        # The next one of this kind ends the process at once.
+        self._give_back(number)
+
+    def _give_back(self, number: int) -> None:
+        # None: a handler that Python does not know.
+        previous = self._previous.pop(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
+def check_workdir(workdir: str | Path, checkpoint_bytes: int, keep: int) -> None:
+    """Finds out before the first step whether the run's results can be written.
+
+    Args:
+      workdir: the run's folder; made if there is none.
+      checkpoint_bytes: size of one checkpoint.
+      keep: how many are kept; for a moment there is one more.
+
+    Raises:
+      UserError: if nothing can be written there or the checkpoints do not fit on the disk.
+    """
+    workdir = Path(workdir)
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for folder in (workdir, workdir / "checkpoints"):
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"x")
+                probe.flush()
+                os.fsync(probe.fileno())
+    except OSError as error:
+        raise _unwritable(workdir, error) from error
+    there = sum(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
+    missing = max(1, keep + 1 - there)
+    free = shutil.disk_usage(workdir).free
+    if free < missing * checkpoint_bytes:
+        raise UserError(f"{workdir}: {_size(free)} free, but {missing} more checkpoints of {_size(checkpoint_bytes)} "
+                        "need room there; free some, lower training.keep, or give another --workdir")
+
+
+@contextlib.contextmanager
+def disk_errors(what: Callable[[], str]) -> Iterator[None]:
+    """Turns what the disk refuses inside the block into a UserError; other errors stay as they are.
+
+    Args:
+      what: says what went wrong and for which folder.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # TensorStore's errors carry the system's number in their text.
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        if isinstance(error, UserError) or not (number or isinstance(error, OSError)):
+            raise
+        reason = os.strerror(int(number[1])) if number else f"{error.strerror}: {error.filename}"
+        raise UserError(f"{what()} ({reason}); make room or give the folder back its permissions, and run the same "
+                        "command again") from error
+
+
+def _unwritable(workdir: Path, error: OSError) -> UserError:
+    return UserError(f"{workdir}: cannot be written ({error.strerror}: {error.filename}); give another --workdir, or "
+                     "make it writable")
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

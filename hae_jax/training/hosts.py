@@ -1,0 +1,148 @@
+"""Training on several hosts: their processes find each other before the first device is used, and fall together.
+
+JAX joins the processes. Should one of them die, JAX ends the others, with a stack trace and after a while; a lifeline
+(`hae_jax.training.lifeline`) does so at once and in one line.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+from jax.experimental import multihost_utils
+
+from hae_jax.errors import UserError
+from hae_jax.training.lifeline import Lifeline
+
+_HEARTBEAT = 30  # seconds without a sign of life after which JAX takes a process for dead
+_SHUTDOWN = 60  # seconds that a process that has ended waits for the others
+_FLAGS = "--coordinator HOST:PORT, --num-processes N and --process-id I"
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None,
+    timeout: float = 300,
+) -> Iterator[None]:
+    """Joins the processes of a run for as long as the context lasts; alone, it does nothing.
+
+    Given nothing, the processes are those of the SLURM step, the Open MPI run or the indexed Kubernetes job that this
+    one belongs to, if it belongs to one. To be entered before anything asks for a device, and after the number of CPU
+    devices is set. When another process dies, this one ends with one line on stderr and status 1; when the context is
+    left by an error, so do all the others.
+
+    Args:
+      coordinator: HOST:PORT at which process 0 can be reached by all; the port must be free there.
+      num_processes: how many there are; 1: this one alone, whatever the scheduler says.
+      process_id: which this one is, 0 .. num_processes - 1.
+      timeout: seconds that the processes may take to find each other.
+
+    Raises:
+      UserError: flags that do not fit together, or a scheduler that does not say enough.
+    """
+    explicit = _explicit(coordinator, num_processes, process_id)
+    if not explicit and (num_processes == 1 or not in_cluster(os.environ)):
+        yield
+        return
+    _initialize(explicit, timeout)
+    lifeline = Lifeline(timeout)
+    try:
+        yield
+    except SystemExit:  # an end that was meant, on all processes alike
+        lifeline.leave(failed=False)
+        raise
+    except BaseException:
+        lifeline.leave(failed=True)
+        raise
+    lifeline.leave(failed=False)
+
+
+def once(work: Callable[[], None]) -> None:
+    """Process 0 does something that the others wait for, such as making data on a disk that all share."""
+    if jax.process_index() == 0:
+        work()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("once")
+
+
+def describe() -> str:
+    """What this process is among the others, in a line."""
+    devices = ", ".join(str(device) for device in jax.local_devices())
+    return (f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {devices}; "
+            f"{jax.device_count()} devices in all")
+
+
+def in_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler has started several processes, as far as its environment variables tell.
+
+    These are the ones that `jax.distributed.initialize` goes by. A Kubernetes job does not say how many pods it has.
+
+    Raises:
+      UserError: under Open MPI 5, which no longer tells the processes where the first of them is.
+    """
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    if all(name in environment for name in slurm):
+        return int(environment["SLURM_NTASKS"]) > 1
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        if "OMPI_MCA_orte_hnp_uri" not in environment:
+            raise UserError("Open MPI 5 does not say where process 0 is; give --coordinator HOST:PORT --num-processes "
+                            "$OMPI_COMM_WORLD_SIZE --process-id $OMPI_COMM_WORLD_RANK (see docs/scaling.md)")
+        return True
+    return "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+
+
+def _explicit(coordinator: str | None, num_processes: int | None, process_id: int | None) -> dict[str, str | int]:
+    """The flags as arguments of `jax.distributed.initialize`; empty where the scheduler shall say."""
+    flags = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if num_processes is not None and num_processes < 1:
+        raise UserError(f"--num-processes is {num_processes}: it must be at least 1")
+    if all(value is None for value in flags.values()) or num_processes == 1:
+        return {}
+    if None in flags.values():
+        raise UserError(f"{_FLAGS} belong together: give all of them, or none where SLURM, Open MPI or Kubernetes "
+                        "starts the processes")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator is {coordinator!r}: give HOST:PORT, such as node1:12345")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process-id is {process_id}: with --num-processes {num_processes} it must be in "
+                        f"0 .. {num_processes - 1}")
+    return flags
+
+
+def _initialize(explicit: dict[str, str | int], timeout: float) -> None:
+    where = f" at {explicit['coordinator_address']}" if explicit else ""
+    # JAX would end the process, too, but with a stack trace.
+    alarm = threading.Timer(timeout, _give_up, [f"the processes did not find each other{where} within {timeout:g} "
+                                                "seconds: are all of them running, and is the port open?"])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            **explicit, initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_SHUTDOWN)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"the processes cannot be joined ({error}); give {_FLAGS}, or --num-processes 1 to train "
+                        "alone") from error
+    finally:
+        alarm.cancel()
+    if _has_its_devices_for_itself(os.environ):
+        jax.config.update("jax_cuda_visible_devices", "all")
+
+
+def _has_its_devices_for_itself(environment: Mapping[str, str]) -> bool:
+    """Whether JAX was wrong to give this process only the GPU of its number on the host."""
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return False
+    shown = environment.get("CUDA_VISIBLE_DEVICES", "")
+    one_shown = shown != "" and "," not in shown  # the scheduler has shown each process its own
+    one_task = "SLURM_NTASKS" in environment and environment["SLURM_NTASKS"] == environment.get("SLURM_STEP_NUM_NODES")
+    return one_shown or one_task or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+
+
+def _give_up(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)

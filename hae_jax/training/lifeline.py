@@ -1,0 +1,115 @@
+"""A connection from every process to process 0, only there to break: when a process dies, all others end at once.
+
+Without it, a process whose peer has died waits in a collective operation until JAX misses the peer's heartbeats.
+"""
+
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, wait
+
+import jax
+
+# JAX has no public name for the store that its processes share; Orbax uses it by this one, too.
+from jax._src.distributed import global_state
+
+_NAME = "hae_jax/lifeline"
+_GRACE = 5  # seconds in which a mistake that all processes make can be told by each of them
+_FAILED, _FINISHED = "failed", "finished"
+
+
+class Lifeline:
+    """This process's end of the connections; made once `jax.distributed.initialize` is done."""
+
+    def __init__(self, timeout: float):
+        """Connects in the background.
+
+        Args:
+          timeout: seconds to wait for the others.
+        """
+        self._timeout = timeout
+        self._connections: dict[Connection, int] = {}  # to which process
+        self._left = False
+        watch = self._watch_others if jax.process_index() == 0 else self._watch_first
+        self._thread = threading.Thread(target=_unless_unreachable, args=[watch], name="lifeline", daemon=True)
+        self._thread.start()
+
+    def leave(self, failed: bool) -> None:
+        """Says that this process is about to end, so that its end is not taken for a death."""
+        if failed:
+            # Where a peer's death is the reason, the other thread says so and ends the process meanwhile.
+            self._thread.join(1)
+        self._left = True
+        self._tell((jax.process_index(), _FAILED if failed else _FINISHED))
+
+    def _watch_others(self) -> None:
+        """Process 0: accepts everybody, then waits for anybody to leave."""
+        key = secrets.token_bytes(16)
+        with Listener(("", 0), backlog=jax.process_count(), authkey=key) as listener:
+            global_state.client.key_value_set(_NAME, f"{listener.address[1]} {key.hex()}")
+            while len(self._connections) < jax.process_count() - 1:
+                try:
+                    connection = listener.accept()
+                    self._connections[connection] = connection.recv()
+                except (AuthenticationError, EOFError, ConnectionError):
+                    continue  # not one of us
+        while self._connections:
+            for connection in wait(list(self._connections)):
+                process = self._connections[connection]
+                news = _read(connection, process)
+                del self._connections[connection]
+                if news[1] != _FINISHED and not self._left:
+                    self._tell(news)
+                    _fall(*news)
+
+    def _watch_first(self) -> None:
+        """The other processes: wait for news from process 0, or for its death."""
+        port, key = global_state.client.blocking_key_value_get(_NAME, int(self._timeout * 1000)).split()
+        host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
+        address = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)[0][4]
+        connection = Client(address, "AF_INET", authkey=bytes.fromhex(key))
+        connection.send(jax.process_index())
+        self._connections[connection] = 0
+        news = _read(connection, 0)
+        if news[1] != _FINISHED and not self._left:
+            _fall(*news)
+
+    def _tell(self, news: tuple[int, str]) -> None:
+        for connection in list(self._connections):
+            try:
+                connection.send(news)
+            except OSError:
+                continue  # gone already; the watching thread knows
+
+
+def _unless_unreachable(watch: Callable[[], None]) -> None:
+    try:
+        watch()
+    except (OSError, AuthenticationError) as error:
+        print(f"warning: process {jax.process_index()} has no lifeline ({error}); should another process die, JAX will "
+              "end this one after a while, with a stack trace", file=sys.stderr, flush=True)
+
+
+def _read(connection: Connection, process: int) -> tuple[int, str]:
+    """What a process says last: who ends, and how. Silence is death."""
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        return process, "died"
+
+
+def _fall(process: int, how: str) -> None:
+    """Ends this process because of another."""
+    if how == _FAILED:
+        time.sleep(_GRACE)
+    print(f"error: process {process} of {jax.process_count()} {how}, so process {jax.process_index()} stops; see what "
+          f"process {process} wrote, then give the same commands again to go on from the last checkpoint",
+          file=sys.stderr, flush=True)
+    if how == _FAILED:
+        jax.distributed.shutdown()  # the process that failed is waiting for this one to be done
+    os._exit(1)

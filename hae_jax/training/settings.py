@@ -1,0 +1,32 @@
+"""What can be wrong with the settings of a training by themselves, whatever the network, the data and the devices."""
+
+import ml_collections
+
+from hae_jax.errors import UserError
+from hae_jax.training.log import import_wandb
+from hae_jax.training.step import step_settings
+
+
+def check_settings(config: ml_collections.ConfigDict) -> None:
+    """Checks the numbers and choices of `config.training`.
+
+    Raises:
+      UserError: naming the field.
+    """
+    training = config.training
+    for name in ("steps", "log_every", "save_every", "keep", "accumulation"):
+        if training[name] < 1:
+            raise UserError(f"training.{name} is {training[name]}: it must be at least 1")
+    for name in ("validate_every", "sample_every", "warmup_steps"):
+        if training[name] < 0:
+            raise UserError(f"training.{name} is {training[name]}: it must not be negative")
+    if training.validate_every and training.validation_slices < 1:
+        raise UserError(f"training.validation_slices is {training.validation_slices}: it must be at least 1, or set "
+                        "training.validate_every to 0")
+    if not 0 <= training.p_uncond <= 1:
+        raise UserError(f"training.p_uncond is {training.p_uncond}: it must be in [0, 1]")
+    if not training.ema_rates or not all(0 <= rate < 1 for rate in training.ema_rates):
+        raise UserError(f"training.ema_rates is {training.ema_rates}: give at least one rate in [0, 1)")
+    if training.wandb is not None:
+        import_wandb(training.wandb)
+    step_settings(config)

@@ -1,0 +1,124 @@
+"""The validation loss: the training loss of the averaged weights, on a set that never changes.
+
+Slice, timestep, noise and label of each sample are fixed, by no seed of the run: the numbers of a run can be compared
+with each other, and with those of other runs on the same data. Nothing is dropped, neither units nor labels.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hae_jax.data.slices import to_model_range
+from hae_jax.data.store import SplitReader
+from hae_jax.diffusion.loss import training_loss
+from hae_jax.diffusion.process import Process
+from hae_jax.model import UNetConfig
+from hae_jax.training.mesh import batch_sharding, replicated
+from hae_jax.training.noise import draw_noise
+
+_SEED = 0  # of the fixed set
+
+
+class Samples(NamedTuple):
+    """The fixed set: S slices, each with its label and, where the network has classes, once more without."""
+
+    row: np.ndarray  # [N] int, of the split
+    label: np.ndarray  # [N] int32
+    t: np.ndarray  # [N] int32
+    null: np.ndarray  # [N] bool
+
+
+def fixed_samples(reader: SplitReader, slices: int, steps: int, *, conditional: bool) -> Samples:
+    """Chooses slices evenly spread over a split, and timesteps evenly spread over 0..steps-1 in a fixed random order.
+
+    Args:
+      reader: the validation split; where it has fewer slices than wanted, all are taken.
+      slices: how many are wanted.
+      steps: T of the diffusion process.
+      conditional: whether to add the same slices, timesteps and noise under the null condition.
+    """
+    count = min(slices, len(reader))
+    middle = np.arange(count) + 0.5  # of `count` equal stretches
+    row = (middle * len(reader) / count).astype(int)
+    t = np.random.default_rng(_SEED).permutation((middle * steps / count).astype(np.int32))
+    label, null = reader.rows["labels"][row], np.zeros(count, bool)
+    once = Samples(row, label, t, null)
+    return Samples(*(np.tile(a, 2) for a in once[:3]), np.append(null, ~null)) if conditional else once
+
+
+class Validation:
+    """Calls give the validation loss; every process must make them, and all get the same."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        shardings: nnx.State,  # of the parameters
+        graph: nnx.GraphDef,
+        network: UNetConfig,
+        process: Process,
+        reader: SplitReader,
+        *,
+        slices: int,
+        batch_size: int,
+        noise: str = "gaussian",
+    ):
+        """Fixes the samples; the first call compiles.
+
+        Args:
+          reader: the validation split, not empty.
+          slices: see `fixed_samples`.
+          batch_size: rows computed at once over all devices, which must divide it; does not change the result.
+          noise: "gaussian" or "simplex", as in training.
+        """
+        self._mesh, self._reader = mesh, reader
+        self._image_shape = (batch_size, network.image_size, network.image_size, network.in_channels)
+        self._samples = fixed_samples(reader, slices, process.schedule.steps,
+                                      conditional=network.num_classes is not None)
+        rows = batch_sharding(mesh)
+        self._losses = jax.jit(_sample_losses(graph, network, process, noise), in_shardings=(shardings, *(rows,) * 5),
+                               out_shardings=replicated(mesh))
+
+    def __call__(self, params: nnx.State) -> dict[str, float]:
+        """The means over the set: validation_loss, and validation_loss_null where the network has classes."""
+        losses = np.concatenate([np.asarray(self._losses(params, *batch)) for batch in self._batches()])
+        # In float64 and in one order, whatever batches and devices the losses come from.
+        losses, null = losses[:len(self._samples.null)].astype(np.float64), self._samples.null
+        means = {"validation_loss": float(losses[~null].mean())}
+        return means | ({"validation_loss_null": float(losses[null].mean())} if null.any() else {})
+
+    def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
+        """Batches of one shape, the last one filled up with its last sample; a host reads only its devices' rows."""
+        count, size = len(self._samples.row), self._image_shape[0]
+        for start in range(0, count, size):
+            index = np.minimum(np.arange(start, start + size), count - 1)
+            row, *others = (a[index] for a in self._samples)
+            # A slice has the same noise with and without its label.
+            number = (index % np.count_nonzero(~self._samples.null)).astype(np.int32)
+            yield (self._on_devices(self._image_shape, functools.partial(self._read, row)),
+                   *(self._on_devices((size,), values.__getitem__) for values in (number, *others)))
+
+    def _read(self, row: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:  # [b, H, W, C] of the chosen rows
+        return to_model_range(self._reader.read(row[index[0]])["image"])
+
+    def _on_devices(self, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+        return jax.make_array_from_callback(shape, batch_sharding(self._mesh), part)
+
+
+def _sample_losses(graph: nnx.GraphDef, network: UNetConfig, process: Process, noise: str) -> Callable:
+    """`f(params, image, number, label, t, null) -> [B]`, the loss of each row whatever rows it shares a batch with."""
+
+    def losses(params, image, number, label, t, null):
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(number)
+        eps = draw_noise(noise, process, keys, image.shape[1:], t)
+        x_t = process.noised(image, t, eps)
+        condition = {} if network.num_classes is None else {"y": label, "null": null}
+        output = nnx.merge(graph, params)(x_t, process.original(t), **condition)
+        return training_loss(process, output, image, x_t, t, eps).loss.astype(jnp.float32)
+
+    return losses

@@ -1,0 +1,192 @@
+"""What the loop tells a run's watchers: the progress bar, lines of the log, validation losses, sample grids.
+
+The loop hands over each step; what is due at it is done here. All processes take part in computing, one writes.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import psutil
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from hae_jax.model import UNetConfig
+from hae_jax.model.flops import device_peak_flops, training_flops
+from hae_jax.training.log import RunLog, window_means
+from hae_jax.training.mesh import replicated
+from hae_jax.training.samples import draw_samples, write_samples
+from hae_jax.training.state import TrainState, learning_rate
+from hae_jax.training.step import state_norms
+
+# What two runs of the same numbers may differ in, such as a run and the same one interrupted. No other field may.
+TIMING_FIELDS = frozenset({"images_per_second", "model_flops_per_second", "peak_share", "device_memory_gib",
+                           "input_wait_seconds", "input_wait_share"})
+
+
+class Report:
+    """Everything that a run shows.
+
+    A line of metrics.jsonl has, where it is a line of training (`training.log_every`), the means since the last one of
+    loss, gradient_norm and loss_t1of4 .. loss_t4of4 (by quartile of the timestep), and of its step parameter_norm,
+    ema_distance (to the parameters, relative to their norm; ema_distance_2 of a second rate), learning_rate and
+    skipped_steps (all so far).
+
+    Its `TIMING_FIELDS` are images_per_second; model_flops_per_second of all devices (`hae_jax.model.flops`), and
+    peak_share of what they could do, where that is known; device_memory_gib, the peak of the fullest device of this
+    host, or on a CPU what the process holds now; input_wait_seconds per step that the loop waited for a batch, and
+    input_wait_share of its time, which is the most that a faster input could save. Compilation, validation and
+    samples are not in these times. The line of a first step alone has no speeds.
+
+    A step with a validation (`training.validate_every`) has validation_loss and validation_loss_null in its line.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        config: ml_collections.ConfigDict,
+        network: UNetConfig,
+        mesh: Mesh,
+        start: int,
+        *,
+        sampler: Callable[..., jax.Array] | None,
+        validation: Callable[[nnx.State], dict[str, float]] | None,
+    ):
+        """Opens the log.
+
+        Args:
+          workdir: the run's folder.
+          start: steps done so far.
+          sampler: made by `make_sampler`; None: no sample grids.
+          validation: a `Validation`; None: none.
+        """
+        self._workdir, self._config, self._network, self._mesh = workdir, config, network, mesh
+        self._sampler, self._validation = sampler, validation
+        self._speaks = jax.process_index() == 0
+        self._log = RunLog(workdir, start, config.training.wandb, config.to_dict()) if self._speaks else None
+        self._rate = learning_rate(config.training)
+        self._clock = _Clock(config.training.batch_size, network, mesh)
+        self._empty = jax.jit(lambda window: jax.tree.map(jnp.zeros_like, window), out_shardings=replicated(mesh))
+        self._bar = tqdm(total=config.training.steps, initial=start, unit="step", desc="training",
+                         disable=not self._speaks)
+
+    def next(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The next batch; the time until it is there counts as waiting for input, and shows in a profile."""
+        with self._clock.waiting(), jax.profiler.TraceAnnotation("wait for input"):
+            return next(batches)
+
+    def stepped(self, done: int, metrics: dict[str, jax.Array]) -> None:
+        """To be called when step `done` is on its way to the devices."""
+        if not self._clock.runs:
+            jax.block_until_ready(metrics)  # the first step, which was compiled
+            self._clock.start(done)
+        self._bar.update()
+
+    def due(self, done: int) -> bool:
+        """Whether `write` has anything to do at this step."""
+        return any(self._due(done, every) for every in ("log_every", "validate_every", "sample_every"))
+
+    def write(self, done: int, state: TrainState) -> TrainState:
+        """Writes what is due at a step, which must be done before the step's checkpoint is begun.
+
+        Returns:
+          The state; with an empty window where a line of training was written.
+        """
+        values: dict[str, float] = {}
+        if self._due(done, "log_every"):
+            # Reading the window waits for the step: the clock is read after it.
+            values |= window_means(state.window) | self._clock.read(done)
+        with self._clock.paused():
+            if self._due(done, "log_every"):
+                values |= self._state_of(done, state)
+                state = state._replace(window=self._empty(state.window))
+            if self._due(done, "validate_every"):
+                values |= self._validation(state.ema[0])
+            if values and self._speaks:
+                self._log.write(done, values)
+                self._bar.set_postfix({name: f"{values[name]:.4f}" for name in ("loss", "validation_loss")
+                                       if name in values}, refresh=False)
+            if self._due(done, "sample_every"):
+                self._sample(done, state)
+        return state
+
+    def close(self) -> None:
+        """Ends the bar and draws the loss curve."""
+        self._bar.close()
+        if self._speaks:
+            self._log.close()
+
+    def _due(self, done: int, every: str) -> bool:
+        needed = {"log_every": True, "validate_every": self._validation, "sample_every": self._sampler}[every]
+        training = self._config.training
+        return bool(needed is not None and training[every]
+                    and (done == training.steps or done % training[every] == 0))
+
+    def _state_of(self, done: int, state: TrainState) -> dict[str, float]:
+        norms = {name: float(value) for name, value in state_norms(state).items()}
+        skipped = int(state.skipped)  # the schedule stands still in these steps
+        return norms | {"learning_rate": float(self._rate(done - 1 - skipped)), "skipped_steps": skipped}
+
+    def _sample(self, done: int, state: TrainState) -> None:
+        strengths = tuple(self._config.training.sample_guidance) if self._network.num_classes else (0.0,)
+        images = draw_samples(self._sampler, state.ema[0], self._config.seed, strengths)
+        if self._speaks:
+            path = self._workdir / "samples" / f"step_{done:07d}.png"
+            write_samples(path, images, strengths, self._network.num_classes)
+
+
+class _Clock:
+    """Times steps; stands still until it is started, and while paused."""
+
+    def __init__(self, batch_size: int, network: UNetConfig, mesh: Mesh):
+        self._batch_size, self._devices = batch_size, list(mesh.devices.flat)
+        self._flops = training_flops(network)
+        self._peak = device_peak_flops(self._devices[0], network.dtype)
+        self.runs, self._done, self._waited, self._begin = False, 0, 0.0, 0.0
+
+    def start(self, done: int) -> None:
+        """Counts the steps after `done` from now on."""
+        self.runs, self._done, self._waited, self._begin = True, done, 0.0, time.monotonic()
+
+    def read(self, done: int) -> dict[str, float]:
+        """The timing fields of the steps since the last call, or since the start."""
+        values, steps = {"device_memory_gib": _memory_gib(self._devices)}, done - self._done
+        if steps:
+            seconds = time.monotonic() - self._begin
+            images_per_second = steps * self._batch_size / seconds
+            values |= {
+                "images_per_second": images_per_second,
+                "model_flops_per_second": self._flops * images_per_second,
+                "input_wait_seconds": self._waited / steps,
+                "input_wait_share": self._waited / seconds,
+            }
+            if self._peak is not None:
+                values["peak_share"] = self._flops * images_per_second / (self._peak * len(self._devices))
+        self.start(done)
+        return values
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is waiting for input."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no part of any step."""
+        begin = time.monotonic()
+        yield
+        self._begin += time.monotonic() - begin
+
+
+def _memory_gib(devices: list[jax.Device]) -> float:
+    own = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
+    peaks = [stats["peak_bytes_in_use"] for stats in own if stats and "peak_bytes_in_use" in stats]
+    return (max(peaks) if peaks else psutil.Process().memory_info().rss) / 2**30

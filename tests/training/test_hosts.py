@@ -1,0 +1,232 @@
+"""Several processes that train as one: two real ones on this machine, by flags and as schedulers start them."""
+
+import contextlib
+import json
+import shutil
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+from spawned import spawned
+
+from hae_jax.commands.common import entry_point
+from hae_jax.errors import UserError
+from hae_jax.training import hosts
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
+         "SLURM_LOCALID": "0"}
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.mark.parametrize(("environment", "several"), [
+    ({}, False),
+    (SLURM, True),
+    (SLURM | {"SLURM_NTASKS": "1"}, False),
+    ({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}, False),  # the batch script itself
+    (OPEN_MPI, True),
+    (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    (KUBERNETES, True),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+])
+def test_schedulers_are_recognised(environment, several):
+    assert hosts.in_cluster(environment) == several
+
+
+def test_a_scheduler_that_hides_the_first_process_is_named():
+    with pytest.raises(UserError, match=r"Open MPI 5 .* --coordinator"):
+        hosts.in_cluster({name: OPEN_MPI[name] for name in OPEN_MPI if name != "OMPI_MCA_orte_hnp_uri"})
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("node1:12345", None, 0), r"--coordinator .* belong together"),
+    ((None, 2, None), r"belong together"),
+    (("node1", 2, 0), r"--coordinator is 'node1': give HOST:PORT"),
+    (("node1:99999", 2, 0), r"give HOST:PORT"),
+    (("node1:12345", 2, 2), r"--process-id is 2: .* 0 \.\. 1"),
+    (("node1:12345", 0, 0), r"--num-processes is 0"),
+])
+def test_flags_that_do_not_fit_together_are_named(flags, message):
+    with pytest.raises(UserError, match=message), hosts.joined(*flags):
+        pass
+
+
+def test_alone_nothing_is_joined(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    with hosts.joined():
+        assert hosts.describe().startswith("process 0 of 1 on ")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with hosts.joined(num_processes=1):
+        pass
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_settings, tmp_path_factory):
+    """Four steps of one process on two devices; not to be changed."""
+    workdir = tmp_path_factory.mktemp("one")
+    config = settings(tiny_settings())
+    train(config, workdir, jax.devices()[:2])
+    return workdir
+
+
+def test_two_processes_train_as_one_does_and_one_reads_what_they_wrote(tiny_config, tmp_path, one_process):
+    """The parameters are sharded over both, so that each holds half of every checkpoint."""
+    config = settings(tiny_config)
+    config.training.mesh = (1, -1)
+    config.training.sample_every = 4
+    config.training.sample_steps = 2
+    with two_processes(run_training, config, tmp_path / "two", output=tmp_path) as processes:
+        for process in processes:
+            process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0], printed(tmp_path)
+    expected = losses(one_process)
+    np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-5)
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
+    assert "training" not in (tmp_path / "1.txt").read_text()
+    config.training.mesh = (-1, 1)
+    train(config, at_step_two(tmp_path / "two", tmp_path / "one"), jax.devices()[:2])
+    np.testing.assert_allclose(losses(tmp_path / "one"), expected, rtol=1e-5)
+
+
+def test_two_processes_read_what_one_wrote_and_end_together(tiny_config, tmp_path, one_process):
+    """Started as SLURM does; the second is killed in the middle of a long run."""
+    config = settings(tiny_config)
+    config.training.steps = 1_000_000
+    workdir = at_step_two(one_process, tmp_path / "two")
+    with two_processes(run_training, config, workdir, output=tmp_path, environment=SLURM) as processes:
+        wait_for(lambda: len(losses(workdir)) >= 4, processes, tmp_path)
+        processes[1].kill()
+        killed = time.monotonic()
+        processes[0].join(60)
+    assert time.monotonic() - killed < 60
+    assert processes[0].exitcode == 1, printed(tmp_path)
+    assert "error: process 1 of 2 died, so process 0 stops" in (tmp_path / "0.txt").read_text().splitlines()[-1]
+    np.testing.assert_allclose(losses(workdir)[:4], losses(one_process), rtol=1e-5)
+
+
+def test_the_others_end_when_the_first_process_dies(tmp_path):
+    """Started as Open MPI does."""
+    with two_processes(run_idle, output=tmp_path, environment=OPEN_MPI) as processes:
+        wait_for(lambda: printed(tmp_path).count(" of 2 on ") == 2, processes, tmp_path)
+        processes[0].kill()
+        processes[1].join(60)
+    assert processes[1].exitcode == 1, printed(tmp_path)
+    assert "error: process 0 of 2 died, so process 1 stops" in (tmp_path / "1.txt").read_text().splitlines()[-1]
+
+
+def test_the_others_end_when_a_process_fails(tmp_path):
+    with two_processes(run_idle, 1, output=tmp_path) as processes:
+        for process in processes:
+            process.join(60)
+    assert [process.exitcode for process in processes] == [1, 2], printed(tmp_path)
+    assert (tmp_path / "1.txt").read_text().splitlines()[-1] == "error: no data here"
+    assert "error: process 1 of 2 failed, so process 0 stops" in (tmp_path / "0.txt").read_text().splitlines()[-1]
+
+
+def test_processes_that_do_not_come_are_not_waited_for(tmp_path):
+    flags = f"127.0.0.1:{free_port()}", 2, 1
+    with spawned(run_idle, flags, None, 3, devices=1, output=tmp_path / "1.txt") as process:
+        process.join(60)
+    assert process.exitcode == 2
+    assert (tmp_path / "1.txt").read_text().startswith(f"error: the processes did not find each other at {flags[0]}")
+
+
+# What runs in the processes.
+
+
+def train(config, workdir, devices=None):
+    from hae_jax.training import loop  # not needed by the idle ones, which start sooner without
+
+    loop.train(config, workdir, devices)
+
+
+def run_training(flags, config, workdir):
+    @entry_point
+    def main(_):
+        with hosts.joined(*flags, timeout=120):
+            train(config, workdir)
+
+    main()
+
+
+def run_idle(flags, failing=None, timeout=60):
+    """Says who it is and waits, or fails after a moment."""
+
+    @entry_point
+    def main(_):
+        with hosts.joined(*flags, timeout=timeout):
+            print(hosts.describe(), flush=True)
+            if jax.process_index() == failing:
+                raise UserError("no data here")
+            time.sleep(60)
+
+    main()
+
+
+# Helpers of the tests.
+
+
+@contextlib.contextmanager
+def two_processes(function, *args, output, environment=None):
+    """Runs `function(flags, *args)` twice, on a CPU device each; what process i prints goes to `output`/i.txt.
+
+    Args:
+      environment: the first process's variables of a scheduler; None: explicit flags.
+    """
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(spawned(
+            function, () if environment else (f"127.0.0.1:{port}", 2, i), *args, devices=1, output=output / f"{i}.txt",
+            environment=_of_process(i, environment or {}) | {"JAX_COORDINATOR_PORT": str(port)})) for i in range(2)]
+
+
+def _of_process(i, environment):
+    ranks = {"SLURM_PROCID", "SLURM_LOCALID", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"}
+    return {name: str(i) if name in ranks else value for name, value in environment.items()}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition, processes, output, seconds=240):
+    """Returns once it is true; fails if it does not become so, or a process ends."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert all(process.is_alive() for process in processes), printed(output)
+        assert time.monotonic() < end, printed(output)
+        time.sleep(0.1)
+
+
+def printed(output):
+    return "\n".join(path.read_text() for path in sorted(output.glob("?.txt")))
+
+
+def settings(config):
+    """Four steps of a small network, saved every second."""
+    config.model.variant = "fpdm"
+    config.model.channel_mult = (1,)
+    config.model.attention_resolutions = ()
+    config.training.steps = 4
+    config.training.save_every = 2
+    return config
+
+
+def at_step_two(source, target):
+    """A copy of a run as if it had been stopped after two steps."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / "4")
+    log = target / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    return target
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
