@@ -8,6 +8,7 @@ from pathlib import Path
 from hae_jax.commands.common import entry_point
 from hae_jax.commands.config import CONFIG_HELP
 from hae_jax.commands.runs import check_overrides
+from hae_jax.errors import UserError
 from hae_jax.translation.calibration import PRESETS
 
 DEMO_CONFIG = "configs/phantom.py"
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, translates; exits with 1 if a case failed."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
+    if arguments.input == "":
+        raise UserError("--input is empty; name a folder of cases, or leave --input out")
     overrides += [f"--config.translation.{field}={getattr(arguments, field)}" for field in _SHORTCUTS
                   if getattr(arguments, field) is not None]
 
@@ -76,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     use_all_cores()
     network, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
-    ensure_phantom(config.data, config.model.image_size)
+    if not (arguments.input and config.translation.calibration):  # else no prepared data are needed
+        ensure_phantom(config.data, config.model.image_size)
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
     name = ["translation", *([Path(arguments.input).resolve().name] if arguments.input else []),
             *([arguments.method] if arguments.method else [])]

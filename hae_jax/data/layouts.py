@@ -44,7 +44,7 @@ _NAME = re.compile(rf"(?:(?P<case>.*?)(?P<dash>[_-]))?(?P<word>{'|'.join((*_MODA
                    re.IGNORECASE)
 _BIDS_SUBJECT = re.compile("sub-[^_]+")
 _NUMBERED = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
-_RESULTS = "cases.csv"  # a folder with it holds what translate.py wrote
+_RESULTS = ("cases.csv", "records")  # a folder with both holds what translate.py wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_modalities(modalities: Sequence[str]) -> None:
 def _folders(folder: Path) -> Iterator[Path]:
     yield folder
     for path in sorted(folder.iterdir()):
-        if path.name[0] == "." or not path.is_dir() or (path / _RESULTS).is_file():
+        if path.name[0] == "." or not path.is_dir() or all((path / name).exists() for name in _RESULTS):
             continue
         if path.name.startswith("labels") and (folder / path.name.replace("labels", "images", 1)).is_dir():
             continue

@@ -4,7 +4,6 @@ A case is in memory only from its reading until its files are written; what the 
 """
 
 import collections
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from hae_jax import provenance
 from hae_jax.data.cases import CaseFiles
 from hae_jax.errors import UserError
 from hae_jax.evaluation import metrics
@@ -64,7 +64,7 @@ def process_cases(
     before = time.monotonic()
 
     def failed(name: str, reason: str) -> None:
-        records.write(plan.output, name, _record(digests[name], failed=reason), None)
+        records.write(plan.output, name, _record(digests[name], inputs, failed=reason), None)
         tqdm.write(f"failed {name}: {reason}")
 
     with tqdm(total=len(cases), desc="translating",
@@ -73,11 +73,10 @@ def process_cases(
             try:
                 if isinstance(done, Exception):
                     raise done
-                now = time.monotonic()
-                _finish(plan, done, calibrations, digests[name], now - before)
-                before = now
+                _finish(plan, done, calibrations, digests[name], inputs, time.monotonic() - before)
             except _CASE_FAULTS as error:
                 failed(name, str(error))
+            before = time.monotonic()
 
 
 def _translated(
@@ -129,7 +128,9 @@ def _read_ahead(cases: Sequence[CaseFiles], image_size: int) -> Iterator[tuple[s
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _finish(plan: Plan, done: TranslatedCase, calibrations: Calibrations, digest: str, seconds: float) -> None:
+def _finish(
+    plan: Plan, done: TranslatedCase, calibrations: Calibrations, digest: str, inputs: Mapping[str, Any], seconds: float
+) -> None:
     """Makes the masks, writes the volumes, the picture and the record."""
     case, method, wanted = done.case, plan.method, plan.config.translation
     masks = method.masks(done.result, calibrations.method, median=wanted.median, remove_up_to=wanted.components)
@@ -148,7 +149,7 @@ def _finish(plan: Plan, done: TranslatedCase, calibrations: Calibrations, digest
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, seconds, anomaly)
     if plan.config.evaluation.overlay_slices:
         written.append(_draw(plan, done, healthy, masks, row).name)
-    record = _record(digest, files=tuple(written), row=row)
+    record = _record(digest, inputs, files=tuple(written), row=row)
     records.write(plan.output, case.name, record, _measured(plan, case, masks, row, calibrations))
 
 
@@ -168,9 +169,11 @@ def _measured(
 
 
 def _record(
-    digest: str, files: tuple[str, ...] = (), row: CaseResult | None = None, failed: str | None = None
+    digest: str, inputs: Mapping[str, Any], files: tuple[str, ...] = (), row: CaseResult | None = None,
+    failed: str | None = None,
 ) -> records.Record:
-    return records.Record(digest, files, row, failed, socket.gethostname())
+    made_by = {name: value for name, value in provenance.record().items() if name not in ("notice", "versions")}
+    return records.Record(digest, files, row, failed, records.digest(inputs), made_by)
 
 
 def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: Masks, row: CaseResult) -> Path:

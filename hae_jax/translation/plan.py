@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ def make_plan(
     if not 0 <= shard < num_shards:
         raise UserError(f"--shard {shard} of --num-shards {num_shards}: shards are counted from 0 to "
                         f"{max(num_shards - 1, 0)}")
+    _check_numbers(config)
     method = make_method(config)
     if len(config.data.modalities) != config.model.in_channels:
         raise UserError(f"data.modalities names {len(config.data.modalities)} channels "
@@ -69,12 +71,28 @@ def make_plan(
         everyone, missing = find_cases(source, config.data.modalities), {}
     folder = everyone[0].folder
     is_phantom = any((parent / phantom.MANIFEST).is_file() for parent in (folder, *list(folder.parents)[:2]))
+    if source is not None and output.resolve() == Path(source).resolve():
+        raise UserError(f"{output}: is the folder of the cases themselves; give another one with --output")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the results with --output")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror}: {error.filename}); give another folder with "
+                        "--output") from error
     competitor = IntensityThreshold.of(config) if store and method.network and _has_lesions(store) else None
     return Plan(config, method, competitor, calibration, store, everyone[shard::num_shards], everyone, missing,
                 is_phantom, output)
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    wanted = config.translation
+    if wanted.components < 0:
+        raise UserError(f"translation.components is {wanted.components}: it must not be negative; 0 removes nothing")
+    if wanted.batch_size < 1:
+        raise UserError(f"translation.batch_size is {wanted.batch_size}: it must be at least 1")
+    if wanted.max_memory_gb is not None and not 0 < wanted.max_memory_gb < math.inf:
+        raise UserError(f"--max-memory {wanted.max_memory_gb:g}: give the gigabytes that a device may use, more than 0")
 
 
 def fingerprint(model: nnx.Module) -> str:
@@ -147,11 +165,11 @@ def _given_calibration(config: ml_collections.ConfigDict, method: Method) -> Cal
     if method.name == "hae" and found.modality != tuple(config.translation.modality):
         raise UserError(f"--calibration {name}: made for the modalities {found.modality}, but translation.modality is "
                         f"{tuple(config.translation.modality)}")
-    for field in ("guidance", "forward_steps") if method.name == "hae" else ():
-        made_with = found.made_with.get("settings", found.made_with).get(field)
-        if made_with is not None and made_with != config.translation[field]:
-            print(f"calibration: {name} was made with {field} {made_with}, this run has {config.translation[field]}; "
-                  "its threshold may not fit")
+    made_with = found.made_with.get("settings", found.made_with)
+    for field, value in made_with.items():
+        if field in config.translation and json.dumps(value) != json.dumps(config.translation[field]):
+            print(f"calibration: {name} was made with {field} {value}, this run has {config.translation[field]}; its "
+                  "threshold may not fit")
     return found
 
 

@@ -46,14 +46,16 @@ class Record:
       files: names of the files it wrote, in the output folder.
       row: its row of cases.csv; None where it failed.
       failed: why it failed; None where it did not.
-      host: the machine.
+      run: digest of the run's inputs alone, without the case's files.
+      made_by: host, time, git revision and command.
     """
 
     digest: str
     files: tuple[str, ...]
     row: CaseResult | None
     failed: str | None
-    host: str
+    run: str
+    made_by: dict[str, Any]
 
 
 def digest(*parts: Any) -> str:
@@ -62,7 +64,14 @@ def digest(*parts: Any) -> str:
 
 
 def write(output: Path, case: str, record: Record, measured: Measured | None) -> None:
-    """Writes a record; that it exists says that all is there, so it comes after everything else."""
+    """Writes a record; that it exists says that all is there, so it comes after everything else.
+
+    What an earlier record of the case names and this one does not is deleted: results of other settings must not pass
+    for these.
+    """
+    before = _read(output, case)
+    for name in () if before is None else set(before.files) - set(record.files):
+        (output / name).unlink(missing_ok=True)
     if measured is not None:
         with written_whole(_arrays(output, case)) as temporary:
             np.savez_compressed(temporary, truth=measured.truth, foreground=measured.foreground, **{
@@ -74,16 +83,14 @@ def write(output: Path, case: str, record: Record, measured: Measured | None) ->
 
 
 def read(output: Path, case: str) -> Record | None:
-    """The record of a case whose files are all there, or None."""
-    path = _facts(output, case)
-    try:
-        facts = json.loads(path.read_text())
-        record = Record(facts["digest"], tuple(facts["files"]), _row(facts["row"]), facts["failed"], facts["host"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); delete it, and the case is done again") from error
-    return record if all((output / name).is_file() for name in record.files) else None
+    """The record of a case whose files are all there, or None; a damaged one is said aloud and does not count."""
+    record = _read(output, case)
+    return record if record and all((output / name).is_file() for name in record.files) else None
+
+
+def names(output: Path) -> list[str]:
+    """The cases that have records in a folder of results."""
+    return sorted(path.stem for path in (output / FOLDER).glob("*.json"))
 
 
 def read_measured(output: Path, case: str) -> Measured | None:
@@ -103,6 +110,19 @@ def read_measured(output: Path, case: str) -> Measured | None:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is damaged ({error}); delete it and {_facts(output, case).name} beside it, and the "
                         "case is done again") from error
+
+
+def _read(output: Path, case: str) -> Record | None:
+    path = _facts(output, case)
+    try:
+        facts = json.loads(path.read_text())
+        return Record(facts["digest"], tuple(facts["files"]), _row(facts["row"]), facts["failed"], facts["run"],
+                      facts["made_by"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{path}: is damaged ({error}), the case counts as not done")
+        return None
 
 
 def _row(fields: Mapping[str, Any] | None) -> CaseResult | None:

@@ -118,8 +118,10 @@ def translate(
     plan = make_plan(config, Path(output), source, shard, num_shards)
     identity = dict(identity) | ({} if model is None else {"sha256": fingerprint(model)})
     inputs = run_inputs(plan, identity)
+    _check_network(plan, identity)
+    (plan.output / records.FOLDER).mkdir(exist_ok=True)
     if not (plan.output / CASES).exists():
-        report.write_cases(plan.output / CASES, [])  # what lies beside it is no longer taken for cases
+        report.write_cases(plan.output / CASES, [])  # with the records, what lies here is no longer taken for cases
     cases = [case for case in plan.cases
              if overwrite or (record := _record(plan, inputs, case)) is None or record.failed is not None]
     if cases:
@@ -140,6 +142,14 @@ def translate(
     return _gathered(plan, inputs, origin, cases, clock)
 
 
+def _check_network(plan: Plan, identity: Mapping[str, Any]) -> None:
+    """Says aloud when a calibration that the user names belongs to another network."""
+    of = {} if plan.calibration is None else plan.calibration.made_with.get("checkpoint", {})
+    if of.get("sha256") not in (None, identity.get("sha256")):
+        print(f"calibration: {plan.config.translation.calibration} belongs to another network; its threshold may not "
+              "fit")
+
+
 def _translator(plan: Plan, model: nnx.Module | None, mesh: Mesh) -> SliceTranslator | IntensityReader:
     if not plan.method.network:
         return IntensityReader(plan.method.intensity)
@@ -152,6 +162,14 @@ def _record(plan: Plan, inputs: Mapping[str, Any], case: CaseFiles) -> records.R
     """What is there of a case, if it was made of the same."""
     record = records.read(plan.output, case.name)
     return record if record is not None and record.digest == case_digest(inputs, case) else None
+
+
+def _of_other_inputs(plan: Plan, inputs: Mapping[str, Any]) -> dict[str, records.Record]:
+    """Cases that the same network and settings have translated into this folder from elsewhere."""
+    own = {case.name for case in plan.everyone}
+    others = {name: records.read(plan.output, name) for name in records.names(plan.output) if name not in own}
+    return {name: record for name, record in others.items()
+            if record is not None and record.row is not None and record.run == records.digest(inputs)}
 
 
 def _writable(folder: str | Path | None, otherwise: Path) -> Path:
@@ -176,16 +194,19 @@ def _gathered(
     """
     while True:
         found = {case.name: record for case in plan.everyone if (record := _record(plan, inputs, case))}
+        found |= _of_other_inputs(plan, inputs)
         tally = Tally()
         for name in (name for name, record in found.items() if record.row):
             tally.add(records.read_measured(plan.output, name))
+        own = {case.name for case in plan.everyone}
         failed = plan.missing | {name: record.failed for name, record in found.items() if record.failed}
         finished = [record.row for record in found.values() if record.row]
         results = tally.results()
         pictures = [plan.output / name for record in found.values() for name in record.files if name.endswith(".png")]
-        done = Report(plan.output, len(finished), sum(case.name not in failed for case in worked_on),
-                      len(plan.everyone) + len(plan.missing), failed, results, _table(plan, tally, results), pictures,
-                      time.monotonic() - clock, _seconds_per_slice(finished), plan.phantom)
+        wanted = len(plan.everyone) + len(plan.missing) + len(found.keys() - own)
+        done = Report(plan.output, len(finished), sum(case.name not in failed for case in worked_on), wanted, failed,
+                      results, _table(plan, tally, results), pictures, time.monotonic() - clock,
+                      _seconds_per_slice(finished), plan.phantom)
         _write(plan, found, finished, done, origin)
         if all(_record(plan, inputs, case) is None for case in plan.everyone if case.name not in found):
             return done
@@ -208,11 +229,13 @@ def _write(
         method=plan.method.name, cases=len(finished), seconds_per_slice=done.seconds_per_slice,
         phantom=plan.phantom, image_size=plan.config.model.image_size,
         **origin, settings=plan.config.translation.to_dict(), seed=plan.config.seed)
+    if not done.translated and not done.failed and (plan.output / MANIFEST).is_file():
+        return  # it tells of the run that has made the results
     write_json(plan.output / MANIFEST, {
         **provenance.record(), **origin, "seed": plan.config.seed, "seconds": done.seconds, "phantom": plan.phantom,
         "table": done.table, "failed": done.failed,
-        "cases": {case.name: {"folder": str(case.folder), "host": found[case.name].host,
-                              "files": found[case.name].files} for case in plan.everyone if case.name in found},
+        "folders": {case.name: str(case.folder) for case in plan.everyone if case.name in found},
+        "cases": {name: {"files": record.files, "made_by": record.made_by} for name, record in found.items()},
         "config": plan.config.to_dict()})
 
 

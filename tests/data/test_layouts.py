@@ -237,6 +237,7 @@ def test_results_and_strays_are_no_cases(tmp_path):
     plain(tmp_path, "a", 10, label=None)
     save(tmp_path / "results" / "results.nii.gz", 5)
     (tmp_path / "results" / "cases.csv").write_text("case")
+    (tmp_path / "results" / "records").mkdir()
     save(tmp_path / "templates" / "mni.nii.gz", 5)
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "linked").mkdir()

@@ -160,11 +160,43 @@ def test_shards_share_a_folder(run, three_cases, tmp_path):
         run(three_cases, num_shards=2, shard=2)
 
 
-def test_a_damaged_record_says_what_to_do(run, three_cases, tmp_path):
+def test_a_damaged_record_is_said_and_its_case_done_again(run, three_cases, tmp_path, capsys):
     run(three_cases)
     (tmp_path / "out" / "records" / "a.json").write_text("{")
-    with pytest.raises(UserError, match=r"records/a\.json: is damaged"):
-        run(three_cases)
+    assert run(three_cases).translated == 1
+    assert "a.json: is damaged" in capsys.readouterr().out
+
+
+def test_cases_from_elsewhere_are_added_to_the_tables(run, three_cases, tmp_path):
+    run(three_cases / "a")
+    report = run(three_cases / "b")
+    assert (report.finished, report.translated) == (2, 1)
+    assert len((tmp_path / "out" / "cases.csv").read_text().splitlines()) == 3
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert run(three_cases / "b").translated == 0
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest  # it tells of the run that did the work
+    assert {"host", "created", "git_revision"} <= _json(tmp_path / "out" / "manifest.json")["cases"]["a"][
+        "made_by"].keys()
+
+
+def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):
+    with pytest.raises(UserError, match="is the folder of the cases themselves"):
+        run(three_cases, output=three_cases)
+    run(three_cases, output=three_cases / "results")
+    assert run(three_cases, output=tmp_path / "again").wanted == 3  # results are not taken for cases
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        run(three_cases, output=tmp_path / "file" / "out")
+
+
+def test_results_that_no_longer_hold_are_taken_away(run, config, three_cases, tmp_path):
+    config.translation.save_healthy = True
+    run(three_cases)
+    config.translation.save_healthy = False
+    (three_cases / "b" / "b_t1.nii.gz").unlink()
+    run(three_cases)
+    left = {path.name for path in (tmp_path / "out").glob("?_*.nii.gz")}
+    assert left == {"a_mask.nii.gz", "a_map.nii.gz", "c_mask.nii.gz", "c_map.nii.gz"}
 
 
 def test_the_healthy_counterpart_is_written_in_the_input_s_intensities(run, config, three_cases, tmp_path):
@@ -240,6 +272,8 @@ def test_phantom_figures_are_called_so(run, tmp_path, case_writer):
     ("translation.modality", (0, 4), "the network has 4 channels, from 0 to 3"),
     ("translation.clipping", "hard", "clipping is 'hard'"),
     ("translation.batch_size", 0, "batch_size is 0"),
+    ("translation.max_memory_gb", float("nan"), "--max-memory nan"),
+    ("translation.components", -5, "components is -5"),
     ("model.image_size", 32, r"slices are \[16, 16, 4\]"),
     ("data.root", "nowhere", "no prepared dataset"),
 ])

@@ -49,7 +49,7 @@ def test_tally_counts_cases_with_truth(cases):
 
 def test_a_record_keeps_what_it_was_given(cases, tmp_path):
     measured, row = _measured(cases[0])
-    record = records.Record("digest", ("a.txt",), row, None, "host")
+    record = records.Record("digest", ("a.txt",), row, None, "run", {"host": "h"})
     records.write(tmp_path, "a", record, measured)
     assert records.read(tmp_path, "a") is None  # a.txt is not there
     (tmp_path / "a.txt").touch()
@@ -61,5 +61,7 @@ def test_a_record_keeps_what_it_was_given(cases, tmp_path):
         for ours, theirs in zip(found.answers[name].masks, answer.masks, strict=True):
             np.testing.assert_array_equal(ours, theirs)
     assert records.read(tmp_path, "b") is None
-    records.write(tmp_path, "c", records.Record("digest", (), None, "no brain", "host"), None)
+    records.write(tmp_path, "a", records.Record("other", (), None, "no brain", "run", {}), None)
+    assert not (tmp_path / "a.txt").exists()  # of results that are no longer these
+    records.write(tmp_path, "c", records.Record("digest", (), None, "no brain", "run", {}), None)
     assert records.read_measured(tmp_path, "c") is None
