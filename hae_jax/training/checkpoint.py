@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from hae_jax.errors import UserError
 from hae_jax.model import UNet
-from hae_jax.training.guard import disk_errors
+from hae_jax.training.guard import agreed, disk_errors
 from hae_jax.training.integrity import damage, is_sealed, move_aside, seal
 from hae_jax.training.mesh import make_mesh, replicated
 from hae_jax.training.state import TrainState, abstract_network, network_config
@@ -59,11 +59,12 @@ class Checkpoints:
         """
         self._workdir, self.folder = Path(workdir), Path(workdir).resolve() / "checkpoints"
         self._saving = None  # step of the last save
-        finishing = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        # Folders that cannot be made are noticed at once; in the background, Orbax waits minutes for them.
+        background = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
         with disk_errors(lambda: f"{workdir}: no checkpoints can be kept there"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = _manager(
-                self.folder, max_to_keep=keep, cleanup_tmp_directories=True, async_options=finishing)
+                self.folder, max_to_keep=keep, cleanup_tmp_directories=True, async_options=background)
 
     def latest(self) -> int | None:
         """The newest checkpoint's step, or None."""
@@ -80,22 +81,14 @@ class Checkpoints:
         Raises:
           UserError: if there are checkpoints and all are damaged; they are left as they are.
         """
-        step, error = None, None
-        if jax.process_index() == 0:
-            try:
+        step = None
+        with agreed():
+            if jax.process_index() == 0:
                 step = self._recover()
-            except UserError as caught:
-                error = caught
         if jax.process_count() > 1:
-            told = np.array([error is not None, -1 if step is None else step], np.int32)
-            failed, step = (int(n) for n in multihost_utils.broadcast_one_to_all(told))
-            step = None if step < 0 else step
-            if failed and error is None:
-                error = UserError(f"{self._workdir}: the checkpoints are damaged; see the first process's message")
-        if error is not None:
-            raise error
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
         self._manager.reload()
-        return step
+        return None if step == -1 else step
 
     def save(self, state: TrainState, config: dict[str, Any]) -> None:
         """Saves the state in the background; it may be donated as soon as this returns.
@@ -152,7 +145,9 @@ class Checkpoints:
         found = self._manager.restore(
             step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(w) for item, w in wanted.items()}))
         for item, name in lacking.values():
-            found[item][name] = jax.device_put(_named(initial[item])[name], _named(where[item])[name])
+            value = np.asarray(_named(initial[item])[name])
+            found[item][name] = jax.make_array_from_callback(
+                value.shape, _named(where[item])[name], value.__getitem__)
         return _state({item: _unnamed(value, found[item]) for item, value in initial.items()})
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from hae_jax.errors import UserError
 
@@ -51,8 +53,16 @@ class RunLock:
         Raises:
           UserError: if another process has it, naming its host and id, or if the folder cannot be written.
         """
-        if jax.process_index() != 0:
-            return self
+        with agreed():
+            if jax.process_index() == 0:
+                self._take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _take(self) -> None:
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._file = (self._workdir / ".lock").open("a+")
@@ -72,11 +82,6 @@ class RunLock:
         # Half-written files of a run that was killed; nobody else writes here now.
         for leftover in filter(Path.is_file, self._workdir.glob(".*.partial.*")):
             leftover.unlink()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
 
     def _sign(self) -> None:
         self._file.truncate(0)
@@ -148,7 +153,11 @@ def check_workdir(workdir: str | Path, checkpoint_bytes: int, keep: int) -> None
     Raises:
       UserError: if nothing can be written there or the checkpoints do not fit on the disk.
     """
-    workdir = Path(workdir)
+    with agreed():
+        _check_room(Path(workdir), checkpoint_bytes, keep)
+
+
+def _check_room(workdir: Path, checkpoint_bytes: int, keep: int) -> None:
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         for folder in (workdir, workdir / "checkpoints"):
@@ -164,6 +173,24 @@ def check_workdir(workdir: str | Path, checkpoint_bytes: int, keep: int) -> None
     if free < missing * checkpoint_bytes:
         raise UserError(f"{workdir}: {_size(free)} free, but {missing} more checkpoints of {_size(checkpoint_bytes)} "
                         "need room there; free some, lower training.keep, or give another --workdir")
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """What makes one process stop inside the block makes all of them stop at its end; none waits for the others.
+
+    Raises:
+      UserError: in every process, if there was one in any.
+    """
+    found = None
+    try:
+        yield
+    except UserError as error:
+        found = error
+    if jax.process_count() > 1 and multihost_utils.process_allgather(np.int32(found is not None)).any():
+        found = found or UserError("another process of this run cannot go on; its message says why")
+    if found is not None:
+        raise found
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from hae_jax.errors import UserError
 from hae_jax.training.lifeline import Lifeline
 
-_HEARTBEAT = 30  # seconds without a sign of life after which JAX takes a process for dead
+_HEARTBEAT = 60  # seconds without a sign of life after which JAX takes a process for dead
 _SHUTDOWN = 60  # seconds that a process that has ended waits for the others
 _FLAGS = "--coordinator HOST:PORT, --num-processes N and --process-id I"
 
@@ -120,25 +120,30 @@ def _initialize(explicit: dict[str, str | int], timeout: float) -> None:
                                                 "seconds: are all of them running, and is the port open?"])
     alarm.daemon = True
     alarm.start()
+    # Flags say everything: what the scheduler says may be about something else.
+    detection = {"cluster_detection_method": "deactivate"} if explicit else {}
     try:
         jax.distributed.initialize(
-            **explicit, initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
+            **explicit, **detection, initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
             shutdown_timeout_seconds=_SHUTDOWN)
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # of JAX, or of the client of the scheduler
         raise UserError(f"the processes cannot be joined ({error}); give {_FLAGS}, or --num-processes 1 to train "
                         "alone") from error
     finally:
         alarm.cancel()
-    if _has_its_devices_for_itself(os.environ):
+    if not explicit and has_host_to_itself(os.environ):
         jax.config.update("jax_cuda_visible_devices", "all")
 
 
-def _has_its_devices_for_itself(environment: Mapping[str, str]) -> bool:
-    """Whether JAX was wrong to give this process only the GPU of its number on the host."""
+def has_host_to_itself(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduled process is to use every GPU that it sees, not only the one of its number on the host.
+
+    JAX takes it that there is a process for each GPU and that all of them see all GPUs.
+    """
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return False
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")
-    one_shown = shown != "" and "," not in shown  # the scheduler has shown each process its own
+    one_shown = shown != "" and "," not in shown  # the scheduler shows each process its own
     one_task = "SLURM_NTASKS" in environment and environment["SLURM_NTASKS"] == environment.get("SLURM_STEP_NUM_NODES")
     return one_shown or one_task or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 

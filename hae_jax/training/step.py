@@ -28,13 +28,12 @@ _CHOICES = {
 
 
 class StepSettings(NamedTuple):
-    """What the step needs to know of the config."""
+    """What the step needs to know of the config; how timesteps are drawn, the state says."""
 
     seed: int
     p_uncond: float
     accumulation: int
     ema_rates: tuple[float, ...]
-    timesteps: str = "uniform"  # or "loss-second-moment"
     noise: str = "gaussian"  # or "simplex"
     nonfinite: str = "stop"  # or "skip": gradients that are not finite change nothing
 
@@ -61,7 +60,7 @@ def step_settings(config: ml_collections.ConfigDict) -> StepSettings:
             raise UserError(f"{field} is {config[section][name]!r}: choose one of {', '.join(choices)}")
     training = config.training
     return StepSettings(config.seed, training.p_uncond, training.accumulation, tuple(training.ema_rates),
-                        training.timesteps, config.diffusion.noise, training.nonfinite)
+                        config.diffusion.noise, training.nonfinite)
 
 
 def draw(
@@ -71,7 +70,11 @@ def draw(
     history: LossHistory | None,
     shape: tuple[int, ...],  # [B, H, W, C]
 ) -> Draws:
-    """Draws timesteps, noise and dropped labels for the rows of the global batch of a step."""
+    """Draws timesteps, noise and dropped labels for the rows of the global batch of a step.
+
+    Args:
+      history: by which timesteps are drawn; None: uniformly.
+    """
     key = _step_key(settings, step)
     rows = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4))(jnp.arange(shape[0]))
     t, weight = _draw_timesteps(rows[:, 0], process.schedule.steps, history)

@@ -47,9 +47,9 @@ def test_a_second_job_is_refused_until_the_first_is_gone_even_by_kill_9(tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_is_remembered_and_the_second_has_its_usual_effect(number, tmp_path, capsys):
     usual = []
-    before = signal.signal(number, lambda *_: usual.append("usual"))
-    try:
-        with pytest.raises(Stopped) as stopped, Guard() as watch:
+
+    def run():
+        with Guard() as watch:
             assert not watch.stop_requested()
             os.kill(os.getpid(), number)
             assert watch.stop_requested()
@@ -57,6 +57,11 @@ def test_the_first_signal_is_remembered_and_the_second_has_its_usual_effect(numb
             os.kill(os.getpid(), number)
             assert usual == ["usual"]
             raise watch.stopped("runs/a", 12)
+
+    before = signal.signal(number, lambda *_: usual.append("usual"))
+    try:
+        with pytest.raises(Stopped) as stopped:
+            run()
         os.kill(os.getpid(), number)
         assert usual == ["usual"] * 2
     finally:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
 import time
 
@@ -41,6 +43,19 @@ def test_a_scheduler_that_hides_the_first_process_is_named():
         hosts.in_cluster({name: OPEN_MPI[name] for name in OPEN_MPI if name != "OMPI_MCA_orte_hnp_uri"})
 
 
+@pytest.mark.parametrize(("environment", "all_gpus"), [
+    (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, True),  # a task a node
+    (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, False),  # a task a GPU
+    (SLURM | {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, False),
+    (SLURM | {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "1"}, True),  # and sees no other
+    (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+    (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+    (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "0"}, False),  # said otherwise
+])
+def test_a_process_uses_all_gpus_that_are_its_own(environment, all_gpus):
+    assert hosts.has_host_to_itself(environment) == all_gpus
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (("node1:12345", None, 0), r"--coordinator .* belong together"),
     ((None, 2, None), r"belong together"),
@@ -74,21 +89,28 @@ def one_process(tiny_settings, tmp_path_factory):
 
 
 def test_two_processes_train_as_one_does_and_one_reads_what_they_wrote(tiny_config, tmp_path, one_process):
-    """The parameters are sharded over both, so that each holds half of every checkpoint."""
-    config = settings(tiny_config)
+    """The parameters are sharded over both, so that each holds half of every checkpoint. A signal to one stops both."""
+    config, workdir = settings(tiny_config), tmp_path / "two"
     config.training.mesh = (1, -1)
+    config.training.steps = 1_000_000
     config.training.sample_every = 4
     config.training.sample_steps = 2
-    with two_processes(run_training, config, tmp_path / "two", output=tmp_path) as processes:
+    with two_processes(run_training, config, workdir, output=tmp_path) as processes:
+        wait_for(lambda: len(losses(workdir)) >= 4, processes, tmp_path)
+        os.kill(processes[1].pid, signal.SIGUSR1)
         for process in processes:
-            process.join(240)
-    assert [process.exitcode for process in processes] == [0, 0], printed(tmp_path)
-    expected = losses(one_process)
-    np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-5)
-    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
+            process.join(120)
+    assert [process.exitcode for process in processes] == [75, 75], printed(tmp_path)
+    last = len(losses(workdir))
+    assert (workdir / "checkpoints" / str(last)).is_dir()
+    assert f"step {last} is saved" in (tmp_path / "0.txt").read_text()
     assert "training" not in (tmp_path / "1.txt").read_text()
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    expected = losses(one_process)
+    np.testing.assert_allclose(losses(workdir)[:4], expected, rtol=1e-5)
     config.training.mesh = (-1, 1)
-    train(config, at_step_two(tmp_path / "two", tmp_path / "one"), jax.devices()[:2])
+    config.training.steps = 4
+    train(config, at_step_two(workdir, tmp_path / "one"), jax.devices()[:2])
     np.testing.assert_allclose(losses(tmp_path / "one"), expected, rtol=1e-5)
 
 
@@ -215,18 +237,23 @@ def settings(config):
     config.model.attention_resolutions = ()
     config.training.steps = 4
     config.training.save_every = 2
+    config.training.keep = 100
     return config
 
 
 def at_step_two(source, target):
     """A copy of a run as if it had been stopped after two steps."""
     shutil.copytree(source, target)
-    shutil.rmtree(target / "checkpoints" / "4")
+    for checkpoint in (target / "checkpoints").iterdir():
+        if checkpoint.name != "2":
+            shutil.rmtree(checkpoint)
     log = target / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
     return target
 
 
 def losses(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    """What is in its log so far."""
+    log = workdir / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
