@@ -22,7 +22,14 @@ from hae_jax.model.torch_guess import guess_network
 from hae_jax.provenance import record
 from hae_jax.training.checkpoint import Checkpoints
 from hae_jax.training.mesh import make_mesh, replicated
-from hae_jax.training.state import TrainState, abstract_network, empty_window, make_optimizer, network_config
+from hae_jax.training.state import (
+    TrainState,
+    abstract_network,
+    initial_state,
+    make_optimizer,
+    network_config,
+    remembered_timesteps,
+)
 from hae_jax.training.torch_run import Source, State, Weights, rate_in_name, shapes
 
 
@@ -90,7 +97,7 @@ def _state(
     params = _fitted(weights.params, network, config_name)
     ema = tuple(params if source is weights.params else _fitted(source, network, config_name) for source in sources)
     opt_state = _optimizer_state(make_optimizer(config.training), params, weights, network)
-    return TrainState(jnp.asarray(weights.step, jnp.int32), params, opt_state, ema, empty_window())
+    return initial_state(params, opt_state, ema, remembered_timesteps(config), int(weights.step))
 
 
 def _placed(state: State, network: UNetConfig) -> nnx.State:
