@@ -55,7 +55,7 @@ def state_after_three_steps(config):
         len(config.training.ema_rates), 0)
     state = jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.random(leaf.shape, np.float32), leaf.dtype)
                          if leaf.dtype == jnp.float32 else jnp.full_like(leaf, 3), state)
-    return state._replace(window=empty_window())
+    return state._replace(window=empty_window(), skipped=jnp.zeros((), jnp.int32))
 
 
 @pytest.fixture(scope="module")

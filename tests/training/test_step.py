@@ -35,7 +35,7 @@ STEPS, BATCH, RATES = 4, 16, (0.5, 0.9)
 PROCESS = Process(make_schedule("cosine", STEPS))
 NETWORK = UNetConfig(variant="fpdm", image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,),
                      attention_resolutions=(), dropout=0.1)
-SETTINGS = StepSettings(7, 0.3, 1, RATES, "loss-second-moment", "simplex", "skip")
+SETTINGS = StepSettings(7, 0.3, 1, RATES, "simplex", "skip")
 OPTIMIZER = optax.adamw(1e-3)
 
 
@@ -216,7 +216,7 @@ def test_an_unconditional_network_is_given_no_labels(monkeypatch):
 
     monkeypatch.setattr(UNet, "__call__", listen)
     step = make_train_step(mesh, shardings_of(mesh, state), abstract_network(network)[0], network, PROCESS, OPTIMIZER,
-                           SETTINGS._replace(accumulation=2, timesteps="uniform"))
+                           SETTINGS._replace(accumulation=2))
     batch = {"image": jax.ShapeDtypeStruct((8, 16, 16, 4), "f4"), "label": jax.ShapeDtypeStruct((8,), "i4")}
     new, _ = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
@@ -245,7 +245,7 @@ def test_unknown_choices_are_named(section, name):
         "seed": 0, "diffusion": {"noise": "simplex"},
         "training": {"p_uncond": 0.1, "accumulation": 2, "ema_rates": [0.9], "timesteps": "uniform",
                      "nonfinite": "stop"}})
-    assert step_settings(config) == StepSettings(0, 0.1, 2, (0.9,), "uniform", "simplex", "stop")
+    assert step_settings(config) == StepSettings(0, 0.1, 2, (0.9,), "simplex", "stop")
     config[section][name] = "white"
     with pytest.raises(UserError, match=rf"{section}\.{name} is 'white': choose one of "):
         step_settings(config)
