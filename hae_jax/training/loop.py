@@ -198,6 +198,7 @@ def _loop(
         if save or report.due(done):
             _stop_unless_finite(run, checkpoints, *pending)
         if report.due(done):
+            checkpoints.check()
             state = report.write(done, state)
         if save:
             checkpoints.save(state, run.tree)
