@@ -7,6 +7,8 @@ from flax import nnx
 from hae_jax.model.conditioning import Context
 from hae_jax.model.config import UNetConfig
 from hae_jax.model.layers import Conditioning, group_norm, linear
+from hae_jax.model.log_sum_exp import log_sum_exp
+from hae_jax.model.pixel_attention import attention
 
 
 class AttentionBlock(nnx.Module):
@@ -43,40 +45,27 @@ def attend_with_context(
     """softmax over [context tokens, pixels] of q.k / sqrt(d), times v, without the context's keys and values.
 
     With u = W_k c and w = W_v c per head, the logit of query q at context token s is
-    d^(-1/2) ((q.u) c_s + q.b_k), and the context adds w sum_s p_s c_s + b_v sum_s p_s to the output. The two softmaxes
-    are joined by their maxima and sums; logits, sums and outputs are accumulated in float32.
+    d^(-1/2) ((q.u) c_s + q.b_k), and the context adds w sum_s p_s c_s + b_v sum_s p_s to the output. So the context
+    is, to each query, one more token: its logit is L(a) + d^(-1/2) q.b_k, its value L'(a) w + b_v, with
+    a = d^(-1/2) q.u and L the log-sum-exp of a c_s. Logits, sums and outputs are accumulated in float32.
     """
-    scale = q.shape[-1] ** -0.5
-    scores = scale * jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-    peak = scores.max(-1)  # [B, h, T]
-    if context is not None:
-        u, w, b_k, b_v = _project(context.c, kernel, bias, heads=q.shape[2])
-        logits = _context_logits(scale * q.astype(jnp.float32), u, b_k, context)  # [B, h, T, E]
-        peak = jnp.maximum(peak, logits.max(-1))
-    # The shift cancels in the quotient, so its gradient is exactly zero.
-    peak = jax.lax.stop_gradient(peak)[..., None]
-    p = jnp.exp(scores - peak)
-    total = p.sum(-1)
-    out = jnp.einsum("bhts,bshd->bthd", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    if context is not None:
-        p_context = jnp.exp(logits - peak)
-        mass = p_context.sum(-1)  # [B, h, T]
-        moment = jnp.einsum("bhts,bs->bht", p_context, context.c)
-        out += jnp.einsum("bht,bhd->bthd", moment, w) + jnp.einsum("bht,hd->bthd", mass, b_v)
-        total += mass
-    return (out / jnp.moveaxis(total, 1, 2)[..., None]).astype(q.dtype)
+    token = None if context is None else _context_token(q, context, kernel, bias)
+    out, lse = attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+    out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
+    if token is not None:
+        logit, value = token
+        # The two softmaxes joined by their sums: exp(logit) / (exp(logit) + exp(lse)) is the context's share.
+        out += jax.nn.sigmoid(logit - lse)[..., None] * (value - out)
+    return out.astype(q.dtype)
 
 
-def _project(c: jax.Array, kernel: jax.Array, bias: jax.Array, heads: int) -> tuple[jax.Array, ...]:
-    """W_k c and W_v c per head [B, h, d], and the biases b_k and b_v [h, d]."""
-    projected = (c @ kernel).reshape(c.shape[0], heads, 2, -1)
-    bias = bias.reshape(heads, 2, -1)
-    return projected[:, :, 0], projected[:, :, 1], bias[:, 0], bias[:, 1]
-
-
-def _context_logits(q: jax.Array, u: jax.Array, b_k: jax.Array, context: Context) -> jax.Array:
-    """(q.u) c_s + q.b_k for each context token s [B, h, T, E]; minus infinity in rows that do not see theirs."""
-    slope = jnp.einsum("bthd,bhd->bht", q, u)
+def _context_token(q: jax.Array, context: Context, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The context's logit [B, T, h] and value [B, T, h, d] for each query; minus infinity in rows that see none."""
+    batch, _, heads, depth = q.shape
+    u, w = jnp.moveaxis((context.c @ kernel).reshape(batch, heads, 2, depth), 2, 0)  # [B, h, d]
+    b_k, b_v = jnp.moveaxis(bias.reshape(heads, 2, depth), 1, 0)  # [h, d]
+    q = depth**-0.5 * q.astype(jnp.float32)
+    log_sum, mean = log_sum_exp(jnp.einsum("bthd,bhd->bht", q, u), context.c)
     offset = jnp.einsum("bthd,hd->bht", q, b_k)
-    logits = slope[..., None] * context.c[:, None, None, :] + offset[..., None]
-    return jnp.where(context.seen[:, None, None, None], logits, -jnp.inf)
+    logit = jnp.where(context.seen[:, None, None], log_sum + offset, -jnp.inf)
+    return jnp.swapaxes(logit, 1, 2), jnp.einsum("bht,bhd->bthd", mean, w) + b_v

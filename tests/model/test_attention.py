@@ -1,28 +1,33 @@
-"""The rank-one context is the product form, exactly, at a fraction of its size."""
+"""The rank-one context is the product form, exactly, and nothing of that form's size is built or kept."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from network_helpers import assert_close, shapes_in
 
 from hae_jax.model.attention import attend_with_context
 from hae_jax.model.conditioning import Context
+from hae_jax.model.pixel_attention import CPU_ROWS
 
-T, E, HEADS, DEPTH = 10, 40, 2, 8
+T, E, HEADS, DEPTH = 300, 40, 2, 8
 ROWS = ("class", "null", "class unseen", "null unseen")
 SEEN = np.array([True, True, False, False])
+NAMES = ("q", "k", "v", "c", "kernel", "bias")
+COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "collective-permute"
 
 
-@pytest.fixture(scope="module")
-def arguments() -> dict[str, jax.Array]:
-    """q, k, v, c, kernel, bias; a class row and a null row (c = 0) that see their context, and two that do not."""
+def drawn(tokens: int = T, width: int = E) -> dict[str, np.ndarray]:
+    """The arguments; a class row and a null row (c = 0) that see their context, and two that do not."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
-    q, k, v = (draw(len(ROWS), T, HEADS, DEPTH) for _ in range(3))
-    c = draw(len(ROWS), E) * jnp.asarray([1, 0, 1, 0])[:, None]
-    return {"q": q, "k": k, "v": v, "c": c, "kernel": draw(E, HEADS * 2 * DEPTH) / E**0.5,
-            "bias": draw(HEADS * 2 * DEPTH)}
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    q, k, v = (draw(len(ROWS), tokens, HEADS, DEPTH) for _ in range(3))
+    c = draw(len(ROWS), width) * np.array([1, 0, 1, 0], np.float32)[:, None]
+    kernel = draw(width, HEADS * 2 * DEPTH) / np.float32(width**0.5)
+    return dict(zip(NAMES, (q, k, v, c, kernel, draw(HEADS * 2 * DEPTH)), strict=True))
 
 
 def rank_one(q, k, v, c, kernel, bias):
@@ -36,7 +41,7 @@ def product_form(q, k, v, c, kernel, bias):
         keys, values = k[i], v[i]  # [T, h, d]
         if seen:
             tokens = jnp.outer(c[i], c[i]) @ kernel + bias  # [E, h * 2 * d]
-            tokens = tokens.reshape(E, HEADS, 2, DEPTH)
+            tokens = tokens.reshape(-1, HEADS, 2, DEPTH)
             keys = jnp.concatenate([tokens[:, :, 0], keys])
             values = jnp.concatenate([tokens[:, :, 1], values])
         scores = jnp.einsum("thd,shd->hts", q[i] * DEPTH**-0.25, keys * DEPTH**-0.25)
@@ -44,69 +49,135 @@ def product_form(q, k, v, c, kernel, bias):
     return jnp.stack(rows)
 
 
+def value_and_gradients(form):
+    """A function of the arguments: the output, and the gradients of one scalar with respect to each of them."""
+    def scalar(arguments):
+        out = form(**arguments)
+        return jnp.sum(out * np.random.default_rng(1).standard_normal(out.shape).astype(np.float32)), out
+
+    def both(arguments):
+        (_, out), gradients = jax.value_and_grad(scalar, has_aux=True)(arguments)
+        return out, gradients
+
+    return jax.jit(both)
+
+
+OURS, PRODUCT = map(value_and_gradients, (rank_one, product_form))
+
+
+def exact(arguments: dict[str, np.ndarray]):
+    """The product form and its gradients in float64."""
+    with jax.enable_x64(True):
+        wide = {name: np.asarray(a, np.float64) for name, a in arguments.items()}
+        return jax.tree.map(np.asarray, PRODUCT(wide))
+
+
 @pytest.fixture(scope="module")
-def forms():
-    """Both forms, each with the gradients of one scalar with respect to every argument."""
-    direction = np.random.default_rng(1).standard_normal((len(ROWS), T, HEADS, DEPTH)).astype(np.float32)
-
-    def with_gradients(form):
-        def scalar(arguments):
-            out = form(**arguments)
-            return jnp.sum(out * direction), out
-        return jax.jit(jax.value_and_grad(scalar, has_aux=True))
-
-    return with_gradients(rank_one), with_gradients(product_form)
+def arguments() -> dict[str, np.ndarray]:
+    return drawn()
 
 
-def test_equals_the_product_form(arguments, forms):
-    (_, out), gradients = forms[0](arguments)
-    (_, expected), expected_gradients = forms[1](arguments)
-    for row, name in enumerate(ROWS):
-        np.testing.assert_allclose(out[row], expected[row], atol=1e-5, err_msg=name)
+@pytest.mark.parametrize(("scale", "tolerance"), [(1, 2e-6), (4, 1e-5)], ids=["moderate", "concentrated"])
+def test_equals_the_product_form_in_float64(arguments, scale, tolerance):
+    """As near to float64 as the product form in float32, whose own rounding grows with the logits."""
+    arguments = arguments | {"c": scale * arguments["c"]}
+    out, gradients = OURS(arguments)
+    expected, expected_gradients = exact(arguments)
+    for row in range(len(ROWS)):
+        assert_close(out[row], expected[row], tolerance)
     for name, gradient in gradients.items():
-        assert_close(gradient, expected_gradients[name], 1e-5)
+        assert_close(gradient, expected_gradients[name], tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, CPU_ROWS, CPU_ROWS + 1])  # a prime: one query to a step
+def test_any_number_of_pixels(tokens):
+    arguments = drawn(tokens)
+    assert_close(jax.jit(rank_one)(**arguments), product_form(**arguments), 1e-5)
 
 
 def test_without_context_it_is_plain_attention(arguments):
-    out = attend_with_context(arguments["q"], arguments["k"], arguments["v"], None, arguments["kernel"],
-                              arguments["bias"])
-    seen_by_none = product_form(**arguments)[2:]
-    np.testing.assert_allclose(out[2:], seen_by_none, atol=1e-6)
+    out = attend_with_context(*(arguments[name] for name in "qkv"), None, arguments["kernel"], arguments["bias"])
+    np.testing.assert_allclose(out[2:], product_form(**arguments)[2:], atol=1e-6)
 
 
-def test_large_logits_do_not_overflow(arguments, forms):
-    large = arguments | {"c": 5 * arguments["c"]}
-    logits = jnp.einsum("thd,hd->ht", large["q"][0], (large["c"][0] @ large["kernel"]).reshape(HEADS, 2, DEPTH)[:, 0])
-    assert (logits[..., None] * large["c"][0]).max() > 100  # far beyond what exp can take in float32
-    (_, out), gradients = forms[0](large)
-    (_, expected), expected_gradients = forms[1](large)
-    assert_close(out, expected, 1e-3)
-    for name, gradient in gradients.items():
-        assert_close(gradient, expected_gradients[name], 1e-3)
-    (_, out), gradients = forms[0](arguments | {"c": 1e4 * arguments["c"]})
-    assert all(np.isfinite(a).all() for a in jax.tree.leaves((out, gradients)))
+def test_extreme_contexts_give_finite_numbers(arguments):
+    """Slopes of 1e3 and far beyond; the output then is the product form's at its largest token."""
+    large = arguments | {"c": 30 * arguments["c"]}
+    slopes = jnp.einsum("thd,hd->ht", large["q"][0], (large["c"][0] @ large["kernel"]).reshape(HEADS, 2, DEPTH)[:, 0])
+    assert jnp.abs(slopes).max() * DEPTH**-0.5 > 50
+    assert jnp.abs(slopes).max() * DEPTH**-0.5 * jnp.abs(large["c"]).max() > 1e3  # far beyond exp in float32
+    assert_close(OURS(large)[0], exact(large)[0], 1e-3)
+    for case in (large, arguments | {"c": 1e4 * arguments["c"]}, arguments | {"q": 1e3 * arguments["q"]}):
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves(OURS(case)))
 
 
-def test_an_unseen_context_has_no_influence_and_no_gradient(arguments, forms):
-    changed = arguments | {"c": arguments["c"].at[2].set(1e6)}
-    (_, out), gradients = forms[0](changed)
-    np.testing.assert_array_equal(out[2], forms[0](arguments)[0][1][2])
+def test_an_unseen_context_has_no_influence_and_no_gradient(arguments):
+    changed = arguments | {"c": np.array(arguments["c"])}
+    changed["c"][2] = 1e6
+    out, gradients = OURS(changed)
+    np.testing.assert_array_equal(out[2], OURS(arguments)[0][2])
     assert all(np.isfinite(a).all() for a in gradients.values())
     assert not gradients["c"][2:].any()
     assert gradients["c"][0].any()
 
 
 def test_neither_the_product_nor_context_keys_are_built(arguments):
-    biggest = len(ROWS) * HEADS * T * max(E, T)  # the exponentials
     forms = rank_one, jax.grad(lambda *a: rank_one(*a).sum(), argnums=tuple(range(6)))
     shapes = [shape for form in forms for shape in shapes_in(form, *arguments.values())]
-    assert max(np.prod(shape, dtype=int) for shape in shapes) == biggest
+    assert any(T in shape for shape in shapes)
     assert not any(shape.count(E) > 1 or (E in shape and DEPTH in shape and len(ROWS) in shape) for shape in shapes)
 
 
+def test_no_square_of_tokens_is_kept_for_the_backward_pass(arguments):
+    _, pull = jax.vjp(rank_one, *arguments.values())
+    kept = [leaf.shape for leaf in jax.tree.leaves(pull)]
+    assert (len(ROWS), HEADS, T) in kept  # the log-sum-exps
+    assert max(np.prod(shape, dtype=int) for shape in kept) == len(ROWS) * T * HEADS * DEPTH
+
+
+def test_on_a_cpu_no_square_of_tokens_exists_at_all():
+    arguments = drawn(tokens=2 * CPU_ROWS, width=320)
+    compiled = value_and_gradients(rank_one).lower(arguments).compile().as_text()
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", compiled)]
+    pairs = len(ROWS) * HEADS * 2 * CPU_ROWS
+    assert pairs * CPU_ROWS in sizes  # the scores of one step
+    assert max(sizes) < pairs * 320
+
+
+def test_under_vmap_and_remat(arguments):
+    _, expected = OURS(arguments)
+    remat = value_and_gradients(lambda **a: jax.checkpoint(lambda a: rank_one(**a))(a))
+    assert_close(remat(arguments)[1]["c"], expected["c"], 1e-6)
+    twice = jax.tree.map(lambda a: np.stack([a, 2 * a]), arguments)
+    out, gradients = jax.jit(jax.vmap(OURS))(twice)
+    single, single_gradients = OURS(jax.tree.map(lambda a: a[1], twice))
+    assert_close(out[1], single, 1e-6)
+    for name, gradient in gradients.items():
+        assert_close(gradient[1], single_gradients[name], 1e-5)
+
+
+def test_rows_on_different_devices_do_not_meet(arguments):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    shardings = {name: NamedSharding(mesh, PartitionSpec("data" if name in "qkvc" else None)) for name in NAMES}
+    split = jax.device_put(arguments, shardings)
+    seen = jax.device_put(jnp.asarray(SEEN), shardings["q"])
+
+    def rows(arguments, seen):  # parameters are constants here: their gradients do sum over the batch
+        run = lambda q, k, v, c: attend_with_context(q, k, v, Context(c, seen), arguments["kernel"], arguments["bias"])
+        out, pull = jax.vjp(run, *(arguments[name] for name in "qkvc"))
+        return out, pull(out)
+
+    compiled = jax.jit(rows).lower(split, seen).compile()
+    assert not any(name in compiled.as_text() for name in COLLECTIVES)
+    for ours, alone in zip(jax.tree.leaves(compiled(split, seen)), jax.tree.leaves(jax.jit(rows)(arguments, SEEN)),
+                           strict=True):
+        assert ours.sharding.spec[0] == "data"
+        assert_close(ours, alone, 1e-6)
+
+
 def test_bfloat16_accumulates_in_float32(arguments):
-    low = {name: a.astype(jnp.bfloat16) if name in "qkv" else a for name, a in arguments.items()}
-    out = rank_one(**low)
+    low = {name: jnp.asarray(a, jnp.bfloat16 if name in "qkv" else jnp.float32) for name, a in arguments.items()}
+    out = jax.jit(rank_one)(**low)
     assert out.dtype == jnp.bfloat16
-    exact = rank_one(**{name: a.astype(jnp.float32) for name, a in low.items()})
-    assert_close(out, exact, 2**-7)
+    wide = rank_one(**{name: a.astype(jnp.float32) for name, a in low.items()})
+    assert_close(out, wide, 2**-7)
