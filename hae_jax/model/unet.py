@@ -62,7 +62,7 @@ class UNet(nnx.Module):
     def __call__(
         self,
         x: jax.Array,  # [B, H, W, C]
-        t: jax.Array,  # [B]
+        t: jax.Array,  # [B] or [1]
         y: jax.Array | None = None,  # [B] int
         null: bool | jax.Array = False,  # or [B] bool
         drop: jax.Array | None = None,  # [B] bool
@@ -74,7 +74,7 @@ class UNet(nnx.Module):
 
         Args:
           x: noised images; H and W must be divisible by what the levels halve.
-          t: the original timesteps (not respaced ones).
+          t: the original timesteps (not respaced ones), or a single one for all rows, which is embedded once.
           y: class labels, in 0..num_classes-1; needed where the network has classes, unless every row is null.
           null: the null condition (an exact zero class embedding) for all rows, or for some: those then form a null
             pass of their own that shares the batch, and are judged by `config.null_context` apart from the others.

@@ -22,7 +22,7 @@ _MAPS = ("mse", "gradient", "gradient_unscaled")
 
 
 class Denoisers(NamedTuple):
-    """The network's two faces in a translation; t are original timesteps."""
+    """The network's two faces in a translation; t [B] or [1] are original timesteps, one for all slices if [1]."""
 
     null: Denoiser  # (x, t) -> output under the null condition
     # (x, t) -> both outputs, from one stacked pass; None for a network without classes
@@ -115,7 +115,8 @@ def network_denoisers(model: Callable[..., jax.Array], conditional: bool = True)
     def healthy_and_null(x, t):
         y = jnp.full(2 * len(x), HEALTHY)
         null = jnp.arange(2 * len(x)) >= len(x)
-        out = model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), y, null=null)
+        both = t if len(t) == 1 else jnp.concatenate([t, t])
+        out = model(jnp.concatenate([x, x]), both, y, null=null)
         return out[:len(x)], out[len(x):]
 
     return Denoisers(lambda x, t: model(x, t, null=True), healthy_and_null)
@@ -181,18 +182,18 @@ def _walk(process, denoisers, x0, noise, settings, counts: Callable[..., jax.Arr
 
     def step(carry, t):
         x, total, kept = carry
-        t_rows = jnp.full(x.shape[0], t)
-        guided, reference = (g[..., modality] for g in _predictions(process, denoisers, x, t_rows, settings))
+        shared = t[None]  # one timestep for all slices: embedded once
+        guided, reference = (g[..., modality] for g in _predictions(process, denoisers, x, shared, settings))
         errors, difference = jnp.square(guided - x_m), jnp.square(guided - reference)
         curves = jax.tree.map(lambda a: a.mean((1, 2)), (errors, jnp.square(reference - x_m), difference))
         term = _map_term(process, errors, difference, t, settings)
         now = _Kept(curves[2], jnp.full_like(kept.t_e, t), _ended(total, term, t, settings), guided)
         kept = _choose(counts(t, curves[2], kept), now, kept)
-        return (_next(process, denoisers, x, x0, t_rows + 1, noise, settings),
+        return (_next(process, denoisers, x, x0, shared + 1, noise, settings),
                 _continued(total, term, t, settings), kept), curves
 
     batch, empty = x0.shape[0], jnp.zeros_like(x_m)
-    first = process.noised(x0, jnp.zeros(batch, jnp.int32), noise(jnp.int32(0)))
+    first = process.noised(x0, jnp.zeros(1, jnp.int32), noise(jnp.int32(0)))
     kept = _Kept(jnp.full((batch, len(settings.modality)), -jnp.inf), jnp.zeros((batch, len(settings.modality)), int),
                  empty, empty)
     (_, _, kept), (mse, ref, diff) = jax.lax.scan(step, (first, empty, kept), jnp.arange(settings.steps))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from network_helpers import SMALL, abstract, assert_close, filled, inputs
+from network_helpers import SMALL, abstract, assert_close, filled, inputs, shapes_in
 
 from hae_jax.model import VARIANTS, UNetConfig
 from hae_jax.model.conditioning import class_context, timestep_embedding
@@ -100,6 +100,15 @@ def test_dropping_all_rows_is_a_null_pass_and_dropping_some_is_not(network):
     assert np.abs(run(drop=STACKED)[2:] - null[2:]).max() > 1e-4
     assert_close(run(drop=STACKED)[2:], network["keep"](ALL)[2:], 1e-6)
     assert np.abs(network["keep"](ALL) - null).max() > 1e-4
+
+
+def test_one_timestep_for_all_rows_is_embedded_once():
+    (x, t, y), (graph, state) = inputs(CONFIG, 3), filled(CONFIG)
+    run = lambda t, **condition: nnx.merge(graph, state)(x, t, **condition)
+    assert_close(jax.jit(run)(t[:1], y=y), jax.jit(run)(np.full(3, t[0]), y=y), 1e-6)
+    shapes = set(shapes_in(lambda t: run(t, null=True), t[:1]))
+    assert (1, CONFIG.embedding_width) in shapes
+    assert (3, CONFIG.embedding_width) not in shapes
 
 
 def test_the_network_is_the_same_on_four_devices(network):
