@@ -237,8 +237,9 @@ def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: 
     latest = checkpoints.latest()
     kept = f"checkpoint {latest} is kept" if latest is not None else "there is no checkpoint yet"
     raise UserError(f"{run.workdir}: step {step} gave loss {float(metrics['loss'])} and gradient norm "
-                    f"{float(metrics['gradient_norm'])}; {kept}; lower training.learning_rate or set "
-                    "training.clip_norm (training.nonfinite=skip leaves such steps out)")
+                    f"{float(metrics['gradient_norm'])}; {kept}; go on with "
+                    "--config.training.nonfinite=skip, which leaves such steps out, or begin a new --workdir with a "
+                    "lower training.learning_rate or with training.clip_norm")
 
 
 def _say(message: str) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hae_jax.data.cases import MODALITIES
 from hae_jax.diffusion.process import Process, guide, sample
 from hae_jax.evaluation.figures import sample_grid
 from hae_jax.model import UNetConfig
@@ -55,9 +54,10 @@ def draw_samples(sampler: Callable, params: nnx.State, seed: int, strengths: Seq
     return np.stack([np.asarray(sampler(params, np.uint32(seed), np.float32(w))) for w in strengths])
 
 
-def write_samples(path: Path, images: np.ndarray, strengths: Sequence[float], classes: int | None) -> None:
-    """Writes a grid: a row for each sample, a column for each guidance strength."""
+def write_samples(
+    path: Path, images: np.ndarray, strengths: Sequence[float], classes: int | None, modalities: Sequence[str]
+) -> None:
+    """Writes a grid: a row for each sample, a column for each guidance strength; channels are `modalities`."""
     names = _CLASS_NAMES if classes == len(_CLASS_NAMES) else [f"class {i}" for i in range(classes or 1)]
     titles = [name for name in names for _ in range(_PER_CLASS)] if classes else None
-    channels = MODALITIES if images.shape[-1] == len(MODALITIES) else ()
-    sample_grid(path, images, strengths, row_titles=titles, channels=channels, title=f"samples, {path.stem}")
+    sample_grid(path, images, strengths, row_titles=titles, channels=tuple(modalities), title=f"samples, {path.stem}")

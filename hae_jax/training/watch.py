@@ -138,7 +138,7 @@ class Report:
         images = draw_samples(self._sampler, state.ema[0], self._config.seed, strengths)
         if self._speaks:
             path = self._workdir / "samples" / f"step_{done:07d}.png"
-            write_samples(path, images, strengths, self._network.num_classes)
+            write_samples(path, images, strengths, self._network.num_classes, self._config.data.modalities)
 
 
 class _Clock:

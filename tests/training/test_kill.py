@@ -18,7 +18,7 @@ from hae_jax.data.slices import CaseSlices
 from hae_jax.data.store import StoreWriter
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, LOG_EVERY, SAVE_EVERY = 70, 3, 5
+STEPS, LOG_EVERY, VALIDATE_EVERY, SAVE_EVERY = 70, 3, 4, 5
 # What is waited for: that it begins (to build and to restore), a line of the log, or the n-th save; then a random time
 # of at most so many seconds; then the signal.
 DISTURBANCES = [("begins", 3, SIGKILL), ("save 1", 0.03, SIGKILL), ("line", 0.4, SIGKILL), ("save 2", 0.03, SIGKILL),
@@ -41,7 +41,7 @@ config.data.root = sys.argv[1]
 config.model.update(dict(variant="fpdm", image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,),
                          attention_resolutions=(), dropout=0.0))
 config.training.update(dict(batch_size=2, steps={STEPS}, log_every={LOG_EVERY}, save_every={SAVE_EVERY}, sample_every=0,
-                            validate_every=0, ema_rates=(0.9,), learning_rate=1e-3))
+                            validate_every={VALIDATE_EVERY}, validation_slices=2, ema_rates=(0.9,), learning_rate=1e-3))
 sys.stdin.read()
 print("begins", flush=True)
 loop.train(config, sys.argv[2])
@@ -130,20 +130,24 @@ def assert_same_run(workdir, undisturbed):
     assert len(found) > 50
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
-    assert [line["step"] for line in log_of(workdir)] == [*range(LOG_EVERY, STEPS, LOG_EVERY), STEPS]
+    for field, every in (("loss", LOG_EVERY), ("validation_loss", VALIDATE_EVERY)):
+        written = [line["step"] for line in log_of(workdir) if field in line]
+        assert written == [*range(every, STEPS, every), STEPS]
     assert log_of(workdir) == log_of(undisturbed)
     assert not half_written(workdir)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Twelve slices of 8 px."""
+    """Twelve slices of 8 px, and two to validate on."""
     root = tmp_path_factory.mktemp("small_store")
     masks = np.zeros((12, 8, 8), np.float32)
     masks[::2, 2:4, 2:4] = 1
     images = np.random.default_rng(0).random((12, 8, 8, 4), np.float32)
     writer = StoreWriter(root)
-    writer.add("case", "train", CaseSlices(images, masks, np.arange(12), (8, 8, 12)), np.eye(4))
+    for split, count in (("train", 12), ("val", 2)):
+        slices = CaseSlices(images[:count], masks[:count], np.arange(count), (8, 8, count))
+        writer.add(f"case_{split}", split, slices, np.eye(4))
     writer.finish({})
     return root
 
