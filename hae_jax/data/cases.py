@@ -6,13 +6,13 @@ a binary lesion mask where there is a segmentation; with them the grid on disk, 
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from hae_jax.data.layouts import MODALITIES, UNREADABLE, CaseFiles, ImageFile, find_cases
+from hae_jax.data.layouts import MODALITIES, UNREADABLE, CaseFiles, ImageFile, find_cases, images_in
 from hae_jax.data.orientation import ORIENTATION, Grid
 from hae_jax.errors import UserError
 
@@ -45,34 +45,48 @@ def read_case(files: CaseFiles) -> Case:
     A file may have an orientation of its own, as long as it lies on the same voxels.
 
     Raises:
-      UserError: a file is missing, unreadable, of other dimensions than its layout says, not finite, without a positive
-        voxel, or on another grid than the first modality.
+      UserError: the case has a `problem`, or a file is missing, unreadable, of other dimensions than its layout says,
+        not finite, without a positive voxel, or on another grid than the first modality.
     """
-    first, grid = _read_volume(files.images[0])
+    _check_files(files)
+    wanted = [image.modality for image in files.images]
+    first, grid = _read_volume(files.images[0], wanted)
     volumes = np.empty((*first.shape, len(files.images)), np.float32)
     for channel, image in enumerate(files.images):
-        volume = first if channel == 0 else _read_on_grid(image, grid, files.images[0].path)
+        volume = first if channel == 0 else _read_on_grid(image, grid, files.images[0].path, wanted)
         if not (volume > 0).any():
             raise UserError(f"{image.path}: no voxel is positive; the image is empty, export it again")
         volumes[..., channel] = volume
     mask = None
     if files.segmentation is not None:
         mask = _read_on_grid(ImageFile("segmentation", files.segmentation), grid, files.images[0].path) > 0.5
-    return Case(files.name, volumes, grid.reoriented_affine, grid, mask, _warnings(grid))
+    return Case(files.name, volumes, grid.reoriented_affine, grid, mask,
+                files.warnings + _warnings(grid))
 
 
-def _read_volume(file: ImageFile) -> tuple[np.ndarray, Grid]:
-    """One channel [X, Y, Z] float32 in LPS, and its grid on disk."""
+def _check_files(files: CaseFiles) -> None:
+    """What can be said without reading, with all that the case needs and what is there instead."""
+    if files.problem:
+        raise UserError(files.problem)
+    for image in files.images:
+        if not image.path.is_file():
+            wanted = ", ".join(image.modality for image in files.images)
+            there = images_in(image.path.parent) if image.path.parent.is_dir() else "nothing"
+            raise UserError(f"{image.path}: missing, or one of several to choose from; the case needs one "
+                            f"{image.modality} image (wanted: {wanted}; in the folder: {there})")
+
+
+def _read_volume(file: ImageFile, wanted: Sequence[str] = ()) -> tuple[np.ndarray, Grid]:
+    """One channel [X, Y, Z] float32 in LPS, and its grid on disk; all the modalities `wanted` are for errors."""
     path = file.path
-    if not path.is_file():
-        raise UserError(f"{path}: missing, or one of several to choose from; the case needs one {file.modality} image")
     with _reading(path):
         image = nib.load(path)
     extra = image.shape[3:]
     expected = () if file.volume is None else (file.volumes,)
     if len(image.shape) < 3 or tuple(n for n in extra if n != 1) != expected:
-        what = "one 3-D volume" if file.volume is None else f"{file.volumes} volumes along a fourth axis"
-        raise UserError(f"{path}: has shape {image.shape}; expected {what}")
+        what = "one 3-D volume" if file.volume is None else (
+            f"{file.volumes} volumes along a fourth axis, or a file for each modality (<case>_{wanted[0]}.nii.gz, ...)")
+        raise UserError(f"{path}: has shape {image.shape}; expected {what} (wanted: {', '.join(wanted) or 'a mask'})")
     with _reading(path):
         if extra:  # reads the one volume only
             image = image.slicer[(..., *(0 if n == 1 else file.volume for n in extra))]
@@ -85,8 +99,8 @@ def _read_volume(file: ImageFile) -> tuple[np.ndarray, Grid]:
     return grid.reorient(volume), grid
 
 
-def _read_on_grid(file: ImageFile, grid: Grid, reference: Path) -> np.ndarray:
-    volume, own = _read_volume(file)
+def _read_on_grid(file: ImageFile, grid: Grid, reference: Path, wanted: Sequence[str] = ()) -> np.ndarray:
+    volume, own = _read_volume(file, wanted)
     shape = grid.reoriented_shape
     if volume.shape != shape:
         raise UserError(f"{file.path}: shape {volume.shape} differs from {shape} of {reference.name} (both in "

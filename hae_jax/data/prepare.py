@@ -174,7 +174,7 @@ def _plan_nifti(
 
 
 def _load_nifti(files: CaseFiles, image_size: int) -> _Loaded:
-    if files.segmentation is None:
+    if files.segmentation is None and not files.problem:
         raise UserError(f"{files.images[0].path}: no segmentation; a case without one can be translated, "
                         "but neither trained nor measured on")
     case = read_case(files)

@@ -244,6 +244,48 @@ def test_results_and_strays_are_no_cases(tmp_path):
     assert [case.name for case in find_cases(tmp_path, ("t1",))] == ["a"]
 
 
+def test_one_bad_name_does_not_end_the_others(tmp_path):
+    twice(tmp_path)
+    brats(tmp_path / "one", "b", 20, label=2)
+    save(tmp_path / "one" / "b" / "b_seg.nii", 1)
+    brats(tmp_path / "two", "c", 30, label=2)
+    assert [(case.name, case.problem is None) for case in find_cases(tmp_path)] == [
+        ("a", False), ("b", False), ("c", True)]
+    chosen = find_cases(tmp_path / "one" / "b" / "b_seg.nii")  # who names a file has chosen
+    assert (chosen[0].segmentation.name, chosen[0].problem) == ("b_seg.nii", None)
+
+
+def test_one_case_is_called_what_its_files_are(tmp_path):
+    for name in ("P1", "P2"):
+        for k, word in enumerate(MODALITIES):
+            save(tmp_path / "by_file" / name / "scan" / f"{name}_{word}.nii.gz", k + 1)
+            save(tmp_path / "by_folder" / name / f"brain_{word}.nii.gz", k + 1)
+    assert [case.name for case in find_cases(tmp_path / "by_file")] == ["P1", "P2"]
+    assert [case.name for case in find_cases(tmp_path / "by_folder")] == ["P1", "P2"]  # two would be "brain"
+    assert [case.name for case in find_cases(tmp_path / "by_folder" / "P1")] == ["brain"]
+    assert values(read_case(find_cases(tmp_path / "by_file")[1])) == [1, 2, 3, 4]
+
+
+def test_files_of_no_layout_are_named(tmp_path, capsys):
+    brats(tmp_path, "a", 10, label=2)
+    for name in ("a_registered", "brainmask"):
+        save(tmp_path / "a" / f"{name}.nii.gz", 1)
+    find_cases(tmp_path)
+    assert capsys.readouterr().err == ""
+    for k in range(5):
+        save(tmp_path / "b" / f"series_{k}.nii.gz", 1)
+    assert [case.name for case in find_cases(tmp_path)] == ["a"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "5 NIfTI files in no known layout: series_0.nii.gz, series_1.nii.gz, series_2.nii.gz and 2 more" in line
+
+
+def test_an_assumed_order_of_volumes_is_said(tmp_path):
+    four_dimensional(tmp_path / "alone", "a", 10, label=2)
+    decathlon(tmp_path / "told", "a", 10, label=2)
+    assert ["flair, t1, t1ce, t2, in this order" in " ".join(read_case(find_cases(tmp_path / name)[0]).warnings)
+            for name in ("alone", "told")] == [True, False]
+
+
 def test_linked_case_folders_are_followed(tmp_path):
     brats(tmp_path / "archive", "a", 10, label=2)
     (tmp_path / "data").mkdir()
@@ -280,16 +322,15 @@ def nnunet_with(**facts):
 
 
 @pytest.mark.parametrize(("write", "says"), [
-    (twice, r"one/a/a_flair.*two|two/a/a_flair.*one"),
-    (twice_in_a_folder, r"a.nii.gz and a.nii: two files|a.nii and a.nii.gz: two files"),
     (nnunet_without_json, "need a dataset.json"),
-    (nnunet_with(channel_names={"0": "T1", "1": "T2", "2": "FLAIR"}), "no channels are t1ce"),
+    (nnunet_with(channel_names={"0": "T1", "1": "T2", "2": "FLAIR"}), "no channels are t1ce.* wanted are flair, t1"),
     (nnunet_with(channel_names={"0": "T1", "1": "T1w", "2": "FLAIR", "3": "T2", "4": "t1gd"}), "2 channels are t1,"),
     (nnunet_with(channel_names={"0": "T1", "2": "FLAIR"}), "count from 0"),
     (nnunet_with(labels={}), 'give "channel_names"'),
     (nnunet_with(channel_names=["T1"]), 'give "channel_names"'),
     (lambda root: (root / "dataset.json").write_text("{") and save(root / "a_0000.nii.gz", 1), "dataset.json"),
     (lambda root: (root / "readme.txt").write_text(""), "no cases found"),
+    (lambda root: save(root / "p1" / "scan.nii.gz", 1), r"no cases found.* \(1 NIfTI file in no known layout: scan\."),
 ])
 def test_mistakes_of_a_folder(tmp_path, write, says):
     write(tmp_path)
@@ -299,10 +340,15 @@ def test_mistakes_of_a_folder(tmp_path, write, says):
 
 
 @pytest.mark.parametrize(("write", "modalities", "says"), [
-    (lambda root: save(root / "a.nii.gz", 1), MODALITIES, r"a.nii.gz: has shape \(6, 7, 3\); expected 4 volumes"),
+    (lambda root: save(root / "a.nii.gz", 1), MODALITIES, 
+     r"a.nii.gz: has shape \(6, 7, 3\); expected 4 volumes .* or a file for each .*wanted: flair, t1, t1ce, t2\)"),
+    (twice, MODALITIES, r"one/a/a_flair.* and .*two/a/a_flair.*: 2 cases with the name a;"),
+    (twice_in_a_folder, MODALITIES, r"a.nii.gz and a.nii: two files"),
+    (lambda root: decathlon(root, "a", 1, 1) or save(root / "labelsTr" / "a.nii", 1), MODALITIES, r"a.nii: two files"),
     (lambda root: save(root / "a.nii.gz", 0, [1, 2, 3]), ("t1",), r"\(6, 7, 3, 3\); expected 4 volumes"),
     (lambda root: save(root / "a_t1.nii.gz", 0, [1, 2]), ("t1",), r"\(6, 7, 3, 2\); expected one 3-D volume"),
-    (lambda root: save(root / "a_flair.nii.gz", 1), ("t1",), r"t1.nii.gz: missing.*t1 image"),
+    (lambda root: save(root / "a_flair.nii.gz", 1), ("t1",), 
+     r"t1.nii.gz: missing.*t1 image \(wanted: t1; in the folder: a_flair.nii.gz\)"),
     (lambda root: later_brats(root, "a", 1, 1) or (root / "a" / "a-t1c.nii.gz").unlink(), MODALITIES,
      r"a-t1c.nii.gz: missing"),
     (lambda root: nnunet(root, "a", 1, 1) or (root / "imagesTr" / "a_0002.nii.gz").unlink(), MODALITIES,
