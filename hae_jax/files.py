@@ -1,10 +1,11 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: str | os.PathLike, waiting: Callable[[], None]) -> Iterator[None]:
+    """Context: of all processes that name the same `path` only one is inside.
+
+    The kernel lets go of the lock however its owner ends. Where a file system has no locks, or nothing can be written,
+    nobody waits: for work that may be done twice, only needlessly.
+
+    Args:
+      path: a file that is there only for this; removed at the end.
+      waiting: called if another process is inside.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stream = stack.enter_context(path.open("a"))
+            stack.callback(path.unlink, missing_ok=True)  # while the lock is held: callbacks run in reverse
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

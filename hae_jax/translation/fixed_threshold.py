@@ -73,6 +73,7 @@ class FixedThresholdMethod:
     Attributes:
       name: of the method.
       candidates: the thresholds to choose from, ascending.
+      similarity: whether a slice's score is the forward process's similarity; here it is minus the map's maximum.
       median: whether the threshold is chosen on maps after a 5x5 median filter.
       lesion_slices_only: whether it is chosen on slices with the label "lesion" alone. Over all slices, in which an
         empty mask of a healthy slice scores 1, the best may be one that no pixel reaches.
@@ -80,6 +81,7 @@ class FixedThresholdMethod:
 
     name: str
     median: bool
+    similarity: ClassVar[bool] = False
     candidates: ClassVar[np.ndarray] = FIXED_THRESHOLDS
     lesion_slices_only: ClassVar[bool] = False
 

@@ -42,10 +42,12 @@ class Method(Protocol):
     Attributes:
       name: as on the command line.
       network: whether it needs one.
+      similarity: whether the score of a slice is a similarity (`calibration.similarity`).
     """
 
     name: str
     network: bool
+    similarity: bool
 
     def calibrate(
         self, results: Iterable[tuple[Any, int, np.ndarray]], made_with: Mapping[str, Any]
@@ -71,6 +73,7 @@ class Hae:
 
     name: ClassVar[str] = "hae"
     network: ClassVar[bool] = True
+    similarity: ClassVar[bool] = True
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ A case is in memory only from its reading until its files are written; what the 
 """
 
 import collections
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,9 +75,9 @@ def process_cases(
                 if isinstance(done, Exception):
                     raise done
                 _finish(plan, done, calibrations, digests[name], inputs, time.monotonic() - before)
+                before = time.monotonic()  # not after a failure: the devices were at work on the next case already
             except _CASE_FAULTS as error:
                 failed(name, str(error))
-            before = time.monotonic()
 
 
 def _translated(
@@ -85,6 +86,7 @@ def _translated(
     """Yields the cases, each when its last slice is done; for an unreadable one, the reason."""
     reading: dict[str, SlicedCase] = {}
     broken: collections.deque[tuple[str, Exception]] = collections.deque()
+    said: collections.Counter[str] = collections.Counter()
 
     def slices() -> Iterator[Slice]:
         for name, future in _read_ahead(cases, image_size):
@@ -95,7 +97,9 @@ def _translated(
                 bar.update(1)
                 continue
             for warning in case.warnings:
-                tqdm.write(f"{name}: {warning}")
+                said[warning] += 1
+                if said[warning] == 1:
+                    tqdm.write(f"{name}: {warning}")
             reading[name] = case
             for image, intensity, index in zip(case.inputs, case.slices.images, case.slices.index, strict=True):
                 yield Slice(image, name, int(index), intensity)
@@ -111,6 +115,9 @@ def _translated(
             yield item.case, TranslatedCase(reading.pop(item.case), stacked(results))
             results = []
     yield from broken
+    for warning, count in said.items():
+        if count > 1:
+            tqdm.write(f"{count - 1} more case{'s' if count > 2 else ''}: {warning}")
 
 
 def _read_ahead(cases: Sequence[CaseFiles], image_size: int) -> Iterator[tuple[str, Future[SlicedCase]]]:
@@ -134,7 +141,7 @@ def _finish(
     """Makes the masks, writes the volumes, the picture and the record."""
     case, method, wanted = done.case, plan.method, plan.config.translation
     masks = method.masks(done.result, calibrations.method, median=wanted.median, remove_up_to=wanted.components)
-    mask, anomaly = mask_volume(masks.mask, case.slices), map_volume(masks.map, case.slices)
+    mask, anomaly = in_head(case, masks.mask, masks.map)
     volumes = {"mask": (mask.astype(np.uint8), "lesion mask"), "map": (anomaly, "anomaly map")}
     healthy = method.healthy(done.result)
     if wanted.save_healthy and healthy is not None:
@@ -142,11 +149,13 @@ def _finish(
             modality = plan.config.data.modalities[channel]
             volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
                                               f"healthy counterpart of {modality}")
-    written = []
-    for kind, (values, description) in volumes.items():
-        written.append(f"{case.name}_{kind}.nii.gz")
-        write_volume(plan.output / written[-1], values, case.grid, f"{description}, HAE-JAX, research use only")
+    written = [f"{case.name}_{kind}.nii.gz" for kind in volumes]
+    records.begin(plan.output, case.name, tuple(written))
+    for name, (values, description) in zip(written, volumes.values(), strict=True):
+        write_volume(plan.output / name, values, case.grid, f"{description}, HAE-JAX, research use only")
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, seconds, anomaly)
+    if not method.similarity:
+        row = dataclasses.replace(row, lowest_similarity=None)
     if plan.config.evaluation.overlay_slices:
         written.append(_draw(plan, done, healthy, masks, row).name)
     record = _record(digest, inputs, files=tuple(written), row=row)
@@ -163,8 +172,9 @@ def _measured(
     if plan.competitor is not None:
         rival = plan.competitor.masks(plan.competitor.intensity(case.slices.images), calibrations.competitor,
                                       median=False, remove_up_to=plan.config.translation.components)
-        answers[plan.competitor.name] = records.Answer(rival, volume_metrics(
-            mask_volume(rival.mask, case.slices), case.truth, case.affine, map_volume(rival.map, case.slices)))
+        mask, anomaly = in_head(case, rival.mask, rival.map)
+        answers[plan.competitor.name] = records.Answer(
+            rival, volume_metrics(mask, case.truth, case.affine, anomaly))
     return records.Measured(case.slice_truth, metrics.foreground(case.inputs), answers)
 
 
@@ -184,12 +194,22 @@ def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: M
     if row.dice is not None:
         title += f", truth {row.true_volume_ml:.1f} ml, volume Dice {row.dice:.2f}"
     modality = plan.config.translation.modality
+    score = "s {:.4f}" if plan.method.similarity else "score {:.4f}"
     overlay_figure(
         path, case.inputs[shown], case.inputs[shown][..., list(modality)] if healthy is None else healthy[shown],
         masks.map[shown], masks.mask[shown], None if case.truth is None else case.slice_truth[shown],
         channels=plan.config.data.modalities, modality=modality, title=title,
-        row_titles=[f"slice {case.slices.index[s]}, s {masks.score[s]:.4f}" for s in shown])
+        row_titles=[f"slice {case.slices.index[s]}, {score.format(masks.score[s])}" for s in shown])
     return path
+
+
+def in_head(
+    case: SlicedCase,
+    masks: np.ndarray,  # [S, h, w] bool
+    maps: np.ndarray,  # [S, h, w]
+) -> tuple[np.ndarray, np.ndarray]:  # [X, Y, Z] bool and float32
+    """Mask and map on the case's grid, as they are written and measured: empty where the images show nothing."""
+    return mask_volume(masks, case.slices) & case.head, map_volume(maps, case.slices) * case.head
 
 
 def most_anomalous(

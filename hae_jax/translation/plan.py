@@ -140,7 +140,7 @@ def run_inputs(plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
 def case_digest(inputs: Mapping[str, Any], case: CaseFiles) -> str:
     """What a case's record is recognised by: the run's inputs and the case's files as they are now."""
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in case.paths if path.exists()]
-    return digest(inputs, case.name, files)
+    return digest(inputs, case.name, files, *([case.problem] if case.problem else []))
 
 
 def _is_of_another_method(field: str, method: str) -> bool:
@@ -158,10 +158,11 @@ def _given_calibration(config: ml_collections.ConfigDict, method: Method) -> Cal
     name = config.translation.calibration
     if name is None:
         return None
-    if (name in PRESETS or _is_of_hae(Path(name))) != (method.name == "hae"):
+    if (name in PRESETS or _is_of_hae(Path(name))) != (method.name == "hae") and (
+            name in PRESETS or Path(name).is_file()):
         raise UserError(f"--calibration {name}: is not for the method {method.name}; leave it out, or take one that "
                         "this method has made")
-    found = preset(name) if name in PRESETS else method.load_calibration(name)
+    found = preset(name) if name in PRESETS else _users_calibration(name, method)
     if method.name == "hae" and found.modality != tuple(config.translation.modality):
         raise UserError(f"--calibration {name}: made for the modalities {found.modality}, but translation.modality is "
                         f"{tuple(config.translation.modality)}")
@@ -171,6 +172,16 @@ def _given_calibration(config: ml_collections.ConfigDict, method: Method) -> Cal
             print(f"calibration: {name} was made with {field} {value}, this run has {config.translation[field]}; its "
                   "threshold may not fit")
     return found
+
+
+def _users_calibration(name: str, method: Method) -> Calibration:
+    try:
+        return method.load_calibration(name)
+    except UserError as error:
+        # What follows the last semicolon is advice for files of our own, such as to delete them.
+        what = str(error).rpartition("; ")[0]
+        presets = f" (a file, or {', '.join(PRESETS)})" if method.name == "hae" else ""
+        raise UserError(f"--calibration {what}; give another{presets}, or leave --calibration out") from error
 
 
 def _is_of_hae(path: Path) -> bool:

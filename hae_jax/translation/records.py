@@ -63,6 +63,25 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def begin(output: Path, case: str, files: tuple[str, ...]) -> None:
+    """Says that a case's files are about to be written: until `write`, what lies there counts for no settings.
+
+    Args:
+      output: the folder of results.
+      case: its name.
+      files: names of the files that will be written; those of an earlier record stay known, to be deleted by `write`.
+    """
+    before = _read(output, case)
+    there = files if before is None else tuple(dict.fromkeys((*before.files, *files)))
+    write_json(_facts(output, case), dataclasses.asdict(Record("", there, None, None, "", {})))
+
+
+def has_results(output: Path, case: str) -> bool:
+    """Whether a case was finished at some time, with whatever settings."""
+    record = _read(output, case)
+    return record is not None and record.row is not None
+
+
 def write(output: Path, case: str, record: Record, measured: Measured | None) -> None:
     """Writes a record; that it exists says that all is there, so it comes after everything else.
 

@@ -4,6 +4,7 @@ Joins the other files of this room in the order of the data; `hae_jax.commands.t
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ from hae_jax.translation.validation import calibrated
 
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
+METRICS = "metrics.json"
 CASES = "cases.csv"
+_SHOWN = 5  # names in a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Report:
       seconds: duration of this run.
       seconds_per_slice: of all finished cases, reading and writing included, compilation not.
       phantom: whether the cases are a phantom's.
+      unflagged: names of finished cases in which no slice was called a lesion slice.
     """
 
     output: Path
@@ -58,16 +62,23 @@ class Report:
     seconds: float
     seconds_per_slice: float | None
     phantom: bool = False
+    unflagged: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The summary that the command prints."""
         return [
             self.table or "no finished case has a segmentation, so there are no metrics",
+            *([self._empty()] if self.unflagged else []),
             *(f"failed {name}: {reason}" for name, reason in self.failed.items()),
             f"{self._how()}; look at",
-            *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / "metrics.json")),
+            *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / METRICS)),
             provenance.RESEARCH_USE,
         ]
+
+    def _empty(self) -> str:
+        more = ", ..." if len(self.unflagged) > _SHOWN else ""
+        return (f"{len(self.unflagged)} of {self.finished} cases: no slice was called a lesion slice, so the mask is "
+                f"empty ({', '.join(self.unflagged[:_SHOWN])}{more})")
 
     def _how(self) -> str:
         again = self.finished - self.translated
@@ -132,6 +143,7 @@ def translate(
                                            calibration_inputs(plan, plan.method, identity)),
             plan.competitor and calibrated(IntensityReader(plan.competitor.intensity), plan.competitor, plan.store,
                                            folder, calibration_inputs(plan, plan.competitor, identity)))
+        _withdraw_tables(plan, inputs, cases)
         made.method.save(plan.output / CALIBRATION)
         if made.competitor is not None:
             made.competitor.save(plan.output / f"calibration_{plan.competitor.name}.json")
@@ -164,6 +176,35 @@ def _record(plan: Plan, inputs: Mapping[str, Any], case: CaseFiles) -> records.R
     return record if record is not None and record.digest == case_digest(inputs, case) else None
 
 
+def _withdraw_tables(plan: Plan, inputs: dict[str, Any], cases: Sequence[CaseFiles]) -> None:
+    """Takes back what the tables say of results that are about to be replaced: a run may be stopped before its end.
+
+    Shards that begin with cases of their own leave the tables of the others alone.
+    """
+    if _made_with(plan.output / MANIFEST) in (None, inputs) and not any(
+            records.has_results(plan.output, case.name) for case in cases):
+        return
+    replaced = {case.name for case in cases}
+    stay = [record.row for name, record in _found(plan, inputs).items() if record.row and name not in replaced]
+    report.write_cases(plan.output / CASES, stay)
+    for path in (plan.output / METRICS, plan.output / MANIFEST, *plan.output.glob("calibration*.json")):
+        path.unlink(missing_ok=True)
+
+
+def _made_with(manifest: Path) -> dict[str, Any] | None:
+    """The inputs of the run that wrote a manifest; None where there is none, or a damaged one."""
+    try:
+        return json.loads(manifest.read_text()).get("inputs")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _found(plan: Plan, inputs: Mapping[str, Any]) -> dict[str, records.Record]:
+    """The records of all cases that belong to these inputs."""
+    return {case.name: record for case in plan.everyone
+            if (record := _record(plan, inputs, case))} | _of_other_inputs(plan, inputs)
+
+
 def _of_other_inputs(plan: Plan, inputs: Mapping[str, Any]) -> dict[str, records.Record]:
     """Cases that the same network and settings have translated into this folder from elsewhere."""
     own = {case.name for case in plan.everyone}
@@ -193,8 +234,7 @@ def _gathered(
     Shards may end at the same time; the one that writes last looks once more, so nothing stays out.
     """
     while True:
-        found = {case.name: record for case in plan.everyone if (record := _record(plan, inputs, case))}
-        found |= _of_other_inputs(plan, inputs)
+        found = _found(plan, inputs)
         tally = Tally()
         for name in (name for name, record in found.items() if record.row):
             tally.add(records.read_measured(plan.output, name))
@@ -206,7 +246,8 @@ def _gathered(
         wanted = len(plan.everyone) + len(plan.missing) + len(found.keys() - own)
         done = Report(plan.output, len(finished), sum(case.name not in failed for case in worked_on), wanted, failed,
                       results, _table(plan, tally, results), pictures, time.monotonic() - clock,
-                      _seconds_per_slice(finished), plan.phantom)
+                      _seconds_per_slice(finished), plan.phantom,
+                      tuple(row.case for row in finished if not row.lesion_slices))
         _write(plan, found, finished, done, origin)
         if all(_record(plan, inputs, case) is None for case in plan.everyone if case.name not in found):
             return done
@@ -224,12 +265,12 @@ def _write(
     report.write_cases(plan.output / CASES, finished)
     own = done.results.get(plan.method.name, {})
     report.write_metrics(
-        plan.output / "metrics.json", own,
+        plan.output / METRICS, own,
         competitors={name: result for name, result in done.results.items() if name != plan.method.name},
         method=plan.method.name, cases=len(finished), seconds_per_slice=done.seconds_per_slice,
         phantom=plan.phantom, image_size=plan.config.model.image_size,
         **origin, settings=plan.config.translation.to_dict(), seed=plan.config.seed)
-    if not done.translated and not done.failed and (plan.output / MANIFEST).is_file():
+    if not done.translated and not done.failed and _made_with(plan.output / MANIFEST) == origin["inputs"]:
         return  # it tells of the run that has made the results
     write_json(plan.output / MANIFEST, {
         **provenance.record(), **origin, "seed": plan.config.seed, "seconds": done.seconds, "phantom": plan.phantom,

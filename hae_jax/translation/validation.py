@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
+from hae_jax.files import one_at_a_time
 from hae_jax.translation.batched import Slice
 from hae_jax.translation.calibration import PRESETS
 from hae_jax.translation.records import digest
@@ -31,7 +32,7 @@ def calibrated(
     """The calibration of a method: that in `folder` which was made with exactly the same, else a new one, saved there.
 
     Without a prepared dataset, one that was made with the same network and settings will do: that of a run which was
-    calibrated elsewhere.
+    calibrated elsewhere. Of several processes that want the same one, the first makes it and the others wait.
 
     Args:
       translator: the method at work, a `SliceTranslator` or an `IntensityReader`.
@@ -48,16 +49,18 @@ def calibrated(
     path = folder / f"{method.name}_{digest(made_with)[:12]}.json"
     if store is None:
         path = _same_but_for_data(method, folder, made_with)
-    if path.exists():
-        print(f"calibration: {path} is used again")
-        return method.load_calibration(path)
-    reader = store.split(_SPLIT)
-    if len(reader) == 0:
-        raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
-                        "prepare the data with a larger --val-fraction")
-    made = method.calibrate(_results(translator, store), made_with)
-    made.save(path)
-    return made
+    if not path.exists():
+        if len(store.split(_SPLIT)) == 0:
+            raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
+                            "prepare the data with a larger --val-fraction")
+        with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: print(
+                f"calibration: another process is making {path}; waiting for it", flush=True)):
+            if not path.exists():
+                made = method.calibrate(_results(translator, store), made_with)
+                made.save(path)
+                return made
+    print(f"calibration: {path} is used again")
+    return method.load_calibration(path)
 
 
 def _same_but_for_data(method: Any, folder: Path, made_with: Mapping[str, Any]) -> Path:
@@ -67,10 +70,19 @@ def _same_but_for_data(method: Any, folder: Path, made_with: Mapping[str, Any]) 
         found = method.load_calibration(path).made_with
         if {name: value for name, value in found.items() if name != "data"} == wanted:
             return path
+    fitting = _fitting_presets(method, made_with)
     raise UserError(
         f"calibration: neither data.root ({made_with['data']['root']}) holds a prepared dataset, whose validation "
         f"slices would be needed, nor {folder} a calibration of this network with these settings; prepare data, or "
-        f"name a calibration.json or a preset ({', '.join(PRESETS)}) with --calibration")
+        f"name a calibration.json{f' or a preset ({fitting})' if fitting else ''} with --calibration")
+
+
+def _fitting_presets(method: Any, made_with: Mapping[str, Any]) -> str:
+    """The published calibrations that a run with these settings could take: they are the forward process's own."""
+    if method.name != "hae":
+        return ""
+    modality = tuple(made_with["settings"]["modality"])
+    return ", ".join(name for name, preset in PRESETS.items() if preset.modality == modality)
 
 
 def _results(translator: Translator, store: Store) -> Iterator[tuple[Any, int, np.ndarray]]:

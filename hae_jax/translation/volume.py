@@ -9,6 +9,7 @@ import os
 
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 from hae_jax.data.cases import CaseFiles, Grid, read_case
 from hae_jax.data.slices import (
@@ -33,6 +34,7 @@ class SlicedCase:
       affine: [4, 4] voxels, reoriented, to mm.
       grid: of the files.
       scales: [C] the raw intensity that is 1 in `slices.images`.
+      head: [X, Y, Z] bool, reoriented: where anything is shown, and what that encloses.
       truth: [X, Y, Z] bool, reoriented: the lesion; None without a segmentation.
       warnings: what is unusual about the case, in words.
     """
@@ -43,6 +45,7 @@ class SlicedCase:
     affine: np.ndarray
     grid: Grid
     scales: np.ndarray
+    head: np.ndarray
     truth: np.ndarray | None
     warnings: tuple[str, ...]
 
@@ -61,7 +64,19 @@ def read_slices(files: CaseFiles, image_size: int) -> SlicedCase:
     case = read_case(files)
     slices = _shown(case_slices(case, image_size))
     return SlicedCase(case.name, to_model_range(slices.images), slices, case.affine, case.grid,
-                      intensity_scales(case.volumes), case.mask, tuple(case.warnings))
+                      intensity_scales(case.volumes), head(case.volumes), case.mask, tuple(case.warnings))
+
+
+def head(
+    volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
+) -> np.ndarray:  # [X, Y, Z] bool
+    """All but the background, which is zero in every channel and reaches the volume's faces: a zero within stays."""
+    zero, _ = ndimage.label(~volumes.any(axis=-1))
+    outside = np.zeros(zero.max() + 1, bool)
+    for axis in range(zero.ndim):
+        outside[np.unique(np.take(zero, [0, -1], axis))] = True
+    outside[0] = False  # what is not zero
+    return ~outside[zero]
 
 
 def _shown(slices: CaseSlices) -> CaseSlices:

@@ -1,7 +1,11 @@
 """Whole runs on small cases: everything is written, calibrations are kept, one bad case spoils nothing."""
 
 import csv
+import dataclasses
+import fcntl
 import json
+import shutil
+import types
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +14,7 @@ import pytest
 from hae_jax.data import phantom
 from hae_jax.errors import UserError
 from hae_jax.evaluation import metrics
-from hae_jax.translation import methods, per_case
+from hae_jax.translation import methods, per_case, records, validation
 from hae_jax.translation.per_case import most_anomalous
 from hae_jax.translation.plan import fingerprint
 from hae_jax.translation.run import translate
@@ -126,7 +130,10 @@ def test_a_calibrated_network_needs_its_data_no_more(run, config, three_cases, t
     assert with_data.results.keys() == {"hae", "threshold"}
     assert without.results.keys() == {"hae"}  # the threshold has nothing to be chosen on
     config.translation.guidance = 3.0
-    with pytest.raises(UserError, match=r"neither data.root .*gone.* nor .* a calibration .*brats_600"):
+    with pytest.raises(UserError, match=r"neither data.root .*gone.* nor .* preset \(brats_600, brats_999\)"):
+        run(three_cases, calibrations=tmp_path / "calibrations")
+    config.translation.update({"method": "ddib", "ddib_steps": 5})  # for which there are no presets
+    with pytest.raises(UserError, match=r"name a calibration.json with --calibration"):
         run(three_cases, calibrations=tmp_path / "calibrations")
 
 
@@ -139,9 +146,12 @@ def test_a_preset_or_a_file_stands_in_for_a_calibration(run, config, three_cases
     config.translation.calibration = "atlas_600"
     with pytest.raises(UserError, match=r"atlas_600: made for the modalities \(0,\)"):
         run(three_cases)
-    config.translation.calibration = str(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
-        run(three_cases)
+    (tmp_path / "half.json").write_text("{")
+    for name in ("none", "half"):  # the user's own file: nobody is told to delete it
+        config.translation.calibration = str(tmp_path / f"{name}.json")
+        with pytest.raises(UserError, match=rf"--calibration .*{name}\.json: .* or leave --calibration out") as error:
+            run(three_cases)
+        assert "delete" not in str(error.value)
 
 
 def test_shards_share_a_folder(run, three_cases, tmp_path):
@@ -158,6 +168,54 @@ def test_shards_share_a_folder(run, three_cases, tmp_path):
                                       _volume(tmp_path / "whole" / f"{name}_map.nii.gz"))
     with pytest.raises(UserError, match="--shard 2 of --num-shards 2"):
         run(three_cases, num_shards=2, shard=2)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, dies):
+    made = types.SimpleNamespace(save=lambda path: path.write_text("own"))
+    method = types.SimpleNamespace(name="toy", load_calibration=lambda path: path.read_text(),
+                                   calibrate=lambda *_: made)
+    monkeypatch.setattr(validation, "_results", lambda *_: None)
+    path = tmp_path / f"toy_{records.digest({})[:12]}.json"
+    other = (tmp_path / f".{path.name}.lock").open("a")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    said = []
+
+    def other_ends(line, flush=False):
+        said.append(line)
+        if not other.closed:
+            if not dies:
+                path.write_text("the other's")
+            other.close()
+
+    monkeypatch.setattr("builtins.print", other_ends)
+    store = types.SimpleNamespace(split=lambda name: [0])
+    assert validation.calibrated(None, method, store, tmp_path, {}) == (made if dies else "the other's")
+    assert said[0].endswith("waiting for it")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_is_stopped_leaves_no_tables_of_other_masks(run, config, three_cases, tmp_path, monkeypatch):
+    run(three_cases)
+    out, settings = tmp_path / "out", config.translation.median
+    written, original = [], per_case.write_volume
+
+    def killed(path, *arguments):
+        original(path, *arguments)
+        written.append(path.name)
+        if path.name == "b_mask.nii.gz":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(per_case, "write_volume", killed)
+    config.translation.median = not settings
+    with pytest.raises(KeyboardInterrupt):
+        run(three_cases)
+    assert not [name for name in ("metrics.json", "manifest.json") if (out / name).exists()]
+    assert (out / "cases.csv").read_text().count("\n") == 1  # the header
+    monkeypatch.setattr(per_case, "write_volume", original)
+    config.translation.median = settings  # b's mask is of the other settings, and so are a's files
+    assert run(three_cases).translated == written.index("b_mask.nii.gz") // 2 + 1
+    assert (out / "cases.csv").read_text().count("\n") == 4
 
 
 def test_a_damaged_record_is_said_and_its_case_done_again(run, three_cases, tmp_path, capsys):
@@ -220,6 +278,8 @@ def test_other_methods_have_the_same_door(run, config, three_cases, tmp_path, me
     assert report.results.keys() == {method} | ({"threshold"} if method != "threshold" else set())
     assert _volume(tmp_path / "out" / "a_mask.nii.gz").shape == (20, 24, 9)
     assert _json(tmp_path / "out" / "metrics.json")["method"] == method
+    with open(tmp_path / "out" / "cases.csv", newline="") as stream:
+        assert {row["lowest_similarity"] for row in csv.DictReader(stream)} == {""}  # their scores are none
     assert run(three_cases).translated == 0
 
 
@@ -238,8 +298,18 @@ def test_a_bad_case_is_named_and_the_others_go_on(run, tmp_path, three_cases, mo
     assert {path.name for path in (tmp_path / "out").glob("c_*")} == {"c_mask.nii.gz", "c_map.nii.gz"}
     assert _json(tmp_path / "out" / "metrics.json")["results"]["shares"]["slices"] == 7  # of case a alone
     (three_cases / "b" / "kept").rename(three_cases / "b" / "b_t1.nii.gz")
+    again = three_cases / "elsewhere" / "b"
+    shutil.copytree(three_cases / "b", again)
+    report = run(three_cases)
+    assert (report.finished, report.failed.keys()) == (2, {"b"})  # two have this name
+    shutil.rmtree(again)
     report = run(three_cases)
     assert (report.finished, report.translated, report.failed) == (3, 1, {})
+    without = [row["case"] for row in csv.DictReader((tmp_path / "out" / "cases.csv").open())
+               if row["lesion_slices"] == "0"]
+    assert report.unflagged == tuple(without)
+    assert any("2 of 3 cases: no slice was called a lesion slice" in line and "(a, b)" in line
+               for line in dataclasses.replace(report, unflagged=("a", "b")).lines())
 
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")

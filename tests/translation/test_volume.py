@@ -8,7 +8,8 @@ import SimpleITK as sitk
 from hae_jax.data.cases import find_cases, read_case
 from hae_jax.data.orientation import Grid
 from hae_jax.data.slices import CaseSlices, case_slices
-from hae_jax.translation.volume import healthy_volume, map_volume, mask_volume, read_slices, write_volume
+from hae_jax.translation.per_case import in_head
+from hae_jax.translation.volume import head, healthy_volume, map_volume, mask_volume, read_slices, write_volume
 
 BRATS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
 OBLIQUE = np.array([[0.1, -0.2, 3.9, -7], [0.69, 0.05, -0.3, 11], [0.02, 0.93, 0.4, -80.25], [0, 0, 0, 1]])
@@ -105,6 +106,25 @@ def test_empty_slices_between_others_are_left_out(tmp_path, case_writer):
     case = read_slices(find_cases(tmp_path)[0], 16)
     assert list(case.slices.index) == [1, 2, 3, 5, 6, 7]
     assert len(case.inputs) == len(case.slice_truth) == 6
+
+
+def test_nothing_is_found_where_nothing_is_shown(prepared):
+    volumes = np.zeros((7, 8, 5, 2))
+    volumes[1:6, 1:7, 1:4, 0] = 1
+    volumes[3, 4, 2] = 0  # inside the head
+    expected = np.zeros((7, 8, 5), bool)
+    expected[1:6, 1:7, 1:4] = True
+    np.testing.assert_array_equal(head(volumes), expected)
+    assert head(volumes + 1).all()
+    assert not head(volumes * 0).any()
+    case = read_slices(find_cases(prepared / "cases")[0], 16)
+    assert case.head[..., 1:-1].all()
+    assert not case.head[..., [0, -1]].any()
+    case.head[2:9, 3:5] = False
+    everywhere = np.ones((7, 16, 16))
+    mask, anomaly = in_head(case, everywhere > 0, everywhere)
+    np.testing.assert_array_equal(mask, case.head)
+    np.testing.assert_allclose(anomaly, case.head, atol=1e-6)
 
 
 def test_read_slices_is_the_preparation_s_slicing(prepared):
