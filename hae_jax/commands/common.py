@@ -1,10 +1,20 @@
 """What every command shares: user mistakes end in one line, not in a traceback."""
 
+import difflib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+import ml_collections
+
+from hae_jax.commands.config import read_config
 from hae_jax.errors import UserError
+
+_DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
+_PREFIX = "--config."
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
@@ -20,6 +30,49 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(_fail("interrupted", 130))
 
     return wrapped
+
+
+def check_fields(overrides: Sequence[str]) -> None:
+    """Checks overrides such as `--config.seed=1` against the fields that every configuration has.
+
+    Raises:
+      UserError: naming the first one whose field does not exist, with those that it may mean, or whose value is of a
+        wrong kind.
+    """
+    config = read_config(str(_DEFAULTS), [])
+    fields = _fields(config)
+    for argument in overrides:
+        field = argument.removeprefix(_PREFIX).partition("=")[0]
+        # Unknown arguments are read_config's to refuse; data.phantom is None by default, its fields another config's.
+        if not argument.startswith(_PREFIX) or field.startswith("data.phantom."):
+            continue
+        if field not in fields:
+            raise UserError(f"{argument}: there is no field {field}; {_meant(field, fields)}")
+        try:
+            read_config(str(_DEFAULTS), [argument])
+        except UserError as error:
+            *sections, name = field.split(".")
+            kind = functools.reduce(lambda inner, section: inner[section], sections, config).get_type(name)
+            raise UserError(f"{argument}: {field} takes {_KINDS.get(kind, 'another kind of value')}; its default is "
+                            f"{fields[field]!r}") from error
+
+
+def _fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]:
+    """All fields by their dotted names, without the sections that hold them."""
+    found = {}
+    for name, value in config.items():
+        inside = isinstance(value, ml_collections.ConfigDict)
+        found |= _fields(value, f"{above}{name}.") if inside else {above + name: value}
+    return found
+
+
+def _meant(field: str, known: Iterable[str]) -> str:
+    """The fields whose own name, in whatever section, is like the one that was given."""
+    own_names = {name: name.rpartition(".")[2] for name in known}
+    close = difflib.get_close_matches(field.rpartition(".")[2], own_names.values(), cutoff=0.7)
+    meant = [name for name, own in own_names.items() if own in close]
+    question = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return f"{question}configs/default.py has all of them"
 
 
 def _fail(message: str, status: int) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP
 from hae_jax.commands.runs import check_overrides
 from hae_jax.errors import UserError
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the networks, compares."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
+    check_fields(overrides)
     methods = [name for name in arguments.methods.split(",") if name]
     counts = _counts(arguments.steps)
 

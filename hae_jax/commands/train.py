@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP, read_config
 from hae_jax.errors import UserError
 
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
     arguments, overrides = _parser().parse_known_args(argv)
+    check_fields(overrides)
     config = read_config(arguments.config, overrides)
     only_says = arguments.dry_run or arguments.print_sharding
     if not (arguments.workdir or only_says):

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP
 from hae_jax.commands.runs import check_overrides
 from hae_jax.errors import UserError
@@ -31,7 +31,7 @@ _SHORTCUTS = {  # flags that stand for one field of config.translation
     "method": {"metavar": "NAME", "help": "how lesions are found: hae (the forward process; default), ddib, "
                "anoddpm-simplex, anoddpm-gaussian, or threshold (of intensity; needs no network)"},
     "calibration": {"metavar": "NAME", "help": f"calibration.json of another run, or a preset: {', '.join(PRESETS)} "
-                    "(published); default: made on the validation slices and kept with the checkpoint"},
+                    "(published, for hae); default: made on the validation slices and kept with the checkpoint"},
     "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "choose the batch size by "
                       "memory: the largest that needs no more than this on each device (on a CPU: in all)"},
     "save_healthy": {"action": "store_true", "default": None, "help": "write the healthy counterparts, too"},
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, translates; exits with 1 if a case failed."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
+    check_fields(overrides)
     if arguments.input == "":
         raise UserError("--input is empty; name a folder of cases, or leave --input out")
     overrides += [f"--config.translation.{field}={getattr(arguments, field)}" for field in _SHORTCUTS

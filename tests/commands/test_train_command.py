@@ -46,8 +46,8 @@ def test_a_bug_keeps_its_traceback():
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--config", "nowhere.py"], "--config nowhere.py: no such file"),
-    (["--config", PHANTOM, "--config.training.stepz=3"], "Did you mean \"steps\""),
-    (["--config", PHANTOM, "--config.training.steps=many"], "invalid literal"),
+    (["--config", PHANTOM, "--config.training.stepz=3"], "did you mean diffusion.steps or training.steps?"),
+    (["--config", PHANTOM, "--config.training.steps=many"], "training.steps takes a whole number"),
     (["--config", PHANTOM, "--steps", "3"], "--steps: unknown argument"),
     (["--config", PHANTOM, "--profile", "3"], "--profile 3: give the first and the last step"),
     (["--config", PHANTOM, "--process-id", "1"], "belong together"),

@@ -122,8 +122,11 @@ def test_a_failed_case_gives_exit_status_1(calls, capsys):
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("--config.model.dropout=0.5", "comes from its checkpoint"),
-    ("--config.translation.speed=3", "speed"),
-    ("--config.translation.guidance=strong", "guidance"),
+    ("--config.translation.speed=3", "no field translation.speed"),
+    ("--config.translation.guidence=2", "no field translation.guidence; did you mean translation.guidance?"),
+    ("--config.guidance=2", "did you mean translation.guidance?"),
+    ("--config.translation.guidance=strong", "translation.guidance takes a number"),
+    ("--config.translation.forward_steps=2.5", "translation.forward_steps takes a whole number"),
     ("--speed=3", "unknown argument"),
 ])
 def test_bad_arguments_are_one_line(calls, capsys, argument, message):
