@@ -1,5 +1,6 @@
 """The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale."""
 
+import functools
 import math
 
 import jax
@@ -50,7 +51,8 @@ class MultiHeadAttention(nnx.Module):
         batch, count, channels = tokens.shape
         qkv = self.in_proj(tokens).reshape(batch, count, 3, HYBRID_HEADS, channels // HYBRID_HEADS)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        drop = (lambda p: self.dropout(p, randomness)) if self.dropout.rate else None
+        drops = self.dropout.rate and randomness is not None
+        drop = functools.partial(self._drop, randomness) if drops else None
         if blocked is not None or not is_sparse or self.config.sparse_pattern == "dense":
             out = sparse.attend(q, k, v, blocked, drop)
         elif self.config.sparse_pattern == "blocks":
@@ -60,6 +62,13 @@ class MultiHeadAttention(nnx.Module):
             trained_mask = sparse.trained_mask_per_scale if per_scale else sparse.trained_mask_joint
             out = sparse.attend(q, k, v, trained_mask(count, self._pattern_key(randomness)), drop)
         return self.out_proj(out.reshape(tokens.shape))
+
+    def _drop(self, randomness: Randomness, weights: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """Dropout of attention weights [B, ...]: of all heads, or of one, which then draws its own."""
+        if head is not None:
+            of_head = lambda key: jax.random.fold_in(jax.random.fold_in(key, self.dropout.layer), head)
+            randomness = randomness._replace(samples=jax.vmap(of_head)(randomness.samples))
+        return self.dropout(weights, randomness)
 
     def _pattern_key(self, randomness: Randomness | None) -> jax.Array:
         """The key of this attention's pattern: of this step where patterns are redrawn, else of the seed."""
