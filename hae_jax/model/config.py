@@ -86,7 +86,8 @@ class UNetConfig:
       sparse_pattern: "blocks" (ours, 90 % of the pairs are skipped), "trained" (the published one), "dense".
       sparse_seed: seed of the sparse pattern at inference, and in training unless it is redrawn.
       sparse_redraw: draw the sparse pattern anew at each training step.
-      remat: what the backward pass recomputes: "none", each "block", or the "full" network.
+      remat: what the backward pass recomputes: "none"; "block", each ResBlock, attention and hybrid block by itself;
+        "full", these within each group of them between two skips, so that little else than the skips is kept.
       dtype: compute type; parameters, norms, softmax and the output head stay float32.
 
     Raises:

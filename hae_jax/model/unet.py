@@ -25,6 +25,7 @@ from hae_jax.model.layers import (
 from hae_jax.model.torch_weights import walk
 
 _HYBRIDS = {"joint": JointHybrid, "per_scale": PerScaleHybrid}
+_HYBRID_LAYERS = tuple(_HYBRIDS.values())
 
 
 class UNet(nnx.Module):
@@ -94,8 +95,7 @@ class UNet(nnx.Module):
         self._check_input(x)
         cond = self._condition(x, t, y, null, drop, rngs, context_seen)
         masks = self._checked_masks(x, sparse_masks)
-        forward = nnx.remat(UNet._features) if self.config.remat == "full" else UNet._features
-        h = forward(self, x.astype(self.config.dtype), cond._replace(sparse_masks=masks))
+        h = self._features(x.astype(self.config.dtype), cond._replace(sparse_masks=masks))
         h = self.head_norm(h)
         h = nnx.silu(h) if self.config.rules.unfused_silu else h
         return self.head_conv(h)
@@ -105,7 +105,7 @@ class UNet(nnx.Module):
         counts, rate = [], 2 ** (len(self.config.channel_mult) - 1)
         for block in self.output_blocks:
             for layer in block:
-                if isinstance(layer, JointHybrid | PerScaleHybrid):
+                if isinstance(layer, _HYBRID_LAYERS):
                     counts += layer.masked_tokens(height // rate, width // rate)
                     rate //= 2  # a hybrid block stands before each upsampling
         return counts
@@ -145,28 +145,39 @@ class UNet(nnx.Module):
     def _features(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, widths[0]]
         skips, masks = [], list(cond.sparse_masks or ())
         cond = cond._replace(sparse_masks=None)
-        h = x
+        # With "full" a block is recomputed, and each of its layers again within it: kept are the blocks' outputs alone.
+        run = nnx.remat(_run, static_argnums=(4,)) if self.config.remat == "full" else _run
+        remat, h = self.config.remat != "none", x
         for block in self.input_blocks:
-            h = self._run(block, h, cond, masks)
+            h = run(block, (h,), cond, (), remat)
             skips.append(h)
-        h = self._run(self.middle_block, h, cond, masks)
+        h = run(self.middle_block, (h,), cond, (), remat)
         for block in self.output_blocks:
-            h = self._run(block, jnp.concatenate([h, skips.pop()], axis=-1), cond, masks)
+            joined = h, skips.pop()
+            count = _masked(block, *h.shape[1:3]) if masks else 0
+            own, masks = tuple(masks[:count]), masks[count:]
+            h = run(block, joined, cond, own, remat)
         return h
 
-    def _run(self, block: nnx.List, h: jax.Array, cond: Conditioning, masks: list[jax.Array]) -> jax.Array:
-        for layer in block:
-            if isinstance(layer, nnx.Conv):
-                h = layer(h)
-                continue
-            own = cond
-            if masks and isinstance(layer, JointHybrid | PerScaleHybrid):
-                count = len(layer.masked_tokens(*h.shape[1:3]))
-                own = cond._replace(sparse_masks=tuple(masks[:count]))
-                del masks[:count]
-            call = nnx.remat(type(layer).__call__) if self.config.remat == "block" else type(layer).__call__
-            h = call(layer, h, own)
-        return h
+
+def _run(
+    block: nnx.List, inputs: tuple[jax.Array, ...], cond: Conditioning, masks: tuple[jax.Array, ...], remat: bool
+) -> jax.Array:
+    """One of the U-Net's blocks on its inputs, joined along their channels; masks are those of its hybrid layer."""
+    h = jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else inputs[0]
+    for layer in block:
+        if isinstance(layer, nnx.Conv):
+            h = layer(h)
+            continue
+        own = cond._replace(sparse_masks=masks or None) if isinstance(layer, _HYBRID_LAYERS) else cond
+        call = nnx.remat(type(layer).__call__) if remat else type(layer).__call__
+        h = call(layer, h, own)
+    return h
+
+
+def _masked(block: nnx.List, height: int, width: int) -> int:
+    """How many masked attentions a block has."""
+    return sum(len(layer.masked_tokens(height, width)) for layer in block if isinstance(layer, _HYBRID_LAYERS))
 
 
 def _encoder(config: UNetConfig, rngs: nnx.Rngs) -> tuple[nnx.List, list[int]]:

@@ -1,5 +1,6 @@
 """What a training would be, without doing any of it: `train.py --dry-run`. Nothing is compiled or written."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -66,10 +67,7 @@ def activation_bytes(network: UNetConfig, rows: int) -> int:
       rows: images on one device at once.
     """
     loss, params = _loss(network, rows)
-    kept = _kept_bytes(loss, params)
-    if network.remat == "none":
-        return kept
-    return kept + max(_kept_bytes(part, *inputs) for part, inputs in _recomputed(jax.make_jaxpr(loss)(params).jaxpr))
+    return _needed_bytes(loss, [params])
 
 
 def _network_lines(network: UNetConfig, state: TrainState) -> list[str]:
@@ -180,6 +178,12 @@ def _loss(network: UNetConfig, rows: int) -> tuple[Callable[[nnx.State], jax.Arr
     return loss, params
 
 
+def _needed_bytes(f: Callable, inputs: list[Any]) -> int:
+    """What f keeps, and what the largest part that it recomputes then needs besides."""
+    parts = _recomputed(jax.make_jaxpr(f)(*inputs).jaxpr)
+    return _kept_bytes(f, *inputs) + max((_needed_bytes(part, shapes) for part, shapes in parts), default=0)
+
+
 def _kept_bytes(f: Callable, *inputs: Any) -> int:
     """Bytes that f's forward pass keeps for its backward pass, its inputs not counted."""
     jaxpr = jax.make_jaxpr(lambda *inputs: jax.tree.leaves(jax.vjp(f, *inputs)[1]))(*inputs).jaxpr
@@ -190,12 +194,28 @@ def _kept_bytes(f: Callable, *inputs: Any) -> int:
 
 def _recomputed(jaxpr: Any) -> Iterator[tuple[Callable, list[jax.ShapeDtypeStruct]]]:
     """The parts of a program that its backward pass computes again, each with the shapes of its inputs."""
+    varying = {id(variable) for variable in jaxpr.invars}
     for equation in jaxpr.eqns:
+        varies = [id(variable) in varying for variable in equation.invars]
+        if any(varies):
+            varying.update(map(id, equation.outvars))
         if equation.primitive.name in _REMAT_PRIMITIVES:
-            inputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
-            yield jaxpr_as_fun(ClosedJaxpr(equation.params["jaxpr"], ())), inputs
+            yield _part(equation, varies)
             continue
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from _recomputed(inner)
+
+
+def _part(equation: Any, varies: list[bool]) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
+    """One of them, as a function of what varies: there is no gradient with respect to the constants that it uses."""
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    whole = jaxpr_as_fun(ClosedJaxpr(equation.params["jaxpr"], ()))
+
+    def part(*inputs: jax.Array) -> list[jax.Array]:
+        given = iter(inputs)
+        return whole(*(next(given) if v else jnp.zeros(shape.shape, shape.dtype)
+                       for shape, v in zip(shapes, varies, strict=True)))
+
+    return part, list(itertools.compress(shapes, varies))
