@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from hae_jax.model.config import NORM_GROUPS, UNetConfig
+from hae_jax.model.convolution import conv2d
 
 EPSILON = 1e-5  # of every norm, as in PyTorch; Flax's default is 1e-6
 
@@ -80,12 +81,23 @@ def _initializer(on_host: Callable, traced: Callable) -> nnx.Initializer:
     return draw
 
 
+class Conv(nnx.Conv):
+    """Flax's convolution, computed by `conv2d`: square kernels, strides and padding."""
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, H, W, C]
+    ) -> jax.Array:  # [B, H', W', D]
+        x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
+        return conv2d(x, kernel, self.strides[0], self.padding) + bias
+
+
 def conv(in_channels: int, out_channels: int, kernel: int, rngs: nnx.Rngs, *, dtype: Any,
-         stride: int = 1, zero: bool = False) -> nnx.Conv:
+         stride: int = 1, zero: bool = False) -> Conv:
     """A convolution with PyTorch's symmetric padding (SAME pads differently at stride 2) and initialisation."""
     init = nnx.initializers.zeros if zero else torch_uniform(in_channels * kernel**2)
-    return nnx.Conv(in_channels, out_channels, (kernel, kernel), (stride, stride), padding=kernel // 2,
-                    dtype=dtype, kernel_init=init, bias_init=init, rngs=rngs)
+    return Conv(in_channels, out_channels, (kernel, kernel), (stride, stride), padding=kernel // 2,
+                dtype=dtype, kernel_init=init, bias_init=init, rngs=rngs)
 
 
 def linear(in_features: int, out_features: int, rngs: nnx.Rngs, *, dtype: Any, zero: bool = False) -> nnx.Linear:

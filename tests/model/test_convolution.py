@@ -1,0 +1,155 @@
+"""`conv2d` against `jax.lax`: each form that CPUs use, transformations around it, and GPUs, which it leaves alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from hae_jax.model import convolution
+from hae_jax.model.convolution import conv2d
+from hae_jax.model.layers import ParameterKeys, conv
+
+TOLERANCE = 2e-6  # of the largest value; both sides round
+
+# (H, W), C, D, kernel, stride, padding: one for each rule and what surrounds it
+SHAPES = [
+    ((6, 5), 7, 9, 1, 1, 0),
+    ((6, 5), 7, 9, 1, 2, 0),
+    ((6, 5), 7, 9, 1, 1, 1),
+    ((9, 8), 24, 20, 3, 1, 1),
+    ((9, 8), 24, 20, 3, 2, 1),
+    ((9, 8), 24, 20, 3, 1, 0),
+    ((9, 8), 4, 20, 3, 1, 1),
+    ((9, 8), 4, 20, 3, 2, 1),
+    ((9, 8), 20, 4, 3, 1, 1),
+    ((9, 8), 20, 4, 3, 1, 2),
+    ((9, 8), 20, 4, 3, 2, 1),
+    ((9, 8), 20, 4, 5, 1, 2),
+    ((9, 8), 128, 130, 3, 2, 1),
+    ((16, 16), 128, 130, 3, 1, 1),
+    ((15, 17), 130, 128, 3, 1, 1),
+    ((18, 19), 128, 128, 3, 1, 0),
+    ((15, 16), 128, 128, 3, 1, 2),
+]
+
+
+def xla(x, kernel, stride, padding):
+    return lax.conv_general_dilated(x, kernel, (stride, stride), ((padding, padding),) * 2,
+                                    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def inputs(size=(16, 16), channels=128, outputs=128, kernel=3, batch=1, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, *size, channels))
+    scale = 1 / np.sqrt(channels * kernel**2)
+    return jnp.asarray(x, dtype), jnp.asarray(rng.standard_normal((kernel, kernel, channels, outputs)) * scale, dtype)
+
+
+def value_and_gradients(function, x, kernel, stride=1, padding=1):
+    """The output and the gradients of a loss in which no output's gradient is like another's."""
+    y, pull = jax.vjp(lambda x, kernel: function(x, kernel, stride, padding), x, kernel)
+    weights = np.random.default_rng(1).standard_normal(y.shape)
+    return y, *pull(jnp.asarray(weights, y.dtype))
+
+
+def assert_close(got, wanted, tolerance=TOLERANCE):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+
+
+@pytest.mark.parametrize(("size", "channels", "outputs", "kernel", "stride", "padding"), SHAPES)
+def test_values_and_gradients_are_those_of_lax(size, channels, outputs, kernel, stride, padding):
+    arrays = inputs(size, channels, outputs, kernel, batch=2 if channels < 128 else 1)
+    assert_close(value_and_gradients(conv2d, *arrays, stride, padding),
+                 value_and_gradients(xla, *arrays, stride, padding))
+
+
+def test_winograd_is_as_accurate_as_the_direct_sum():
+    x, kernel = inputs((32, 32))
+    with jax.enable_x64(True):
+        exact = value_and_gradients(xla, x.astype(jnp.float64), kernel.astype(jnp.float64))
+    for i, own, wanted in zip(range(3), value_and_gradients(conv2d, x, kernel), exact, strict=True):
+        wanted = np.asarray(wanted)
+        assert np.abs(np.asarray(own, np.float64) - wanted).max() <= 1e-6 * np.abs(wanted).max(), i
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(128, 3), (8, 3), (8, 1)])
+def test_bfloat16_is_computed_in_float32(channels, kernel):
+    arrays = inputs(channels=channels, outputs=channels, kernel=kernel, dtype=jnp.bfloat16)
+    own = value_and_gradients(conv2d, *arrays, padding=kernel // 2)
+    assert all(array.dtype == jnp.bfloat16 for array in own)
+    in_float32 = value_and_gradients(xla, *(array.astype(jnp.float32) for array in arrays), padding=kernel // 2)
+    # The output's gradient is rounded on the way in, results on the way out: 2^-9 each.
+    assert_close([array.astype(jnp.float32) for array in own], in_float32, 2 / 2**9)
+
+
+def test_vmap_is_a_loop():
+    x, kernel = inputs(batch=4)
+    x = x.reshape(2, 2, *x.shape[1:])
+    kernels = jnp.stack([kernel, 2 * kernel])
+    both = jax.vmap(functools.partial(value_and_gradients, conv2d))(x, kernels)
+    for i in range(2):
+        assert_close([array[i] for array in both], value_and_gradients(conv2d, x[i], kernels[i]))
+
+
+def test_remat_changes_nothing():
+    x, kernel = inputs()
+    rematerialised = jax.checkpoint(lambda x, kernel, *how: conv2d(x, kernel, *how), static_argnums=(2, 3))
+    assert_close(jax.jit(functools.partial(value_and_gradients, rematerialised))(x, kernel),
+                 value_and_gradients(conv2d, x, kernel))
+
+
+@pytest.mark.parametrize(("channels", "outputs", "kernel"), [(128, 128, 3), (20, 4, 3), (4, 20, 3), (8, 8, 1)])
+def test_batch_over_four_devices(channels, outputs, kernel):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    x, weights = inputs((8, 8), channels, outputs, kernel, batch=4)
+    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    function = functools.partial(value_and_gradients, conv2d, padding=kernel // 2)
+    split = jax.jit(function, out_shardings=(by_batch, by_batch, whole))
+    assert_close(split(jax.device_put(x, by_batch), jax.device_put(weights, whole)), function(x, weights))
+
+
+@pytest.mark.parametrize("kernel", [3, 1])
+def test_gpus_get_the_plain_convolutions(kernel):
+    def program(function):
+        both = functools.partial(value_and_gradients, function, padding=kernel // 2)
+        return jax.jit(both).trace(*inputs(kernel=kernel)).lower(lowering_platforms=("cuda",)).as_text()
+
+    def convolutions(text):
+        return sorted(line.split(" = ")[1].split("(")[0] + line.split(")", 1)[1] for line in text.splitlines()
+                      if "stablehlo.convolution" in line)
+
+    own, plain = program(conv2d), program(xla)
+    assert "dot_general" not in own
+    assert len(convolutions(own)) == 3
+    assert convolutions(own) == convolutions(plain)
+
+
+def test_no_branch_is_left_in_the_compiled_program():
+    compiled = jax.jit(functools.partial(value_and_gradients, conv2d)).lower(*inputs()).compile().as_text()
+    assert " conditional(" not in compiled
+
+
+def test_large_batches_keep_to_memory(monkeypatch):
+    x, kernel = inputs()
+    assert convolution._winograd_wins(x, kernel, 1, 1)
+    monkeypatch.setattr(convolution, "_MAX_WORKSPACE", 16 * 64 * (128 + 128) * 4 - 1)
+    assert not convolution._winograd_wins(x, kernel, 1, 1)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_layer_is_flax_s_with_the_same_parameters(stride):
+    layer = conv(8, 12, 3, ParameterKeys(jax.random.key(0)), dtype="float32", stride=stride)
+    assert sorted(nnx.to_flat_state(nnx.state(layer)).paths) == [("bias",), ("kernel",)]
+    x = inputs(channels=8)[0]
+    assert_close(layer(x), nnx.Conv.__call__(layer, x))
