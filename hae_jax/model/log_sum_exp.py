@@ -12,6 +12,8 @@ precision, and mean and variance are differences from c*, so nothing cancels whe
 import jax
 import jax.numpy as jnp
 
+from hae_jax.model.platform import by_platform
+
 
 @jax.custom_vjp
 def log_sum_exp(
@@ -24,7 +26,7 @@ def log_sum_exp(
 
 def _forward(a: jax.Array, c: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     top = _value_at_the_peak(a, c)
-    s0, s1, s2 = jax.lax.platform_dependent(a, c, top, cpu=_sums_by_columns, default=_sums)
+    s0, s1, s2 = by_platform(a, c, top, cpu=_sums_by_columns, default=_sums)
     mean = s1 / s0
     variance = s2 / s0 - mean**2
     return (a * top + jnp.log(s0), top + mean), (a, c, jnp.log(s0), mean, variance)
@@ -38,7 +40,7 @@ def _backward(residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax
     # p_s (alpha + beta (c_s - c*)) is what a query adds to the gradient of c_s.
     beta = dm * a
     alpha = dl * a + dm - beta * mean
-    dc = jax.lax.platform_dependent(a, top, log_s0, alpha, beta, c, cpu=_gradient_by_rows, default=_gradient)
+    dc = by_platform(a, top, log_s0, alpha, beta, c, cpu=_gradient_by_rows, default=_gradient)
     return dl * (top + mean) + dm * variance, dc
 
 

@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from hae_jax.model.platform import by_platform
+
 # Queries to a step on CPU: their scores (rows x T x batch x heads) then live in cache, and most of the time of the
 # whole T x T form is memory traffic. Fewer make the matrix products too thin.
 CPU_ROWS = 256
@@ -24,7 +26,7 @@ def attention(
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    out, lse = jax.lax.platform_dependent(q, k, v, cpu=_forward_by_rows, default=_forward_block)
+    out, lse = by_platform(q, k, v, cpu=_forward_by_rows, default=_forward_block)
     return (out, lse), (q, k, v, out, lse)
 
 
@@ -34,7 +36,7 @@ def _backward(residuals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax
     dout, dlse = cotangents
     shift = (dout * out).sum(-1) - dlse
     arguments = q, dout.astype(v.dtype), lse, shift, k, v
-    dq, dk, dv = jax.lax.platform_dependent(*arguments, cpu=_backward_by_rows, default=_backward_block)
+    dq, dk, dv = by_platform(*arguments, cpu=_backward_by_rows, default=_backward_block)
     return dq.astype(q.dtype), dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype)
 
 

@@ -18,6 +18,7 @@ from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
 from hae_jax.model.flops import TRAINING_FACTOR, device_peak_flops, forward_flops, training_flops
 from hae_jax.model.layers import Randomness
+from hae_jax.model.platform import accelerator_forms
 from hae_jax.training.mesh import bytes_per_device, check_batch_size, make_mesh
 from hae_jax.training.settings import check_settings
 from hae_jax.training.state import (
@@ -61,13 +62,15 @@ def activation_bytes(network: UNetConfig, rows: int) -> int:
     """What the forward pass of a training step keeps for the backward pass, in bytes, by the shapes of the program.
 
     Where the network recomputes (remat), what the largest recomputed part needs is added, since it is there at once.
-    XLA may need less, by computing again what costs little, or more, for its own workspaces.
+    XLA may need less, by computing again what costs little, or more, for its own workspaces. Counted are the forms of
+    accelerators (`hae_jax.model.platform`), which on CPUs are an upper bound.
 
     Args:
       rows: images on one device at once.
     """
     loss, params = _loss(network, rows)
-    return _needed_bytes(loss, [params])
+    with accelerator_forms():
+        return _needed_bytes(loss, [params])
 
 
 def _network_lines(network: UNetConfig, state: TrainState) -> list[str]:

@@ -1,0 +1,37 @@
+"""Which form of an operation a program gets: that for CPUs, or that for accelerators.
+
+Forms for CPUs keep what they work on in caches, by loops that accelerators would be slow in. All of them are chosen
+here, so that a program can also be planned for an accelerator where there is none.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+_planned = contextvars.ContextVar("planned", default=False)
+
+
+@contextlib.contextmanager
+def accelerator_forms() -> Iterator[None]:
+    """While it lasts, programs are traced as for an accelerator, whatever the machine. What JAX has traced stays."""
+    token = _planned.set(True)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """`cpu(*args)` or `default(*args)`, which must agree in shapes; decided when the program is lowered.
+
+    Both are traced and, if differentiated, both keep what their gradients need: give them gradients of their own.
+    """
+    return default(*args) if _planned.get() else jax.lax.platform_dependent(*args, cpu=cpu, default=default)
+
+
+def is_cpu() -> bool:
+    """Whether a program is to run on this machine's CPU; for forms without gradients of their own."""
+    return jax.default_backend() == "cpu" and not _planned.get()
