@@ -16,7 +16,7 @@ PHANTOM = str(ROOT / "configs" / "phantom.py")
 
 
 @pytest.mark.parametrize("script", ["train.py", "translate.py", "tools/make_phantom.py", "tools/prepare_data.py",
-                                    "tools/convert_torch_weights.py", "tools/compare_methods.py"])
+                                    "tools/convert_torch_weights.py", "tools/compare_methods.py", "tools/benchmark.py"])
 def test_every_front_door_has_help_and_opens_from_any_folder(script, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True, text=True,
                           check=True)

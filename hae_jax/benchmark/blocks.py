@@ -1,0 +1,158 @@
+"""Single blocks of the network, each in our form and in others: where the savings of the whole come from."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hae_jax.benchmark import naive
+from hae_jax.benchmark.measure import compile_program, in_turns, sharing_memory
+from hae_jax.benchmark.results import NAIVE, OURS, Row
+from hae_jax.model import UNetConfig, attention, layers, sparse
+from hae_jax.model.conditioning import Context
+from hae_jax.model.config import HYBRID_HEADS
+from hae_jax.model.flops import TRAINING_FACTOR, count_flops
+from hae_jax.model.hybrid import MultiHeadAttention
+from hae_jax.training.mesh import batch_sharding, make_mesh, replicated
+
+_HEADS = 4  # of the attention block
+_SIZES = {  # as the full network has them at 128 px
+    "attention": (32, 256),  # pixels on a side, channels
+    "sparse": (4096 + 256 + 64, 16),  # tokens of all patch sizes together, numbers in a head
+    "convolutions": ((32, 256), (64, 128), (128, 128)),
+}
+
+
+class Block(NamedTuple):
+    """A block in several forms.
+
+    Attributes:
+      name: with its size.
+      forms: functions of `params` and `inputs`, one of them `OURS`; the first is what the others are compared with.
+      params: that all devices have.
+      inputs: [B, ...] each, cut among the devices.
+    """
+
+    name: str
+    forms: dict[str, Callable[..., jax.Array]]
+    params: Any
+    inputs: tuple[jax.Array, ...]
+
+    def placed(self, mesh: Mesh) -> tuple[Any, ...]:
+        """The arguments of the forms, on the devices."""
+        return jax.device_put(self.params, replicated(mesh)), *jax.device_put(self.inputs, batch_sharding(mesh))
+
+
+def measure_blocks(batch: int, dtype: str, repeats: int, mesh: Mesh, say: Callable[[str], None] = print) -> list[Row]:
+    """Times the forms of each block in turns, forward and with gradients; memory is XLA's plan.
+
+    Args:
+      batch: images in a call, which the mesh divides; the sparse attention alone takes one, on one device.
+      dtype: of computation.
+      repeats: turns.
+      mesh: of the devices to use.
+      say: is told what is being done.
+    """
+    return [row for block in blocks(batch, dtype) for gradients in (False, True)
+            for row in _rows(block, gradients, repeats, mesh, say)]
+
+
+def _rows(block: Block, gradients: bool, repeats: int, mesh: Mesh, say: Callable[[str], None]) -> list[Row]:
+    images, forms = len(block.inputs[0]), block.forms.values()
+    mesh = mesh if images % mesh.size == 0 else make_mesh(devices=mesh.devices.flat[:1])
+    arguments = block.placed(mesh)
+    name = f"{block.name}, {'with gradients' if gradients else 'forward'}"
+    say(f"blocks: {name}")
+    programs = [compile_program(lambda f=f: jax.jit(with_gradients(f) if gradients else f).lower(*arguments),
+                                sharing_memory(mesh)) for f in forms]
+    turns = in_turns([lambda p=program: jax.block_until_ready(p.executable(*arguments)) for program in programs],
+                     repeats)
+    flops = [(TRAINING_FACTOR if gradients else 1) * count_flops(f, *arguments) for f in forms]
+    times = [float(np.median(turn / turns[0])) for turn in turns]
+    memories = [program.memory and program.memory / programs[0].memory for program in programs]
+    ours = list(block.forms).index(OURS)
+    return [Row("blocks", name, form, turns[i].tolist(), images, flops[i], flops[ours], None,
+                programs[i].memory, programs[i].seconds, times[i], memories[i]) for i, form in enumerate(block.forms)]
+
+
+def with_gradients(f: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Output and gradients of |f|^2 / 2 for all arguments."""
+
+    def both(*arguments):
+        out, pull = jax.vjp(f, *arguments)
+        return out, pull(out)
+
+    return both
+
+
+def blocks(batch: int, dtype: str) -> Iterator[Block]:
+    """All blocks, in the sizes of the full network; arguments are made when asked for."""
+    yield _attention_block(batch, dtype)
+    yield _sparse_attention(dtype)
+    yield _sparse_layer(batch, dtype)
+    for size, channels in _SIZES["convolutions"]:
+        x, kernel = _normal((batch, size, size, channels), dtype), 0.1 * _normal((3, 3, channels, channels), dtype)
+        forms = {OURS: layers.conv2d, NAIVE: naive.conv2d}
+        forms = {form: lambda kernel, x, f=f: f(x, kernel, padding=1) for form, f in forms.items()}
+        yield Block(f"3x3 convolution, {channels} at {size} px", forms, kernel, (x,))
+
+
+def _attention_block(batch: int, dtype: str) -> Block:
+    side, channels = _SIZES["attention"]
+    config = UNetConfig(dtype=dtype)
+    call, params = _module(lambda: attention.AttentionBlock(channels, _HEADS, config, nnx.Rngs(0)))
+
+    def without(params, x, c):
+        return call(params, x, layers.Conditioning(emb=c))
+
+    def ours(params, x, c):
+        return call(params, x, layers.Conditioning(emb=c, context=Context(c, jnp.ones(len(c), bool))))
+
+    def materialised(params, x, c):
+        with naive.swapped_in(("context",)):
+            return ours(params, x, c)
+
+    inputs = _normal((batch, side, side, channels), dtype), _normal((batch, config.embedding_width))
+    forms = {"no context": without, OURS: ours, "context naive": materialised}
+    return Block(f"attention at {side} px", forms, params, inputs)
+
+
+def _sparse_attention(dtype: str) -> Block:
+    tokens, depth = _SIZES["sparse"]
+    q, k, v = (_normal((1, tokens, HYBRID_HEADS, depth), dtype, seed) for seed in range(3))
+
+    def ours(_, q, k, v):
+        return sparse.attend_blocks(q, k, v, sparse.block_links(tokens, jax.random.key(0)))
+
+    def dense(_, q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("bihd,bjhd->bhij", q, k) * depth**-0.5)
+        return jnp.einsum("bhij,bjhd->bihd", weights, v)
+
+    forms = {OURS: ours, "dense": dense, "dense by jax.nn": lambda _, *qkv: jax.nn.dot_product_attention(*qkv)}
+    return Block(f"sparse attention, {tokens} tokens", forms, None, (q, k, v))
+
+
+def _sparse_layer(batch: int, dtype: str) -> Block:
+    """With its projections."""
+    side, channels = _SIZES["attention"]
+    forms = {}
+    for form, pattern in ((OURS, "blocks"), ("dense", "dense")):
+        config = UNetConfig(dtype=dtype, sparse_pattern=pattern)
+        call, params = _module(lambda config=config: MultiHeadAttention(channels, config, nnx.Rngs(0)))
+        forms[form] = lambda params, x, call=call: call(params, x, None, None, is_sparse=True)
+    return Block(f"sparse layer, {side**2} tokens", forms, params, (_normal((batch, side**2, channels), dtype),))
+
+
+def _module(make: Callable[[], nnx.Module]) -> tuple[Callable[..., jax.Array], nnx.State]:
+    """A function of parameters and arguments, and parameters of which none is zero."""
+    graph, shapes = nnx.split(nnx.eval_shape(make))
+    params = jax.tree.map(lambda a: 0.1 * _normal(a.shape, a.dtype), shapes)
+    return lambda params, *args, **kwargs: nnx.merge(graph, params)(*args, **kwargs), params
+
+
+def _normal(shape: tuple[int, ...], dtype: Any = "float32", seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)

@@ -1,0 +1,120 @@
+"""What was measured: a row for each program, as a table and as JSON."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hae_jax.benchmark.table import number, render, seconds, size
+from hae_jax.files import write_json, written_whole
+from hae_jax.provenance import record
+
+OURS, NAIVE = "ours", "naive"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One program's figures; None is what cannot be known.
+
+    Attributes:
+      part: which program.
+      variant: of the network; for the loader, where its slices come from; for a block, which one.
+      form: "ours", or what of it is naive.
+      seconds: of a call in each turn.
+      images: of a call.
+      flops: of a call, as this program computes.
+      model_flops: of a call, as our form computes: what counts as work done.
+      model_bytes: the least traffic of a call with memory (`floor.least_bytes`); of whole programs only.
+      memory: bytes at the peak, of each device by its own statistics; where it has none, or a larger program came
+        before, by XLA's plan, which is that of all cores of a CPU together.
+      compile_seconds: tracing and compilation.
+      time_ratio: time over that of what it is compared with: ours for a baseline, the first variant for another one,
+        the first form of a block; for the loader, slices per second over what the training step needs.
+      memory_ratio: likewise.
+    """
+
+    part: str
+    variant: str
+    form: str
+    seconds: list[float]
+    images: int
+    flops: int | None = None
+    model_flops: int | None = None
+    model_bytes: int | None = None
+    memory: int | None = None
+    compile_seconds: float | None = None
+    time_ratio: float | None = None
+    memory_ratio: float | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """By the median turn."""
+        return self.images / float(np.median(self.seconds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """All rows, and what they were measured on."""
+
+    rows: list[Row]
+    peak_flops: float  # of matrix products
+    peak_bytes: float  # per second, of copies
+    machine: str
+    settings: dict[str, Any]
+
+    def text(self) -> str:
+        """The table with a line above that says what it was measured on."""
+        head = (f"{self.machine}; matrix products reach {number(self.peak_flops / 1e9)} GFLOP/s, copies "
+                f"{number(self.peak_bytes / 1e9)} GB/s")
+        table = render(_HEADER, [_cells(row, self) for row in self.rows])
+        return "\n".join([head, "", table, *_loader_lines(self.rows)])
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Writes benchmark.json and benchmark.md."""
+        rows = [dataclasses.asdict(row) | {"images_per_second": row.images_per_second} for row in self.rows]
+        return write(folder, "benchmark", self.text(), {
+            "machine": self.machine, "peak_flops": self.peak_flops, "peak_bytes": self.peak_bytes,
+            "settings": self.settings, "rows": rows})
+
+
+def write(folder: str | Path, name: str, text: str, facts: dict[str, Any]) -> list[Path]:
+    """Writes a table as <name>.md, and the facts behind it as <name>.json."""
+    table, data = Path(folder) / f"{name}.md", Path(folder) / f"{name}.json"
+    write_json(data, record() | facts)
+    with written_whole(table) as path:
+        path.write_text(text + "\n")
+    return [table, data]
+
+
+def machine(mesh: Mesh) -> str:
+    """The devices in words."""
+    device = mesh.devices.flat[0]
+    kind = f"{device.device_kind} ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    return f"{mesh.size} x {kind}, jax {jax.__version__}"
+
+
+_HEADER = ("part", "variant", "form", "time", "fastest", "images/s", "GFLOP/image", "model GFLOP/s", "FLOP floor",
+           "byte floor", "memory", "compiling", "time x", "memory x")
+
+
+def _cells(row: Row, result: Result) -> list[str]:
+    median = float(np.median(row.seconds))
+    if row.part == "input":
+        return ["input", row.variant, row.form, seconds(median), "", number(row.images_per_second), *[""] * 8]
+    speed = row.model_flops / median
+    return [row.part, row.variant, row.form, seconds(median), seconds(min(row.seconds)),
+            number(row.images_per_second), number(row.flops / row.images / 1e9), number(speed / 1e9),
+            f"{speed / result.peak_flops:.0%}",
+            f"{row.model_bytes / median / result.peak_bytes:.0%}" if row.model_bytes else "",
+            size(row.memory), seconds(row.compile_seconds),
+            f"{row.time_ratio:.2f}", f"{row.memory_ratio:.2f}" if row.memory_ratio else ""]
+
+
+def _loader_lines(rows: Sequence[Row]) -> list[str]:
+    return ["", *(f"The loader gives {number(row.images_per_second)} slices/s, {number(row.time_ratio)} times what the "
+                  "training step needs." for row in rows if row.part == "input" and row.time_ratio)]

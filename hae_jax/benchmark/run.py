@@ -1,0 +1,127 @@
+"""The benchmark: parts x variants x (ours, baselines), compiled, then timed in turns."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from hae_jax.benchmark import naive
+from hae_jax.benchmark.blocks import measure_blocks
+from hae_jax.benchmark.loader import slices_per_second, training_slices
+from hae_jax.benchmark.measure import (
+    Compiled,
+    compile_program,
+    copy_speed,
+    in_turns,
+    matmul_peak,
+    peak_of_first_call,
+    sharing_memory,
+)
+from hae_jax.benchmark.programs import ForwardPass, Program, TrainingStep, TranslationOfBatch
+from hae_jax.benchmark.results import NAIVE, OURS, Result, Row, machine
+from hae_jax.benchmark.settings import Settings, with_model
+from hae_jax.errors import UserError
+from hae_jax.training.mesh import check_batch_size
+from hae_jax.training.state import network_config
+
+_LOADER_SECONDS = 3.0
+_PROGRAMS = "train", "forward", "translate"
+
+
+def benchmark(
+    config: ml_collections.ConfigDict, settings: Settings, mesh: Mesh, say: Callable[[str], None] = print
+) -> Result:
+    """Measures.
+
+    Args:
+      config: the config tree; the variant is replaced by those of the settings.
+      say: is told what is being done, which may take minutes.
+
+    Raises:
+      UserError: for settings that do not fit together.
+    """
+    check_batch_size(settings.batch, config.training.accumulation, mesh, "--batch")
+    if "translate" in settings.parts and not 1 <= settings.steps <= config.diffusion.steps:
+        raise UserError(f"--steps {settings.steps}: diffusion.steps is {config.diffusion.steps}")
+    say("matrix products and copies")
+    best = matmul_peak(mesh, config.model.dtype), copy_speed(mesh)
+    rows = [row for part in settings.parts if part in _PROGRAMS for row in _measure(part, config, settings, mesh, say)]
+    if "blocks" in settings.parts:
+        rows += measure_blocks(settings.batch, config.model.dtype, settings.repeats, mesh, say)
+    if "input" in settings.parts:
+        say("loader")
+        rows.append(_loader_row(config, settings, rows))
+    return Result(rows, *best, machine(mesh), dataclasses.asdict(settings) | {"config": config.to_dict()})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A program in one form, compiled."""
+
+    program: Program
+    variant: str
+    form: str
+    flops: int
+    compiled: Compiled
+    memory: int | None
+
+
+def _measure(
+    part: str, config: ml_collections.ConfigDict, settings: Settings, mesh: Mesh, say: Callable[[str], None]
+) -> list[Row]:
+    entries = list(_compiled(part, config, settings, mesh, say))
+    say(f"timing {part}: {settings.repeats} turns of {len(entries)} programs")
+    turns = in_turns([lambda e=entry: e.program.call(e.compiled.executable) for entry in entries], settings.repeats)
+    first = {entry.variant: i for i, entry in reversed(list(enumerate(entries)))}
+    return [_row(part, entries, turns, i, first[entry.variant] if entry.form != OURS else 0)
+            for i, entry in enumerate(entries)]
+
+
+def _compiled(part, config, settings, mesh, say) -> Iterator[_Entry]:
+    for variant in settings.variants:
+        tree = with_model(config, variant=variant)
+        network = network_config(tree.to_dict())
+        if part == "translate" and network.num_classes is None:
+            raise UserError("--part translate: the network has no classes (model.num_classes)")
+        program = _program(part, tree, mesh, settings)
+        forms = {OURS: ()} | {form: naive.pieces_of(form, network, translation=part == "translate")
+                              for form in settings.baselines}
+        for form, pieces in forms.items():
+            if form != OURS and not pieces:
+                continue
+            say(f"compiling {part} {variant} {form}")
+            with naive.swapped_in(pieces):
+                compiled, flops = compile_program(program.lower, sharing_memory(mesh)), program.flops()
+            program.place()
+            used = peak_of_first_call(
+                mesh.devices.flat[0], lambda c=compiled, p=program: p.call(c.executable), compiled.arguments)
+            yield _Entry(program, variant, form, flops, compiled, used or compiled.memory)
+
+
+def _program(part: str, config: ml_collections.ConfigDict, mesh: Mesh, settings: Settings) -> Program:
+    if part == "train":
+        return TrainingStep(config, mesh, settings.batch)
+    if part == "forward":
+        return ForwardPass(config, mesh, settings.batch)
+    return TranslationOfBatch(config, mesh, settings.batch, settings.steps)
+
+
+def _row(part: str, entries: Sequence[_Entry], turns: np.ndarray, i: int, reference: int) -> Row:
+    entry, other = entries[i], entries[reference]
+    ours = next(e for e in entries if e.variant == entry.variant and e.form == OURS)
+    return Row(
+        part, entry.variant, entry.form if entry.form in (OURS, NAIVE) else f"{entry.form} naive",
+        seconds=turns[i].tolist(), images=entry.program.images, flops=entry.flops, model_flops=ours.flops,
+        model_bytes=entry.program.least_bytes(), memory=entry.memory, compile_seconds=entry.compiled.seconds,
+        time_ratio=float(np.median(turns[i] / turns[reference])),
+        memory_ratio=entry.memory / other.memory if entry.memory and other.memory else None)
+
+
+def _loader_row(config: ml_collections.ConfigDict, settings: Settings, rows: Sequence[Row]) -> Row:
+    with training_slices(config) as (reader, name):
+        speed = slices_per_second(reader, config, settings.batch, _LOADER_SECONDS)
+    need = next((row.images_per_second for row in rows if row.part == "train" and row.form == OURS), None)
+    return Row("input", name, f"{config.data.workers} workers", [settings.batch / speed], settings.batch,
+               time_ratio=speed / need if need else None)

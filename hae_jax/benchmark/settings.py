@@ -1,0 +1,62 @@
+"""What to measure, and on which network."""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from hae_jax.benchmark import naive
+from hae_jax.benchmark.results import NAIVE
+from hae_jax.errors import UserError
+from hae_jax.model import VARIANTS
+
+PARTS = ("train", "forward", "translate", "input", "blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+      parts: of `PARTS`.
+      variants: of the network; the first is what the others are compared with.
+      baselines: what ours is compared with: "naive", or with single pieces naive.
+      batch: images in a call, over all devices.
+      steps: that a translation walks.
+      repeats: turns; each program is timed once in each.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
+
+    parts: tuple[str, ...]
+    variants: tuple[str, ...]
+    baselines: tuple[str, ...]
+    batch: int
+    steps: int
+    repeats: int
+
+    def __post_init__(self):
+        for flag, values, choices in (("--part", self.parts, PARTS), ("--variant", self.variants, tuple(VARIANTS)),
+                                      ("--baseline", self.baselines, (NAIVE, *naive.PIECES))):
+            for value in values:
+                if value not in choices:
+                    raise UserError(f"{flag} {value}: choose among {', '.join(choices)}")
+        for flag, value in (("--steps", self.steps), ("--repeats", self.repeats)):
+            if value < 1:
+                raise UserError(f"{flag} {value}: must be at least 1")
+
+
+def with_model(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
+    """A copy of the config with other fields of the network.
+
+    With another image_size, attention stays at the same sizes in pixels.
+    """
+    config = config.copy_and_resolve_references()
+    size = config.model.image_size
+    for name, value in fields.items():
+        config.model[name] = value
+    if "image_size" in fields and "attention_resolutions" not in fields:
+        rates = (rate * fields["image_size"] // size for rate in config.model.attention_resolutions)
+        config.model.attention_resolutions = tuple(rate for rate in rates if rate > 0)
+    return config

@@ -1,0 +1,102 @@
+"""`tools/benchmark.py`: time and memory of training, forward pass, translation, loader and blocks, in one table."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hae_jax.commands.common import check_fields, entry_point
+from hae_jax.commands.config import CONFIG_HELP, read_config
+
+_DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "default.py")
+_SMALL = ("image_size=64", "model_channels=32", "num_res_blocks=1", "channel_mult=(1,2,2)",
+          "attention_resolutions=(2,4)")
+_DESCRIPTION = """\
+Measure a training step, a forward pass, the translation of a batch and the loader: time (median), images/s, model
+FLOP/s, memory, compile time. What is compared is timed in turns. "model" FLOP are those that the network needs, counted
+on shapes, whatever the measured program does besides. "FLOP floor" is the share of the time that they would take as
+fast as the device's matrix products, "byte floor" that of the least traffic with memory, as fast as its copies.
+"time x" and "memory x" compare a baseline with ours, another variant with the first, and a block's forms with the first
+of them. "blocks" are single pieces in the sizes of the full network; they are measured on request."""
+_EPILOG = """\
+examples:
+  python tools/benchmark.py                                          # a small network, about 2 minutes on two cores
+  python tools/benchmark.py --baseline context,sparse,convolution,passes,stacks # what each saving brings
+  python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
+  python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
+  python tools/benchmark.py --input --config configs/brats_v2c.py    # does the loader keep up with the training step?
+  python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others
+  python tools/benchmark.py --memory                                 # batch 28 of the full network, only compiled"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--part", type=_names, default="train,forward,translate,input", metavar="A,B", help="of train, forward, "
+        "translate, input, blocks; default: %(default)s")
+    add("--input", action="store_const", dest="part", const=("train", "input"), help="the loader against the training "
+        "step's need: --part train,input")
+    add("--variant", type=_names, metavar="A,B", help="fpdm, hae, hae_lite, hae_v2, hae_v2c; default: the config's")
+    add("--baseline", type=_names, metavar="A,B", help="naive, or context, sparse, "
+        "convolution, passes, stacks: each alone naive; none; default: naive, with --input none")
+    add("--batch", type=int, metavar="N", help="images, over all devices; default: 8, with --memory 28")
+    add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py, but without --memory "
+        f"a small network: {', '.join(_SMALL)}")
+    add("--image-size", type=int, metavar="PX", help="attention stays at the same sizes in pixels")
+    add("--model-channels", type=int, metavar="N", help="base width")
+    add("--dtype", choices=("float32", "bfloat16"), help="of computation; default: the config's, "
+        "with --memory bfloat16")
+    add("--remat", choices=("none", "block", "full"), help="default: the config's; --memory compares them")
+    add("--steps", type=int, default=4, metavar="N", help="that a translation walks; default: %(default)s of 600")
+    add("--repeats", type=int, default=5, metavar="N", help="turns; default: %(default)s")
+    add("--devices", choices=("one", "cores"), default="cores", help="one device, or all (on a CPU, its cores); "
+        "default: %(default)s")
+    add("--memory", action="store_true", help="plan the memory of training instead, ours and naive, and the largest "
+        "batches for some cards")
+    add("--output", metavar="FOLDER", help="also write the table there, as Markdown and JSON")
+    return parser
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, measures, prints the table."""
+    arguments, overrides = _parser().parse_known_args(argv)
+    check_fields(overrides)
+    small = arguments.config is None and not arguments.memory
+    config = read_config(arguments.config or _DEFAULT_CONFIG,
+                         [*(f"--config.model.{field}" for field in _SMALL if small), *overrides])
+    if arguments.memory:
+        arguments.dtype = arguments.dtype or "bfloat16"
+    batch = arguments.batch or (28 if arguments.memory else 8)
+
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cache would hide the compile times
+    # Imported after parsing: --help shall not wait for JAX.
+    import jax
+
+    from hae_jax.benchmark.memory import memory_of_training
+    from hae_jax.benchmark.run import benchmark
+    from hae_jax.benchmark.settings import Settings, with_model
+    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.training.mesh import make_mesh
+
+    fields = {name: getattr(arguments, name) for name in ("image_size", "model_channels", "dtype", "remat")}
+    config = with_model(config, **{name: value for name, value in fields.items() if value is not None})
+    if arguments.memory:
+        result = memory_of_training(config, batch, make_mesh(devices=jax.devices()[:1]))
+    else:
+        baselines = arguments.baseline or (("none",) if arguments.part == ("train", "input") else ("naive",))
+        settings = Settings(
+            arguments.part, arguments.variant or (config.model.variant,),
+            tuple(name for name in baselines if name != "none"), batch, arguments.steps, arguments.repeats)
+        if arguments.devices == "cores":
+            use_all_cores(batch)
+        devices = jax.devices() if arguments.devices == "cores" else jax.devices()[:1]
+        result = benchmark(config, settings, make_mesh(devices=devices))
+    print(f"\n{result.text()}")
+    if arguments.output:
+        print("\n".join(["", "written:", *(f"  {path}" for path in result.write(arguments.output))]))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)

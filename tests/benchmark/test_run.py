@@ -1,0 +1,141 @@
+"""The benchmark as a whole, on the smallest network: rows, ratios, files, mistakes."""
+
+import json
+
+import jax
+import pytest
+
+from configs import default
+from hae_jax.benchmark import memory, run
+from hae_jax.benchmark.measure import Compiled
+from hae_jax.benchmark.memory import largest_batch, memory_of_training
+from hae_jax.benchmark.results import Result, Row
+from hae_jax.benchmark.run import benchmark
+from hae_jax.benchmark.settings import Settings, with_model
+from hae_jax.commands.benchmark import main
+from hae_jax.errors import UserError
+from hae_jax.training.mesh import make_mesh
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    config = default.get_config()
+    config.data.root = str(tmp_path / "nothing")
+    return with_model(config, image_size=16, model_channels=32, num_res_blocks=1, channel_mult=(1,),
+                      attention_resolutions=(), variant="fpdm")
+
+
+@pytest.fixture(autouse=True)
+def _little(monkeypatch):
+    monkeypatch.setattr("hae_jax.benchmark.measure._PEAK_SIZES", {"cpu": 64})
+    monkeypatch.setattr("hae_jax.benchmark.measure._COPIED", (64, 64))
+    monkeypatch.setattr(run, "_LOADER_SECONDS", 0.05)
+    monkeypatch.setattr("hae_jax.benchmark.loader._MADE_UP_SLICES", 64)
+
+
+def test_every_part_has_its_rows(tiny, tmp_path):
+    settings = Settings(("train", "forward", "translate", "input"), ("fpdm",), (), batch=2, steps=2, repeats=2)
+    said = []
+    result = benchmark(tiny, settings, make_mesh(devices=jax.devices()[:2]), said.append)
+    assert [(row.part, row.form) for row in result.rows] == [
+        ("train", "ours"), ("forward", "ours"), ("translate", "ours"), ("input", "0 workers")]
+    train, forward, translate, loader = result.rows
+    assert train.flops == 3 * forward.flops
+    assert train.model_bytes == 3 * forward.model_bytes
+    assert translate.flops == pytest.approx(2 * 3 * forward.flops, rel=0.01)  # two steps of three passes
+    assert train.memory > forward.memory > 0
+    assert loader.time_ratio == pytest.approx(loader.images_per_second / train.images_per_second)
+    assert "compiling train fpdm ours" in said
+
+    table, data = result.write(tmp_path / "out")
+    assert "The loader gives" in table.read_text()
+    written = json.loads(data.read_text())
+    assert written["settings"]["config"]["model"]["image_size"] == 16
+    assert [len(row["seconds"]) for row in written["rows"]] == [2, 2, 2, 1]
+    assert "versions" in written
+
+
+def test_baselines_compare_with_ours_and_variants_with_the_first(tiny):
+    config = with_model(tiny, channel_mult=(1, 1))
+    settings = Settings(("forward",), ("fpdm", "hae_lite"), ("sparse",), batch=2, steps=1, repeats=1)
+    rows = benchmark(config, settings, make_mesh(devices=jax.devices()[:1]), str).rows
+    # fpdm has no sparse attention.
+    assert [(row.variant, row.form) for row in rows] == [
+        ("fpdm", "ours"), ("hae_lite", "ours"), ("hae_lite", "sparse naive")]
+    time = [row.seconds[0] for row in rows]
+    assert [row.time_ratio for row in rows] == pytest.approx([1, time[1] / time[0], time[2] / time[1]])
+    assert rows[2].flops > rows[1].flops == rows[2].model_flops
+
+
+def test_memory_is_planned_for_batches_that_are_not_run(tiny, monkeypatch, tmp_path):
+    lowered = []
+
+    def plan(lower, devices, plan_only):
+        lowered.append(lower.__self__.images)
+        return Compiled(None, 1.0, int(2e9 + lowered[-1] * 1e8), 0)
+
+    monkeypatch.setattr(memory, "compile_program", plan)
+    monkeypatch.setattr(memory, "_FORMS", (("naive", "none"), ("ours", "block")))
+    result = memory_of_training(tiny, 8, make_mesh(devices=jax.devices()[:1]), str)
+    theirs, ours = result.rows
+    assert lowered == [8, 4, 8]
+    assert ours.kept < theirs.kept
+    assert theirs.per_image is None
+    assert ours.per_image == pytest.approx(1e8, rel=0.01)
+    assert ours.largest[24] < ours.largest[40] < ours.largest[80]
+    assert "batch in 24 GB" in result.write(tmp_path)[0].read_text()
+    with pytest.raises(UserError, match="--batch 7"):
+        memory_of_training(tiny, 7, make_mesh(devices=jax.devices()[:1]), str)
+
+
+def test_largest_batch_fills_nine_tenths_of_a_card():
+    peak = 2e9 + 10 * 1e8  # a state of 2 GB and 10 images
+    assert largest_batch(peak, 10, 1e8, 24) == (0.9 * 24e9 - 2e9) // 1e8
+    assert largest_batch(60e9, 10, 1e8, 24) == 0
+
+
+@pytest.mark.parametrize(("arguments", "parts", "baselines"), [
+    ([], ("train", "forward", "translate", "input"), ("naive",)),
+    (["--input"], ("train", "input"), ()),
+    (["--input", "--baseline", "context"], ("train", "input"), ("context",)),
+    (["--part", "blocks"], ("blocks",), ("naive",)),
+    (["--baseline", "none"], ("train", "forward", "translate", "input"), ()),
+])
+def test_flags_say_what_is_measured(arguments, parts, baselines, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "benchmark", lambda config, settings, mesh: seen.append(settings) or Result(
+        [], 1, 1, "", {}))
+    main([*arguments, "--batch", "2"])
+    assert (seen[0].parts, seen[0].baselines) == (parts, baselines)
+
+
+def test_blocks_are_a_part(tiny, monkeypatch):
+    row = Row("blocks", "a block", "ours", [1.0], 2)
+    monkeypatch.setattr(run, "measure_blocks", lambda batch, dtype, repeats, mesh, say: [row] * batch)
+    settings = Settings(("blocks",), ("fpdm",), ("naive",), batch=2, steps=1, repeats=1)
+    assert benchmark(tiny, settings, make_mesh(devices=jax.devices()[:1]), str).rows == [row, row]
+
+
+def test_attention_keeps_its_size_in_pixels():
+    config = default.get_config()
+    assert with_model(config, image_size=64).model.attention_resolutions == (2, 4, 8)
+    assert with_model(config, image_size=256).model.attention_resolutions == (8, 16, 32)
+    assert with_model(config, image_size=16).model.attention_resolutions == (1, 2)
+    assert config.model.image_size == 128
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--part", "sleep"], "--part sleep: choose among train, forward, translate, input, blocks"),
+    (["--variant", "unet"], "--variant unet: choose among fpdm"),
+    (["--baseline", "slow"], "--baseline slow: choose among naive, context"),
+    (["--repeats", "0"], "--repeats 0: must be at least 1"),
+    (["--part", "forward", "--batch", "3", "--config.training.accumulation=2"], "--batch is 3"),
+    (["--memory", "--batch", "5"], "--batch 5: --memory compares"),
+    (["--speed"], "--speed: unknown argument"),
+    (["--part", "translate", "--steps", "2000"], "--steps 2000: diffusion.steps is 1000"),
+])
+def test_mistakes_are_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
