@@ -35,7 +35,7 @@ class Row:
       compile_seconds: tracing and compilation.
       time_ratio: time over that of what it is compared with: ours for a baseline, the first variant for another one,
         the first form of a block; for the loader, slices per second over what the training step needs.
-      memory_ratio: likewise.
+      memory_ratio: likewise, of the plans.
     """
 
     part: str

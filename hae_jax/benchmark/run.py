@@ -111,12 +111,14 @@ def _program(part: str, config: ml_collections.ConfigDict, mesh: Mesh, settings:
 def _row(part: str, entries: Sequence[_Entry], turns: np.ndarray, i: int, reference: int) -> Row:
     entry, other = entries[i], entries[reference]
     ours = next(e for e in entries if e.variant == entry.variant and e.form == OURS)
+    # Of the plans, since the devices' statistics may know of one program and not of the other.
+    plan, other_plan = entry.compiled.memory, other.compiled.memory
     return Row(
         part, entry.variant, entry.form if entry.form in (OURS, NAIVE) else f"{entry.form} naive",
         seconds=turns[i].tolist(), images=entry.program.images, flops=entry.flops, model_flops=ours.flops,
         model_bytes=entry.program.least_bytes(), memory=entry.memory, compile_seconds=entry.compiled.seconds,
         time_ratio=float(np.median(turns[i] / turns[reference])),
-        memory_ratio=entry.memory / other.memory if entry.memory and other.memory else None)
+        memory_ratio=plan / other_plan if plan and other_plan else None)
 
 
 def _loader_row(config: ml_collections.ConfigDict, settings: Settings, rows: Sequence[Row]) -> Row:
