@@ -72,8 +72,11 @@ class Lifeline:
         port, key = global_state.client.blocking_key_value_get(_NAME, int(self._timeout * 1000)).split()
         host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
         address = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)[0][4]
-        connection = Client(address, "AF_INET", authkey=bytes.fromhex(key))
-        connection.send(jax.process_index())
+        try:
+            connection = Client(address, "AF_INET", authkey=bytes.fromhex(key))
+            connection.send(jax.process_index())
+        except (ConnectionResetError, BrokenPipeError, EOFError):  # it was there and is gone: it died meanwhile
+            _fall(0, "died")
         self._connections[connection] = 0
         news = _read(connection, 0)
         if news[1] != _FINISHED and not self._left:
