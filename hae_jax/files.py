@@ -57,14 +57,14 @@ def one_at_a_time(path: str | os.PathLike, waiting: Callable[[], None]) -> Itera
     nobody waits: for work that may be done twice, only needlessly.
 
     Args:
-      path: a file that is there only for this; removed at the end.
+      path: a file that is there only for this. It stays, empty: who waits for it would miss those who come after its
+        removal and make another.
       waiting: called if another process is inside.
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stream = stack.enter_context(path.open("a"))
-            stack.callback(path.unlink, missing_ok=True)  # while the lock is held: callbacks run in reverse
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

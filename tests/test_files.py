@@ -1,10 +1,11 @@
 """Files and folders appear whole or not at all."""
 
+import fcntl
 import json
 
 import pytest
 
-from hae_jax.files import folder_written_whole, write_json, written_whole
+from hae_jax.files import folder_written_whole, one_at_a_time, write_json, written_whole
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):
@@ -46,3 +47,12 @@ def test_json_refuses_not_a_number(tmp_path):
     assert list(tmp_path.iterdir()) == []
     write_json(tmp_path / "a.json", {"loss": None})
     assert json.loads((tmp_path / "a.json").read_text()) == {"loss": None}
+
+
+def test_who_waited_and_who_comes_later_are_not_inside_together(tmp_path):
+    lock, waited = tmp_path / ".lock", []
+    with one_at_a_time(lock, pytest.fail):
+        waiter = lock.open("a")  # has the file, and will get the lock on it
+    fcntl.flock(waiter, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with one_at_a_time(lock, lambda: waited.append(True) or waiter.close()):
+        assert waited

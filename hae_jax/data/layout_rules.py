@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ SYNONYMS = {"flair": ("flair", "t2f"), "t1": ("t1", "t1w", "t1n"), "t1ce": ("t1c
             "t2": ("t2", "t2w")}
 _BRATS_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w"}
 _SEGMENTATIONS = ("seg", "label-l_desc-t1lesion_mask", "consensus_gt", "mask")  # the first that is there is taken
-_BRAIN_OR_LESION = "mask"  # taken only with exactly the image's name: it may as well be the brain's
+BRAIN_OR_LESION = "mask"  # taken only with exactly the image's name: it may as well be the brain's
 
 _MODALITY_OF = {word: modality for modality, words in SYNONYMS.items() for word in words}
 # Lazy, so that the longest ending wins: the lesion mask of ATLAS is not the "_mask" of something else.
@@ -36,6 +37,7 @@ _NAME = re.compile(rf"(?:(?P<case>.*?)(?P<dash>[_-]))?(?P<word>{'|'.join((*_MODA
 _ASSUMED = f"no dataset.json says what the file's volumes are; taken as {', '.join(MODALITIES)}, in this order"
 _BIDS_SUBJECT = re.compile("sub-[^_]+")
 _NUMBERED = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+_GENERIC = re.compile(r"anat|data|images?|inputs?|mri?|nii|nifti|raw|scans?|ses(sion)?[-_]?\d*|volumes?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,6 @@ class CaseFiles:
     name: str
     images: tuple[ImageFile, ...]  # in the order of the wanted modalities
     segmentation: Path | None
-    other_name: str | None = None  # what to call it if another case has `name`, too
     problem: str | None = None  # why it cannot be used, if that is known from the names alone
     warnings: tuple[str, ...] = ()  # what was assumed about its files, one line each
 
@@ -90,9 +91,14 @@ class Folder:
     top: bool  # whether it is the folder that was asked for
 
     @property
+    def absolute(self) -> Path:
+        """Its path as it was asked for: what links lead to may be called anything."""
+        return Path(os.path.abspath(self.path))
+
+    @property
     def name(self) -> str:
         """Its own name, also where it was asked for as "."."""
-        return self.path.resolve().name
+        return self.absolute.name
 
     def named(self) -> list[_Named]:
         """Its files that say by their name what they are."""
@@ -101,13 +107,21 @@ class Folder:
                        _MODALITY_OF.get(match["word"].lower(), match["word"].lower()))
                 for path, match in found if match is not None]
 
+    def numbered(self) -> dict[str, dict[int, Path]]:
+        """Its files whose names end in four digits: what comes before -> number -> file."""
+        found: dict[str, dict[int, Path]] = collections.defaultdict(dict)
+        for stem, path in self.files.items():
+            if match := _NUMBERED.fullmatch(stem):
+                found[match["case"]][int(match["channel"])] = path
+        return found
+
 
 def _by_name(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
     """Files that say in their name what they are: BraTS, ATLAS and BIDS, MSLUB.
 
     A folder is one case if it says so by its name or has no modality twice; else its cases lie side by side. One case
-    is called what all its images are, for folders are called "scan" and the like; but where each folder's images are
-    called the same, find_cases takes the folders' names.
+    is called like its folder, whatever lies beside it; where folders are called "scan" and the like, or "anat" as in a
+    BIDS tree, like what its images' names have in common.
     """
     named = folder.named()
     images = [file for file in named if file.kind in MODALITIES]
@@ -119,34 +133,31 @@ def _by_name(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
     if folder.name not in prefixes and (twice or len(subjects) > 1):
         return [_named_case(folder, prefix or folder.name, [file for file in named if file.case == prefix], modalities)
                 for prefix in prefixes]
-    if not subjects and len(prefixes) == 1 and prefixes[0] not in ("", folder.name):
-        case = _named_case(folder, prefixes[0], named, modalities)
-        return [dataclasses.replace(case, other_name=folder.name)]
-    if not subjects:
-        return [_named_case(folder, folder.name, named, modalities)]
-    # In a BIDS tree the folder is only called "anat": the name is what the files have in common.
     parts = zip(*(prefix.split("_") for prefix in prefixes), strict=False)
-    shared = [part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts)]
-    return [_named_case(folder, "_".join(shared) or folder.name, named, modalities)]
+    shared = "_".join(part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
+    name = shared if shared and (subjects or _GENERIC.fullmatch(folder.name)) else folder.name
+    case = _named_case(folder, name if name in prefixes else shared or name, named, modalities)
+    return [dataclasses.replace(case, name=name)]
 
 
-def _named_case(folder: Folder, name: str, files: list[_Named], modalities: Sequence[str]) -> CaseFiles:
+def _named_case(folder: Folder, prefix: str, files: list[_Named], modalities: Sequence[str]) -> CaseFiles:
+    """One case, called `prefix` as its files are."""
     images = []
     for modality in modalities:
-        file = _choose(files, name, modality)
+        file = _choose(files, prefix, modality)
         if file is None:
             dash = "-" if any(other.dash == "-" for other in files) else "_"
             word = _BRATS_2023[modality] if dash == "-" else modality
-            images.append(ImageFile(modality, folder.path / f"{name}{dash}{word}{EXTENSIONS[0]}"))
+            images.append(ImageFile(modality, folder.path / f"{prefix}{dash}{word}{EXTENSIONS[0]}"))
         else:
             images.append(ImageFile(modality, file.path))
-    return CaseFiles(name, tuple(images), _segmentation(files, name))
+    return CaseFiles(prefix, tuple(images), _segmentation(files, prefix))
 
 
-def _choose(files: list[_Named], name: str, kind: str) -> _Named | None:
-    """The file of a kind that has the case's name, else the only one of the kind; None where it would be a guess."""
+def _choose(files: list[_Named], prefix: str, kind: str) -> _Named | None:
+    """The file of a kind that begins with `prefix`, else the only one of the kind; None where it would be a guess."""
     of_kind = [file for file in files if file.kind == kind]
-    exact = [file for file in of_kind if file.case.lower() == name.lower()]
+    exact = [file for file in of_kind if file.case.lower() == prefix.lower()]
     candidates = exact or of_kind
     return candidates[0] if len(candidates) == 1 else None
 
@@ -155,20 +166,19 @@ def _segmentation(files: list[_Named], name: str) -> Path | None:
     for kind in _SEGMENTATIONS:
         file = _choose(files, name, kind)
         images = {other.case for other in files if other.kind in MODALITIES} | {name}
-        if file is not None and (kind != _BRAIN_OR_LESION or file.case in images):
+        if file is not None and (kind != BRAIN_OR_LESION or file.case in images):
             return file.path
     return None
 
 
 def _by_number(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
     """nnU-Net: <case>_0000, <case>_0001, ...; dataset.json says which number is which modality."""
-    numbers: dict[str, dict[int, Path]] = collections.defaultdict(dict)
-    for stem, path in folder.files.items():
-        if match := _NUMBERED.fullmatch(stem):
-            numbers[match["case"]][int(match["channel"])] = path
+    numbers = folder.numbered()
     if not any(0 in channels for channels in numbers.values()):  # then the digits count patients
         return []
-    channels = _read_channels(folder.path)
+    channels = _read_channels(folder)
+    if channels is not None and max(k for files in numbers.values() for k in files) >= len(channels.names):
+        return []  # patients again, from 0000 on
     if channels is None:
         if len(modalities) > 1 or any(files.keys() != {0} for files in numbers.values()):
             raise UserError(f"{folder.path}: files numbered as for nnU-Net (_0000, _0001, ...) need a dataset.json "
@@ -188,7 +198,7 @@ def _by_case(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
         images = {stem: path for stem, path in images.items() if stem == folder.name}
     if not images:
         return []
-    described = _read_channels(folder.path)
+    described = _read_channels(folder)
     channels = described or _Channels(None, MODALITIES)
     count, position = len(channels.names), channels.positions(modalities)
     assumed = () if described else (_ASSUMED,)
@@ -208,7 +218,7 @@ RULES = (_by_name, _by_number, _by_case)  # each: (folder, wanted modalities) ->
 def _label(folder: Folder, name: str) -> Path | None:
     """The segmentation of nnU-Net and the Decathlon (imagesTr -> labelsTr), or one beside the image."""
     if folder.name.startswith("images"):
-        labels = folder.path.resolve().with_name(folder.name.replace("images", "labels", 1))
+        labels = folder.absolute.with_name(folder.name.replace("images", "labels", 1))
         for extension in EXTENSIONS:
             if (labels / (name + extension)).is_file():
                 return labels / (name + extension)
@@ -238,9 +248,9 @@ class _Channels:
         return {modality: known.index(modality) for modality in modalities}
 
 
-def _read_channels(folder: Path) -> _Channels | None:
+def _read_channels(folder: Folder) -> _Channels | None:
     """What dataset.json in a folder or the one above it says about the channels; None without such a file."""
-    path = next((path for path in (folder / "dataset.json", folder.resolve().parent / "dataset.json")
+    path = next((path for path in (folder.path / "dataset.json", folder.absolute.parent / "dataset.json")
                  if path.is_file()), None)
     if path is None:
         return None

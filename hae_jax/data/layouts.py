@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hae_jax.data.layout_rules import (
+    BRAIN_OR_LESION,
     EXTENSIONS,
     MODALITIES,
     RULES,
@@ -61,10 +62,10 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
         raise UserError(f"{folder}: no such folder; give a folder of cases, or one case's folder")
     cases, strays = [], []
     for path in _folders(folder):
-        listing = _listing(path, top=path == folder)
+        listing = _listing(path, top=path == folder and not cases)  # beside folders of cases lie templates, too
         found = _cases_in(listing, modalities)
         cases += [_without_twins(case) for case in found]
-        strays += _strays(listing, found)
+        strays += _strays(listing, found, modalities)
     unclaimed = f"{len(strays)} NIfTI file{'s' if len(strays) > 1 else ''} in no known layout: {_few(strays)}"
     if not cases:
         known = "; ".join(f"{title}: {example}" for title, example in LAYOUTS)
@@ -82,14 +83,13 @@ def check_modalities(modalities: Sequence[str]) -> None:
                         f"{', '.join(MODALITIES)}, each once")
 
 
-
 def images_in(folder: Path) -> str:
     """The first NIfTI files of a folder, in words."""
     return _few(list(_files(folder))) or "none"
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    yield folder
+    """The folders below, and the folder itself last."""
     for path in sorted(folder.iterdir()):
         if path.name[0] == "." or not path.is_dir() or all((path / name).exists() for name in _RESULTS):
             continue
@@ -98,7 +98,7 @@ def _folders(folder: Path) -> Iterator[Path]:
         if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):  # a link upwards: endless
             continue
         yield from _folders(path)
-
+    yield folder
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -138,14 +138,9 @@ def _without_twins(case: CaseFiles, chosen: Path | None = None) -> CaseFiles:
 
 
 def _each_named_once(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The cases under names that differ: by their folders where that helps, else one that says what is wrong."""
-    taken = collections.Counter(case.name for case in cases)
-    others = collections.Counter(case.other_name for case in cases if taken[case.name] > 1)
+    """The cases under names that differ; for several with one name, one that says what is wrong."""
     found: dict[str, list[CaseFiles]] = collections.defaultdict(list)
     for case in cases:
-        other = case.other_name
-        if taken[case.name] > 1 and other is not None and others[other] == 1 and other not in taken:
-            case = dataclasses.replace(case, name=other)
         found[case.name].append(case)
     return [same[0] if len(same) == 1 else _clash(same) for same in found.values()]
 
@@ -156,13 +151,22 @@ def _clash(cases: Sequence[CaseFiles]) -> CaseFiles:
                                                  f"{cases[0].name}; rename them, or give a folder with one of them")
 
 
-def _strays(folder: Folder, cases: Sequence[CaseFiles]) -> list[Path]:
-    """Files that are no case's, nor derived from a case's images as far as their names tell."""
-    claimed = {path for case in cases for path in case.paths} | {file.path for file in folder.named()}
-    names = tuple(f"{name}{dash}".lower() for case in cases for name in (case.name, case.other_name) if name
-                  for dash in "_-.")
-    return [path for name, path in folder.files.items()
-            if path not in claimed and not name.lower().startswith(names) and not name.lower().endswith(_NO_IMAGES)]
+def _strays(folder: Folder, cases: Sequence[CaseFiles], modalities: Sequence[str]) -> list[Path]:
+    """Files that are no case's and, as far as their names tell, do not belong to one either."""
+    claimed = {path for case in cases for path in case.paths}
+    named, numbered = folder.named(), [set(files.values()) for files in folder.numbered().values()]
+    prefixes = {file.case for file in named if file.path in claimed}
+    known = claimed | {file.path for file in named if file.kind not in modalities
+                       and (file.case in prefixes or file.kind in (*MODALITIES, BRAIN_OR_LESION))}
+    for channels in numbered:
+        if channels & claimed:  # of one case; those that are not wanted belong to it
+            known |= channels
+    telling = {file.path for file in named}.union(*numbered)
+    beginnings = tuple(f"{name}{dash}".lower() for name in prefixes | {case.name for case in cases} if name
+                       for dash in "_-.")
+    derived = {path for name, path in folder.files.items() if path not in telling
+               and (name.lower().startswith(beginnings) or name.lower().endswith(_NO_IMAGES))}
+    return [path for path in folder.files.values() if path not in known | derived]
 
 
 def _few(paths: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""What can be wrong with the settings of a training by themselves, whatever the network, the data and the devices."""
+"""What can be wrong with the settings of a training by themselves, whatever lies on disk and the devices."""
 
 import ml_collections
 
@@ -8,12 +8,15 @@ from hae_jax.training.step import step_settings
 
 
 def check_settings(config: ml_collections.ConfigDict) -> None:
-    """Checks the numbers and choices of `config.training`.
+    """Checks the numbers and choices of `config.training`, and that the channels of data and network are as many.
 
     Raises:
       UserError: naming the field.
     """
-    training = config.training
+    training, modalities = config.training, config.data.modalities
+    if len(modalities) != config.model.in_channels:
+        raise UserError(f"data.modalities names {len(modalities)} channels ({', '.join(modalities)}), "
+                        f"model.in_channels is {config.model.in_channels}; set one of them to fit the other")
     for name in ("steps", "log_every", "save_every", "keep", "accumulation"):
         if training[name] < 1:
             raise UserError(f"training.{name} is {training[name]}: it must be at least 1")

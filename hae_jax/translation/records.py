@@ -113,12 +113,12 @@ def names(output: Path) -> list[str]:
 
 
 def read_measured(output: Path, case: str) -> Measured | None:
-    """What `write` was given to be measured; None for a case without a segmentation.
+    """What `write` was given to be measured; None for a case without a segmentation, or one that has begun anew.
 
     Raises:
       UserError: if the file is damaged.
     """
-    path, volumes = _arrays(output, case), json.loads(_facts(output, case).read_text())["volumes"]
+    path, volumes = _arrays(output, case), json.loads(_facts(output, case).read_text()).get("volumes")
     if not volumes:
         return None
     try:

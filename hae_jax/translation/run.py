@@ -20,6 +20,7 @@ from hae_jax.evaluation import report
 from hae_jax.files import write_json
 from hae_jax.translation import records
 from hae_jax.translation.batched import IntensityReader, SliceTranslator
+from hae_jax.translation.methods import IntensityThreshold
 from hae_jax.translation.per_case import Calibrations, process_cases
 from hae_jax.translation.plan import Plan, calibration_inputs, case_digest, fingerprint, make_plan, run_inputs
 from hae_jax.translation.tally import Tally
@@ -27,6 +28,7 @@ from hae_jax.translation.validation import calibrated
 
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
+COMPETITOR = f"calibration_{IntensityThreshold.name}.json"
 METRICS = "metrics.json"
 CASES = "cases.csv"
 _SHOWN = 5  # names in a line
@@ -135,18 +137,13 @@ def translate(
         report.write_cases(plan.output / CASES, [])  # with the records, what lies here is no longer taken for cases
     cases = [case for case in plan.cases
              if overwrite or (record := _record(plan, inputs, case)) is None or record.failed is not None]
-    if cases:
+    # Without cases to do, what lies here may still be another run's, that has added its cases with other settings.
+    if cases or (plan.cases and _made_with(plan.output / MANIFEST) != inputs):
         translator = _translator(plan, model, mesh)
-        folder = _writable(calibrations, plan.output)
-        made = Calibrations(
-            plan.calibration or calibrated(translator, plan.method, plan.store, folder,
-                                           calibration_inputs(plan, plan.method, identity)),
-            plan.competitor and calibrated(IntensityReader(plan.competitor.intensity), plan.competitor, plan.store,
-                                           folder, calibration_inputs(plan, plan.competitor, identity)))
+        made = _calibrations(plan, translator, identity, _writable(calibrations, plan.output))
         _withdraw_tables(plan, inputs, cases)
-        made.method.save(plan.output / CALIBRATION)
-        if made.competitor is not None:
-            made.competitor.save(plan.output / f"calibration_{plan.competitor.name}.json")
+        _save(made, plan.output)
+    if cases:
         model_config = plan.config.model
         translator.prepare((model_config.image_size, model_config.image_size, model_config.in_channels))
         process_cases(plan, cases, translator, made, inputs)
@@ -170,6 +167,26 @@ def _translator(plan: Plan, model: nnx.Module | None, mesh: Mesh) -> SliceTransl
                            conditional=plan.config.model.num_classes is not None, max_memory_gb=wanted.max_memory_gb)
 
 
+def _calibrations(
+    plan: Plan, translator: SliceTranslator | IntensityReader, identity: Mapping[str, Any], folder: Path
+) -> Calibrations:
+    """Those of the method and its competitor: given, or kept in `folder`, or made and kept there."""
+    rival = plan.competitor
+    return Calibrations(
+        plan.calibration or calibrated(translator, plan.method, plan.store, folder,
+                                       calibration_inputs(plan, plan.method, identity)),
+        rival and calibrated(IntensityReader(rival.intensity), rival, plan.store, folder,
+                             calibration_inputs(plan, rival, identity)))
+
+
+def _save(made: Calibrations, output: Path) -> None:
+    made.method.save(output / CALIBRATION)
+    if made.competitor is None:
+        (output / COMPETITOR).unlink(missing_ok=True)
+    else:
+        made.competitor.save(output / COMPETITOR)
+
+
 def _record(plan: Plan, inputs: Mapping[str, Any], case: CaseFiles) -> records.Record | None:
     """What is there of a case, if it was made of the same."""
     record = records.read(plan.output, case.name)
@@ -187,8 +204,8 @@ def _withdraw_tables(plan: Plan, inputs: dict[str, Any], cases: Sequence[CaseFil
     replaced = {case.name for case in cases}
     stay = [record.row for name, record in _found(plan, inputs).items() if record.row and name not in replaced]
     report.write_cases(plan.output / CASES, stay)
-    for path in (plan.output / METRICS, plan.output / MANIFEST, *plan.output.glob("calibration*.json")):
-        path.unlink(missing_ok=True)
+    for name in (METRICS, MANIFEST, CALIBRATION, COMPETITOR):
+        (plan.output / name).unlink(missing_ok=True)
 
 
 def _made_with(manifest: Path) -> dict[str, Any] | None:
@@ -234,10 +251,13 @@ def _gathered(
     Shards may end at the same time; the one that writes last looks once more, so nothing stays out.
     """
     while True:
-        found = _found(plan, inputs)
-        tally = Tally()
-        for name in (name for name, record in found.items() if record.row):
-            tally.add(records.read_measured(plan.output, name))
+        found, tally = _found(plan, inputs), Tally()
+        for name in [name for name, record in found.items() if record.row]:
+            measured = records.read_measured(plan.output, name)
+            if records.has_results(plan.output, name):
+                tally.add(measured)
+            else:  # another process has begun it anew
+                del found[name]
         own = {case.name for case in plan.everyone}
         failed = plan.missing | {name: record.failed for name, record in found.items() if record.failed}
         finished = [record.row for record in found.values() if record.row]

@@ -58,7 +58,7 @@ def test_cases_are_sorted_and_one_case_folder_is_accepted(folder):
         shutil.copytree(folder / NAME, folder / name)
     (folder / "notes").mkdir()
     assert [case.name for case in find_cases(folder)] == [NAME, "a", "b", "c"]
-    assert [case.name for case in find_cases(folder / "b")] == [NAME]  # alone, it is called what its files are
+    assert [case.name for case in find_cases(folder / "b")] == ["b"]  # as beside others
 
 
 def test_case_without_segmentation_is_read(folder):

@@ -14,7 +14,7 @@ SHAPE = (6, 7, 3)
 AFFINE = np.diag([-1.0, -1, 1, 1])
 DECATHLON = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
 ATLAS = "{0}_ses-1_space-MNI152NLin2009aSym"
-LESION = "_label-L_desc-T1lesion_mask"
+LESION = "label-L_desc-T1lesion_mask"
 
 
 def save(path, value, volumes=None):
@@ -29,32 +29,26 @@ def describe(folder, **facts):
     (folder / "dataset.json").write_text(json.dumps(facts))
 
 
-def brats(root, case, value, label):
-    for k, modality in enumerate(MODALITIES):
-        save(root / case / f"{case}_{modality}.nii.gz", value + k)
-    if label:
-        save(root / case / f"{case}_seg.nii.gz", label)
+def named(path, words, segmentation, first=0):
+    """A layout in which each file says what it is: `path` of case and word, the word of each image, of the lesion's."""
+    def write(root, case, value, label):
+        for k, word in enumerate(words, first):
+            save(root / path.format(case, word), value + k)
+        if label:
+            save(root / path.format(case, segmentation), label)
+
+    write.__name__ = path  # in the names of tests
+    return write
 
 
-def later_brats(root, case, value, label):
-    for k, word in enumerate(("t2f", "t1n", "t1c", "t2w")):
-        save(root / case / f"{case}-{word}.nii.gz", value + k)
-    if label:
-        save(root / case / f"{case}-seg.nii.gz", label)
-
-
-def side_by_side(root, case, value, label):
-    for k, word in enumerate(("FLAIR", "T1", "T1Gd", "T2")):
-        save(root / f"{case}_{word}.nii", value + k)
-    if label:
-        save(root / f"{case}_seg.nii", label)
-
-
-def words_alone(root, case, value, label):
-    for k, word in enumerate(("flair", "t1", "t1c", "t2")):
-        save(root / "data" / "site" / case / f"{word}.nii.gz", value + k)
-    if label:
-        save(root / "data" / "site" / case / "seg.nii.gz", label)
+brats = named("{0}/{0}_{1}.nii.gz", MODALITIES, "seg")
+later_brats = named("{0}/{0}-{1}.nii.gz", ("t2f", "t1n", "t1c", "t2w"), "seg")
+side_by_side = named("{0}_{1}.nii", ("FLAIR", "T1", "T1Gd", "T2"), "seg")
+words_alone = named("data/site/{0}/{1}.nii.gz", ("flair", "t1", "t1c", "t2"), "seg")
+atlas = named(f"Training/R001/sub-{{0}}/ses-1/anat/sub-{ATLAS}_{{1}}.nii.gz", ("T1w",), LESION, first=1)
+flat_atlas = named(f"sub-{ATLAS}_{{1}}.nii.gz", ("T1w",), LESION, first=1)
+plain = named("{0}{1}.nii.gz", ("",), "_mask", first=1)
+plain_folders = named("{0}/{0}{1}.nii", ("",), "_seg", first=1)
 
 
 def decathlon(root, case, value, label):
@@ -91,33 +85,6 @@ def bare_nnunet(root, case, value, label):
         save(root / f"{case}_{k:04d}.nii.gz", value + k)
     if label:
         save(root / f"{case}_mask.nii.gz", label)
-
-
-def atlas(root, case, value, label):
-    folder = root / "Training" / "R001" / f"sub-{case}" / "ses-1" / "anat"
-    stem = ATLAS.format(f"sub-{case}")
-    save(folder / f"{stem}_T1w.nii.gz", value + 1)
-    if label:
-        save(folder / f"{stem}{LESION}.nii.gz", label)
-
-
-def flat_atlas(root, case, value, label):
-    stem = ATLAS.format(f"sub-{case}")
-    save(root / f"{stem}_T1w.nii.gz", value + 1)
-    if label:
-        save(root / f"{stem}{LESION}.nii.gz", label)
-
-
-def plain(root, case, value, label):
-    save(root / f"{case}.nii.gz", value + 1)
-    if label:
-        save(root / f"{case}_mask.nii.gz", label)
-
-
-def plain_folders(root, case, value, label):
-    save(root / case / f"{case}.nii", value + 1)
-    if label:
-        save(root / case / f"{case}_seg.nii", label)
 
 
 def single_nnunet(root, case, value, label):
@@ -240,7 +207,6 @@ def test_results_and_strays_are_no_cases(tmp_path):
     (tmp_path / "results" / "records").mkdir()
     save(tmp_path / "templates" / "mni.nii.gz", 5)
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "linked").mkdir()
     assert [case.name for case in find_cases(tmp_path, ("t1",))] == ["a"]
 
 
@@ -255,28 +221,41 @@ def test_one_bad_name_does_not_end_the_others(tmp_path):
     assert (chosen[0].segmentation.name, chosen[0].problem) == ("b_seg.nii", None)
 
 
-def test_one_case_is_called_what_its_files_are(tmp_path):
+def test_one_case_is_called_like_its_folder_or_its_files(tmp_path):
     for name in ("P1", "P2"):
         for k, word in enumerate(MODALITIES):
             save(tmp_path / "by_file" / name / "scan" / f"{name}_{word}.nii.gz", k + 1)
             save(tmp_path / "by_folder" / name / f"brain_{word}.nii.gz", k + 1)
+            save(tmp_path / "by_neither" / name / "Scans" / f"{word}.nii.gz", k + 1)
     assert [case.name for case in find_cases(tmp_path / "by_file")] == ["P1", "P2"]
-    assert [case.name for case in find_cases(tmp_path / "by_folder")] == ["P1", "P2"]  # two would be "brain"
-    assert [case.name for case in find_cases(tmp_path / "by_folder" / "P1")] == ["brain"]
-    assert values(read_case(find_cases(tmp_path / "by_file")[1])) == [1, 2, 3, 4]
+    assert [case.name for case in find_cases(tmp_path / "by_folder")] == ["P1", "P2"]
+    for given in ("by_file/P1", "by_file/P1/scan", "by_folder/P1", "by_folder/P1/brain_t1.nii.gz"):  # as beside others
+        assert [case.name for case in find_cases(tmp_path / given)] == ["P1"]
+    (clash,) = find_cases(tmp_path / "by_neither")
+    assert "2 cases with the name Scans" in clash.problem
+    (tmp_path / "by_folder" / "P1" / "brain_t1.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"P1/brain_t1.nii.gz: missing"):
+        read_case(find_cases(tmp_path / "by_folder")[0])
 
 
 def test_files_of_no_layout_are_named(tmp_path, capsys):
     brats(tmp_path, "a", 10, label=2)
-    for name in ("a_registered", "brainmask"):
+    for name in ("a_registered", "brainmask", "a_old_mask", "a_consensus_gt"):
         save(tmp_path / "a" / f"{name}.nii.gz", 1)
     find_cases(tmp_path)
+    find_cases(tmp_path, ("t1",))
     assert capsys.readouterr().err == ""
-    for k in range(5):
+    for k in range(4):
         save(tmp_path / "b" / f"series_{k}.nii.gz", 1)
-    assert [case.name for case in find_cases(tmp_path)] == ["a"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "5 NIfTI files in no known layout: series_0.nii.gz, series_1.nii.gz, series_2.nii.gz and 2 more" in line
+    save(tmp_path / "MNI152.nii.gz", 1)  # a template beside folders of cases
+    for word in ("flair", "t1", "seg"):
+        save(tmp_path / "a" / f"a_followup_{word}.nii.gz", 1)
+    for modalities, said in (
+            (MODALITIES, "8 NIfTI files in no known layout: a_followup_flair.nii.gz, a_followup_seg.nii.gz, "),
+            (("t2",), "6 NIfTI files in no known layout: a_followup_seg.nii.gz, series_0.nii.gz, ")):
+        assert [case.name for case in find_cases(tmp_path, modalities)] == ["a"]
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
 
 
 def test_an_assumed_order_of_volumes_is_said(tmp_path):
@@ -293,10 +272,32 @@ def test_linked_case_folders_are_followed(tmp_path):
     assert values(read_case(find_cases(tmp_path / "data")[0])) == [10, 11, 12, 13]
 
 
-def test_numbers_of_patients_are_no_channels(tmp_path):
+def test_a_link_has_its_own_name(tmp_path):
+    decathlon(tmp_path / "set", "a", 10, label=2)
+    (tmp_path / "set" / "imagesTr").rename(tmp_path / "abc")
+    (tmp_path / "set" / "imagesTr").symlink_to(tmp_path / "abc", target_is_directory=True)
+    for given in ("set", "set/imagesTr"):
+        (case,) = find_cases(tmp_path / given)
+        assert (case.name, values(read_case(case)), read_case(case).mask.all()) == ("a", [10, 11, 12, 13], True)
+    for k in (1, 2):
+        save(tmp_path / f"s{k}" / "0001" / "t1.nii.gz", k)
+        (tmp_path / "subset").mkdir(exist_ok=True)
+        (tmp_path / "subset" / f"P{k}").symlink_to(tmp_path / f"s{k}" / "0001", target_is_directory=True)
+    assert [case.name for case in find_cases(tmp_path / "subset", ("t1",))] == ["P1", "P2"]
+
+
+def test_numbers_of_patients_are_no_channels(tmp_path, capsys):
     for k in (1, 2):
         save(tmp_path / f"patient_{k:04d}.nii.gz", 10 * k)
     assert [case.name for case in find_cases(tmp_path, ("t1",))] == ["patient_0001", "patient_0002"]
+    for folder in ("imagesTr", "deeper/site"):
+        describe((tmp_path / "set" / folder).parent, modality={"0": "T1"})
+        for k in range(3):
+            save(tmp_path / "set" / folder / f"subj_{k:04d}.nii.gz", 10 * k + 1)
+    cases = find_cases(tmp_path / "set", ("t1",))
+    assert [(case.name, *values(read_case(case))) for case in cases] == [
+        ("subj_0000", 1), ("subj_0001", 11), ("subj_0002", 21)]
+    assert "3 NIfTI files in no known layout: subj_0000" in capsys.readouterr().err
 
 
 def twice(root):

@@ -35,6 +35,10 @@ def _json(path):
     return json.loads(path.read_text())
 
 
+def _volume(path):
+    return np.asarray(nib.load(path).dataobj).copy()
+
+
 def test_a_run_writes_everything(run, config, prepared, tmp_path):
     config.evaluation.overlay_slices = 2
     report = run(devices=4)
@@ -43,7 +47,7 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
                "calibration_threshold.json", "cases.csv", "metrics.json", "manifest.json", "records"}
     kept = {path.name for path in (tmp_path / "out").glob("*_????????????.json")}  # calibrations by what they are of
     assert {name.split("_")[0] for name in kept} == {"hae", "threshold"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == written | kept
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."} == written | kept
     given = nib.load(prepared / "cases" / name / f"{name}_flair.nii.gz")
     mask, anomaly = (nib.load(tmp_path / "out" / f"{name}_{kind}.nii.gz") for kind in ("mask", "map"))
     for image, dtype in ((mask, np.uint8), (anomaly, np.float32)):
@@ -154,7 +158,7 @@ def test_a_preset_or_a_file_stands_in_for_a_calibration(run, config, three_cases
         assert "delete" not in str(error.value)
 
 
-def test_shards_share_a_folder(run, three_cases, tmp_path):
+def test_shards_share_a_folder(run, three_cases, tmp_path, monkeypatch):
     whole = run(three_cases, output=tmp_path / "whole")
     first = run(three_cases, num_shards=2, shard=0)
     assert (first.translated, first.wanted) == (2, 3)
@@ -168,6 +172,11 @@ def test_shards_share_a_folder(run, three_cases, tmp_path):
                                       _volume(tmp_path / "whole" / f"{name}_map.nii.gz"))
     with pytest.raises(UserError, match="--shard 2 of --num-shards 2"):
         run(three_cases, num_shards=2, shard=2)
+    read = records.read_measured
+    monkeypatch.setattr(records, "read_measured", lambda output, case: (
+        case == "a" and records.begin(output, case, ())) or read(output, case))  # by another shard, with --overwrite
+    assert run(three_cases, num_shards=2, shard=1).finished == 2
+    assert len((tmp_path / "out" / "cases.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("dies", [False, True])
@@ -192,7 +201,7 @@ def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkey
     store = types.SimpleNamespace(split=lambda name: [0])
     assert validation.calibrated(None, method, store, tmp_path, {}) == (made if dies else "the other's")
     assert said[0].endswith("waiting for it")
-    assert list(tmp_path.iterdir()) == [path]
+    assert {file for file in tmp_path.iterdir() if file.name[0] != "."} == {path}
 
 
 def test_a_run_that_is_stopped_leaves_no_tables_of_other_masks(run, config, three_cases, tmp_path, monkeypatch):
@@ -225,7 +234,7 @@ def test_a_damaged_record_is_said_and_its_case_done_again(run, three_cases, tmp_
     assert "a.json: is damaged" in capsys.readouterr().out
 
 
-def test_cases_from_elsewhere_are_added_to_the_tables(run, three_cases, tmp_path):
+def test_cases_from_elsewhere_are_added_to_the_tables(run, config, three_cases, tmp_path):
     run(three_cases / "a")
     report = run(three_cases / "b")
     assert (report.finished, report.translated) == (2, 1)
@@ -233,8 +242,17 @@ def test_cases_from_elsewhere_are_added_to_the_tables(run, three_cases, tmp_path
     manifest = (tmp_path / "out" / "manifest.json").read_bytes()
     assert run(three_cases / "b").translated == 0
     assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest  # it tells of the run that did the work
-    assert {"host", "created", "git_revision"} <= _json(tmp_path / "out" / "manifest.json")["cases"]["a"][
-        "made_by"].keys()
+    assert {"host", "created", "git_revision"} <= json.loads(manifest)["cases"]["a"]["made_by"].keys()
+    tables = [tmp_path / "out" / name for name in ("calibration.json", "calibration_threshold.json", "cases.csv")]
+    before = [path.read_text() for path in tables]
+    (tmp_path / "out" / "calibration_mine.json").write_text("the user's")
+    config.translation.method = "threshold"
+    assert run(three_cases / "c").finished == 1
+    assert [path.exists() for path in tables] == [True, False, True]
+    config.translation.method = "hae"
+    assert run(three_cases / "b").translated == 0  # nothing to do, but the tables are this run's again
+    assert [path.read_text() for path in tables] == before
+    assert (tmp_path / "out" / "calibration_mine.json").exists()
 
 
 def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):
@@ -281,10 +299,6 @@ def test_other_methods_have_the_same_door(run, config, three_cases, tmp_path, me
     with open(tmp_path / "out" / "cases.csv", newline="") as stream:
         assert {row["lowest_similarity"] for row in csv.DictReader(stream)} == {""}  # their scores are none
     assert run(three_cases).translated == 0
-
-
-def _volume(path):
-    return np.asarray(nib.load(path).dataobj).copy()
 
 
 def test_a_bad_case_is_named_and_the_others_go_on(run, tmp_path, three_cases, monkeypatch):
@@ -354,13 +368,8 @@ def test_mistakes_are_named_before_anything_is_computed(run, config, field, valu
 
 
 def test_a_moved_source_says_what_to_do(run, prepared, config, tmp_path):
-    store = tmp_path / "store"
-    store.mkdir()
-    for path in (prepared / "store").iterdir():
-        (store / path.name).symlink_to(path)
-    manifest = _json(store / "manifest.json") | {"source": "/gone"}
-    (store / "manifest.json").unlink()
-    (store / "manifest.json").write_text(json.dumps(manifest))
+    store = shutil.copytree(prepared / "store", tmp_path / "store")
+    (store / "manifest.json").write_text(json.dumps(_json(store / "manifest.json") | {"source": "/gone"}))
     config.data.root = str(store)
     with pytest.raises(UserError, match=r"prepared from are not there .*--input FOLDER"):
         run()
