@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from hae_jax.diffusion.process import Denoiser, Process
 from hae_jax.errors import UserError
-from hae_jax.model import UNetConfig, attention, layers, sparse
+from hae_jax.model import UNetConfig, attention, group_norm, layers, sparse
 from hae_jax.model.conditioning import Context
 from hae_jax.translation import forward_process
 from hae_jax.translation.forward_process import HEALTHY, ForwardSettings, Translation
@@ -71,6 +71,23 @@ def conv2d(
     """XLA's convolution and its own gradients, whatever the device."""
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((padding, padding),) * 2,
                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def plain_group_norm(
+    x: jax.Array,  # [B, H, W, C]
+    gain: jax.Array,  # [B, C] float32
+    offset: jax.Array,  # [B, C] float32
+    groups: int,
+    epsilon: float,
+    silu: bool,
+    dtype: jnp.dtype,
+) -> jax.Array:  # [B, H, W, C], dtype
+    """The mean, then the variance, then norm and SiLU apart, and the gradients of automatic differentiation."""
+    grouped = x.astype(jnp.float32).reshape(*x.shape[:3], groups, -1)
+    mean, variance = (f(grouped, (1, 2, 4), keepdims=True) for f in (jnp.mean, jnp.var))
+    n = ((grouped - mean) * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape)
+    z = (n * gain[:, None, None] + offset[:, None, None]).astype(dtype)
+    return jax.nn.silu(z) if silu else z
 
 
 class SeparateDenoisers(NamedTuple):
@@ -161,6 +178,7 @@ _PIECES = {
                      lambda network: bool(network.rules.hybrid and network.use_hae
                                           and network.sparse_pattern == "blocks")),
     "convolution": _Piece(((layers, "conv2d", conv2d),), lambda network: True),
+    "norm": _Piece(((group_norm, "group_norm", plain_group_norm),), lambda network: True),
     "passes": _Piece(((forward_process, "network_denoisers", separate_denoisers),
                       (forward_process, "_predictions", predictions)),
                      lambda network: network.num_classes is not None, translation_only=True),

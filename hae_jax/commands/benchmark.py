@@ -21,7 +21,7 @@ of them. "blocks" are single pieces in the sizes of the full network; they are m
 _EPILOG = """\
 examples:
   python tools/benchmark.py                                          # a small network, about 2 minutes on two cores
-  python tools/benchmark.py --baseline context,sparse,convolution,passes,stacks # what each saving brings
+  python tools/benchmark.py --baseline context,sparse,convolution,norm,passes,stacks # what each saving brings
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
   python tools/benchmark.py --input --config configs/brats_v2c.py    # does the loader keep up with the training step?

@@ -131,7 +131,7 @@ class PerScaleHybrid(nnx.Module):
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
         h = self.cnn_block(x, cond)
         h = jnp.concatenate([h, self.transformer_block(h, cond)], axis=-1)
-        return nnx.silu(self.fusion_norm(self.fusion_conv(h)))
+        return self.fusion_norm(self.fusion_conv(h), silu=True)
 
     @staticmethod
     def masked_tokens(height: int, width: int) -> list[int]:
@@ -194,8 +194,8 @@ class ConvBranch(nnx.Module):
         self.conv2 = conv(channels, channels, 3, rngs, dtype=config.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
-        x = self.conv1(nnx.silu(self.norm1(x)))
-        return self.conv2(nnx.silu(self.norm2(x)))
+        x = self.conv1(self.norm1(x, silu=True))
+        return self.conv2(self.norm2(x, silu=True))
 
 
 class JointHybrid(nnx.Module):

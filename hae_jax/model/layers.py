@@ -11,6 +11,7 @@ from flax import nnx
 
 from hae_jax.model.config import NORM_GROUPS, UNetConfig
 from hae_jax.model.convolution import conv2d
+from hae_jax.model.group_norm import GroupNorm
 
 EPSILON = 1e-5  # of every norm, as in PyTorch; Flax's default is 1e-6
 
@@ -106,13 +107,13 @@ def linear(in_features: int, out_features: int, rngs: nnx.Rngs, *, dtype: Any, z
     return nnx.Linear(in_features, out_features, dtype=dtype, kernel_init=init, bias_init=init, rngs=rngs)
 
 
-def group_norm(channels: int, rngs: nnx.Rngs, *, dtype: Any, groups: int = NORM_GROUPS) -> nnx.GroupNorm:
-    """GroupNorm with float32 statistics; the fast variance (E[x^2] - E[x]^2) would cancel."""
-    return nnx.GroupNorm(channels, groups, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
+def group_norm(channels: int, rngs: nnx.Rngs, *, dtype: Any, groups: int = NORM_GROUPS) -> GroupNorm:
+    """GroupNorm with float32 statistics."""
+    return GroupNorm(channels, groups, epsilon=EPSILON, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(channels: int, rngs: nnx.Rngs, *, dtype: Any) -> nnx.LayerNorm:
-    """LayerNorm with float32 statistics."""
+    """LayerNorm with float32 statistics; the fast variance (E[x^2] - E[x]^2) would cancel."""
     return nnx.LayerNorm(channels, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
@@ -203,19 +204,15 @@ class ResBlock(nnx.Module):
         x: jax.Array,  # [B, H, W, in_channels]
         cond: Conditioning,
     ) -> jax.Array:  # [B, H, W, out_channels], resampled where asked
-        h = self._silu(self.in_norm(x))
+        h = self.in_norm(x, silu=self.activate)
         if self.resample:
             resample = repeat2 if self.resample == "up" else lambda a: pool(a, 2)
             h, x = resample(h), resample(x)
         h = self.in_conv(h)
-        emb = self.emb_proj(nnx.silu(cond.emb))[:, None, None, :]
+        emb = self.emb_proj(nnx.silu(cond.emb))
         if self.scale_shift:
-            scale, shift = jnp.split(emb, 2, axis=-1)
-            h = nnx.silu(self.out_norm(h) * (1 + scale) + shift)
+            h = self.out_norm(h, *jnp.split(emb, 2, axis=-1), silu=True)
         else:
-            h = self._silu(self.out_norm(h + emb))
+            h = self.out_norm(h + emb[:, None, None], silu=self.activate)
         h = self.out_conv(self.dropout(h, cond.randomness))
         return h + (x if self.skip is None else self.skip(x))
-
-    def _silu(self, x: jax.Array) -> jax.Array:
-        return nnx.silu(x) if self.activate else x

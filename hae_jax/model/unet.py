@@ -96,9 +96,7 @@ class UNet(nnx.Module):
         cond = self._condition(x, t, y, null, drop, rngs, context_seen)
         masks = self._checked_masks(x, sparse_masks)
         h = self._features(x.astype(self.config.dtype), cond._replace(sparse_masks=masks))
-        h = self.head_norm(h)
-        h = nnx.silu(h) if self.config.rules.unfused_silu else h
-        return self.head_conv(h)
+        return self.head_conv(self.head_norm(h, silu=self.config.rules.unfused_silu))
 
     def masked_tokens(self, height: int, width: int) -> list[int]:
         """Token counts N of the masked attentions, in forward order, for an input of this size."""

@@ -10,7 +10,7 @@ from hae_jax.benchmark import naive
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.model import UNet, UNetConfig, attention, layers, sparse
+from hae_jax.model import UNet, UNetConfig, attention, group_norm, layers, sparse
 from hae_jax.model.conditioning import Context
 from hae_jax.model.flops import count_flops
 from hae_jax.translation import forward_process
@@ -59,6 +59,14 @@ def test_convolution_is_the_same(kernel, stride):
     rng = np.random.default_rng(0)
     x, weight = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 8, 8, 4), (kernel, kernel, 4, 8)))
     assert_same(lambda conv2d, *inputs: conv2d(*inputs, stride, kernel // 2), layers.conv2d, naive.conv2d, x, weight)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_norm_is_the_same(silu):
+    rng = np.random.default_rng(0)
+    inputs = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 8, 8, 12), (2, 12), (2, 12)))
+    fixed = 3, 1e-5, silu, jnp.dtype("float32")
+    assert_same(lambda norm, *inputs: norm(*inputs, *fixed), group_norm.group_norm, naive.plain_group_norm, *inputs)
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -155,11 +163,11 @@ def test_nothing_stays_swapped():
 
 def test_pieces_are_those_that_change_something():
     whole, plain = UNetConfig(), UNetConfig(variant="fpdm")
-    assert naive.pieces_of("naive", whole, translation=False) == ("context", "sparse", "convolution")
+    assert naive.pieces_of("naive", whole, translation=False) == ("context", "sparse", "convolution", "norm")
     assert naive.pieces_of("naive", whole, translation=True) == naive.PIECES
     assert naive.pieces_of("sparse", plain, translation=False) == ()
     assert naive.pieces_of("passes", whole, translation=False) == ()
     assert naive.pieces_of("naive", UNetConfig(num_classes=None, sparse_pattern="dense"), translation=False) == (
-        "convolution",)
+        "convolution", "norm")
     with pytest.raises(UserError, match="choose among naive, context"):
         naive.pieces_of("speed", whole, translation=False)
