@@ -1,9 +1,12 @@
 """The U-Net's own attention: over the pixels of a feature map, and over the class context in its rank-one form."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hae_jax.model import fused_attention
 from hae_jax.model.conditioning import Context
 from hae_jax.model.config import UNetConfig
 from hae_jax.model.layers import Conditioning, group_norm, linear
@@ -50,17 +53,27 @@ def attend_with_context(
     a = d^(-1/2) q.u and L the log-sum-exp of a c_s. Logits, sums and outputs are accumulated in float32.
     """
     token = None if context is None else _context_token(q, context, kernel, bias)
+    if fused_attention.is_chosen(q):
+        return fused_attention.attend_with_token(q, k, v, *token) if token else fused_attention.attend(q, k, v)
     out, lse = attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     if token is not None:
-        logit, value = token
+        value = token.factor[..., None] * token.direction[:, None] + token.base
         # The two softmaxes joined by their sums: exp(logit) / (exp(logit) + exp(lse)) is the context's share.
-        out += jax.nn.sigmoid(logit - lse)[..., None] * (value - out)
+        out += jax.nn.sigmoid(token.logit - lse)[..., None] * (value - out)
     return out.astype(q.dtype)
 
 
-def _context_token(q: jax.Array, context: Context, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The context's logit [B, T, h] and value [B, T, h, d] for each query; minus infinity in rows that see none."""
+class _Token(NamedTuple):
+    """The context as one more token of each query, with the value factor direction + base. All float32."""
+
+    logit: jax.Array  # [B, T, h]; minus infinity in rows that see no context
+    factor: jax.Array  # [B, T, h]
+    direction: jax.Array  # [B, h, d]
+    base: jax.Array  # [h, d]
+
+
+def _context_token(q: jax.Array, context: Context, kernel: jax.Array, bias: jax.Array) -> _Token:
     batch, _, heads, depth = q.shape
     u, w = jnp.moveaxis((context.c @ kernel).reshape(batch, heads, 2, depth), 2, 0)  # [B, h, d]
     b_k, b_v = jnp.moveaxis(bias.reshape(heads, 2, depth), 1, 0)  # [h, d]
@@ -68,4 +81,4 @@ def _context_token(q: jax.Array, context: Context, kernel: jax.Array, bias: jax.
     log_sum, mean = log_sum_exp(jnp.einsum("bthd,bhd->bht", q, u), context.c)
     offset = jnp.einsum("bthd,hd->bht", q, b_k)
     logit = jnp.where(context.seen[:, None, None], log_sum + offset, -jnp.inf)
-    return jnp.swapaxes(logit, 1, 2), jnp.einsum("bht,bhd->bthd", mean, w) + b_v
+    return _Token(jnp.swapaxes(logit, 1, 2), jnp.swapaxes(mean, 1, 2), w, b_v)

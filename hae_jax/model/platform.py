@@ -6,10 +6,16 @@ here, so that a program can also be planned for an accelerator where there is no
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+from hae_jax.errors import UserError
+
+ATTENTION = "HAE_JAX_ATTENTION"  # the environment variable that chooses the kernel of attention on GPUs
+_KERNELS = ("xla", "cudnn")
 
 _planned = contextvars.ContextVar("planned", default=False)
 
@@ -35,3 +41,18 @@ def by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any]
 def is_cpu() -> bool:
     """Whether a program is to run on this machine's CPU; for forms without gradients of their own."""
     return jax.default_backend() == "cpu" and not _planned.get()
+
+
+def attention_kernel() -> str:
+    """The kernel of attention on GPUs, "xla" or "cudnn", as the environment variable `HAE_JAX_ATTENTION` says.
+
+    "xla" is the default, and what is used on anything but a GPU. It is the machine's choice and not the network's, so
+    no config has it: the same run may go on, or its network be used, where the other is better.
+
+    Raises:
+      UserError: the variable says something else.
+    """
+    kernel = os.environ.get(ATTENTION, _KERNELS[0])
+    if kernel not in _KERNELS:
+        raise UserError(f"environment variable {ATTENTION} is {kernel!r}: set it to {' or '.join(_KERNELS)}")
+    return kernel if jax.default_backend() == "gpu" else _KERNELS[0]

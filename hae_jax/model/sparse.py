@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hae_jax.model import fused_attention
 from hae_jax.model.platform import is_cpu
 
 Drop = Callable[[jax.Array], jax.Array]  # attention weights [B, ...] -> the same with dropout
@@ -60,11 +61,29 @@ def attend_blocks(
     drop: Callable[[jax.Array, jax.Array], jax.Array] | None = None,  # (weights [B, ...], head) -> dropped weights
 ) -> jax.Array:  # [B, N, h, d]
     """Attention of each block of queries over the blocks of keys that it is linked to; nothing else is computed."""
+    if drop is None and q.shape[1] % block_size(q.shape[1]) == 0 and fused_attention.is_chosen(q):
+        return attend_blocks_fused(q, k, v, links)
 
     def one_head(q, k, v, head):
         return _attend_blocks(q, k, v, links, (lambda p: drop(p, head)) if drop else None)
 
     return _over_heads(one_head, q, k, v)
+
+
+def attend_blocks_fused(
+    q: jax.Array,  # [B, N, h, d]
+    k: jax.Array,  # [B, N, h, d]
+    v: jax.Array,  # [B, N, h, d]
+    links: jax.Array,  # [blocks, seen] int32
+    implementation: str = "cudnn",
+) -> jax.Array:  # [B, N, h, d]
+    """`attend_blocks` of whole blocks without dropout, each block of queries a row of a batch for one dense kernel."""
+    batch, tokens, heads, depth = q.shape
+    size = block_size(tokens)
+    q, k, v = (a.reshape(batch, -1, size, heads, depth) for a in (q, k, v))
+    k, v = (a[:, links].reshape(-1, links.shape[1] * size, heads, depth) for a in (k, v))
+    return fused_attention.attend(q.reshape(-1, size, heads, depth), k, v, implementation).reshape(
+        batch, tokens, heads, depth)
 
 
 def _over_heads(one_head: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
