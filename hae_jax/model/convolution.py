@@ -5,8 +5,7 @@ is slow for large images, 1x1 kernels and few channels. What is done instead, an
 `docs/performance.md`):
 
 - 1x1 kernels: one matrix product;
-- 3x3 kernels of stride 1, at least 128 channels on both sides and 64 tiles of 2x2 outputs: Winograd's form, forward
-  only for images of up to 32 x 32 pixels, whose points stay in the caches;
+- 3x3 kernels of stride 1, at least 128 channels on both sides and 64 tiles of 2x2 outputs: Winograd's form;
 - at most 16 channels on one side: the gradient for the kernel as one product with the patches of that side,
   and the gradient for the input likewise where the output has so few;
 - stride 2 and at least 128 channels: the gradient for the kernel as one product for each point of the kernel;
@@ -16,7 +15,6 @@ Each gives the same to float32 rounding. bfloat16 is computed in float32 and rou
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +26,6 @@ from hae_jax.model.platform import by_platform
 _MANY_CHANNELS = 128  # from here on, products of shifted inputs and Winograd's points are large enough to be fast
 _FEW_CHANNELS = 16  # up to here, the 9-fold patches of an image are cheaper than what XLA does
 _MIN_TILES = 64  # with fewer, transforming the kernel costs more than Winograd's form saves
-_MAX_FORWARD_TILES = 256  # of an image; the points of more do not stay in the caches, and XLA is faster
 _MAX_WORKSPACE = 2**30  # bytes of Winograd's points; larger batches are left to XLA, which needs no such room
 
 
@@ -73,7 +70,7 @@ def _cpu_convolve(x, kernel, *, stride, padding):
     dtype, (x, kernel) = x.dtype, _float32(x, kernel)
     if _is_pointwise(kernel, stride, padding):
         y = jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
-    elif _winograd_wins(x, kernel, stride, padding, _MAX_FORWARD_TILES):
+    elif _winograd_wins(x, kernel, stride, padding):
         y = winograd.convolve(x, kernel, padding)
     else:
         y = _xla_convolve(x, kernel, stride=stride, padding=padding)
@@ -89,7 +86,7 @@ def _cpu_gradients(x, kernel, g, *, stride, padding):
 def _input_gradient(x, kernel, g, stride, padding):
     if _is_pointwise(kernel, stride, padding):
         return jnp.einsum("bhwd,cd->bhwc", g, kernel[0, 0])
-    if _winograd_wins(x, kernel, stride, padding, _MAX_FORWARD_TILES):
+    if _winograd_wins(x, kernel, stride, padding):
         return winograd.input_gradient(kernel, g, padding)
     if kernel.shape[3] <= _FEW_CHANNELS and _is_unit_square(kernel, stride, padding):
         turned = kernel[::-1, ::-1].swapaxes(2, 3)
@@ -102,7 +99,7 @@ def _input_gradient(x, kernel, g, stride, padding):
 def _kernel_gradient(x, kernel, g, stride, padding):
     shape = kernel.shape
     height, width, inputs, outputs = shape
-    if _winograd_wins(x, kernel, stride, padding):
+    if _winograd_wins(x, kernel, stride, padding, in_strips=False):
         return winograd.kernel_gradient(x, g, padding)
     if inputs <= _FEW_CHANNELS:
         patches = jnp.concatenate(_shifted(x, shape, stride, padding), -1)
@@ -139,15 +136,16 @@ def _is_unit_square(kernel, stride, padding):
     return stride == 1 and kernel.shape[0] == kernel.shape[1] > padding
 
 
-def _winograd_wins(x, kernel, stride, padding, most_tiles=math.inf):
+def _winograd_wins(x, kernel, stride, padding, *, in_strips=True):
     if kernel.shape[:2] != (3, 3) or stride != 1 or padding > 2 or x.dtype != jnp.float32:
         return False
     if min(kernel.shape[2:]) < _MANY_CHANNELS:
         return False
     rows, columns = winograd.tile_count(*x.shape[1:3], padding)
     tiles = x.shape[0] * rows * columns
-    workspace = 16 * tiles * sum(kernel.shape[2:]) * x.dtype.itemsize
-    return rows * columns <= most_tiles and tiles >= _MIN_TILES and workspace <= _MAX_WORKSPACE
+    at_once = x.shape[0] * (winograd.strip_rows(rows, columns) if in_strips else rows) * columns
+    workspace = 16 * at_once * sum(kernel.shape[2:]) * x.dtype.itemsize
+    return tiles >= _MIN_TILES and workspace <= _MAX_WORKSPACE
 
 
 def _shifted(

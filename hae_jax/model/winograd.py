@@ -22,10 +22,19 @@ _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.floa
 # Both axes at once, for matrices that are flattened row by row.
 _A2, _G2 = np.kron(_A, _A), np.kron(_G, _G)  # [16, 4], [16, 9]
 
+# The points of larger images are made strip by strip, since those of whole ones do not stay in the caches.
+_WHOLE_TILES = 256  # of an image
+_STRIP_TILES = 128  # of an image in a strip
+
 
 def tile_count(height: int, width: int, padding: int) -> tuple[int, int]:
     """Rows and columns of tiles in one image; an odd output is cut from an even one."""
     return (height + 2 * padding - 1) // 2, (width + 2 * padding - 1) // 2
+
+
+def strip_rows(rows: int, columns: int) -> int:
+    """How many of an image's rows of tiles `convolve` and `input_gradient` work on at once."""
+    return rows if rows * columns <= _WHOLE_TILES else max(1, _STRIP_TILES // columns)
 
 
 def convolve(
@@ -52,7 +61,7 @@ def kernel_gradient(
     padding: int,
 ) -> jax.Array:  # [3, 3, C, D]
     """dk = G^T [(B^T d B) * (A g A^T)] G, summed over tiles: 16 products of [C, tiles] with [tiles, D]."""
-    points = _input_points(_not_before(g, x), padding)
+    points = _input_points(_padded(_not_before(g, x), padding, *tile_count(*x.shape[1:3], padding)))
     products = jnp.einsum("pbhwc,pbhwd->pcd", points, _output_gradient_points(g, *points.shape[2:4]))
     return jnp.tensordot(_G2.T, products, 1).reshape(3, 3, *products.shape[1:])
 
@@ -71,22 +80,42 @@ def _not_before(
 
 
 def _convolve(x, kernel, padding, product):
+    height, width = (size + 2 * padding - 2 for size in x.shape[1:3])
+    h, w = tile_count(*x.shape[1:3], padding)
     kernel_points = jnp.tensordot(_G2, kernel.reshape(9, *kernel.shape[2:]), 1)  # [16, C, D]
-    points = jnp.einsum(product, _input_points(x, padding), kernel_points)
+    rows = strip_rows(h, w)
+    strips = -(-h // rows)
+    x = _padded(x, padding, strips * rows, w)
+    if strips == 1:
+        y = _convolve_padded(x, kernel_points, product)
+    else:
+        cut = lambda i: lax.dynamic_slice_in_dim(x, 2 * rows * i, 2 * rows + 2, axis=1)
+        y = lax.map(lambda i: _convolve_padded(cut(i), kernel_points, product), jnp.arange(strips))
+        y = jnp.moveaxis(y, 0, 1).reshape(len(x), 2 * strips * rows, *y.shape[3:])
+    return y[:, :height, :width]
+
+
+def _convolve_padded(
+    x: jax.Array,  # [B, 2 h + 2, 2 w + 2, C]
+    kernel_points: jax.Array,  # [16, C, D], or [16, D, C] for the input's gradient
+    product: str,
+) -> jax.Array:  # [B, 2 h, 2 w, D]
+    points = jnp.einsum(product, _input_points(x), kernel_points)
     _, batch, h, w, channels = points.shape
     y = jnp.tensordot(_A2.T, points, 1).reshape(2, 2, batch, h, w, channels)
-    y = y.transpose(2, 3, 0, 4, 1, 5).reshape(batch, 2 * h, 2 * w, channels)
-    return y[:, :x.shape[1] + 2 * padding - 2, :x.shape[2] + 2 * padding - 2]
+    return y.transpose(2, 3, 0, 4, 1, 5).reshape(batch, 2 * h, 2 * w, channels)
+
+
+def _padded(x: jax.Array, padding: int, h: int, w: int) -> jax.Array:  # [B, H, W, C] -> [B, 2 h + 2, 2 w + 2, C]
+    bottom, right = (2 * tiles + 2 - padding - size for tiles, size in zip((h, w), x.shape[1:3], strict=True))
+    return jnp.pad(x, ((0, 0), (padding, bottom), (padding, right), (0, 0)))
 
 
 def _input_points(
-    x: jax.Array,  # [B, H, W, C]
-    padding: int,
+    x: jax.Array,  # [B, 2 h + 2, 2 w + 2, C]
 ) -> jax.Array:  # [16, B, h, w, C]
     """B^T d B of the overlapping 4x4 tiles d, two pixels apart."""
-    h, w = tile_count(*x.shape[1:3], padding)
-    bottom, right = (2 * tiles + 2 - padding - size for tiles, size in zip((h, w), x.shape[1:3], strict=True))
-    x = jnp.pad(x, ((0, 0), (padding, bottom), (padding, right), (0, 0)))
+    h, w = (size // 2 - 1 for size in x.shape[1:3])
     rows = jnp.stack(_four_points([x[:, i:i + 2 * h - 1:2] for i in range(4)]))
     # XLA would join both axes into one loop, and compute each row's points again for each column.
     rows = lax.optimization_barrier(rows)

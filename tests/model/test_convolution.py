@@ -35,6 +35,7 @@ SHAPES = [
     ((15, 17), 130, 128, 3, 1, 1),
     ((18, 19), 128, 128, 3, 1, 0),
     ((15, 16), 128, 128, 3, 1, 2),
+    ((39, 36), 128, 128, 3, 1, 1),  # in strips, the last of them ragged
 ]
 
 
@@ -145,6 +146,10 @@ def test_large_batches_keep_to_memory(monkeypatch):
     assert convolution._winograd_wins(x, kernel, 1, 1)
     monkeypatch.setattr(convolution, "_MAX_WORKSPACE", 16 * 64 * (128 + 128) * 4 - 1)
     assert not convolution._winograd_wins(x, kernel, 1, 1)
+    x, kernel = inputs((128, 128))
+    monkeypatch.setattr(convolution, "_MAX_WORKSPACE", 16 * 128 * (128 + 128) * 4)  # for one strip
+    assert convolution._winograd_wins(x, kernel, 1, 1)
+    assert not convolution._winograd_wins(x, kernel, 1, 1, in_strips=False)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
