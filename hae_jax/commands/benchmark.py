@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         "step's need: --part train,input")
     add("--variant", type=_names, metavar="A,B", help="fpdm, hae, hae_lite, hae_v2, hae_v2c; default: the config's")
     add("--baseline", type=_names, metavar="A,B", help="naive, or context, sparse, "
-        "convolution, passes, stacks: each alone naive; none; default: naive, with --input none")
+        "convolution, norm, passes, stacks: each alone naive; none; default: naive, with --input none")
     add("--batch", type=int, metavar="N", help="images, over all devices; default: 8, with --memory 28")
     add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py, but without --memory "
         f"a small network: {', '.join(_SMALL)}")

@@ -46,8 +46,9 @@ def is_cpu() -> bool:
 def attention_kernel() -> str:
     """The kernel of attention on GPUs, "xla" or "cudnn", as the environment variable `HAE_JAX_ATTENTION` says.
 
-    "xla" is the default, and what is used on anything but a GPU. It is the machine's choice and not the network's, so
-    no config has it: the same run may go on, or its network be used, where the other is better.
+    "xla" is the default, as cuDNN's was never timed, and what is used on anything but a GPU. It is the machine's
+    choice and not the network's, so no config has it: the same run may go on, or its network be used, where the other
+    is better.
 
     Raises:
       UserError: the variable says something else.
