@@ -97,7 +97,7 @@ def _convolve(x, kernel, padding, product):
 
 def _convolve_padded(
     x: jax.Array,  # [B, 2 h + 2, 2 w + 2, C]
-    kernel_points: jax.Array,  # [16, C, D], or [16, D, C] for the input's gradient
+    kernel_points: jax.Array,  # [16, C, D]
     product: str,
 ) -> jax.Array:  # [B, 2 h, 2 w, D]
     points = jnp.einsum(product, _input_points(x), kernel_points)
