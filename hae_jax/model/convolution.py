@@ -5,7 +5,8 @@ is slow for large images, 1x1 kernels and few channels. What is done instead, an
 `docs/performance.md`):
 
 - 1x1 kernels: one matrix product;
-- 3x3 kernels of stride 1, at least 128 channels on both sides and 64 tiles of 2x2 outputs: Winograd's form;
+- 3x3 kernels of stride 1: Winograd's form, in tiles of 4x4 outputs from 32 px and 64 channels on both sides on, in
+  tiles of 2x2 outputs in smaller images from 64 tiles and 128 channels on, but not for the gradient for the kernel;
 - at most 16 channels on one side: the gradient for the kernel as one product with the patches of that side,
   and the gradient for the input likewise where the output has so few;
 - stride 2 and at least 128 channels: the gradient for the kernel as one product for each point of the kernel;
@@ -15,6 +16,7 @@ Each gives the same to float32 rounding. bfloat16 is computed in float32 and rou
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,9 @@ from hae_jax.model import winograd
 from hae_jax.model.platform import by_platform
 
 _MANY_CHANNELS = 128  # from here on, products of shifted inputs and Winograd's points are large enough to be fast
+_SEVERAL_CHANNELS = 64  # the same for Winograd's large tiles
 _FEW_CHANNELS = 16  # up to here, the 9-fold patches of an image are cheaper than what XLA does
 _MIN_TILES = 64  # with fewer, transforming the kernel costs more than Winograd's form saves
-_MAX_WORKSPACE = 2**30  # bytes of Winograd's points; larger batches are left to XLA, which needs no such room
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "padding"), inline=True)
@@ -99,7 +101,7 @@ def _input_gradient(x, kernel, g, stride, padding):
 def _kernel_gradient(x, kernel, g, stride, padding):
     shape = kernel.shape
     height, width, inputs, outputs = shape
-    if _winograd_wins(x, kernel, stride, padding, in_strips=False):
+    if _winograd_wins(x, kernel, stride, padding) and winograd.has_large_tiles(*x.shape[1:3], padding):
         return winograd.kernel_gradient(x, g, padding)
     if inputs <= _FEW_CHANNELS:
         patches = jnp.concatenate(_shifted(x, shape, stride, padding), -1)
@@ -136,16 +138,14 @@ def _is_unit_square(kernel, stride, padding):
     return stride == 1 and kernel.shape[0] == kernel.shape[1] > padding
 
 
-def _winograd_wins(x, kernel, stride, padding, *, in_strips=True):
+def _winograd_wins(x, kernel, stride, padding):
     if kernel.shape[:2] != (3, 3) or stride != 1 or padding > 2 or x.dtype != jnp.float32:
         return False
-    if min(kernel.shape[2:]) < _MANY_CHANNELS:
-        return False
-    rows, columns = winograd.tile_count(*x.shape[1:3], padding)
-    tiles = x.shape[0] * rows * columns
-    at_once = x.shape[0] * (winograd.strip_rows(rows, columns) if in_strips else rows) * columns
-    workspace = 16 * at_once * sum(kernel.shape[2:]) * x.dtype.itemsize
-    return tiles >= _MIN_TILES and workspace <= _MAX_WORKSPACE
+    channels = min(kernel.shape[2:])
+    if winograd.has_large_tiles(*x.shape[1:3], padding):
+        return channels >= _SEVERAL_CHANNELS
+    tiles = x.shape[0] * math.prod(winograd.tile_count(*x.shape[1:3], padding))
+    return channels >= _MANY_CHANNELS and tiles >= _MIN_TILES
 
 
 def _shifted(

@@ -1,40 +1,72 @@
-"""3x3 convolutions of stride 1 by Winograd's minimal filtering F(2x2, 3x3): 16 products where 36 are usual.
+"""3x3 convolutions of stride 1 by Winograd's minimal filtering, F(4x4, 3x3) or F(2x2, 3x3).
 
-For a 4x4 tile d of the input, a kernel k and the 2x2 outputs y that the tile determines,
+For a tile d of n x n pixels of the input, n = m + 2, a kernel k and the m x m outputs y that the tile determines,
 
     y = A^T [(G k G^T) * (B^T d B)] A
 
 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308, equation 8), where the
-product is elementwise in the 16 points and a matrix product in the channels. All entries of A, B and G are 0, +-1/2 or
-+-1: the result differs from the direct sum by float32's rounding only. (Larger tiles save more and lose digits.) The
-gradients are the transposed equations.
+product is elementwise in the n x n points and a matrix product in the channels: m = 4 takes 36 products where 144 are
+usual, m = 2 16 where 36 are. The gradients are the transposed equations.
 
-Arrays of points are [16, B, h, w, C]: point (row, column) of the 4x4, then the tiles.
+Points are where polynomials are evaluated (Toom and Cook). The result differs from the direct sum by float32's
+rounding only, with m = 2 as much as the direct sum from the exact one and with m = 4 three times as much. Whole
+numbers as points, as in the paper, would lose three times more for m = 4 (compare Barabasz et al. 2020, "Error
+analysis and improving the accuracy of Winograd convolution for deep neural networks", arXiv:1803.10986).
+
+Arrays of points are [n n, B, h, w, C]: point (row, column) of the tile, then the tiles.
 """
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]], np.float32)
-_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
-# Both axes at once, for matrices that are flattened row by row.
-_A2, _G2 = np.kron(_A, _A), np.kron(_G, _G)  # [16, 4], [16, 9]
 
-# The points of larger images are made strip by strip, since those of whole ones do not stay in the caches.
-_WHOLE_TILES = 256  # of an image
-_STRIP_TILES = 128  # of an image in a strip
+class _Filtering(NamedTuple):
+    """One F(m x m, 3 x 3): the matrices along one axis."""
 
-
-def tile_count(height: int, width: int, padding: int) -> tuple[int, int]:
-    """Rows and columns of tiles in one image; an odd output is cut from an even one."""
-    return (height + 2 * padding - 1) // 2, (width + 2 * padding - 1) // 2
+    m: int
+    A: np.ndarray  # [n, m]
+    B: np.ndarray  # [n, n], transposed: a row for each point
+    G: np.ndarray  # [n, 3]
 
 
-def strip_rows(rows: int, columns: int) -> int:
-    """How many of an image's rows of tiles `convolve` and `input_gradient` work on at once."""
-    return rows if rows * columns <= _WHOLE_TILES else max(1, _STRIP_TILES // columns)
+def _filtering(m: int, *finite: float) -> _Filtering:
+    """From n - 1 different points; the last point of all is infinity."""
+    points = np.array(finite, float)
+    others = [np.delete(points, i) for i in range(len(points))]
+    A, G = (np.vander(points, width, increasing=True) for width in (m, 3))
+    G /= [[np.prod(point - rest)] for point, rest in zip(points, others, strict=True)]
+    B = [[*np.polynomial.polynomial.polyfromroots(rest), 0] for rest in others]
+    last = np.polynomial.polynomial.polyfromroots(points)
+    return _Filtering(m, *(np.array(matrix, np.float32) for matrix in (
+        [*A, np.eye(m)[-1]], [*B, last], [*G, np.eye(3)[-1]])))
+
+
+_SMALL = _filtering(2, 0, 1, -1)
+_LARGE = _filtering(4, 0, 11 / 16, -11 / 16, 3 / 2, -3 / 2)  # of the pairs of sixteenths, the least error
+_LARGE_FROM = 32  # outputs along the shorter side; in smaller images m = 4 has too few tiles for each of its 36 kernels
+
+_STRIP_TILES = 128  # that a device works on at once, so that their points stay in its caches
+
+
+def has_large_tiles(height: int, width: int, padding: int) -> bool:
+    """Whether images of this size are convolved in tiles of 4x4 outputs. The size alone decides, so that an image's
+    result does not depend on its batch."""
+    return min(height, width) + 2 * padding - 2 >= _LARGE_FROM
+
+
+def tile_count(
+    height: int,  # of the input
+    width: int,
+    padding: int,
+) -> tuple[int, int]:
+    """Rows and columns of tiles in one image; what of the last ones lies outside the output is cut off."""
+    size = _chosen(height, width, padding).m
+    return -(-(height + 2 * padding - 2) // size), -(-(width + 2 * padding - 2) // size)
 
 
 def convolve(
@@ -42,8 +74,8 @@ def convolve(
     kernel: jax.Array,  # [3, 3, C, D]
     padding: int,  # 0, 1 or 2
 ) -> jax.Array:  # [B, H + 2 padding - 2, W + 2 padding - 2, D]
-    """The convolution, as 16 products of [tiles, C] with [C, D]."""
-    return _convolve(x, kernel, padding, "pbhwc,pcd->pbhwd")
+    """The convolution, as products of [tiles, C] with [C, D], one for each point."""
+    return _convolve(x, kernel, padding)
 
 
 def input_gradient(
@@ -52,7 +84,7 @@ def input_gradient(
     padding: int,
 ) -> jax.Array:  # [B, H, W, C]
     """The convolution of `g` with the kernel turned by 180 degrees, C and D exchanged."""
-    return _convolve(g, kernel[::-1, ::-1], 2 - padding, "pbhwd,pcd->pbhwc")
+    return _convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), 2 - padding)
 
 
 def kernel_gradient(
@@ -60,79 +92,132 @@ def kernel_gradient(
     g: jax.Array,  # [B, H', W', D] float32, the output's gradient
     padding: int,
 ) -> jax.Array:  # [3, 3, C, D]
-    """dk = G^T [(B^T d B) * (A g A^T)] G, summed over tiles: 16 products of [C, tiles] with [tiles, D]."""
-    points = _input_points(_padded(_not_before(g, x), padding, *tile_count(*x.shape[1:3], padding)))
-    products = jnp.einsum("pbhwc,pbhwd->pcd", points, _output_gradient_points(g, *points.shape[2:4]))
-    return jnp.tensordot(_G2.T, products, 1).reshape(3, 3, *products.shape[1:])
-
-
-def _not_before(
-    g: jax.Array,  # [B, ...] float32
-    x: jax.Array,  # [B, H, W, C]
-) -> jax.Array:
-    """`x`, seemingly a function of `g`: plus a zero that XLA cannot know.
-
-    Otherwise all points of a network are ready after the forward pass, four times its activations, and XLA on CPUs,
-    which starts what is ready and forgets optimisation barriers before it plans the order, would hold them.
-    """
-    bits = lax.bitcast_convert_type(g[:, :1, :1, :1], jnp.uint32)
-    return x + ((bits >> 31) >> 1).astype(x.dtype)
-
-
-def _convolve(x, kernel, padding, product):
-    height, width = (size + 2 * padding - 2 for size in x.shape[1:3])
-    h, w = tile_count(*x.shape[1:3], padding)
-    kernel_points = jnp.tensordot(_G2, kernel.reshape(9, *kernel.shape[2:]), 1)  # [16, C, D]
-    rows = strip_rows(h, w)
+    """dk = G^T [(B^T d B) * (A g A^T)] G, summed over tiles: products of [C, tiles] with [tiles, D]."""
+    form, (h, w) = _chosen(*x.shape[1:3], padding), tile_count(*x.shape[1:3], padding)
+    rows = _strip_rows(len(x), h, w)
     strips = -(-h // rows)
-    x = _padded(x, padding, strips * rows, w)
+    # Points need the output's gradient on both sides, so that no layer's are made right after the forward pass.
+    x = _padded(x + _unknown_zero(g[:, :1, :1, :1]), form, padding, strips * rows, w)
+    bottom, right = (form.m * tiles - size for tiles, size in zip((strips * rows, w), g.shape[1:3], strict=True))
+    g = jnp.pad(g, ((0, 0), (0, bottom), (0, right), (0, 0)))
+
+    def products(strip):
+        of_input = _input_points(_strip(x, form.m * rows, strip, form.m * rows + 2), form)
+        of_gradient = _output_gradient_points(_strip(g, form.m * rows, strip, form.m * rows), form)
+        # A sum for each device's share, so that they need not meet after each strip.
+        return jnp.einsum("psbhwc,psbhwd->pscd", _in_shares(of_input, 1), _in_shares(of_gradient, 1))
+
     if strips == 1:
-        y = _convolve_padded(x, kernel_points, product)
+        total = products(0)
     else:
-        cut = lambda i: lax.dynamic_slice_in_dim(x, 2 * rows * i, 2 * rows + 2, axis=1)
-        y = lax.map(lambda i: _convolve_padded(cut(i), kernel_points, product), jnp.arange(strips))
-        y = jnp.moveaxis(y, 0, 1).reshape(len(x), 2 * strips * rows, *y.shape[3:])
+        start = jnp.zeros(jax.eval_shape(products, 0).shape, x.dtype)
+        total = lax.fori_loop(0, strips, lambda strip, total: total + products(strip), start)
+    return jnp.tensordot(_both_axes(form.G).T, total, 1).sum(1).reshape(3, 3, *total.shape[2:])
+
+
+def _chosen(height: int, width: int, padding: int) -> _Filtering:
+    return _LARGE if has_large_tiles(height, width, padding) else _SMALL
+
+
+def _strip_rows(batch: int, rows: int, columns: int) -> int:
+    """How many of an image's rows of tiles are worked on at once."""
+    return min(rows, max(1, _STRIP_TILES // (-(-batch // jax.device_count()) * columns)))
+
+
+def _in_shares(x: jax.Array, axis: int) -> jax.Array:
+    """The batch, at this axis, as [shares, images of a share]: a share for each device, where that comes out even."""
+    batch = x.shape[axis]
+    shares = math.gcd(batch, jax.device_count())
+    return x.reshape(*x.shape[:axis], shares, batch // shares, *x.shape[axis + 1:])
+
+
+def _unknown_zero(x: jax.Array) -> jax.Array:
+    """Zeros that XLA cannot know, for what must not be computed before `x` is.
+
+    XLA on CPUs starts whatever is ready, and forgets optimisation barriers before it plans the order: all kernels'
+    points would be made, and held, before the first layer, and all activations' before the backward pass.
+    """
+    return ((lax.bitcast_convert_type(x, jnp.uint32) >> 31) >> 1).astype(x.dtype)
+
+
+def _convolve(x, kernel, padding):
+    height, width = (size + 2 * padding - 2 for size in x.shape[1:3])
+    form, (h, w) = _chosen(*x.shape[1:3], padding), tile_count(*x.shape[1:3], padding)
+    # Each device makes its own points of the kernel when it needs them: [n n, shares, C, D].
+    when_needed = _unknown_zero(_in_shares(x, 0)[:, 0, :1, 0, 0])  # [shares, 1]
+    kernel_points = jnp.einsum("psk,kcd->pscd", _both_axes(form.G)[:, None] + when_needed,
+                               kernel.reshape(9, *kernel.shape[2:]))
+    rows = _strip_rows(len(x), h, w)
+    strips = -(-h // rows)
+    x = _padded(x, form, padding, strips * rows, w)
+
+    def outputs(strip):
+        points = _input_points(_strip(x, form.m * rows, strip, form.m * rows + 2), form)
+        products = jnp.einsum("psbhwc,pscd->psbhwd", _in_shares(points, 1), kernel_points)
+        return _outputs(products.reshape(len(products), len(x), *products.shape[3:]), form)
+
+    if strips == 1:
+        y = outputs(0)
+    else:
+        y = jnp.moveaxis(lax.map(outputs, jnp.arange(strips)), 0, 1)
+        y = y.reshape(len(x), -1, *y.shape[3:])
     return y[:, :height, :width]
 
 
-def _convolve_padded(
-    x: jax.Array,  # [B, 2 h + 2, 2 w + 2, C]
-    kernel_points: jax.Array,  # [16, C, D]
-    product: str,
-) -> jax.Array:  # [B, 2 h, 2 w, D]
-    points = jnp.einsum(product, _input_points(x), kernel_points)
-    _, batch, h, w, channels = points.shape
-    y = jnp.tensordot(_A2.T, points, 1).reshape(2, 2, batch, h, w, channels)
-    return y.transpose(2, 3, 0, 4, 1, 5).reshape(batch, 2 * h, 2 * w, channels)
-
-
-def _padded(x: jax.Array, padding: int, h: int, w: int) -> jax.Array:  # [B, H, W, C] -> [B, 2 h + 2, 2 w + 2, C]
-    bottom, right = (2 * tiles + 2 - padding - size for tiles, size in zip((h, w), x.shape[1:3], strict=True))
+def _padded(
+    x: jax.Array,  # [B, H, W, C]
+    form: _Filtering,
+    padding: int,
+    h: int,
+    w: int,
+) -> jax.Array:  # [B, m h + 2, m w + 2, C]
+    bottom, right = (form.m * tiles + 2 - padding - size for tiles, size in zip((h, w), x.shape[1:3], strict=True))
     return jnp.pad(x, ((0, 0), (padding, bottom), (padding, right), (0, 0)))
 
 
+def _strip(x: jax.Array, step: int, strip: jax.Array | int, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, step * strip, size, axis=1)
+
+
 def _input_points(
-    x: jax.Array,  # [B, 2 h + 2, 2 w + 2, C]
-) -> jax.Array:  # [16, B, h, w, C]
-    """B^T d B of the overlapping 4x4 tiles d, two pixels apart."""
-    h, w = (size // 2 - 1 for size in x.shape[1:3])
-    rows = jnp.stack(_four_points([x[:, i:i + 2 * h - 1:2] for i in range(4)]))
+    x: jax.Array,  # [B, m h + 2, m w + 2, C]
+    form: _Filtering,
+) -> jax.Array:  # [n n, B, h, w, C]
+    """B^T d B of the overlapping tiles d, m pixels apart."""
+    m, n = form.m, len(form.B)
+    tiles_end = [size - n + 1 for size in x.shape[1:3]]
+    rows = jnp.stack(_combined(form.B, [x[:, i:i + tiles_end[0]:m] for i in range(n)]))
     # XLA would join both axes into one loop, and compute each row's points again for each column.
     rows = lax.optimization_barrier(rows)
-    points = jnp.stack(_four_points([rows[:, :, :, j:j + 2 * w - 1:2] for j in range(4)]), 1)
-    return points.reshape(16, *points.shape[2:])
+    points = jnp.stack(_combined(form.B, [rows[:, :, :, j:j + tiles_end[1]:m] for j in range(n)]), 1)
+    return points.reshape(n * n, *points.shape[2:])
 
 
-def _four_points(d: list[jax.Array]) -> list[jax.Array]:
-    """B^T d along one axis of the tile."""
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+def _combined(matrix: np.ndarray, parts: list[jax.Array]) -> list[jax.Array]:
+    """The matrix times the parts; it has many zeros."""
+    return [sum(part if factor == 1 else factor * part for factor, part in zip(row, parts, strict=True) if factor)
+            for row in matrix]
+
+
+def _outputs(
+    points: jax.Array,  # [n n, B, h, w, D]
+    form: _Filtering,
+) -> jax.Array:  # [B, m h, m w, D]
+    """A^T points A, tile beside tile."""
+    _, batch, h, w, channels = points.shape
+    y = jnp.tensordot(_both_axes(form.A).T, points, 1).reshape(form.m, form.m, batch, h, w, channels)
+    return y.transpose(2, 3, 0, 4, 1, 5).reshape(batch, form.m * h, form.m * w, channels)
 
 
 def _output_gradient_points(
-    g: jax.Array,  # [B, H', W', D]
-    h: int,
-    w: int,
-) -> jax.Array:  # [16, B, h, w, D]
-    """A g A^T of the 2x2 outputs g."""
-    g = jnp.pad(g, ((0, 0), (0, 2 * h - g.shape[1]), (0, 2 * w - g.shape[2]), (0, 0)))
-    return jnp.tensordot(_A2, jnp.stack([g[:, i::2, j::2] for i in range(2) for j in range(2)]), 1)
+    g: jax.Array,  # [B, m h, m w, D]
+    form: _Filtering,
+) -> jax.Array:  # [n n, B, h, w, D]
+    """A g A^T of the m x m outputs g."""
+    m = form.m
+    return jnp.tensordot(_both_axes(form.A), jnp.stack([g[:, i::m, j::m] for i in range(m) for j in range(m)]), 1)
+
+
+def _both_axes(matrix: np.ndarray) -> np.ndarray:
+    """For tiles that are flattened row by row."""
+    return np.kron(matrix, matrix)

@@ -10,7 +10,6 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hae_jax.model import convolution
 from hae_jax.model.convolution import conv2d
 from hae_jax.model.layers import ParameterKeys, conv
 
@@ -35,7 +34,7 @@ SHAPES = [
     ((15, 17), 130, 128, 3, 1, 1),
     ((18, 19), 128, 128, 3, 1, 0),
     ((15, 16), 128, 128, 3, 1, 2),
-    ((39, 36), 128, 128, 3, 1, 1),  # in strips, the last of them ragged
+    ((34, 33), 64, 66, 3, 1, 1),
 ]
 
 
@@ -73,15 +72,6 @@ def test_values_and_gradients_are_those_of_lax(size, channels, outputs, kernel, 
     arrays = inputs(size, channels, outputs, kernel, batch=2 if channels < 128 else 1)
     assert_close(value_and_gradients(conv2d, *arrays, stride, padding),
                  value_and_gradients(xla, *arrays, stride, padding))
-
-
-def test_winograd_is_as_accurate_as_the_direct_sum():
-    x, kernel = inputs((32, 32))
-    with jax.enable_x64(True):
-        exact = value_and_gradients(xla, x.astype(jnp.float64), kernel.astype(jnp.float64))
-    for i, own, wanted in zip(range(3), value_and_gradients(conv2d, x, kernel), exact, strict=True):
-        wanted = np.asarray(wanted)
-        assert np.abs(np.asarray(own, np.float64) - wanted).max() <= 1e-6 * np.abs(wanted).max(), i
 
 
 @pytest.mark.parametrize(("channels", "kernel"), [(128, 3), (8, 3), (8, 1)])
@@ -139,17 +129,6 @@ def test_gpus_get_the_plain_convolutions(kernel):
 def test_no_branch_is_left_in_the_compiled_program():
     compiled = jax.jit(functools.partial(value_and_gradients, conv2d)).lower(*inputs()).compile().as_text()
     assert " conditional(" not in compiled
-
-
-def test_large_batches_keep_to_memory(monkeypatch):
-    x, kernel = inputs()
-    assert convolution._winograd_wins(x, kernel, 1, 1)
-    monkeypatch.setattr(convolution, "_MAX_WORKSPACE", 16 * 64 * (128 + 128) * 4 - 1)
-    assert not convolution._winograd_wins(x, kernel, 1, 1)
-    x, kernel = inputs((128, 128))
-    monkeypatch.setattr(convolution, "_MAX_WORKSPACE", 16 * 128 * (128 + 128) * 4)  # for one strip
-    assert convolution._winograd_wins(x, kernel, 1, 1)
-    assert not convolution._winograd_wins(x, kernel, 1, 1, in_strips=False)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
