@@ -91,7 +91,7 @@ def with_gradients(f: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def blocks(batch: int, dtype: str) -> Iterator[Block]:
     """All blocks, in the sizes of the full network; arguments are made when asked for."""
-    yield _attention_block(batch, dtype)
+    yield attention_block(batch, dtype)
     yield _sparse_attention(dtype)
     yield _sparse_layer(batch, dtype)
     for size, channels in _SIZES["convolutions"]:
@@ -101,7 +101,8 @@ def blocks(batch: int, dtype: str) -> Iterator[Block]:
         yield Block(f"3x3 convolution, {channels} at {size} px", forms, kernel, (x,))
 
 
-def _attention_block(batch: int, dtype: str) -> Block:
+def attention_block(batch: int, dtype: str) -> Block:
+    """Over the largest map that has attention: without context, ours, and with the context materialised."""
     side, channels = _SIZES["attention"]
     config = UNetConfig(dtype=dtype)
     call, params = _module(lambda: attention.AttentionBlock(channels, _HEADS, config, nnx.Rngs(0)))

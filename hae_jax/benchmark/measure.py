@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,17 +29,21 @@ class Compiled(NamedTuple):
     arguments: int  # bytes of them, on each device
 
 
-def compile_program(lower: Callable[[], jax.stages.Lowered], devices: int, *, plan_only: bool = False) -> Compiled:
+def compile_program(
+    lower: Callable[[], jax.stages.Lowered], devices: int, *, plan_only: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
     """Traces and compiles.
 
     Args:
       lower: traces the program.
       devices: that it runs on and that share one memory: the cores of a CPU; else 1.
       plan_only: it will not be run.
+      options: of XLA, by name.
     """
     quick = plan_only and jax.default_backend() == "cpu"
     start = time.perf_counter()
-    executable = lower().compile(_PLAN_ONLY if quick else None)
+    executable = lower().compile({**(_PLAN_ONLY if quick else {}), **(options or {})} or None)
     seconds = time.perf_counter() - start
     plan = executable.memory_analysis()
     if plan is None:

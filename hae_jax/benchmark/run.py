@@ -19,8 +19,9 @@ from hae_jax.benchmark.measure import (
     peak_of_first_call,
     sharing_memory,
 )
+from hae_jax.benchmark.options import tried
 from hae_jax.benchmark.programs import ForwardPass, Program, TrainingStep, TranslationOfBatch
-from hae_jax.benchmark.results import NAIVE, OURS, Result, Row, machine
+from hae_jax.benchmark.results import OURS, Result, Row, machine
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.errors import UserError
 from hae_jax.training.mesh import check_batch_size
@@ -88,12 +89,12 @@ def _compiled(part, config, settings, mesh, say) -> Iterator[_Entry]:
         program = _program(part, tree, mesh, settings)
         forms = {OURS: ()} | {form: naive.pieces_of(form, network, translation=part == "translate")
                               for form in settings.baselines}
-        for form, pieces in forms.items():
-            if form != OURS and not pieces:
-                continue
+        tries = [(form, pieces, "") for form, pieces in forms.items() if form == OURS or pieces]
+        for form, pieces, option in [*tries, *((f"{OURS}, {option}", (), option) for option in settings.options)]:
             say(f"compiling {part} {variant} {form}")
-            with naive.swapped_in(pieces):
-                compiled, flops = compile_program(program.lower, sharing_memory(mesh)), program.flops()
+            with naive.swapped_in(pieces), tried(option) as of_xla:
+                compiled = compile_program(program.lower, sharing_memory(mesh), options=of_xla)
+                flops = program.flops()
             program.place()
             used = peak_of_first_call(
                 mesh.devices.flat[0], lambda c=compiled, p=program: p.call(c.executable), compiled.arguments)
@@ -114,7 +115,7 @@ def _row(part: str, entries: Sequence[_Entry], turns: np.ndarray, i: int, refere
     # Of the plans, since the devices' statistics may know of one program and not of the other.
     plan, other_plan = entry.compiled.memory, other.compiled.memory
     return Row(
-        part, entry.variant, entry.form if entry.form in (OURS, NAIVE) else f"{entry.form} naive",
+        part, entry.variant, f"{entry.form} naive" if entry.form in naive.PIECES else entry.form,
         seconds=turns[i].tolist(), images=entry.program.images, flops=entry.flops, model_flops=ours.flops,
         model_bytes=entry.program.least_bytes(), memory=entry.memory, compile_seconds=entry.compiled.seconds,
         time_ratio=float(np.median(turns[i] / turns[reference])),

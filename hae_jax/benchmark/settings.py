@@ -1,6 +1,7 @@
 """What to measure, and on which network."""
 
 import dataclasses
+import re
 from typing import Any
 
 import ml_collections
@@ -24,6 +25,7 @@ class Settings:
       batch: images in a call, over all devices.
       steps: that a translation walks.
       repeats: turns; each program is timed once in each.
+      options: what else ours is tried with, each alone: "NAME=VALUE", an option of XLA, or "attention=KERNEL".
 
     Raises:
       UserError: for values that cannot be.
@@ -35,6 +37,7 @@ class Settings:
     batch: int
     steps: int
     repeats: int
+    options: tuple[str, ...] = ()
 
     def __post_init__(self):
         for flag, values, choices in (("--part", self.parts, PARTS), ("--variant", self.variants, tuple(VARIANTS)),
@@ -45,6 +48,9 @@ class Settings:
         for flag, value in (("--steps", self.steps), ("--repeats", self.repeats)):
             if value < 1:
                 raise UserError(f"{flag} {value}: must be at least 1")
+        for option in self.options:
+            if not re.fullmatch(r"[a-z]\w*=.*", option):
+                raise UserError(f"--option {option}: give NAME=VALUE, such as xla_cpu_prefer_vector_width=512")
 
 
 def with_model(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:

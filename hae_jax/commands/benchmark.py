@@ -25,6 +25,7 @@ examples:
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
   python tools/benchmark.py --input --config configs/brats_v2c.py    # does the loader keep up with the training step?
+  python tools/benchmark.py --part train --baseline none --option xla_cpu_prefer_vector_width=512  # does it help here?
   python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others
   python tools/benchmark.py --memory                                 # batch 28 of the full network, only compiled"""
 
@@ -40,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", type=_names, metavar="A,B", help="fpdm, hae, hae_lite, hae_v2, hae_v2c; default: the config's")
     add("--baseline", type=_names, metavar="A,B", help="naive, or context, sparse, "
         "convolution, norm, passes, stacks: each alone naive; none; default: naive, with --input none")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="try ours with this option of XLA, too, or "
+        "with attention=cudnn, on GPUs; may be repeated, each is tried alone")
     add("--batch", type=int, metavar="N", help="images, over all devices; default: 8, with --memory 28")
     add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py, but without --memory "
         f"a small network: {', '.join(_SMALL)}")
@@ -88,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         baselines = arguments.baseline or (("none",) if arguments.part == ("train", "input") else ("naive",))
         settings = Settings(
             arguments.part, arguments.variant or (config.model.variant,),
-            tuple(name for name in baselines if name != "none"), batch, arguments.steps, arguments.repeats)
+            tuple(name for name in baselines if name != "none"), batch, arguments.steps, arguments.repeats,
+            tuple(arguments.option))
         if arguments.devices == "cores":
             use_all_cores(batch)
         devices = jax.devices() if arguments.devices == "cores" else jax.devices()[:1]

@@ -1,9 +1,14 @@
-"""Using a machine without an accelerator well: one JAX device for each core."""
+"""Using a machine well: one JAX device for each core of a CPU, the fastest kernel of attention on a GPU."""
 
 import contextlib
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hae_jax.model import platform
+from hae_jax.model.platform import KERNELS
 
 
 def use_all_cores(batch_size: int = 0) -> None:
@@ -19,3 +24,24 @@ def use_all_cores(batch_size: int = 0) -> None:
     # A program that has computed already, such as a notebook, keeps the devices it has.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
+
+
+def choose_attention(dtype: str, *, gradients: bool) -> None:
+    """On GPUs, times the kernels of attention and takes the fastest for this process; it is said which.
+
+    The environment variable `HAE_JAX_ATTENTION` has the first word, and where a run must go on to the last bit on
+    another kind of GPU, the last. In float32 and on anything but GPUs there is nothing to choose. Of several
+    processes, the first one's choice holds for all.
+
+    Args:
+      dtype: of computation.
+      gradients: whether the process will train.
+    """
+    if jax.default_backend() != "gpu" or platform.ATTENTION in os.environ or dtype == "float32":
+        return
+    from hae_jax.benchmark.kernels import fastest_attention
+
+    kernel = KERNELS.index(fastest_attention(dtype, gradients=gradients)) if jax.process_index() == 0 else 0
+    if jax.process_count() > 1:
+        kernel = int(multihost_utils.broadcast_one_to_all(np.int32(kernel)))
+    os.environ[platform.ATTENTION] = KERNELS[kernel]

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported after parsing: --help shall not wait for JAX.
     import jax
 
-    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.commands.devices import choose_attention, use_all_cores
     from hae_jax.data.demo import ensure_phantom
     from hae_jax.training import dry_run, hosts, loop
     from hae_jax.training.profile import parse_span
@@ -62,5 +62,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if said and jax.process_index() == 0:
             print("\n".join(said))
         if not only_says:
+            choose_attention(config.model.dtype, gradients=True)
             hosts.once(lambda: ensure_phantom(config.data, config.model.image_size))
             loop.train(config, arguments.workdir, profile=profile)

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                   if getattr(arguments, field) is not None]
 
     # Imported after parsing: --help shall not wait for JAX.
-    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.commands.devices import choose_attention, use_all_cores
     from hae_jax.commands.runs import network_and_config
     from hae_jax.data.demo import ensure_phantom
     from hae_jax.training.mesh import make_mesh
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     network, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     if not (arguments.input and config.translation.calibration):  # else no prepared data are needed
         ensure_phantom(config.data, config.model.image_size)
+    if network.model is not None:
+        choose_attention(config.model.dtype, gradients=False)
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
     name = ["translation", *([Path(arguments.input).resolve().name] if arguments.input else []),
             *([arguments.method] if arguments.method else [])]

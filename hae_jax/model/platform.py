@@ -15,7 +15,7 @@ import jax
 from hae_jax.errors import UserError
 
 ATTENTION = "HAE_JAX_ATTENTION"  # the environment variable that chooses the kernel of attention on GPUs
-_KERNELS = ("xla", "cudnn")
+KERNELS = ("xla", "cudnn")
 
 _planned = contextvars.ContextVar("planned", default=False)
 
@@ -53,7 +53,21 @@ def attention_kernel() -> str:
     Raises:
       UserError: the variable says something else.
     """
-    kernel = os.environ.get(ATTENTION, _KERNELS[0])
-    if kernel not in _KERNELS:
-        raise UserError(f"environment variable {ATTENTION} is {kernel!r}: set it to {' or '.join(_KERNELS)}")
-    return kernel if jax.default_backend() == "gpu" else _KERNELS[0]
+    kernel = os.environ.get(ATTENTION, KERNELS[0])
+    if kernel not in KERNELS:
+        raise UserError(f"environment variable {ATTENTION} is {kernel!r}: set it to {' or '.join(KERNELS)}")
+    return kernel if jax.default_backend() == "gpu" else KERNELS[0]
+
+
+@contextlib.contextmanager
+def attention_by(kernel: str) -> Iterator[None]:
+    """While it lasts, programs are traced with this kernel, whatever the environment says."""
+    before = os.environ.get(ATTENTION)
+    os.environ[ATTENTION] = kernel
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ATTENTION]
+        else:
+            os.environ[ATTENTION] = before

@@ -67,6 +67,27 @@ def test_baselines_compare_with_ours_and_variants_with_the_first(tiny):
     assert rows[2].flops > rows[1].flops == rows[2].model_flops
 
 
+def test_options_are_tried_one_at_a_time(tiny):
+    options = ("xla_cpu_prefer_vector_width=512", "xla_cpu_enable_fast_math=true")
+    settings = Settings(("forward",), ("fpdm",), (), batch=2, steps=1, repeats=1, options=options)
+    rows = benchmark(tiny, settings, make_mesh(devices=jax.devices()[:1]), str).rows
+    assert [row.form for row in rows] == ["ours", *(f"ours, {option}" for option in options)]
+    assert rows[1].time_ratio == pytest.approx(rows[1].seconds[0] / rows[0].seconds[0])
+    assert len({row.flops for row in rows}) == 1
+
+
+@pytest.mark.parametrize(("option", "said"), [
+    ("xla_cpu_sleep=true", "--option xla_cpu_sleep=true: No such compile option"),
+    ("xla_cpu_prefer_vector_width=wide", "--option xla_cpu_prefer_vector_width=wide: While setting"),
+    ("attention=cudnn", "--option attention=cudnn: that kernel needs a GPU"),
+    ("attention=flash", "set it to xla or cudnn"),
+])
+def test_options_that_are_not_to_be_had(tiny, option, said):
+    settings = Settings(("forward",), ("fpdm",), (), batch=2, steps=1, repeats=1, options=(option,))
+    with pytest.raises(UserError, match=said):
+        benchmark(tiny, settings, make_mesh(devices=jax.devices()[:1]), str)
+
+
 def test_memory_is_planned_for_batches_that_are_not_run(tiny, monkeypatch, tmp_path):
     lowered = []
 
@@ -128,6 +149,7 @@ def test_attention_keeps_its_size_in_pixels():
     (["--part", "sleep"], "--part sleep: choose among train, forward, translate, input, blocks"),
     (["--variant", "unet"], "--variant unet: choose among fpdm"),
     (["--baseline", "slow"], "--baseline slow: choose among naive, context"),
+    (["--option", "fast"], "--option fast: give NAME=VALUE"),
     (["--repeats", "0"], "--repeats 0: must be at least 1"),
     (["--part", "forward", "--batch", "3", "--config.training.accumulation=2"], "--batch is 3"),
     (["--memory", "--batch", "5"], "--batch 5: --memory compares"),

@@ -1,0 +1,99 @@
+"""The choice among kernels of attention, with XLA's in the place of cuDNN's: by time, unless it fails or is wrong."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hae_jax.benchmark import blocks, kernels
+from hae_jax.benchmark.kernels import fastest_attention
+from hae_jax.commands import devices
+from hae_jax.model import fused_attention
+from hae_jax.model.platform import ATTENTION, attention_kernel
+
+
+@pytest.fixture(autouse=True)
+def _little(monkeypatch):
+    monkeypatch.setenv(ATTENTION, "xla")  # so that whatever a test leaves there is taken away
+    monkeypatch.delenv(ATTENTION)
+    monkeypatch.setattr(blocks, "_SIZES", {"attention": (8, 32)})
+    monkeypatch.setattr("hae_jax.benchmark.measure._SHORTEST_TURN", 1e-9)
+    monkeypatch.setattr(kernels, "_BATCH", 2)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What is asked for goes the way of cuDNN's kernel, which XLA computes; says what has been traced."""
+    traced = []
+    xla = jax.nn.dot_product_attention
+
+    def attend(q, k, v, implementation, **options):
+        traced.append(implementation)
+        return xla(q, k, v, **options)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    return traced
+
+
+def _timed(monkeypatch, *seconds):
+    """Instead of the clock: what each program takes, in the order of the kernels that run."""
+    monkeypatch.setattr(kernels, "in_turns", lambda calls, repeats: np.array(
+        [[time] * repeats for _, time in zip(calls, seconds, strict=True)]))
+
+
+@pytest.mark.parametrize(("seconds", "best"), [
+    ((2e-3, 1e-3), "cudnn"), ((1e-3, 2e-3), "xla"), ((1e-3, 0.95e-3), "xla")])
+def test_the_faster_one_is_chosen_where_it_is_worth_it(gpu, monkeypatch, seconds, best):
+    said = []
+    _timed(monkeypatch, *seconds)
+    assert fastest_attention("bfloat16", gradients=True, say=said.append) == best
+    assert gpu == ["cudnn"]
+    assert said == [f"attention by {best}: xla {1e3 * seconds[0]:.2f} ms, cudnn {1e3 * seconds[1]:.2f} ms for a block "
+                    "over 64 tokens, with gradients"]
+
+
+def test_programs_are_really_timed(gpu, monkeypatch):
+    slow = fused_attention.attend_with_token
+
+    def sleeping(q, *rest):
+        jax.debug.callback(lambda: time.sleep(0.2))
+        return slow(q, *rest)
+
+    monkeypatch.setattr(fused_attention, "attend_with_token", sleeping)
+    assert fastest_attention("bfloat16", gradients=False, say=str) == "xla"
+
+
+def test_a_kernel_that_does_not_run(gpu, monkeypatch):
+    def attend(*_, **__):
+        raise RuntimeError("cuDNN is not detected.\nand more")
+
+    said = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    assert fastest_attention("bfloat16", gradients=False, say=said.append) == "xla"
+    assert said[0] == "attention: cudnn's kernel does not run here (cuDNN is not detected.)"
+
+
+@pytest.mark.parametrize("wrong", [0.0, jnp.nan])
+def test_a_kernel_that_is_wrong(gpu, monkeypatch, wrong):
+    said = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: wrong * q)
+    _timed(monkeypatch, 1.0)
+    assert fastest_attention("bfloat16", gradients=False, say=said.append) == "xla"
+    assert said[0] == "attention: cudnn's kernel gives other numbers than XLA's here"
+
+
+def test_only_gpus_choose_and_the_environment_goes_first(monkeypatch):
+    monkeypatch.setattr(kernels, "fastest_attention", lambda dtype, gradients: "cudnn")
+    devices.choose_attention("bfloat16", gradients=True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    devices.choose_attention("float32", gradients=True)
+    assert attention_kernel() == "xla"
+    monkeypatch.setenv(ATTENTION, "xla")
+    devices.choose_attention("bfloat16", gradients=True)
+    assert attention_kernel() == "xla"
+    monkeypatch.delenv(ATTENTION)
+    devices.choose_attention("bfloat16", gradients=True)
+    assert attention_kernel() == "cudnn"
