@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +19,18 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    temporary = _beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _beside(path: Path) -> Path:
+    """A name that no other process takes: on a cluster, processes on other hosts may have the same number."""
+    return path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.partial.{path.name}")
 
 
 @contextlib.contextmanager
@@ -38,8 +44,7 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(path)
-    temporary = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(path)
     temporary.mkdir()
     try:
         yield temporary

@@ -1,6 +1,7 @@
 """What every command shares: user mistakes end in one line, not in a traceback."""
 
 import difflib
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,11 +15,15 @@ from hae_jax.errors import UserError
 
 _DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
 _PREFIX = "--config."
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps a command's `main(argv=None)`: a `UserError` becomes one line on stderr and exit status 2."""
+    """Wraps a command's `main(argv=None)`: a `UserError` becomes one line on stderr and exit status 2.
+
+    So does a disk that is full or not to be written to.
+    """
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -26,6 +31,11 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             main(argv)
         except UserError as error:
             sys.exit(_fail(f"error: {error}", 2))
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            sys.exit(_fail(f"error: {error.filename or 'a file'}: {error.strerror}; what is finished is there: make "
+                           "room, then give the command again", 2))
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted", 130))
 

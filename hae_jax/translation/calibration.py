@@ -231,9 +231,12 @@ def preset(name: str) -> Calibration:
     return PRESETS[name]
 
 
+_AS_PUBLISHED = {"respacing": "", "reference": "healthy", "d_reverse": True, "clipping": "static", "maps": "mse"}
+
+
 def _published(data: str, guidance: float, steps: int, threshold: float, diff_max: tuple[float, ...],
                modality: tuple[int, ...]) -> Calibration:
-    made_with = {"source": "published", "data": data, "guidance": guidance, "forward_steps": steps}
+    made_with = {"source": "published", "data": data, "guidance": guidance, "forward_steps": steps, **_AS_PUBLISHED}
     return Calibration(threshold, diff_max, (), modality, made_with=made_with)
 
 

@@ -98,7 +98,7 @@ def check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
 def check_guidance(guidance: float | None) -> None:
     """Raises a UserError for a negative or infinite guidance strength."""
     if guidance is not None and not (guidance >= 0 and math.isfinite(guidance)):
-        raise UserError(f"translation.guidance is {guidance}: give a strength of at least 0, or None for no guidance")
+        raise UserError(f"translation.guidance is {guidance}: give a strength of at least 0, which is no guidance")
 
 
 def check_modality(modality: tuple[int, ...]) -> None:

@@ -49,10 +49,11 @@ class Calibrations(NamedTuple):
 def process_cases(
     plan: Plan, cases: Sequence[CaseFiles], translator: Translator, calibrations: Calibrations,
     inputs: Mapping[str, Any],
-) -> None:
+) -> dict[str, str]:
     """Translates cases, writes each one's files as soon as it is complete, and its record after them.
 
-    A case that fails leaves a record that says why; the others go on.
+    A case that fails leaves a record that says why; the others go on. Where not even that can be written, the reason
+    is returned, by the case's name.
 
     Args:
       plan: the run.
@@ -62,10 +63,13 @@ def process_cases(
       inputs: of the run, for the records.
     """
     digests = {case.name: case_digest(inputs, case) for case in cases}
-    before = time.monotonic()
+    before, unrecorded = time.monotonic(), {}
 
     def failed(name: str, reason: str) -> None:
-        records.write(plan.output, name, _record(digests[name], inputs, failed=reason), None)
+        try:
+            records.write(plan.output, name, _record(digests[name], inputs, failed=reason), None)
+        except OSError:  # the disk is full, say, which may be the very reason
+            unrecorded[name] = reason
         tqdm.write(f"failed {name}: {reason}")
 
     with tqdm(total=len(cases), desc="translating",
@@ -78,6 +82,7 @@ def process_cases(
                 before = time.monotonic()  # not after a failure: the devices were at work on the next case already
             except _CASE_FAULTS as error:
                 failed(name, str(error))
+    return unrecorded
 
 
 def _translated(

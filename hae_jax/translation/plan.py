@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from hae_jax.data.store import MANIFEST, Store, open_store
 from hae_jax.errors import UserError
 from hae_jax.translation.calibration import PRESETS, Calibration, preset
 from hae_jax.translation.methods import IntensityThreshold, Method, make_method
-from hae_jax.translation.records import digest
+from hae_jax.translation.records import FOLDER, digest
 
 _NOT_IN_CURVES = ("median", "components", "save_healthy", "batch_size", "max_memory_gb", "calibration", "ema")
 _WITHOUT_INFLUENCE = ("batch_size", "max_memory_gb")  # on any result
@@ -76,10 +77,14 @@ def make_plan(
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the results with --output")
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        (output / FOLDER).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
-        raise UserError(f"{output}: cannot be made ({error.strerror}: {error.filename}); give another folder with "
-                        "--output") from error
+        raise UserError(f"{output}: cannot be made or written to ({error.strerror}: {error.filename}); give another "
+                        "folder with --output") from error
+    if config.translation.save_healthy and not method.network:
+        print(f"save_healthy: the method {method.name} makes no healthy counterparts, so none are written")
     competitor = IntensityThreshold.of(config) if store and method.network and _has_lesions(store) else None
     return Plan(config, method, competitor, calibration, store, everyone[shard::num_shards], everyone, missing,
                 is_phantom, output)
@@ -91,6 +96,9 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"translation.components is {wanted.components}: it must not be negative; 0 removes nothing")
     if wanted.batch_size < 1:
         raise UserError(f"translation.batch_size is {wanted.batch_size}: it must be at least 1")
+    if config.evaluation.overlay_slices < 0:
+        raise UserError(f"evaluation.overlay_slices is {config.evaluation.overlay_slices}: it must not be negative; 0 "
+                        "draws nothing")
     if wanted.max_memory_gb is not None and not 0 < wanted.max_memory_gb < math.inf:
         raise UserError(f"--max-memory {wanted.max_memory_gb:g}: give the gigabytes that a device may use, more than 0")
 

@@ -7,6 +7,7 @@ what it was made of (`digest`): with other settings, another network or a change
 import dataclasses
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def read(output: Path, case: str) -> Record | None:
 
 def names(output: Path) -> list[str]:
     """The cases that have records in a folder of results."""
-    return sorted(path.stem for path in (output / FOLDER).glob("*.json"))
+    return sorted(path.stem for path in (output / FOLDER).glob("*.json") if not path.name.startswith("."))
 
 
 def read_measured(output: Path, case: str) -> Measured | None:
@@ -126,7 +127,7 @@ def read_measured(output: Path, case: str) -> Measured | None:
             answers = {method: Answer(Masks(*(arrays[f"{method}/{field}"] for field in Masks._fields)),
                                       VolumeMetrics(**facts)) for method, facts in volumes.items()}
             return Measured(arrays["truth"], arrays["foreground"], answers)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is damaged ({error}); delete it and {_facts(output, case).name} beside it, and the "
                         "case is done again") from error
 
@@ -135,6 +136,8 @@ def _read(output: Path, case: str) -> Record | None:
     path = _facts(output, case)
     try:
         facts = json.loads(path.read_text())
+        if facts.get("volumes") and not zipfile.is_zipfile(_arrays(output, case)):
+            raise ValueError(f"{_arrays(output, case).name} beside it is not whole")
         return Record(facts["digest"], tuple(facts["files"]), _row(facts["row"]), facts["failed"], facts["run"],
                       facts["made_by"])
     except FileNotFoundError:

@@ -3,8 +3,11 @@
 Joins the other files of this room in the order of the data; `hae_jax.commands.translate` calls it with a network.
 """
 
+import contextlib
 import dataclasses
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +19,9 @@ from jax.sharding import Mesh
 
 from hae_jax import provenance
 from hae_jax.data.cases import CaseFiles
+from hae_jax.errors import UserError
 from hae_jax.evaluation import report
-from hae_jax.files import write_json
+from hae_jax.files import write_json, written_whole
 from hae_jax.translation import records
 from hae_jax.translation.batched import IntensityReader, SliceTranslator
 from hae_jax.translation.methods import IntensityThreshold
@@ -132,11 +136,13 @@ def translate(
     identity = dict(identity) | ({} if model is None else {"sha256": fingerprint(model)})
     inputs = run_inputs(plan, identity)
     _check_network(plan, identity)
-    (plan.output / records.FOLDER).mkdir(exist_ok=True)
     if not (plan.output / CASES).exists():
         report.write_cases(plan.output / CASES, [])  # with the records, what lies here is no longer taken for cases
     cases = [case for case in plan.cases
              if overwrite or (record := _record(plan, inputs, case)) is None or record.failed is not None]
+    if not overwrite:
+        _check_namesakes(plan, cases)
+    unrecorded = {}
     # Without cases to do, what lies here may still be another run's, that has added its cases with other settings.
     if cases or (plan.cases and _made_with(plan.output / MANIFEST) != inputs):
         translator = _translator(plan, model, mesh)
@@ -146,9 +152,26 @@ def translate(
     if cases:
         model_config = plan.config.model
         translator.prepare((model_config.image_size, model_config.image_size, model_config.in_channels))
-        process_cases(plan, cases, translator, made, inputs)
+        unrecorded = process_cases(plan, cases, translator, made, inputs)
     origin = {"checkpoint": identity, "devices": [str(device) for device in mesh.devices.flat], "inputs": inputs}
-    return _gathered(plan, inputs, origin, cases, clock)
+    return _gathered(plan, inputs, origin, cases, unrecorded, clock)
+
+
+def _check_namesakes(plan: Plan, cases: Sequence[CaseFiles]) -> None:
+    """Refuses to replace the results of another patient whose case has the same name.
+
+    Raises:
+      UserError: if the results that are there were made from a case in another folder.
+    """
+    try:
+        folders = json.loads((plan.output / MANIFEST).read_text())["folders"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for case in cases:
+        folder = folders.get(case.name)
+        if folder not in (None, str(case.folder)) and records.has_results(plan.output, case.name):
+            raise UserError(f"{plan.output}: holds results of another case {case.name}, from {folder}; give another "
+                            f"folder with --output, or --overwrite to replace them by those of {case.folder}")
 
 
 def _check_network(plan: Plan, identity: Mapping[str, Any]) -> None:
@@ -231,20 +254,27 @@ def _of_other_inputs(plan: Plan, inputs: Mapping[str, Any]) -> dict[str, records
 
 
 def _writable(folder: str | Path | None, otherwise: Path) -> Path:
-    """`folder`, made if absent, or the results' own where networks lie in a place that is only to be read."""
+    """`folder`, made if absent, or the results' own where networks lie in a place that is only to be read.
+
+    What lies there is used all the same: it is copied.
+    """
     if folder is None:
         return otherwise
-    try:
+    with contextlib.suppress(OSError):
         Path(folder).mkdir(exist_ok=True)
-        (Path(folder) / ".writable").touch()
-        (Path(folder) / ".writable").unlink()
-    except OSError:
-        return otherwise
-    return Path(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    with contextlib.suppress(OSError):
+        for path in Path(folder).glob("*_????????????.json"):
+            if not (otherwise / path.name).exists():
+                with written_whole(otherwise / path.name) as temporary:
+                    shutil.copy2(path, temporary)  # with its time, by which the newest is found
+    return otherwise
 
 
 def _gathered(
-    plan: Plan, inputs: dict[str, Any], origin: dict[str, Any], worked_on: Sequence[CaseFiles], clock: float
+    plan: Plan, inputs: dict[str, Any], origin: dict[str, Any], worked_on: Sequence[CaseFiles],
+    unrecorded: Mapping[str, str], clock: float,
 ) -> Report:
     """Writes what the cases of all shards have in common, from the records that are there.
 
@@ -259,7 +289,8 @@ def _gathered(
             else:  # another process has begun it anew
                 del found[name]
         own = {case.name for case in plan.everyone}
-        failed = plan.missing | {name: record.failed for name, record in found.items() if record.failed}
+        failed = (plan.missing | {name: record.failed for name, record in found.items() if record.failed}
+                  | dict(unrecorded))
         finished = [record.row for record in found.values() if record.row]
         results = tally.results()
         pictures = [plan.output / name for record in found.values() for name in record.files if name.endswith(".png")]
@@ -269,7 +300,7 @@ def _gathered(
                       _seconds_per_slice(finished), plan.phantom,
                       tuple(row.case for row in finished if not row.lesion_slices))
         _write(plan, found, finished, done, origin)
-        if all(_record(plan, inputs, case) is None for case in plan.everyone if case.name not in found):
+        if all(_record(plan, inputs, case) is None for case in plan.everyone if case.name not in {*found, *unrecorded}):
             return done
 
 

@@ -20,6 +20,7 @@ from hae_jax.data.slices import (
     slices_to_volume,
     to_model_range,
 )
+from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
 
@@ -63,6 +64,9 @@ def read_slices(files: CaseFiles, image_size: int) -> SlicedCase:
     """
     case = read_case(files)
     slices = _shown(case_slices(case, image_size))
+    if not len(slices.index):
+        raise UserError(f"{files.folder}: what the images of {case.name} show is lost when its slices are made "
+                        f"{image_size} x {image_size} px; check them, or remove the case")
     return SlicedCase(case.name, to_model_range(slices.images), slices, case.affine, case.grid,
                       intensity_scales(case.volumes), head(case.volumes), case.mask, tuple(case.warnings))
 
@@ -107,9 +111,9 @@ def healthy_volume(
     case: SlicedCase,
     channel: int,
 ) -> np.ndarray:  # [X, Y, Z] float32
-    """The healthy counterpart of one modality in the file's own intensities; zero where there was no slice."""
+    """The healthy counterpart of one modality in the file's own intensities; zero where there is no head."""
     normalised = from_model_range(healthy[..., None], case.slices.images[..., channel:channel + 1])[..., 0]
-    return map_volume(normalised * case.scales[channel], case.slices)
+    return map_volume(normalised * case.scales[channel], case.slices) * case.head
 
 
 def write_volume(

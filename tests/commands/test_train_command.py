@@ -35,13 +35,26 @@ def test_a_mistake_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: data.root: no such folder; make it\n"
 
 
-def test_a_bug_keeps_its_traceback():
+@pytest.mark.parametrize("bug", [KeyError("bug"), FileNotFoundError(2, "No such file or directory", "bug")])
+def test_a_bug_keeps_its_traceback(bug):
     @entry_point
     def command(argv):
-        raise KeyError("bug")
+        raise bug
 
-    with pytest.raises(KeyError):
+    with pytest.raises(type(bug)):
         command([])
+
+
+def test_a_full_disk_is_one_line(capsys):
+    @entry_point
+    def command(argv):
+        raise OSError(28, "No space left on device", "out/cases.csv")
+
+    with pytest.raises(SystemExit) as stop:
+        command([])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("error: out/cases.csv: No space left on device; what is finished is there: make "
+                                       "room, then give the command again\n")
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

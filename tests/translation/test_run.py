@@ -5,7 +5,9 @@ import dataclasses
 import fcntl
 import json
 import shutil
+import tempfile
 import types
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -64,9 +66,10 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
     assert float(row["volume_ml"]) == pytest.approx(metrics.volume_ml(np.asarray(mask.dataobj), given.affine), rel=1e-4)
     found = _json(tmp_path / "out" / "metrics.json")
     for results in (found["results"], found["competitors"]["threshold"]):
-        assert results["shares"] == {"slices": 7, "healthy": pytest.approx(4 / 7), "called_lesion": pytest.approx(
-            results["shares"]["called_lesion"])}
+        assert {name: results["shares"][name] for name in ("slices", "healthy")} == {
+            "slices": 7, "healthy": pytest.approx(4 / 7)}
         assert {"mixed", "unhealthy", "slice_level", "volumes"} <= results.keys()
+    assert found["results"]["shares"]["called_lesion"] == pytest.approx(int(row["lesion_slices"]) / 7)
     assert found["results"]["volumes"]["dice"]["mean"] == pytest.approx(float(row["dice"]), rel=1e-4)
     assert found["competitors"]["threshold"]["volumes"]["dice"]["mean"] > 0.8  # the ball is bright
     assert found["checkpoint"] == _json(tmp_path / "out" / "manifest.json")["checkpoint"] == IDENTITY | {
@@ -146,6 +149,12 @@ def test_a_preset_or_a_file_stands_in_for_a_calibration(run, config, three_cases
     config.translation.calibration = "brats_600"
     assert run(three_cases).finished == 3
     assert "was made with forward_steps 600, this run has 5" in capsys.readouterr().out
+    config.translation.update({"respacing": "10", "reference": "null", "d_reverse": False, "clipping": "dynamic"})
+    run(three_cases)
+    said = capsys.readouterr().out
+    for difference in ("respacing , this run has 10", "reference healthy, this run has null",
+                       "d_reverse True, this run has False", "clipping static, this run has dynamic"):
+        assert f"was made with {difference}" in said
     assert _json(tmp_path / "out" / "calibration.json")["threshold"] == 0.99488
     config.translation.calibration = "atlas_600"
     with pytest.raises(UserError, match=r"atlas_600: made for the modalities \(0,\)"):
@@ -227,11 +236,27 @@ def test_a_run_that_is_stopped_leaves_no_tables_of_other_masks(run, config, thre
     assert (out / "cases.csv").read_text().count("\n") == 4
 
 
-def test_a_damaged_record_is_said_and_its_case_done_again(run, three_cases, tmp_path, capsys):
+@pytest.mark.parametrize("damaged", ["a.json", "a.npz"])
+def test_a_damaged_record_is_said_and_its_case_done_again(run, three_cases, tmp_path, capsys, damaged):
     run(three_cases)
-    (tmp_path / "out" / "records" / "a.json").write_text("{")
+    path = tmp_path / "out" / "records" / damaged
+    path.write_bytes(path.read_bytes()[:-100])
+    shutil.copy(path, path.with_name(f".777.partial.{damaged}"))  # of a process that was killed
     assert run(three_cases).translated == 1
-    assert "a.json: is damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a.json: is damaged" in said
+    assert "777" not in said
+    assert run(three_cases).finished == 3
+
+
+def test_results_of_another_patient_of_that_name_are_not_replaced(run, three_cases, tmp_path):
+    run(three_cases)
+    elsewhere = shutil.copytree(three_cases, tmp_path / "elsewhere")
+    assert run(elsewhere).translated == 0  # the same files, moved
+    (elsewhere / "a" / "a_seg.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"holds results of another case a, from .*/in/a; give another folder"):
+        run(elsewhere)
+    assert run(elsewhere, overwrite=True).translated == 3
 
 
 def test_cases_from_elsewhere_are_added_to_the_tables(run, config, three_cases, tmp_path):
@@ -261,8 +286,37 @@ def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):
     run(three_cases, output=three_cases / "results")
     assert run(three_cases, output=tmp_path / "again").wanted == 3  # results are not taken for cases
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be made or written to"):
         run(three_cases, output=tmp_path / "file" / "out")
+
+
+def _read_only(monkeypatch, folder):
+    """Makes a folder refuse new files, as it does not for root."""
+    original = tempfile.TemporaryFile
+
+    def refusing(*args, dir=None, **kwargs):
+        if Path(dir) == folder:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return original(*args, dir=dir, **kwargs)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refusing)
+
+
+def test_a_folder_that_cannot_be_written_to(run, three_cases, tmp_path, monkeypatch):
+    (tmp_path / "shelf").mkdir()
+    _read_only(monkeypatch, tmp_path / "shelf")
+    with pytest.raises(UserError, match=r"shelf: cannot be made or written to \(Permission denied.*--output"):
+        run(three_cases, output=tmp_path / "shelf")
+
+
+def test_calibrations_in_a_read_only_place_are_used(run, config, three_cases, tmp_path, monkeypatch):
+    run(three_cases, calibrations=tmp_path / "calibrations")
+    config.data.root = str(tmp_path / "gone")
+    _read_only(monkeypatch, tmp_path / "calibrations")
+    before = sorted(path.name for path in (tmp_path / "calibrations").iterdir())
+    assert run(three_cases, calibrations=tmp_path / "calibrations", output=tmp_path / "hospital").finished == 3
+    assert sorted(path.name for path in (tmp_path / "calibrations").iterdir()) == before
+    assert list((tmp_path / "hospital").glob("hae_????????????.json"))
 
 
 def test_results_that_no_longer_hold_are_taken_away(run, config, three_cases, tmp_path):
@@ -286,6 +340,26 @@ def test_the_healthy_counterpart_is_written_in_the_input_s_intensities(run, conf
         assert values.shape == given.shape
         assert 20 < values[..., 1:-1].mean() < 300  # raw intensities are 50 to 250
         assert not values[..., [0, -1]].any()
+
+
+def test_the_healthy_counterpart_ends_at_the_head(run, config, case_writer, tmp_path):
+    case_writer(tmp_path / "in", "a", seed=0)
+    for path in (tmp_path / "in" / "a").glob("a_*.nii.gz"):
+        image = nib.load(path)
+        values = np.asarray(image.dataobj).copy()
+        values[:4] = 0
+        nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
+    config.translation.save_healthy = True
+    run(tmp_path / "in")
+    healthy = _volume(tmp_path / "out" / "a_healthy_flair.nii.gz")
+    assert not healthy[:4].any()
+    assert healthy[4:, :, 1:-1].all()
+
+
+def test_a_method_without_counterparts_says_so(run, config, three_cases, capsys):
+    config.translation.update({"method": "threshold", "save_healthy": True})
+    run(three_cases)
+    assert "save_healthy: the method threshold makes no healthy counterparts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["ddib", "anoddpm-simplex", "anoddpm-gaussian", "threshold"])
@@ -332,6 +406,21 @@ def test_a_bad_case_is_named_and_the_others_go_on(run, tmp_path, three_cases, mo
     report = run(three_cases, output=tmp_path / "other")
     assert report.finished == 0
     assert "No space left" in report.failed["a"]
+    monkeypatch.setattr(records, "write_json", full_disk)  # the reason itself cannot be written
+    report = run(three_cases, output=tmp_path / "third")
+    assert (report.finished, report.failed.keys()) == (0, set("abc"))
+    assert "No space left" in report.failed["c"]
+
+
+def test_a_case_that_shows_nothing_at_the_network_s_size_is_named(run, three_cases):
+    for path in (three_cases / "b").glob("b_*.nii.gz"):
+        image = nib.load(path)
+        values = np.zeros((64, 64, 5), np.int16)
+        values[0, 0, 2] = 100  # falls between the pixels of a 16 px slice
+        nib.save(nib.Nifti1Image(values, image.affine), path)
+    report = run(three_cases)
+    assert (report.finished, report.translated, report.wanted, list(report.failed)) == (2, 2, 3, ["b"])
+    assert "is lost when its slices are made 16 x 16 px" in report.failed["b"]
 
 
 def test_without_truth_there_are_volumes_but_no_metrics(run, tmp_path, case_writer):
@@ -358,6 +447,7 @@ def test_phantom_figures_are_called_so(run, tmp_path, case_writer):
     ("translation.batch_size", 0, "batch_size is 0"),
     ("translation.max_memory_gb", float("nan"), "--max-memory nan"),
     ("translation.components", -5, "components is -5"),
+    ("evaluation.overlay_slices", -1, "overlay_slices is -1"),
     ("model.image_size", 32, r"slices are \[16, 16, 4\]"),
     ("data.root", "nowhere", "no prepared dataset"),
 ])
