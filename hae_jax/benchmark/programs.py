@@ -19,6 +19,7 @@ from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.model import UNet, UNetConfig
 from hae_jax.model.flops import TRAINING_FACTOR, count_flops
+from hae_jax.model.platform import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated, shard_batch
 from hae_jax.training.state import (
     abstract_network,
@@ -170,7 +171,8 @@ class TranslationOfBatch(ForwardPass):
 
 
 def _jitted(mesh: Mesh, f: Callable[..., Any]) -> Any:
-    return jax.jit(f, in_shardings=(replicated(mesh), batch_sharding(mesh)), out_shardings=batch_sharding(mesh))
+    return jax.jit(f, in_shardings=(replicated(mesh), batch_sharding(mesh)), out_shardings=batch_sharding(mesh),
+                   compiler_options=compiler_options())
 
 
 def _process(config: ml_collections.ConfigDict) -> Process:

@@ -23,6 +23,7 @@ from hae_jax.benchmark.options import tried
 from hae_jax.benchmark.programs import ForwardPass, Program, TrainingStep, TranslationOfBatch
 from hae_jax.benchmark.results import OURS, Result, Row, machine
 from hae_jax.benchmark.settings import Settings, with_model
+from hae_jax.benchmark.top import longest, text
 from hae_jax.errors import UserError
 from hae_jax.training.mesh import check_batch_size
 from hae_jax.training.state import network_config
@@ -76,6 +77,11 @@ def _measure(
     say(f"timing {part}: {settings.repeats} turns of {len(entries)} programs")
     turns = in_turns([lambda e=entry: e.program.call(e.compiled.executable) for entry in entries], settings.repeats)
     first = {entry.variant: i for i, entry in reversed(list(enumerate(entries)))}
+    for entry in entries if settings.profile else ():
+        if entry.form == OURS:
+            found = longest(entry.compiled.executable, lambda e=entry: e.program.call(e.compiled.executable))
+            title = f"{part} {entry.variant}: the parts that take longest, on all devices together"
+            say(f"\n{text(title, found)}\n")
     return [_row(part, entries, turns, i, first[entry.variant] if entry.form != OURS else 0)
             for i, entry in enumerate(entries)]
 

@@ -26,6 +26,7 @@ class Settings:
       steps: that a translation walks.
       repeats: turns; each program is timed once in each.
       options: what else ours is tried with, each alone: "NAME=VALUE", an option of XLA, or "attention=KERNEL".
+      profile: whether to say which parts of ours take longest.
 
     Raises:
       UserError: for values that cannot be.
@@ -38,6 +39,7 @@ class Settings:
     steps: int
     repeats: int
     options: tuple[str, ...] = ()
+    profile: bool = False
 
     def __post_init__(self):
         for flag, values, choices in (("--part", self.parts, PARTS), ("--variant", self.variants, tuple(VARIANTS)),

@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "convolution, norm, passes, stacks: each alone naive; none; default: naive, with --input none")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="try ours with this option of XLA, too, or "
         "with attention=cudnn, on GPUs; may be repeated, each is tried alone")
+    add("--profile", action="store_true", help="also say which parts of the network take longest")
     add("--batch", type=int, metavar="N", help="images, over all devices; default: 8, with --memory 28")
     add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py, but without --memory "
         f"a small network: {', '.join(_SMALL)}")
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = Settings(
             arguments.part, arguments.variant or (config.model.variant,),
             tuple(name for name in baselines if name != "none"), batch, arguments.steps, arguments.repeats,
-            tuple(arguments.option))
+            tuple(arguments.option), arguments.profile)
         if arguments.devices == "cores":
             use_all_cores(batch)
         devices = jax.devices() if arguments.devices == "cores" else jax.devices()[:1]

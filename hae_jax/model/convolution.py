@@ -43,7 +43,10 @@ def conv2d(
     The platform is known when the program is lowered, so that a program traced on one machine is right for another.
     Reverse-mode derivatives only.
     """
-    return _conv2d(x, kernel, stride, padding)
+    height, width, inputs, outputs = kernel.shape
+    by = f" by {stride}" if stride > 1 else ""
+    with jax.named_scope(f"convolution {height}x{width}{by}, {inputs} to {outputs} channels, {x.shape[2]} px"):
+        return _conv2d(x, kernel, stride, padding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

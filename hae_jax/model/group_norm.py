@@ -31,7 +31,8 @@ class GroupNorm(nnx.GroupNorm):
         if scale is not None:
             scale, shift = 1 + scale.astype(jnp.float32), shift.astype(jnp.float32)
             gain, offset = gain * scale, offset * scale + shift
-        return group_norm(x, gain, offset, self.num_groups, self.epsilon, silu, jnp.dtype(self.dtype or x.dtype))
+        with jax.named_scope(f"norm, {x.shape[3]} channels, {x.shape[2]} px"):
+            return group_norm(x, gain, offset, self.num_groups, self.epsilon, silu, jnp.dtype(self.dtype or x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))

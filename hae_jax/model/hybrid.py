@@ -51,17 +51,20 @@ class MultiHeadAttention(nnx.Module):
         batch, count, channels = tokens.shape
         qkv = self.in_proj(tokens).reshape(batch, count, 3, HYBRID_HEADS, channels // HYBRID_HEADS)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        drops = self.dropout.rate and randomness is not None
+        with jax.named_scope(f"{'sparse ' if is_sparse else ''}attention, {count} tokens"):
+            out = self._attend(q, k, v, randomness, blocked, is_sparse)
+        return self.out_proj(out.reshape(tokens.shape))
+
+    def _attend(self, q, k, v, randomness, blocked, is_sparse) -> jax.Array:  # [B, N, h, d]
+        count, drops = q.shape[1], self.dropout.rate and randomness is not None
         drop = functools.partial(self._drop, randomness) if drops else None
         if blocked is not None or not is_sparse or self.config.sparse_pattern == "dense":
-            out = sparse.attend(q, k, v, blocked, drop)
-        elif self.config.sparse_pattern == "blocks":
-            out = sparse.attend_blocks(q, k, v, sparse.block_links(count, self._pattern_key(randomness)), drop)
-        else:
-            per_scale = self.config.rules.hybrid == "per_scale"
-            trained_mask = sparse.trained_mask_per_scale if per_scale else sparse.trained_mask_joint
-            out = sparse.attend(q, k, v, trained_mask(count, self._pattern_key(randomness)), drop)
-        return self.out_proj(out.reshape(tokens.shape))
+            return sparse.attend(q, k, v, blocked, drop)
+        if self.config.sparse_pattern == "blocks":
+            return sparse.attend_blocks(q, k, v, sparse.block_links(count, self._pattern_key(randomness)), drop)
+        per_scale = self.config.rules.hybrid == "per_scale"
+        trained_mask = sparse.trained_mask_per_scale if per_scale else sparse.trained_mask_joint
+        return sparse.attend(q, k, v, trained_mask(count, self._pattern_key(randomness)), drop)
 
     def _drop(self, randomness: Randomness, weights: jax.Array, head: jax.Array | None = None) -> jax.Array:
         """Dropout of attention weights [B, ...]: of all heads, or of one, which then draws its own."""

@@ -17,6 +17,7 @@ from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
 from hae_jax.model.conditioning import context_rule
 from hae_jax.model.layers import Randomness
+from hae_jax.model.platform import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated
 from hae_jax.training.state import LOSS_BINS, LossHistory, TrainState, Window
 
@@ -141,7 +142,7 @@ def make_train_step(
         return new._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)),
-                   out_shardings=(shardings, replicated(mesh)))
+                   out_shardings=(shardings, replicated(mesh)), compiler_options=compiler_options())
 
 
 @jax.jit
@@ -172,6 +173,7 @@ def _loss_function(graph: nnx.GraphDef, config: UNetConfig, process: Process, sh
     return loss_of_part
 
 
+@jax.named_scope("optimiser")
 def _updated(
     state: TrainState, optimizer: optax.GradientTransformation, gradients: nnx.State, rates: tuple[float, ...]
 ) -> TrainState:

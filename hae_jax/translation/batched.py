@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from hae_jax.errors import UserError
+from hae_jax.model.platform import compiler_options
 from hae_jax.translation.forward_process import network_denoisers
 
 LARGEST_BATCH = 256  # slices; a device is busy long before
@@ -82,7 +83,8 @@ class SliceTranslator:
             return method(network_denoisers(nnx.merge(graph, params), conditional), images,
                           _slice_keys(seed, names, indices))
 
-        self._run = jax.jit(run, in_shardings=(replicated, rows, rows, rows), out_shardings=rows)
+        self._run = jax.jit(run, in_shardings=(replicated, rows, rows, rows), out_shardings=rows,
+                            compiler_options=compiler_options())
 
     def prepare(self, shape: tuple[int, int, int]) -> None:
         """Chooses the batch size, where memory shall decide, and compiles: once, for slices of one shape (H, W, C).

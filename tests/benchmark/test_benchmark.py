@@ -69,11 +69,14 @@ def test_baselines_compare_with_ours_and_variants_with_the_first(tiny):
 
 def test_options_are_tried_one_at_a_time(tiny):
     options = ("xla_cpu_prefer_vector_width=512", "xla_cpu_enable_fast_math=true")
-    settings = Settings(("forward",), ("fpdm",), (), batch=2, steps=1, repeats=1, options=options)
-    rows = benchmark(tiny, settings, make_mesh(devices=jax.devices()[:1]), str).rows
+    settings = Settings(("forward",), ("fpdm",), (), batch=2, steps=1, repeats=1, options=options, profile=True)
+    said = []
+    rows = benchmark(tiny, settings, make_mesh(devices=jax.devices()[:1]), said.append).rows
     assert [row.form for row in rows] == ["ours", *(f"ours, {option}" for option in options)]
     assert rows[1].time_ratio == pytest.approx(rows[1].seconds[0] / rows[0].seconds[0])
     assert len({row.flops for row in rows}) == 1
+    (profile,) = [text for text in said if "forward fpdm: the parts that take longest" in text]
+    assert "norm, 32 channels, 16 px" in profile
 
 
 @pytest.mark.parametrize(("option", "said"), [
