@@ -6,6 +6,7 @@ a binary lesion mask where there is a segmentation; with them the grid on disk, 
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -69,9 +70,9 @@ def _check_files(files: CaseFiles) -> None:
     if files.problem:
         raise UserError(files.problem)
     for image in files.images:
-        if not image.path.is_file():
+        if not os.path.isfile(image.path):  # unlike Path.is_file, also False where the folder is closed to us
             wanted = ", ".join(image.modality for image in files.images)
-            there = images_in(image.path.parent) if image.path.parent.is_dir() else "nothing"
+            there = images_in(image.path.parent)
             raise UserError(f"{image.path}: missing, or one of several to choose from; the case needs one "
                             f"{image.modality} image (wanted: {wanted}; in the folder: {there})")
 
@@ -81,6 +82,9 @@ def _read_volume(file: ImageFile, wanted: Sequence[str] = ()) -> tuple[np.ndarra
     path = file.path
     with _reading(path):
         image = nib.load(path)
+    if any(size < 1 for size in image.shape):
+        raise UserError(f"{path}: has shape {image.shape}, so no voxels; its header is damaged or the image empty; "
+                        "copy or export it again")
     extra = image.shape[3:]
     expected = () if file.volume is None else (file.volumes,)
     if len(image.shape) < 3 or tuple(n for n in extra if n != 1) != expected:
@@ -125,6 +129,9 @@ def _warnings(grid: Grid) -> tuple[str, ...]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except MemoryError as error:
+        raise UserError(f"{path}: does not fit in memory; if its header tells a wrong size, copy or download it "
+                        "again") from error
     except UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read ({reason}); copy or download it again") from error

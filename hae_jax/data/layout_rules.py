@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -21,14 +21,15 @@ from nibabel.spatialimages import HeaderDataError
 from hae_jax.errors import UserError
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")  # also the order of a 4-D file that comes without dataset.json
-EXTENSIONS = (".nii.gz", ".nii")
-UNREADABLE = (OSError, EOFError, ValueError, TypeError, zlib.error, ImageFileError, HeaderDataError)
+EXTENSIONS = (".nii.gz", ".nii", ".NII.GZ", ".NII")  # the first is that of a file to be named
+UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
 
 SYNONYMS = {"flair": ("flair", "t2f"), "t1": ("t1", "t1w", "t1n"), "t1ce": ("t1ce", "t1c", "t1gd", "t1gad"),
             "t2": ("t2", "t2w")}
 _BRATS_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w"}
-_SEGMENTATIONS = ("seg", "label-l_desc-t1lesion_mask", "consensus_gt", "mask")  # the first that is there is taken
-BRAIN_OR_LESION = "mask"  # taken only with exactly the image's name: it may as well be the brain's
+_SEGMENTATIONS = ("seg", "label-l_desc-t1lesion_mask", "consensus_gt", "lesion_mask", "lesion", "label", "labels",
+                  "mask")  # the first that is there is taken
+BRAIN_OR_LESION = ("label", "labels", "mask")  # only with exactly the image's name: they may as well be the brain's
 
 _MODALITY_OF = {word: modality for modality, words in SYNONYMS.items() for word in words}
 # Lazy, so that the longest ending wins: the lesion mask of ATLAS is not the "_mask" of something else.
@@ -37,6 +38,8 @@ _NAME = re.compile(rf"(?:(?P<case>.*?)(?P<dash>[_-]))?(?P<word>{'|'.join((*_MODA
 _ASSUMED = f"no dataset.json says what the file's volumes are; taken as {', '.join(MODALITIES)}, in this order"
 _BIDS_SUBJECT = re.compile("sub-[^_]+")
 _NUMBERED = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+# What may follow a patient's name in the name of another case, rather than tell that an image is made from another.
+_VISIT = re.compile(r"[a-z]|.*\d.*|baseline|follow-?up|initial|last|post|pre|prior|visit", re.IGNORECASE)
 _GENERIC = re.compile(r"anat|data|images?|inputs?|mri?|nii|nifti|raw|scans?|ses(sion)?[-_]?\d*|volumes?", re.IGNORECASE)
 
 
@@ -166,7 +169,7 @@ def _segmentation(files: list[_Named], name: str) -> Path | None:
     for kind in _SEGMENTATIONS:
         file = _choose(files, name, kind)
         images = {other.case for other in files if other.kind in MODALITIES} | {name}
-        if file is not None and (kind != BRAIN_OR_LESION or file.case in images):
+        if file is not None and (kind not in BRAIN_OR_LESION or file.case in images):
             return file.path
     return None
 
@@ -199,6 +202,8 @@ def _by_case(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
     if not images:
         return []
     described = _read_channels(folder)
+    if described is None:  # else the data set says that all are cases
+        images = {stem: path for stem, path in images.items() if not _is_derived(stem, folder.files)}
     channels = described or _Channels(None, MODALITIES)
     count, position = len(channels.names), channels.positions(modalities)
     assumed = () if described else (_ASSUMED,)
@@ -212,16 +217,29 @@ def _by_case(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
     return cases
 
 
+def _is_derived(name: str, others: Container[str]) -> bool:
+    """Whether an image is made from one beside it: p1_brain from p1, but patient_1_2 is a visit, not a derivative."""
+    dashes = [k for k, letter in enumerate(name) if letter == "_"]
+    return any(name[:k] in others and not _VISIT.fullmatch(name[k + 1:]) for k in dashes)
+
+
 RULES = (_by_name, _by_number, _by_case)  # each: (folder, wanted modalities) -> its cases, or none
 
 
 def _label(folder: Folder, name: str) -> Path | None:
-    """The segmentation of nnU-Net and the Decathlon (imagesTr -> labelsTr), or one beside the image."""
+    """The segmentation of nnU-Net and the Decathlon (imagesTr -> labelsTr), or one beside the image.
+
+    Raises:
+      UserError: the folder of labels is closed to us.
+    """
     if folder.name.startswith("images"):
         labels = folder.absolute.with_name(folder.name.replace("images", "labels", 1))
-        for extension in EXTENSIONS:
-            if (labels / (name + extension)).is_file():
-                return labels / (name + extension)
+        try:
+            there = [file for extension in EXTENSIONS if (file := labels / (name + extension)).is_file()]
+        except OSError as error:  # not to be taken for a case without a lesion
+            raise UserError(f"{labels}: cannot be looked into ({error.strerror}); change its permissions") from error
+        if there:
+            return there[0]
     files = [file for file in folder.named() if folder.name == name or file.case.lower() == name.lower()]
     return _segmentation(files, name)
 
@@ -275,4 +293,5 @@ def _is_4d(path: Path) -> bool:
 
 def stem(path: Path) -> str:
     """A NIfTI file's name without extension."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+    return next((path.name.removesuffix(extension) for extension in EXTENSIONS if path.name.endswith(extension)),
+                path.name)

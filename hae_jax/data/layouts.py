@@ -6,6 +6,7 @@ the first of `layout_rules.RULES` that finds a case in it decides; docs/data.md 
 
 import collections
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ LAYOUTS = (  # title, example; for help texts and errors
     ("Medical Segmentation Decathlon", "dataset.json, imagesTr/<case>.nii.gz (4-D), labelsTr/<case>.nii.gz"),
     ("nnU-Net", "dataset.json, imagesTr/<case>_0000.nii.gz, ..., labelsTr/<case>.nii.gz"),
     ("ATLAS v2.0 and other BIDS trees", "sub-.../anat/sub-..._T1w.nii.gz, ..._label-L_desc-T1lesion_mask.nii.gz"),
-    ("one volume per case", "<case>.nii.gz or <case>/<case>.nii.gz, <case>_seg.nii.gz or <case>_mask.nii.gz"),
+    ("one volume per case", "<case>.nii.gz or <case>/<case>.nii.gz, <case>_seg.nii.gz (or _lesion, _label, _mask)"),
 )
 _RESULTS = ("cases.csv", "records")  # a folder with both holds what translate.py wrote
 _NO_IMAGES = ("mask", "seg", "label", "labels")  # endings of files that are derived from images
@@ -44,7 +45,8 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
     """Lists the cases in `folder` and the folders below it, sorted by name.
 
     Cases with one name are one case with a `problem`, as is a case with a file that is there twice (.nii and .nii.gz).
-    NIfTI files that belong to no case are named in a warning on stderr.
+    So is a folder, called by its path, whose cases cannot be told apart. NIfTI files that belong to no case and folders
+    that cannot be looked into are named in a warning on stderr.
 
     Args:
       folder: a data set in any of `LAYOUTS`, a single case's folder, or one file of a case. Hidden files and the
@@ -52,26 +54,32 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
       modalities: the channels wanted, in their order. Others that a case may have are ignored.
 
     Raises:
-      UserError: no case is there, or dataset.json does not tell where a modality is.
+      UserError: no case is there, or in all of it dataset.json does not tell where a modality is.
     """
     folder = Path(folder)
     check_modalities(modalities)
-    if folder.is_file():
+    if os.path.isfile(folder):
         return [_case_of(folder, modalities)]
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder of cases, or one case's folder")
-    cases, strays = [], []
-    for path in _folders(folder):
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder, or no permission to see it; give a folder of cases, or "
+                        "one case's folder")
+    cases, strays, misspelt, closed, faults = [], [], [], [], {}
+    for path in _folders(folder, closed):
         listing = _listing(path, top=path == folder and not cases)  # beside folders of cases lie templates, too
-        found = _cases_in(listing, modalities)
+        try:
+            found = _cases_in(listing, modalities)
+        except UserError as error:
+            faults[path] = error
+            continue
         cases += [_without_twins(case) for case in found]
         strays += _strays(listing, found, modalities)
-    unclaimed = f"{len(strays)} NIfTI file{'s' if len(strays) > 1 else ''} in no known layout: {_few(strays)}"
+        misspelt += _misspelt(path)
+    passed_over = _passed_over(strays, misspelt, closed)
     if not cases:
-        known = "; ".join(f"{title}: {example}" for title, example in LAYOUTS)
-        raise UserError(f"{folder}: no cases found; expected one of: {known}{f' ({unclaimed})' if strays else ''}")
-    if strays:
-        print(f"warning: {folder}: passes over {unclaimed} (docs/data.md)", file=sys.stderr)
+        raise next(iter(faults.values()), _no_cases(folder, passed_over))
+    if passed_over:
+        print(f"warning: {folder}: passes over {passed_over} (docs/data.md)", file=sys.stderr)
+    cases += [_failed(folder, path, modalities, error) for path, error in faults.items()]
     return sorted(_each_named_once(cases), key=lambda case: case.name)
 
 
@@ -85,26 +93,79 @@ def check_modalities(modalities: Sequence[str]) -> None:
 
 def images_in(folder: Path) -> str:
     """The first NIfTI files of a folder, in words."""
-    return _few(list(_files(folder))) or "none"
+    try:
+        return _few(list(_files(folder))) or "none"
+    except OSError:  # it is not there, or closed to us
+        return "nothing"
 
 
-def _folders(folder: Path) -> Iterator[Path]:
-    """The folders below, and the folder itself last."""
-    for path in sorted(folder.iterdir()):
-        if path.name[0] == "." or not path.is_dir() or all((path / name).exists() for name in _RESULTS):
+def _no_cases(folder: Path, passed_over: str) -> UserError:
+    known = "; ".join(f"{title}: {example}" for title, example in LAYOUTS)
+    return UserError(f"{folder}: no cases found; expected one of: {known}{f' ({passed_over})' if passed_over else ''}")
+
+
+def _folders(
+    top: Path,
+    closed: list[Path],  # gets what cannot be looked into
+) -> Iterator[Path]:
+    """The folders below, each real one once, and the folder itself last.
+
+    Links come after all that is not behind one: what lies here under a name of its own keeps that name.
+    """
+    waiting, links, walked = [top], [], set()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop(0)
+        if folder.resolve() in walked:
             continue
-        if path.name.startswith("labels") and (folder / path.name.replace("labels", "images", 1)).is_dir():
+        walked.add(folder.resolve())
+        below = _subfolders(folder, closed)
+        if below is None or (folder != top and all(os.path.exists(folder / name) for name in _RESULTS)):
             continue
-        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):  # a link upwards: endless
+        links += [path for path in below if path.is_symlink()]
+        waiting += [path for path in reversed(below) if not path.is_symlink()]
+        if folder != top:
+            yield folder
+    if top not in closed:
+        yield top
+
+
+def _subfolders(folder: Path, closed: list[Path]) -> list[Path] | None:
+    """The folders in one that may hold cases; None if it cannot be listed."""
+    found = []
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        closed.append(folder)
+        return None
+    for path in entries:
+        if path.name[0] == "." or not _is_folder(path, closed):
             continue
-        yield from _folders(path)
-    yield folder
+        if path.name.startswith("labels") and os.path.isdir(folder / path.name.replace("labels", "images", 1)):
+            continue
+        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):  # upwards: out of what was asked for
+            continue
+        found.append(path)
+    return found
+
+
+def _is_folder(path: Path, closed: list[Path]) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a link to where we may not go, or the folder shows its names only
+        closed.append(path)
+        return False
 
 
 def _files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.iterdir()):
-        if file.name[0] != "." and file.name.endswith(EXTENSIONS) and file.is_file():
+        if file.name[0] != "." and file.name.endswith(EXTENSIONS) and os.path.isfile(file):
             yield file
+
+
+def _misspelt(folder: Path) -> list[Path]:
+    """Files like a.Nii.Gz, in spellings that nibabel reads here and not there."""
+    return [file for file in sorted(folder.iterdir()) if file.name[0] != "." and not file.name.endswith(EXTENSIONS)
+            and file.name.lower().endswith(EXTENSIONS) and os.path.isfile(file)]
 
 
 def _listing(path: Path, top: bool) -> Folder:
@@ -115,26 +176,45 @@ def _cases_in(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
     return next((cases for rule in RULES if (cases := rule(folder, modalities))), [])
 
 
+def _failed(top: Path, folder: Path, modalities: Sequence[str], error: UserError) -> CaseFiles:
+    """What stands for a folder's cases where they cannot be told apart: the others go on, and the reason is shown."""
+    name = "_".join(folder.relative_to(top).parts) or Folder(folder, {}, top=True).name
+    return CaseFiles(name, (ImageFile(modalities[0], folder / f"{modalities[0]}{EXTENSIONS[0]}"),), None, str(error))
+
+
 def _case_of(file: Path, modalities: Sequence[str]) -> CaseFiles:
     """The case that a single file belongs to; of two with one name it is the one that was asked for."""
-    folder = _listing(file.parent, top=True)
+    try:
+        folder = _listing(file.parent, top=True)
+    except OSError as error:
+        raise UserError(f"{file.parent}: cannot be listed ({error.strerror}); change its permissions") from error
     if file.name.endswith(EXTENSIONS):
         folder.files[stem(file)] = file
-    for rule in RULES:
-        for case in rule(folder, modalities):
-            if file in case.paths:
-                return _without_twins(case, chosen=file)
+    # Who names p1_brain has chosen it, though p1 lies beside it.
+    chosen = {name: path for name, path in folder.files.items() if not stem(file).startswith(f"{name}_")}
+    for listing in (folder, dataclasses.replace(folder, files=chosen)):
+        for rule in RULES:
+            for case in rule(listing, modalities):
+                if file in case.paths:
+                    return _without_twins(case, chosen=file)
     raise UserError(f"{file}: not a NIfTI image of {', '.join(modalities)}; give an image or a folder of cases")
 
 
 def _without_twins(case: CaseFiles, chosen: Path | None = None) -> CaseFiles:
     """The case, with a problem if one of its files is there both compressed and not."""
     for path in case.paths:
-        both = [path.with_name(stem(path) + extension) for extension in EXTENSIONS]
-        if path != chosen and all(file.is_file() for file in both):
-            return dataclasses.replace(case, problem=f"{both[0]} and {both[1].name}: two files with one name; remove "
+        same = _with_its_stem(path)
+        if path != chosen and len(same) > 1:
+            return dataclasses.replace(case, problem=f"{same[0]} and {same[1].name}: two files with one name; remove "
                                                      "one")
     return case
+
+
+def _with_its_stem(path: Path) -> list[Path]:
+    """The files there that differ from `path` in their extension at most."""
+    there = [file for extension in EXTENSIONS if os.path.isfile(file := path.with_name(stem(path) + extension))]
+    # Where a disk ignores capitals, one file is there under two names.
+    return [file for k, file in enumerate(there) if not any(file.samefile(other) for other in there[:k])]
 
 
 def _each_named_once(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
@@ -157,18 +237,29 @@ def _strays(folder: Folder, cases: Sequence[CaseFiles], modalities: Sequence[str
     named, numbered = folder.named(), [set(files.values()) for files in folder.numbered().values()]
     prefixes = {file.case for file in named if file.path in claimed}
     known = claimed | {file.path for file in named if file.kind not in modalities
-                       and (file.case in prefixes or file.kind in (*MODALITIES, BRAIN_OR_LESION))}
+                       and (file.case in prefixes or file.kind in (*MODALITIES, *BRAIN_OR_LESION))}
     for channels in numbered:
         if channels & claimed:  # of one case; those that are not wanted belong to it
             known |= channels
     telling = {file.path for file in named}.union(*numbered)
-    beginnings = tuple(f"{name}{dash}".lower() for name in prefixes | {case.name for case in cases} if name
-                       for dash in "_-.")
+    names = {case.name for case in cases}
+    beginnings = tuple(f"{name}{dash}".lower() for name in prefixes | names if name for dash in "_-.")
     derived = {path for name, path in folder.files.items() if path not in telling
                and (name.lower().startswith(beginnings) or name.lower().endswith(_NO_IMAGES))}
+    if folder.name not in names and any(stem(case.images[0].path) == case.name for case in cases):
+        derived = set()  # each file is a patient here, unless its name is like another's: this must be said
     return [path for path in folder.files.values() if path not in known | derived]
 
 
-def _few(paths: Sequence[Path]) -> str:
+def _passed_over(strays: Sequence[Path], misspelt: Sequence[Path], closed: Sequence[Path]) -> str:
+    """What belongs to no case, is not read, or cannot be looked into, in words; empty if there is nothing of it."""
+    parts = [(strays, "NIfTI file", "in no known layout", _few(strays)),
+             (misspelt, "file", "to rename, since only .nii.gz, .nii, .NII.GZ and .NII are read", _few(misspelt)),
+             (closed, "place", "that cannot be looked into, change the permissions", _few(closed, full=True))]
+    return "; ".join(f"{len(paths)} {noun}{'s' if len(paths) > 1 else ''} {why}: {names}"
+                     for paths, noun, why, names in parts if paths)
+
+
+def _few(paths: Sequence[Path], full: bool = False) -> str:
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(path.name for path in paths[:_SHOWN]) + more
+    return ", ".join(str(path) if full else path.name for path in paths[:_SHOWN]) + more

@@ -1,6 +1,8 @@
 """Reading cases: values, orientation and grid, and every way in which a case can be broken."""
 
+import gzip
 import shutil
+import struct
 
 import nibabel as nib
 import numpy as np
@@ -87,6 +89,40 @@ def test_broken_case_is_named_in_one_line(folder, file, breakage, says):
         read_case(files)
     assert path.name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(("shape", "says"), [
+    ((-1, 8, 4), r"has shape \(-1, 8, 4\), so no voxels"),
+    ((8, 8, -512), r"has shape \(8, 8, -512\), so no voxels"),
+    ((0, 8, 4), r"has shape \(0, 8, 4\), so no voxels"),
+    ((8, 8, 4, 0), r"has shape \(8, 8, 4, 0\), so no voxels"),
+    # Which of the two depends on how much memory the system promises.
+    ((32767, 32767, 32767), "(does not fit in memory|cannot be read)"),
+    ((8, 8, 32767), "cannot be read"),
+])
+def test_a_wrong_size_in_the_header_fails_the_case_alone(tmp_path, ending, shape, says):
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 4), np.int16), np.eye(4)), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[40:56] = struct.pack("<8h", len(shape), *shape, *[1] * (7 - len(shape)))  # dim
+    (tmp_path / "a.nii").unlink()
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(content if ending == ".nii" else gzip.compress(content))
+    (files,) = find_cases(tmp_path, ("t1",))
+    with pytest.raises(UserError, match=rf"a{ending}: {says}") as error:
+        read_case(files)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", [OverflowError("negative count"), MemoryError()])
+def test_what_nibabel_raises_for_a_damaged_file_fails_the_case_alone(folder, monkeypatch, fault):
+    def load(path):
+        raise fault
+
+    (files,) = find_cases(folder)
+    monkeypatch.setattr(nib, "load", load)
+    with pytest.raises(UserError, match=r"flair.nii.gz: .*again$"):
+        read_case(files)
 
 
 def test_two_files_of_a_kind_are_not_guessed_between(folder):

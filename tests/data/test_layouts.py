@@ -1,6 +1,7 @@
 """Every layout, with and without segmentations, found without being told which; and mistakes named in one line."""
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -286,6 +287,19 @@ def test_a_link_has_its_own_name(tmp_path):
     assert [case.name for case in find_cases(tmp_path / "subset", ("t1",))] == ["P1", "P2"]
 
 
+@pytest.mark.parametrize("write", [brats, side_by_side, decathlon, nnunet, plain_folders])
+def test_endings_in_capitals(tmp_path, capsys, write):
+    write(tmp_path, "a", 10, label=2)
+    for path in list(tmp_path.rglob("*.nii*")):
+        name = path.name.replace(".nii", ".NII").replace(".gz", ".GZ")
+        path.rename(path.with_name(name))
+    modalities = ("t1",) if write in ONE else MODALITIES
+    (case,) = find_cases(tmp_path, modalities)
+    assert read_case(case).mask.all()
+    assert find_cases(case.images[0].path, modalities) == [case]
+    assert capsys.readouterr().err == ""
+
+
 def test_numbers_of_patients_are_no_channels(tmp_path, capsys):
     for k in (1, 2):
         save(tmp_path / f"patient_{k:04d}.nii.gz", 10 * k)
@@ -345,6 +359,8 @@ def test_mistakes_of_a_folder(tmp_path, write, says):
      r"a.nii.gz: has shape \(6, 7, 3\); expected 4 volumes .* or a file for each .*wanted: flair, t1, t1ce, t2\)"),
     (twice, MODALITIES, r"one/a/a_flair.* and .*two/a/a_flair.*: 2 cases with the name a;"),
     (twice_in_a_folder, MODALITIES, r"a.nii.gz and a.nii: two files"),
+    (lambda root: save(root / "a.nii.gz", 1) or shutil.copy(root / "a.nii.gz", root / "a.NII.GZ"), MODALITIES,
+     r"a.nii.gz and a.NII.GZ: two files"),
     (lambda root: decathlon(root, "a", 1, 1) or save(root / "labelsTr" / "a.nii", 1), MODALITIES, r"a.nii: two files"),
     (lambda root: save(root / "a.nii.gz", 0, [1, 2, 3]), ("t1",), r"\(6, 7, 3, 3\); expected 4 volumes"),
     (lambda root: save(root / "a_t1.nii.gz", 0, [1, 2]), ("t1",), r"\(6, 7, 3, 2\); expected one 3-D volume"),
