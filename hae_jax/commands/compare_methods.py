@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
     check_fields(overrides)
-    methods = [name for name in arguments.methods.split(",") if name]
+    methods = [name.strip() for name in arguments.methods.split(",") if name.strip()]
     counts = _counts(arguments.steps)
 
     # Imported after parsing: --help shall not wait for JAX.
@@ -54,20 +54,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.commands.runs import Loaded, network_and_config
     from hae_jax.data.demo import ensure_phantom
     from hae_jax.training.mesh import make_mesh
-    from hae_jax.translation.comparison import Network, compare, compare_steps, method_entries
+    from hae_jax.translation.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
 
     use_all_cores()
     loaded, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     ensure_phantom(config.data, config.model.image_size)
 
-    def network(loaded: Loaded, model_config=None) -> Network:
-        return Network(loaded.model, loaded.identity, loaded.run / "calibrations", model_config)
+    def network(loaded: Loaded, trained_with=None) -> Network:
+        return Network(loaded.model, loaded.identity, loaded.run / "calibrations", trained_with)
 
     twin = None
     if arguments.unconditional:
         other, its_config = network_and_config(None, DEMO_CONFIG, arguments.unconditional, [])
-        twin = network(other, its_config.model)
+        twin = network(other, its_config)
     where = {"output": arguments.output or loaded.run / "comparison", "source": arguments.input}
+    if counts:  # the methods' own are checked by `compare`, before the first of them runs; so are these
+        check(steps_entries(counts, network(loaded)), config, **where)
     written = compare(method_entries(methods, network(loaded), twin), config, make_mesh(), **where) if methods else []
     if counts:
         written += compare_steps(counts, network(loaded), config, make_mesh(), **where)

@@ -26,6 +26,7 @@ _BLACK, _TEXT, _FAINT = "black", "0.92", "0.55"
 _PREDICTED, _TRUTH = "#ff4d4d", "#3ddc84"
 _LINES = _BLUE, _ORANGE, _GREEN, _PURPLE = "#1f5fa8", "#d9782d", "#2a9d78", "#8a4fa8"
 _DPI = 150
+_PLAIN = {"parse_math": False}  # for names: matplotlib would take what stands between two $ for a formula
 
 
 def overlay_figure(
@@ -45,7 +46,12 @@ def overlay_figure(
 
     A counterpart shares its input's grey window, and all maps share one colour scale, so both can be compared by eye.
     The outlines of mask and truth lie on the first of the modalities.
+
+    Raises:
+      ValueError: if there is no slice.
     """
+    if not len(inputs):
+        raise ValueError("there is no slice to draw")
     names = [*channels, *(f"healthy {channels[m]}" for m in modality), "anomaly map", "mask"]
     names += [] if truth is None else ["truth"]
     crop = _crop(inputs)
@@ -55,7 +61,7 @@ def overlay_figure(
         outlines = [(masks[s], _PREDICTED)] + ([] if truth is None else [(truth[s], _TRUTH)])
         coloured = _overlay_row(row, crop, inputs[s], healthy[s], maps[s], outlines, modality, hottest)
         if row_titles is not None:
-            row[0].set_ylabel(row_titles[s], color=_TEXT, fontsize=8)
+            row[0].set_ylabel(row_titles[s], color=_TEXT, fontsize=8, **_PLAIN)
     _colour_bar(figure, axes[-1][len(channels) + len(modality)], coloured)
     _save(figure, path)
 
@@ -107,7 +113,7 @@ def sample_grid(
         for axis, tile in zip(row, rows[r], strict=True):
             _show(axis, tile, -1, 1)
         if row_titles is not None:
-            row[0].set_ylabel(row_titles[r], color=_TEXT, fontsize=8)
+            row[0].set_ylabel(row_titles[r], color=_TEXT, fontsize=8, **_PLAIN)
     _save(figure, path)
 
 
@@ -163,7 +169,7 @@ def comparison_figure(
         axis.errorbar(mean, lines + offset, xerr=bars, fmt=marker, color=colour, markersize=5.5, linewidth=1.4,
                       capsize=3, label=name)
     axis.set_yticks(lines, ["\n".join([method, *textwrap.wrap(settings, 44)]) for method, settings, *_ in rows],
-                    fontsize=8.5)
+                    fontsize=8.5, **_PLAIN)
     axis.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
     axis.hlines(lines[1:] - 0.5, -0.02, 1.02, color="0.85", linewidth=0.8)
     axis.tick_params(axis="y", length=0)
@@ -174,7 +180,7 @@ def comparison_figure(
 _COMPARED = (  # name, marker, colour, where it is in a method's results
     ("volume Dice (bar: 95% over patients)", "o", _BLUE, "volumes", "dice"),
     ("unhealthy Dice", "s", _ORANGE, "unhealthy", "dice"),
-    ("AUPRC", "D", _GREEN, "mixed", "auprc"),
+    ("AUPRC (all slices)", "D", _GREEN, "mixed", "auprc"),
 )
 
 
@@ -212,8 +218,11 @@ def steps_figure(
 
 def _finish_chart(figure: Figure, axis: Axes, title: str, columns: int) -> None:
     """What charts of several figures share: title, legend above, grid, the small print."""
-    figure.legend(title=title, title_fontsize=10.5, frameon=False, fontsize=8.5, ncols=columns,
-                  loc="outside upper center")
+    legend = figure.legend(title=title, title_fontsize=10.5, frameon=False, fontsize=8.5, ncols=columns,
+                           loc="outside upper center")
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set(**_PLAIN)
+    legend.get_title().set(multialignment="center")
     axis.grid(axis="x", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(RESEARCH_USE, fontsize=6.5, color=_FAINT)
@@ -229,14 +238,14 @@ def _panels(rows: int, names: Sequence[str], aspect: float, title: str, width: f
         "left": left / size[0], "right": 1 - right / size[0], "bottom": foot / size[1], "top": 1 - head / size[1],
         "wspace": 0.03, "hspace": 0.03})
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(name, color=_TEXT, fontsize=9, pad=4)
+        axis.set_title(name, color=_TEXT, fontsize=9, pad=4, **_PLAIN)
     for axis in axes.flat:
         axis.set(facecolor=_BLACK, xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     if title:
-        figure.text(left / size[0], 1 - 0.1 / size[1], title, color=_TEXT, fontsize=11, va="top")
-    figure.text(left / size[0], 0.08 / size[1], f"{note} {RESEARCH_USE}".strip(), color=_FAINT, fontsize=6.5,
-                wrap=True)
+        figure.text(left / size[0], 1 - 0.1 / size[1], title, color=_TEXT, fontsize=11, va="top", **_PLAIN)
+    small_print = f"{note} {RESEARCH_USE}".strip().replace("$", r"\$")  # where lines break, parse_math is not asked
+    figure.text(left / size[0], 0.08 / size[1], small_print, color=_FAINT, fontsize=6.5, wrap=True)
     return figure, axes
 
 

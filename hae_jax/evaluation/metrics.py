@@ -1,7 +1,8 @@
 """How good masks and maps are: per slice, over pixels, per slice label, per volume.
 
-Reads arrays only; `report.py` writes what comes out of it. S: slices. An undefined value is None, so that it is
-null in JSON and never enters a mean unseen.
+Exact, from all slices at once; `running.py` has the same figures for more slices than memory holds. Reads arrays only;
+`report.py` writes what comes out of it. S: slices. An undefined value is None, so that it is null in JSON and never
+enters a mean unseen.
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,10 @@ DEFINITIONS = {
     "iou": "(I + s) / (P + Q - I + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
     "precision": "share of the mask's pixels that are lesion, over the pixels of all slices together",
     "recall": "share of the lesion's pixels that are in the mask, over the pixels of all slices together",
-    "auroc": "area under the ROC curve of the continuous map, over the foreground pixels of all slices together",
-    "auprc": "average precision of the continuous map, over the foreground pixels of all slices together",
+    "auroc": "area under the ROC curve of the continuous map, over the foreground pixels of all slices together; "
+             "values that differ by less than 0.05 % may count as equal",
+    "auprc": "average precision of the continuous map, over the foreground pixels of all slices together; "
+             "values that differ by less than 0.05 % may count as equal",
     "slice_level": "the predicted label of a slice against its true one; precision and recall are of lesion slices",
     "shares": "number of slices, share of them that is healthy (in 'mixed', an empty mask scores 1 there), and share "
               "that is called a lesion slice",
@@ -32,8 +35,7 @@ def dice(
     truth: np.ndarray,  # [S, ...] bool
 ) -> np.ndarray:  # [S]
     """(2 I + s) / (P + Q + s) for each entry of the first axis; 1 where both are empty."""
-    overlap, p, q = _counts(predicted, truth)
-    return (2 * overlap + _SMOOTH) / (p + q + _SMOOTH)
+    return _dice(*counts(predicted, truth))
 
 
 def iou(
@@ -41,8 +43,7 @@ def iou(
     truth: np.ndarray,  # [S, ...] bool
 ) -> np.ndarray:  # [S]
     """(I + s) / (P + Q - I + s) for each entry of the first axis; 1 where both are empty."""
-    overlap, p, q = _counts(predicted, truth)
-    return (overlap + _SMOOTH) / (p + q - overlap + _SMOOTH)
+    return _iou(*counts(predicted, truth))
 
 
 def precision_recall(
@@ -50,8 +51,7 @@ def precision_recall(
     truth: np.ndarray,  # [...] bool
 ) -> tuple[float | None, float | None]:
     """I / P and I / Q over all entries together; None where nothing is predicted or nothing is true."""
-    overlap, p, q = (int(count.sum()) for count in _counts(predicted[None], truth[None]))
-    return (overlap / p if p else None), (overlap / q if q else None)
+    return _precision_recall(*counts(predicted[None], truth[None]))
 
 
 def foreground(
@@ -89,14 +89,43 @@ def slice_metrics(
         values[rows] for values in (mask, mask_all, map, lesion, truth, labels, foreground))
     sick = labels > 0
     return {
-        "mixed": _pixel_metrics(mask, map, truth, foreground),
-        "unhealthy": _pixel_metrics(mask_all[sick], map[sick], truth[sick], foreground[sick]),
-        "slice_level": _label_metrics(lesion, sick),
-        "shares": {
-            "slices": int(rows.sum()),
-            "healthy": _mean(~sick),
-            "called_lesion": _mean(lesion),
-        },
+        "mixed": pixel_metrics(counts(mask, truth), _ranking(map, truth, foreground)),
+        "unhealthy": pixel_metrics(counts(mask_all, truth)[:, sick],
+                                   _ranking(map[sick], truth[sick], foreground[sick])),
+        **label_metrics(lesion, sick),
+    }
+
+
+def counts(
+    predicted: np.ndarray,  # [S, ...] bool
+    truth: np.ndarray,  # [S, ...] bool
+) -> np.ndarray:  # [3, S] int
+    """Pixels in both, in the first and in the second, for each entry of the first axis."""
+    predicted, truth = as_bool(predicted), as_bool(truth)
+    axes = tuple(range(1, predicted.ndim))
+    return np.stack([(predicted & truth).sum(axis=axes), predicted.sum(axis=axes), truth.sum(axis=axes)])
+
+
+def pixel_metrics(
+    counted: np.ndarray,  # [3, S] of `counts`
+    ranking: tuple[float | None, float | None],  # AUROC and AUPRC of the same slices' maps
+) -> dict[str, float | None]:
+    """What "mixed" and "unhealthy" consist of."""
+    precision, recall = _precision_recall(*counted)
+    auroc, auprc = ranking
+    return {"dice": _mean(_dice(*counted)), "iou": _mean(_iou(*counted)), "precision": precision, "recall": recall,
+            "auroc": auroc, "auprc": auprc}
+
+
+def label_metrics(
+    lesion: np.ndarray,  # [S] bool, predicted
+    sick: np.ndarray,  # [S] bool, true
+) -> dict[str, dict[str, float | int | None]]:
+    """"slice_level" and "shares"."""
+    precision, recall = precision_recall(lesion, sick)
+    return {
+        "slice_level": {"accuracy": _mean(lesion == sick), "precision": precision, "recall": recall},
+        "shares": {"slices": len(sick), "healthy": _mean(~sick), "called_lesion": _mean(lesion)},
     }
 
 
@@ -130,17 +159,9 @@ def best_threshold(
     groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
     means = []
     for threshold in thresholds:
-        overlap, p, q = (np.bincount(groups, count) for count in _counts(values >= threshold, truth))
-        means.append(((2 * overlap + _SMOOTH) / (p + q + _SMOOTH)).mean())
+        means.append(_dice(*(np.bincount(groups, count) for count in counts(values >= threshold, truth))).mean())
     best = int(np.argmax(means))
     return float(thresholds[best]), float(means[best])
-
-
-def _counts(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels in both, in the first and in the second, for each entry of the first axis."""
-    predicted, truth = as_bool(predicted), as_bool(truth)
-    axes = tuple(range(1, predicted.ndim))
-    return (predicted & truth).sum(axis=axes), predicted.sum(axis=axes), truth.sum(axis=axes)
 
 
 def as_bool(mask: np.ndarray) -> np.ndarray:
@@ -154,31 +175,29 @@ def as_bool(mask: np.ndarray) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _pixel_metrics(
-    mask: np.ndarray,  # [S, H, W] bool
+def _dice(overlap: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return (2 * overlap + _SMOOTH) / (p + q + _SMOOTH)
+
+
+def _iou(overlap: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return (overlap + _SMOOTH) / (p + q - overlap + _SMOOTH)
+
+
+def _precision_recall(overlap: np.ndarray, p: np.ndarray, q: np.ndarray) -> tuple[float | None, float | None]:
+    overlap, p, q = (int(count.sum()) for count in (overlap, p, q))
+    return (overlap / p if p else None), (overlap / q if q else None)
+
+
+def _ranking(
     map: np.ndarray,  # [S, H, W]
     truth: np.ndarray,  # [S, H, W] bool
     foreground: np.ndarray,  # [S, H, W] bool
-) -> dict[str, float | None]:
-    precision, recall = precision_recall(mask, truth)
+) -> tuple[float | None, float | None]:
+    """AUROC and AUPRC; None where all pixels are lesion, or none is."""
     hits, values = as_bool(truth)[foreground], map[foreground]
-    both = hits.any() and not hits.all()
-    return {
-        "dice": _mean(dice(mask, truth)),
-        "iou": _mean(iou(mask, truth)),
-        "precision": precision,
-        "recall": recall,
-        "auroc": float(roc_auc_score(hits, values)) if both else None,
-        "auprc": float(average_precision_score(hits, values)) if both else None,
-    }
-
-
-def _label_metrics(
-    lesion: np.ndarray,  # [S] bool
-    sick: np.ndarray,  # [S] bool
-) -> dict[str, float | None]:
-    precision, recall = precision_recall(lesion, sick)
-    return {"accuracy": _mean(lesion == sick), "precision": precision, "recall": recall}
+    if not hits.any() or hits.all():
+        return None, None
+    return float(roc_auc_score(hits, values)), float(average_precision_score(hits, values))
 
 
 def _mean(values: np.ndarray) -> float | None:

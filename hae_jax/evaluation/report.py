@@ -131,19 +131,20 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(row) for row in aligned)
 
 
-_INTERVALS = {"volume_dice": "dice", "hd95_mm": "hd95_mm", "best_dice": "best_dice"} | {
-    name: name for name in ("lesion_recall", "lesion_precision", "lesion_f1", "healthy_volume_ml")}
+_INTERVALS = {"volume_dice": "dice", "volume_iou": "iou", "hd95_mm": "hd95_mm", "best_dice": "best_dice"} | {
+    name: name for name in ("lesion_recall", "lesion_precision", "lesion_f1", "healthy_volume_ml",
+                            "healthy_false_lesions")}
 # Columns of comparison.csv and where they are in a method's results.
 _COMPARED = {
     **{f"{setting}_{name}": (setting, name) for setting in ("mixed", "unhealthy")
-       for name in ("dice", "iou", "auroc", "auprc")},
-    "slice_accuracy": ("slice_level", "accuracy"),
+       for name in ("dice", "iou", "precision", "recall", "auroc", "auprc")},
+    **{f"slice_{name}": ("slice_level", name) for name in ("accuracy", "precision", "recall")},
     **{f"{column}{suffix}": ("volumes", name, end) for column, name in _INTERVALS.items()
        for suffix, end in (("", "mean"), ("_low", "low"), ("_high", "high"))},
     "slices": ("shares", "slices"),
     "healthy_share": ("shares", "healthy"),
-    "cases": ("volumes", "cases"),
-    "missed_cases": ("volumes", "missed_cases"),
+    "called_lesion_share": ("shares", "called_lesion"),
+    **{name: ("volumes", name) for name in ("cases", "lesion_cases", "healthy_cases", "missed_cases")},
 }
 # Columns of comparison.md: where they are, and digits after the point.
 _PRINTED = {

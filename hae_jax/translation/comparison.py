@@ -3,9 +3,11 @@
 Every entry is a run of its own (`run.py`) in its own folder, so what is there already is not computed again.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from hae_jax.errors import UserError
 from hae_jax.evaluation import figures, report
 from hae_jax.files import write_json
 from hae_jax.provenance import record
+from hae_jax.translation.methods import make_method
+from hae_jax.translation.plan import calibration_inputs, fingerprint, make_plan
 from hae_jax.translation.run import translate
+from hae_jax.translation.validation import calibration_path
 
 _STEPS_SHOWN = {"mixed Dice": ("mixed", "dice"), "lesion-slice Dice": ("unhealthy", "dice"),
                 "lesion-slice AUPRC": ("unhealthy", "auprc"), "slice accuracy": ("slice_level", "accuracy")}
@@ -25,12 +30,19 @@ _STEPS_SHOWN = {"mixed Dice": ("mixed", "dice"), "lesion-slice Dice": ("unhealth
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network and where it comes from."""
+    """A network and where it comes from.
+
+    Attributes:
+      model: None for methods that need none.
+      identity: its checkpoint, ready for JSON.
+      calibrations: folder in which its calibrations are kept.
+      config: of its training, of which network and diffusion count; None: those of the comparison's config.
+    """
 
     model: nnx.Module | None
     identity: Mapping[str, Any]
-    calibrations: Path  # folder in which its calibrations are kept
-    model_config: ml_collections.ConfigDict | None = None  # None: that of the config
+    calibrations: Path
+    config: ml_collections.ConfigDict | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +67,32 @@ def steps_entries(counts: Sequence[int], network: Network) -> list[Entry]:
             for count in counts]
 
 
+def check(
+    entries: Sequence[Entry], config: ml_collections.ConfigDict, *, output: str | Path, source: str | Path | None = None
+) -> None:
+    """Checks all entries before the first one runs: names, settings, networks, data, and what they calibrate with.
+
+    `compare` and `compare_steps` do it themselves. Makes the folders for the results.
+
+    Raises:
+      UserError: naming the entry that cannot run.
+    """
+    own = [_own_config(entry, config) for entry in entries]
+    for entry, its_config in zip(entries, own, strict=True):  # what costs nothing and makes no folders comes first
+        with _named(entry):
+            method = make_method(its_config)
+            if method.network and entry.network.model is None:
+                raise UserError("needs a network; name one with --checkpoint")
+    for entry, its_config in zip(entries, own, strict=True):
+        # What a plan has to say besides is said when its turn has come.
+        with _named(entry), contextlib.redirect_stdout(io.StringIO()):
+            plan = make_plan(its_config, Path(output) / entry.folder, source)
+            if plan.calibration is None:
+                identity = _identity(entry.network) if plan.method.network else {}
+                calibration_path(plan.method, plan.store, entry.network.calibrations,
+                                 calibration_inputs(plan, plan.method, identity))
+
+
 def compare(
     entries: Sequence[Entry], config: ml_collections.ConfigDict, mesh: Mesh, *, output: str | Path,
     source: str | Path | None = None,
@@ -74,10 +112,11 @@ def compare(
     Raises:
       UserError: for settings or data that do not fit, or if a case failed or none has a segmentation.
     """
+    check(entries, config, output=output, source=source)
     rows, phantom = _measured(entries, config, mesh, Path(output), source)
     written = _tables(Path(output), "comparison", entries, rows, config, phantom)
     path = Path(output) / "comparison.png"
-    figures.comparison_figure(path, rows, _title("Methods on the same cases", phantom))
+    figures.comparison_figure(path, rows, _title("Methods on the same cases", rows, phantom))
     return [*written, path]
 
 
@@ -90,11 +129,13 @@ def compare_steps(
     See `compare` for the rest.
     """
     entries = steps_entries(counts, network)
+    check(entries, config, output=output, source=source)
     rows, phantom = _measured(entries, config, mesh, Path(output), source)
     written = _tables(Path(output), "steps", entries, rows, config, phantom)
     series = {title: [row.results[part][value] for row in rows] for title, (part, value) in _STEPS_SHOWN.items()}
     path = Path(output) / "steps.png"
-    figures.steps_figure(path, counts, series, _title("Quality against the steps of the whole schedule", phantom))
+    title = _title("Quality against the steps of the whole schedule", rows, phantom)
+    figures.steps_figure(path, counts, series, f"{title}: in 'mixed', an empty mask scores 1 there")
     return [*written, path]
 
 
@@ -104,13 +145,10 @@ def _measured(
     """A line for each entry, and whether the cases are a phantom's."""
     rows, phantom = [], False
     for entry in entries:
-        own = copy.deepcopy(config)
-        with own.unlocked():
-            own.translation.update(entry.settings)
-            own.evaluation.overlay_slices = 0
-            if entry.network.model_config is not None:
-                own.model = entry.network.model_config
+        own = _own_config(entry, config)
         print(f"{entry.title}:", flush=True)
+        if own.translation.calibration != config.translation.calibration:
+            print(f"calibration: {config.translation.calibration} is for hae alone; {entry.title} takes its own")
         done = translate(entry.network.model, entry.network.identity, own, mesh, output=output / entry.folder,
                          source=source, calibrations=entry.network.calibrations)
         if done.failed:
@@ -126,6 +164,49 @@ def _measured(
     return rows, phantom
 
 
+def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of an entry's run: with its settings, and the network and the diffusion of its network's training.
+
+    A calibration that the user names is the forward process's; other methods make their own.
+
+    Raises:
+      UserError: if its network is for other data.
+    """
+    own, trained = copy.deepcopy(config), copy.deepcopy(entry.network.config)
+    with own.unlocked():
+        own.translation.update(entry.settings)
+        own.evaluation.overlay_slices = 0
+        if own.translation.method != "hae":
+            own.translation.calibration = None
+        if trained is not None:
+            _check_same_data(entry.network, config)
+            own.model, own.diffusion, own.training = trained.model, trained.diffusion, trained.training
+    return own
+
+
+def _check_same_data(network: Network, config: ml_collections.ConfigDict) -> None:
+    for field in ("data.modalities", "model.image_size", "model.in_channels"):
+        section, name = field.split(".")
+        its, ours = network.config[section][name], config[section][name]
+        if its != ours:
+            raise UserError(f"{network.identity['path']}: was trained with {field} {its}, the comparison has {ours}; "
+                            "name one that was trained on the same data, with --unconditional")
+
+
+@contextlib.contextmanager
+def _named(entry: Entry) -> Iterator[None]:
+    """Says in a user's error which entry it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{entry.title}: {error}") from error
+
+
+def _identity(network: Network) -> dict[str, Any]:
+    """As in `run.translate`, which tells networks apart by their parameters."""
+    return {**network.identity, **({} if network.model is None else {"sha256": fingerprint(network.model)})}
+
+
 def _tables(
     output: Path, name: str, entries: Sequence[Entry], rows: Sequence[report.ComparedMethod],
     config: ml_collections.ConfigDict, phantom: bool,
@@ -139,5 +220,7 @@ def _tables(
     return [output / f"{name}.{kind}" for kind in ("csv", "md", "json")]
 
 
-def _title(text: str, phantom: bool) -> str:
-    return f"{text}{' (phantom figures)' if phantom else ''}"
+def _title(text: str, rows: Sequence[report.ComparedMethod], phantom: bool) -> str:
+    """With the share of healthy slices, without which a figure over all slices says little."""
+    healthy = rows[0].results["shares"]["healthy"]
+    return f"{text}{' (phantom figures)' if phantom else ''}\n{healthy:.0%} of all slices are healthy"

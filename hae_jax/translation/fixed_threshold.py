@@ -2,6 +2,9 @@
 
 For methods whose maps have a scale that slices share. Unlike `calibration.py` it looks at the validation masks, not
 only at labels: what is compared with is given more than the forward process is.
+
+One rule serves all of them: the best mean Dice of the lesion slices. Over all slices, in which an empty mask of a
+healthy slice scores 1, the best is easily one that no pixel reaches.
 """
 
 import dataclasses
@@ -26,7 +29,7 @@ class FixedThreshold:
     Attributes:
       method: the method's name.
       threshold: a pixel belongs to the mask where the map is at least this.
-      validation_dice: its mean Dice over the slices it was chosen on.
+      validation_dice: its mean Dice over the slices it was chosen on, the lesion slices.
       slices: number of these slices.
       made_with: what it belongs to (checkpoint identity, settings, data, ...), ready for JSON.
 
@@ -75,23 +78,23 @@ class FixedThresholdMethod:
       candidates: the thresholds to choose from, ascending.
       similarity: whether a slice's score is the forward process's similarity; here it is minus the map's maximum.
       median: whether the threshold is chosen on maps after a 5x5 median filter.
-      lesion_slices_only: whether it is chosen on slices with the label "lesion" alone. Over all slices, in which an
-        empty mask of a healthy slice scores 1, the best may be one that no pixel reaches.
+      rule: how the threshold is chosen; a threshold that another rule has chosen is not used again.
     """
 
     name: str
     median: bool
     similarity: ClassVar[bool] = False
     candidates: ClassVar[np.ndarray] = FIXED_THRESHOLDS
-    lesion_slices_only: ClassVar[bool] = False
+    rule: ClassVar[str] = "best mean Dice of lesion slices"
 
     def calibrate(
         self, results: Iterable[tuple[NamedTuple, int, np.ndarray]], made_with: Mapping[str, Any]
     ) -> FixedThreshold:
-        """Chooses the threshold with the best mean Dice over validation slices; of equally good ones the lowest.
+        """Chooses the threshold with the best mean Dice over the lesion slices; of equally good ones the lowest.
 
         Args:
-          results: for each slice its result, its label and its true mask [H, W] bool. One slice is looked at at a time.
+          results: for each validation slice its result, its label and its true mask [H, W] bool. One slice is looked at
+            at a time, and only those with the label "lesion".
           made_with: kept with the threshold.
 
         Raises:
@@ -99,7 +102,7 @@ class FixedThresholdMethod:
         """
         total, slices, lesions = np.zeros(len(self.candidates)), 0, 0
         for result, label, truth in results:
-            if self.lesion_slices_only and not label:
+            if not label:
                 continue
             masks = self._filtered(result.map[None], self.median) >= self.candidates[:, None, None]
             total += dice(masks, np.broadcast_to(truth, masks.shape))

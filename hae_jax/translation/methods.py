@@ -124,7 +124,7 @@ class Intensity(NamedTuple):
 class IntensityThreshold(FixedThresholdMethod):
     """The trivial competitor: everything bright on flair is lesion. The map is flair itself, never filtered.
 
-    Its threshold, a multiple of the 99th percentile of the case's positive voxels, is chosen on lesion slices.
+    Its threshold is a multiple of the 99th percentile of the case's positive voxels.
 
     Attributes:
       channel: that it looks at.
@@ -136,7 +136,6 @@ class IntensityThreshold(FixedThresholdMethod):
     network: ClassVar[bool] = False
     median: ClassVar[bool] = False
     candidates: ClassVar[np.ndarray] = np.arange(15, 101) / 50  # 0.3 to 2 times the 99th percentile
-    lesion_slices_only: ClassVar[bool] = True
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "IntensityThreshold":

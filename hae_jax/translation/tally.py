@@ -1,54 +1,58 @@
 """What the finished cases of a run add up to, for several methods side by side.
 
-Filled case by case in `run.py`; `evaluation` does the measuring. Everything is kept at network resolution, so that
-thousands of slices fit into memory.
+Filled case by case in `run.py`; `evaluation` does the measuring. Of a case only sums and counts stay, so that memory
+does not grow with pixels: thousands of slices of any size fit into it.
 """
 
+import dataclasses
 from typing import Any
 
-import numpy as np
-
-from hae_jax.evaluation import metrics, volumes
-from hae_jax.translation.masks import Masks
+from hae_jax.evaluation import volumes
+from hae_jax.evaluation.running import SliceSums
+from hae_jax.evaluation.volumes import VolumeMetrics
 from hae_jax.translation.records import Measured
 
 
+@dataclasses.dataclass
+class _Method:
+    slices: SliceSums = dataclasses.field(default_factory=SliceSums)
+    volumes: list[VolumeMetrics] = dataclasses.field(default_factory=list)  # of each case that it answered for
+
+
 class Tally:
-    """Collects the cases that have a segmentation; the others have nothing to be measured against."""
+    """Collects the cases that have a segmentation; the others have nothing to be measured against.
+
+    Attributes:
+      cases: number of cases that count.
+      slices: number of their slices.
+    """
 
     def __init__(self):
-        self._cases: list[Measured] = []
-
-    @property
-    def cases(self) -> int:
-        """Number of cases that count."""
-        return len(self._cases)
-
-    @property
-    def slices(self) -> int:
-        """Number of their slices."""
-        return sum(len(case.truth) for case in self._cases)
+        self.cases = 0
+        self.slices = 0
+        self._methods: dict[str, _Method] = {}
 
     def add(self, case: Measured | None) -> None:
-        """Adds a case with every method's answer; None, a case without a segmentation, is passed over."""
-        if case is not None:
-            self._cases.append(case)
+        """Adds a case with every method's answer; None, a case without a segmentation, is passed over.
+
+        Raises:
+          ValueError: if a map is not finite.
+        """
+        if case is None:
+            return
+        self.cases += 1
+        self.slices += len(case.truth)
+        labels = case.truth.any(axis=(1, 2)).astype(int)  # as in a prepared dataset
+        for name, (masks, volume) in case.answers.items():
+            method = self._methods.setdefault(name, _Method())
+            method.slices.add(mask=masks.mask, mask_all=masks.mask_all, map=masks.map, lesion=masks.lesion,
+                              truth=case.truth, labels=labels, foreground=case.foreground)
+            method.volumes.append(volume)
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each method that answered for every case: `metrics.slice_metrics`, and "volumes". Empty without cases."""
-        if not self._cases:
-            return {}
-        truth = np.concatenate([case.truth for case in self._cases])
-        foreground = np.concatenate([case.foreground for case in self._cases])
-        labels = truth.any(axis=(1, 2)).astype(int)  # as in a prepared dataset
-        found = {}
-        for method in self._cases[0].answers:
-            if not all(method in case.answers for case in self._cases):
-                continue
-            answers = [case.answers[method] for case in self._cases]
-            masks = Masks(*map(np.concatenate, zip(*(answer.masks for answer in answers), strict=True)))
-            found[method] = metrics.slice_metrics(
-                mask=masks.mask, mask_all=masks.mask_all, map=masks.map, lesion=masks.lesion, truth=truth,
-                labels=labels, foreground=foreground) | {
-                    "volumes": volumes.summarise([answer.volume for answer in answers])}
-        return found
+        """For each method that answered for every case: as `metrics.slice_metrics`, and "volumes". Empty without cases.
+
+        AUROC and AUPRC are `running.SliceSums`'s.
+        """
+        return {name: method.slices.results() | {"volumes": volumes.summarise(method.volumes)}
+                for name, method in self._methods.items() if len(method.volumes) == self.cases}

@@ -40,19 +40,15 @@ def calibrated(
       store: the prepared dataset, of which the validation slices are used, with what of their labels and masks the
         method asks for.
       folder: where calibrations are kept, made if absent.
-      made_with: everything that the result depends on, ready for JSON: "checkpoint", "settings", "seed", "data".
+      made_with: everything that the result depends on, ready for JSON: "checkpoint", "settings", "seed", "data". The
+        method's rule is added.
 
     Raises:
       UserError: if there is no validation data, not both kinds of slices in it, or the file is damaged.
     """
-    made_with = json.loads(json.dumps(made_with))  # as it will be read back: tuples become lists
-    path = folder / f"{method.name}_{digest(made_with)[:12]}.json"
-    if store is None:
-        path = _same_but_for_data(method, folder, made_with)
+    made_with = _with_rule(method, made_with)
+    path = calibration_path(method, store, folder, made_with)
     if not path.exists():
-        if len(store.split(_SPLIT)) == 0:
-            raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
-                            "prepare the data with a larger --val-fraction")
         with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: print(
                 f"calibration: another process is making {path}; waiting for it", flush=True)):
             if not path.exists():
@@ -61,6 +57,28 @@ def calibrated(
                 return made
     print(f"calibration: {path} is used again")
     return method.load_calibration(path)
+
+
+def calibration_path(method: Any, store: Store | None, folder: Path, made_with: Mapping[str, Any]) -> Path:
+    """The file that `calibrated` reads, or makes; nothing is computed. The arguments are the same.
+
+    Raises:
+      UserError: if there is neither a fitting calibration nor validation data to make one.
+    """
+    made_with = _with_rule(method, made_with)
+    if store is None:
+        return _same_but_for_data(method, folder, made_with)
+    path = folder / f"{method.name}_{digest(made_with)[:12]}.json"
+    if not path.exists() and len(store.split(_SPLIT)) == 0:
+        raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
+                        "prepare the data with a larger --val-fraction")
+    return path
+
+
+def _with_rule(method: Any, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """What a calibration is kept under, as it will be read back from JSON: tuples become lists."""
+    rule = getattr(method, "rule", None)  # the forward process has but one
+    return json.loads(json.dumps({**made_with, **({} if rule is None else {"rule": rule})}))
 
 
 def _same_but_for_data(method: Any, folder: Path, made_with: Mapping[str, Any]) -> Path:

@@ -72,6 +72,27 @@ def test_overlay_outlines_mask_and_truth(tmp_path, head):
     assert _pixels(tmp_path / "a.png").shape[1] > _pixels(tmp_path / "b.png").shape[1]  # one column more
 
 
+_NAME = "pat$1_$2^"  # what stands between the $ is no formula
+
+
+def test_names_with_dollar_signs_are_names(tmp_path, head):
+    maps, masks = np.zeros((2, 48, 48), np.float32), np.zeros((2, 48, 48), bool)
+    figures.overlay_figure(tmp_path / "a.png", head, head[..., :2], maps, masks, channels=[_NAME] * 4, modality=(0, 3),
+                           title=_NAME, row_titles=[_NAME] * 2)
+    figures.sample_grid(tmp_path / "b.png", head[None], [2], row_titles=[_NAME] * 2, channels=[_NAME] * 4, title=_NAME)
+    figures.comparison_figure(tmp_path / "c.png", [(_NAME, _NAME, _results(0.5), None)], _NAME)
+    figures.steps_figure(tmp_path / "d.png", [5, 20], {_NAME: [0.5, 0.6]}, _NAME)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_overlay_needs_a_slice(tmp_path, head):
+    none = head[:0]
+    with pytest.raises(ValueError, match="no slice to draw"):
+        figures.overlay_figure(tmp_path / "a.png", none, none, none[..., 0], none[..., 0] > 0, channels=CHANNELS,
+                               modality=(0, 3))
+    assert not list(tmp_path.iterdir())
+
+
 def test_black_borders_are_cropped_alike_in_all_slices(head):
     rows, columns = figures._crop(head)
     inside = np.argwhere(head[0, ..., 0] > -0.95)

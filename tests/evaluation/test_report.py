@@ -125,6 +125,32 @@ def test_comparison_reads_back_from_csv(tmp_path, compared):
     assert [row["seconds_per_slice"] for row in rows] == ["0.25", ""]
 
 
+def _places(results, *above):
+    """Where each figure of results is; of one with an interval, its mean and both ends."""
+    for name, value in results.items():
+        if isinstance(value, dict):
+            yield from _places(value, *above, name)
+        elif not ({"mean", "cases"} <= results.keys() and name == "cases"):
+            yield *above, name
+
+
+def test_every_figure_has_a_column(tmp_path):
+    """Each in turn alone is a number: the table must show it."""
+    truth = np.zeros((2, 8, 8), bool)
+    truth[0, 2:5, 2:5] = True
+    results = metrics.slice_metrics(
+        mask=truth, mask_all=truth, map=truth.astype(float), lesion=np.array([True, False]), truth=truth,
+        labels=np.array([1, 0]), foreground=np.ones_like(truth)) | {"volumes": _compared(0.6)["volumes"]}
+    places = list(_places(results))
+    assert len(places) > 40
+    for place in places:
+        alone = 12345
+        for key in reversed(place):
+            alone = {key: alone}
+        report.write_comparison(tmp_path, [("HAE", "", alone, None)], phantom=False)
+        assert "12345" in (tmp_path / "comparison.csv").read_text(), place
+
+
 def test_comparison_reads_back_from_markdown(tmp_path, compared):
     report.write_comparison(tmp_path, compared, phantom=True)
     page = (tmp_path / "comparison.md").read_text()

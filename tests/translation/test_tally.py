@@ -1,4 +1,6 @@
-"""What cases add up to, and that records keep it."""
+"""What cases add up to, in memory that no pixel stays in, and that records keep it."""
+
+import pickle
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from hae_jax.data.cases import find_cases
 from hae_jax.evaluation import metrics
 from hae_jax.evaluation.report import case_result
+from hae_jax.evaluation.volumes import VolumeMetrics
 from hae_jax.translation import records
 from hae_jax.translation.masks import Masks
 from hae_jax.translation.tally import Tally
@@ -45,6 +48,56 @@ def test_tally_counts_cases_with_truth(cases):
     assert volumes["healthy_volume_ml"]["mean"] == 0
     assert volumes["dice"]["mean"] > 0.85  # what resizing to 16 px and back costs
     assert Tally().results() == {}
+
+
+def _drawn(seed, size, methods=("a", "b"), slices=6):
+    """A case of random slices, the first two of them healthy."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random((slices, size, size)) < 0.2
+    truth[:2] = False
+    answers = {}
+    for name in methods:
+        maps = (rng.random(truth.shape) + 0.2 * truth).astype(np.float32)
+        mask, lesion = maps > 0.9, rng.random(slices) < 0.7
+        answers[name] = records.Answer(Masks(maps, mask, mask & lesion[:, None, None], lesion, rng.random(slices)),
+                                       VolumeMetrics(1.0, 1.0, 0.5, 0.4, None, 1, 1, 1, 0, None, None))
+    return records.Measured(truth, rng.random(truth.shape) < 0.7, answers)
+
+
+def test_case_by_case_is_as_all_slices_at_once():
+    cases, tally = [_drawn(seed, 32) for seed in range(5)], Tally()
+    for case in cases:
+        tally.add(case)
+    truth, foreground = (np.concatenate([getattr(case, name) for case in cases]) for name in ("truth", "foreground"))
+    for name, found in tally.results().items():
+        masks = Masks(*map(np.concatenate, zip(*(case.answers[name].masks for case in cases), strict=True)))
+        expected = metrics.slice_metrics(
+            mask=masks.mask, mask_all=masks.mask_all, map=masks.map, lesion=masks.lesion, truth=truth,
+            labels=truth.any((1, 2)), foreground=foreground)
+        for setting in ("mixed", "unhealthy"):
+            for ranking in ("auroc", "auprc"):
+                assert found[setting].pop(ranking) == pytest.approx(expected[setting].pop(ranking), abs=1e-4)
+        assert found.pop("volumes")["cases"] == 5
+        assert found == expected
+
+
+def test_only_methods_that_answered_for_every_case_are_measured():
+    tally = Tally()
+    for seed, methods in enumerate((("a", "b"), ("c", "a"), ("a", "b", "c"))):
+        tally.add(_drawn(seed, 16, methods))
+    assert tally.results().keys() == {"a"}
+
+
+def test_memory_does_not_grow_with_the_pixels():
+    def held(cases, size):
+        tally = Tally()
+        for seed in range(cases):
+            tally.add(_drawn(seed, size))
+        return len(pickle.dumps(tally))  # with every array that it keeps
+
+    few = held(2, 16)
+    assert held(2, 128) == few
+    assert held(12, 16) - few < 10 * 2 * 6 * 200  # of each of 10 cases, per method and slice, much less than a row
 
 
 def test_a_record_keeps_what_it_was_given(cases, tmp_path):
