@@ -130,6 +130,7 @@ def _translation() -> ml_collections.ConfigDict:
     translation.max_memory_gb = config_dict.placeholder(float)  # choose the batch size by memory; None: batch_size
     translation.median = True  # 5 x 5 median filter on the maps
     translation.components = 40  # connected components of at most so many pixels are removed; 0: none
+    translation.filter_dimensions = 2  # of both filters: 2, each slice alone; 3, over the stack of slices (5 x 5 x 5)
     translation.save_healthy = False  # write the healthy counterparts as NIfTI
     translation.ema = True  # use the averaged parameters
     return translation

@@ -126,15 +126,17 @@ class FixedThresholdMethod:
         return found
 
     def masks(
-        self, results: NamedTuple, calibration: FixedThreshold, *, median: bool, remove_up_to: int = 0
+        self, results: NamedTuple, calibration: FixedThreshold, *, median: bool, remove_up_to: int = 0,
+        positions: np.ndarray | None = None,
     ) -> Masks:
         """Masks in the terms of the forward process: a lesion slice is one whose mask is not empty.
 
         Args:
           results: with maps [S, H, W].
           calibration: the threshold.
-          median: filter the maps by a 5x5 median first.
+          median: filter the maps by a median first.
           remove_up_to: connected components of at most so many pixels are taken out; 0 keeps all.
+          positions: [S] of the slices in their volume, for both filters in 3-D; None: slice by slice.
 
         Returns:
           The masks; their score is minus the map's maximum.
@@ -142,16 +144,16 @@ class FixedThresholdMethod:
         Raises:
           UserError: if a map is not finite.
         """
-        maps = self._filtered(results.map, median)
-        mask = maps >= calibration.threshold
-        if remove_up_to:
-            mask = remove_small_components(mask, remove_up_to)
+        maps = self._filtered(results.map, median, positions)
+        mask = remove_small_components(maps >= calibration.threshold, remove_up_to, positions)
         return Masks(maps.astype(np.float32), mask, mask, mask.any(axis=(1, 2)), -maps.max(axis=(1, 2)))
 
-    def _filtered(self, maps: np.ndarray, median: bool) -> np.ndarray:  # [S, H, W] -> [S, H, W] float64
+    def _filtered(
+        self, maps: np.ndarray, median: bool, positions: np.ndarray | None = None
+    ) -> np.ndarray:  # [S, H, W] -> [S, H, W] float64
         maps = np.asarray(maps, np.float64)
         bad = ~np.isfinite(maps).all(axis=(1, 2))
         if bad.any():
             raise UserError(f"translation: the maps of {bad.sum()} of {bad.size} slices are not finite; the training "
                             "of this checkpoint has diverged, take an earlier one")
-        return median_filtered(maps) if median else maps
+        return median_filtered(maps, positions) if median else maps

@@ -14,6 +14,7 @@ from hae_jax.translation.calibration import Calibration, similarity
 
 _LEVELS = 0.98 - 0.08 * np.arange(101) / 100  # quantile level of the mask's threshold, by r in steps of 0.01
 _IN_PLANE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # 8 neighbours, none in other slices
+_IN_SPACE = np.ones((3, 3, 3))  # 26 neighbours
 
 
 class Masks(NamedTuple):
@@ -43,6 +44,7 @@ def make_masks(
     *,
     median: bool = True,
     remove_up_to: int = 0,
+    positions: np.ndarray | None = None,  # [B]
 ) -> Masks:
     """Thresholds each slice's map at a quantile that falls, and so lets the mask grow, with the peak of its diff curve.
 
@@ -50,8 +52,11 @@ def make_masks(
       mse, ref, diff: spatial means of (G - X)^2, (R - X)^2 and (G - R)^2 (guided, reference, input).
       maps: one anomaly map for each modality.
       calibration: the network's slice threshold and the largest diff peaks, for the same M modalities.
-      median: filter the averaged map by a 5x5 median. The thresholds always come from the unfiltered maps.
+      median: filter the averaged map by a median of 5 pixels along each axis. The thresholds always come from the
+        unfiltered maps.
       remove_up_to: connected components of at most so many pixels are taken out of the masks; 0 keeps all.
+      positions: the slices' numbers in their volume, in rising order: both filters work in 3-D then. None: each slice
+        is filtered alone.
 
     Raises:
       UserError: if the calibration is for another number of modalities, or a curve is not finite.
@@ -64,19 +69,25 @@ def make_masks(
     thresholds = quantile_thresholds(maps, np.asarray(diff).max(axis=1), np.asarray(calibration.diff_max))
     combined = maps.mean(axis=-1)
     if median:
-        combined = median_filtered(combined)
+        combined = median_filtered(combined, positions)
     mask_all = combined >= thresholds.mean(axis=-1)[:, None, None]
-    if remove_up_to:
-        mask_all = remove_small_components(mask_all, remove_up_to)
     lesion = score <= calibration.threshold
-    return Masks(combined.astype(np.float32), mask_all, mask_all & lesion[:, None, None], lesion, score)
+    mask = mask_all & lesion[:, None, None]  # in 3-D, components may lose slices, so these are filtered themselves
+    mask_all, mask = (remove_small_components(m, remove_up_to, positions) for m in (mask_all, mask))
+    return Masks(combined.astype(np.float32), mask_all, mask, lesion, score)
 
 
 def median_filtered(
     maps: np.ndarray,  # [B, H, W]
+    positions: np.ndarray | None = None,  # [B]
 ) -> np.ndarray:  # [B, H, W]
-    """Each slice after a 5x5 median filter, its border reflected without repeating the edge."""
-    return ndimage.median_filter(maps, size=(1, 5, 5), mode="mirror")
+    """Maps after a median filter of 5 pixels along each axis, borders reflected without repeating the edge.
+
+    Each slice alone, or, given their positions in the volume, all of them in 3-D; slices left out between count as 0.
+    """
+    if positions is None:
+        return ndimage.median_filter(maps, size=(1, 5, 5), mode="mirror")
+    return ndimage.median_filter(_stack(maps, positions), size=5, mode="mirror")[positions - positions[0]]
 
 
 def quantile_thresholds(
@@ -98,12 +109,27 @@ def quantile_thresholds(
 def remove_small_components(
     masks: np.ndarray,  # [B, H, W] bool
     max_pixels: int = 40,
+    positions: np.ndarray | None = None,  # [B]
 ) -> np.ndarray:  # [B, H, W] bool
     """Takes out every 8-connected component of at most `max_pixels` pixels, slice by slice.
 
-    A hole does not count to the size of the component around it.
+    Given the slices' positions in their volume, every 26-connected one in 3-D. A hole does not count to the size of the
+    component around it.
     """
-    labels, _ = ndimage.label(masks, structure=_IN_PLANE)
+    if positions is None:
+        labels, _ = ndimage.label(masks, structure=_IN_PLANE)
+    else:
+        labels = ndimage.label(_stack(masks, positions), structure=_IN_SPACE)[0][positions - positions[0]]
     keep = np.bincount(labels.ravel()) > max_pixels
     keep[0] = False  # the background
     return keep[labels]
+
+
+def _stack(
+    slices: np.ndarray,  # [B, H, W]
+    positions: np.ndarray,  # [B] in rising order
+) -> np.ndarray:  # [D, H, W]
+    """The slices where they lie, zero between them."""
+    stack = np.zeros((positions[-1] - positions[0] + 1, *slices.shape[1:]), slices.dtype)
+    stack[positions - positions[0]] = slices
+    return stack

@@ -57,8 +57,10 @@ class Method(Protocol):
     def load_calibration(self, path: str | os.PathLike) -> Calibration | FixedThreshold:
         """Reads what the result of `calibrate` saved."""
 
-    def masks(self, results: Any, calibration: Any, *, median: bool, remove_up_to: int) -> Masks:
-        """The masks of stacked results [S, ...]."""
+    def masks(
+        self, results: Any, calibration: Any, *, median: bool, remove_up_to: int, positions: np.ndarray | None
+    ) -> Masks:
+        """The masks of stacked results [S, ...]; see `masks.make_masks` for the filters."""
 
     def healthy(self, results: Any) -> np.ndarray | None:
         """The healthy counterparts of stacked results, [S, H, W, M] in [-1, 1]; None: the method makes none."""
@@ -104,10 +106,13 @@ class Hae:
         """Reads a calibration."""
         return Calibration.load(path)
 
-    def masks(self, results: Translation, calibration: Calibration, *, median: bool, remove_up_to: int = 0) -> Masks:
+    def masks(
+        self, results: Translation, calibration: Calibration, *, median: bool, remove_up_to: int = 0,
+        positions: np.ndarray | None = None,
+    ) -> Masks:
         """See `make_masks`."""
         return make_masks(results.mse, results.ref, results.diff, results.map, calibration, median=median,
-                          remove_up_to=remove_up_to)
+                          remove_up_to=remove_up_to, positions=positions)
 
     def healthy(self, results: Translation) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
         """The guided predictions at t_e."""
@@ -151,10 +156,11 @@ class IntensityThreshold(FixedThresholdMethod):
         return Intensity(images[..., self.channel].copy())  # a view would keep the other channels
 
     def masks(
-        self, results: Intensity, calibration: FixedThreshold, *, median: bool = False, remove_up_to: int = 0
+        self, results: Intensity, calibration: FixedThreshold, *, median: bool = False, remove_up_to: int = 0,
+        positions: np.ndarray | None = None,
     ) -> Masks:
         """As for every fixed threshold, but without the median filter, whatever is asked for."""
-        return super().masks(results, calibration, median=False, remove_up_to=remove_up_to)
+        return super().masks(results, calibration, median=False, remove_up_to=remove_up_to, positions=positions)
 
     def healthy(self, results: Intensity) -> None:
         """There is none."""

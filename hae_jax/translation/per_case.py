@@ -145,7 +145,8 @@ def _finish(
 ) -> None:
     """Makes the masks, writes the volumes, the picture and the record."""
     case, method, wanted = done.case, plan.method, plan.config.translation
-    masks = method.masks(done.result, calibrations.method, median=wanted.median, remove_up_to=wanted.components)
+    masks = method.masks(done.result, calibrations.method, median=wanted.median, remove_up_to=wanted.components,
+                         positions=_positions(plan, case))
     mask, anomaly = in_head(case, masks.mask, masks.map)
     volumes = {"mask": (mask.astype(np.uint8), "lesion mask"), "map": (anomaly, "anomaly map")}
     healthy = method.healthy(done.result)
@@ -167,6 +168,11 @@ def _finish(
     records.write(plan.output, case.name, record, _measured(plan, case, masks, row, calibrations))
 
 
+def _positions(plan: Plan, case: SlicedCase) -> np.ndarray | None:  # [S]
+    """Where the slices lie, if filters are to work in 3-D."""
+    return case.slices.index if plan.config.translation.filter_dimensions == 3 else None
+
+
 def _measured(
     plan: Plan, case: SlicedCase, masks: Masks, row: CaseResult, calibrations: Calibrations
 ) -> records.Measured | None:
@@ -176,7 +182,8 @@ def _measured(
     answers = {plan.method.name: records.Answer(masks, row.measured)}
     if plan.competitor is not None:
         rival = plan.competitor.masks(plan.competitor.intensity(case.slices.images), calibrations.competitor,
-                                      median=False, remove_up_to=plan.config.translation.components)
+                                      median=False, remove_up_to=plan.config.translation.components,
+                                      positions=_positions(plan, case))
         mask, anomaly = in_head(case, rival.mask, rival.map)
         answers[plan.competitor.name] = records.Answer(
             rival, volume_metrics(mask, case.truth, case.affine, anomaly))

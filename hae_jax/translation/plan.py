@@ -22,7 +22,8 @@ from hae_jax.translation.calibration import PRESETS, Calibration, preset
 from hae_jax.translation.methods import IntensityThreshold, Method, make_method
 from hae_jax.translation.records import FOLDER, digest
 
-_NOT_IN_CURVES = ("median", "components", "save_healthy", "batch_size", "max_memory_gb", "calibration", "ema")
+_NOT_IN_CURVES = ("median", "components", "filter_dimensions", "save_healthy", "batch_size", "max_memory_gb",
+                  "calibration", "ema")
 _WITHOUT_INFLUENCE = ("batch_size", "max_memory_gb")  # on any result
 
 
@@ -96,6 +97,9 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"translation.components is {wanted.components}: it must not be negative; 0 removes nothing")
     if wanted.batch_size < 1:
         raise UserError(f"translation.batch_size is {wanted.batch_size}: it must be at least 1")
+    if wanted.filter_dimensions not in (2, 3):
+        raise UserError(f"translation.filter_dimensions is {wanted.filter_dimensions}: choose 2, each slice "
+                        "alone, or 3")
     if config.evaluation.overlay_slices < 0:
         raise UserError(f"evaluation.overlay_slices is {config.evaluation.overlay_slices}: it must not be negative; 0 "
                         "draws nothing")
@@ -142,7 +146,8 @@ def run_inputs(plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
         "translation": {name: value for name, value in config.translation.to_dict().items()
                         if name not in _WITHOUT_INFLUENCE},
         "calibration": dataclasses.asdict(calibration) if dataclasses.is_dataclass(calibration) else calibration,
-        "competitor": plan.competitor is not None}))
+        "competitor": plan.competitor is not None,
+        "rules": {method.name: method.rule for method in (plan.method, plan.competitor) if hasattr(method, "rule")}}))
 
 
 def case_digest(inputs: Mapping[str, Any], case: CaseFiles) -> str:

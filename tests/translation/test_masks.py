@@ -7,7 +7,7 @@ import pytest
 
 from hae_jax.errors import UserError
 from hae_jax.translation.calibration import Calibration, calibrate
-from hae_jax.translation.masks import make_masks, quantile_thresholds, remove_small_components
+from hae_jax.translation.masks import make_masks, median_filtered, quantile_thresholds, remove_small_components
 
 
 def running_maps(mse, diff):
@@ -63,6 +63,42 @@ def test_components_do_not_join_across_slices_and_filtering_repeats():
     assert 0 < once.sum() < noisy.sum()
     np.testing.assert_array_equal(remove_small_components(once), once)
     assert not remove_small_components(np.zeros((2, 8, 8), bool)).any()
+
+
+def test_components_in_3d_join_across_slices_but_not_across_gaps():
+    masks = np.zeros((4, 16, 16), bool)
+    masks[:3, 2:8, 2:8] = True  # 36 pixels in each of three slices
+    masks[3, 12, 12] = True
+    masks[2, 11, 11] = True  # touches it by a corner
+    assert not remove_small_components(masks, 40).any()
+    kept = remove_small_components(masks, 40, np.arange(4))
+    np.testing.assert_array_equal(kept[:3, 2:8, 2:8], True)
+    assert kept.sum() == 3 * 36
+    assert remove_small_components(masks, 1, np.arange(4))[3, 12, 12]
+    assert not remove_small_components(masks, 1, np.array([7, 8, 9, 11]))[3, 12, 12]
+    assert not remove_small_components(masks, 72, np.array([0, 1, 3, 4])).any()
+
+
+def test_median_in_3d():
+    maps = np.random.default_rng(3).random((4, 9, 11))
+    where = np.array([3, 4, 5, 8])
+    stack = np.zeros((6, 9, 11))
+    stack[where - 3] = maps
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(stack, 2, mode="reflect"), (5, 5, 5))
+    np.testing.assert_array_equal(median_filtered(maps, where), np.median(windows, axis=(-3, -2, -1))[where - 3])
+    np.testing.assert_array_equal(median_filtered(maps[:1], where[:1]), median_filtered(maps[:1]))
+
+
+def test_masks_filtered_in_3d(inputs):
+    *arrays, calibration = inputs
+    where = np.arange(len(arrays[0]))
+    found = make_masks(*inputs, remove_up_to=40, positions=where)
+    plain = make_masks(*inputs, median=False)
+    thresholds = quantile_thresholds(arrays[3], arrays[2].max(axis=1), np.array(calibration.diff_max)).mean(axis=1)
+    expected = median_filtered(arrays[3].mean(axis=-1), where) >= thresholds[:, None, None]
+    np.testing.assert_array_equal(found.mask_all, remove_small_components(expected, 40, where))
+    gated = expected & plain.lesion[:, None, None]
+    np.testing.assert_array_equal(found.mask, remove_small_components(gated, 40, where))
 
 
 def test_thresholds_are_each_maps_own_quantile():
