@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from hae_jax.data import phantom
 from hae_jax.errors import UserError
@@ -340,6 +341,30 @@ def test_the_healthy_counterpart_is_written_in_the_input_s_intensities(run, conf
         assert values.shape == given.shape
         assert 20 < values[..., 1:-1].mean() < 300  # raw intensities are 50 to 250
         assert not values[..., [0, -1]].any()
+
+
+def test_a_second_reader_finds_results_of_an_oblique_scaled_4d_file_on_its_grid(run, config, tmp_path):
+    affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.4) @ np.diag([-0.9, 1.25, 3]), [7, -80, 11])
+    values = np.random.default_rng(0).integers(50, 100, (20, 24, 9, 4)).astype(np.int16)
+    values[:5] = -2  # with slope and intercept: 0
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_slope_inter(0.5, 1)
+    path = tmp_path / "set" / "imagesTs" / "BRATS 001.nii.gz"
+    path.parent.mkdir(parents=True)
+    nib.save(image, path)
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(
+        {"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}}))
+    config.translation.save_healthy = True
+    assert not run(tmp_path / "set").failed
+    given = sitk.ReadImage(str(path))[..., 0]
+    for kind, pixels in (("mask", "8-bit unsigned integer"), ("map", "32-bit float"), ("healthy_t2", "32-bit float")):
+        ours = sitk.ReadImage(str(tmp_path / "out" / f"BRATS 001_{kind}.nii.gz"))
+        assert ours.GetSize() == given.GetSize() == (20, 24, 9)
+        assert ours.GetPixelIDTypeAsString() == pixels
+        for attribute in ("GetSpacing", "GetOrigin", "GetDirection"):
+            np.testing.assert_array_equal(getattr(ours, attribute)(), getattr(given, attribute)(), err_msg=attribute)
+        assert not sitk.GetArrayFromImage(ours)[:, :, :5].any()  # outside the head
+    assert sitk.GetArrayFromImage(ours)[:, :, 5:].all()
 
 
 def test_filters_in_3d(run, config, three_cases, tmp_path):
