@@ -17,6 +17,7 @@ from hae_jax.benchmark.table import render, seconds
 
 _PARTS = re.compile(r"(?:convolution \d|norm, |sparse attention, |attention, |optimiser)[^/()]*")
 _NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', re.MULTILINE)
+_COLLECTIVES = "all-", "reduce-scatter", "collective-"
 _BACKWARD = "transpose("  # what JAX calls the scopes of gradients
 
 
@@ -83,6 +84,8 @@ def _own_times_of_line(events: Iterable[tuple[float, float, str]]) -> Iterator[t
 
 def _part(operation: str, origin: str) -> str:
     """Which part of the network an operation belongs to; what belongs to none is called by its own kind."""
+    if operation.startswith(_COLLECTIVES):  # their time is mostly that of waiting for the slowest device
+        return f"devices meet: {re.sub(r'[.][0-9.]+$', '', operation)}"
     found = _PARTS.findall(origin)
     if not found:
         kind = origin.rpartition("/")[2] or re.sub(r"[.\d]+$", "", operation)

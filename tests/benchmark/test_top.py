@@ -42,5 +42,6 @@ def test_parts():
     assert top._part("fusion.3", f"jit(f)/transpose(jvp({name}))/mul") == f"{name}, gradients"
     assert top._part("fusion.3", "jit(f)/jvp()/mul") == "other: mul"
     assert top._part("copy_fusion.3", "") == "other: copy_fusion"
+    assert top._part("all-reduce.12.3", f"jit(f)/jvp({name})/mul") == "devices meet: all-reduce"
     last = top.text("x", [Operation("norm", 1e-3, 0.5)]).splitlines()[-1]
     assert last.replace(" ", "") == "|norm|1ms|50.0%|"
