@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from hae_jax.benchmark import naive
 from hae_jax.benchmark.measure import compile_program, in_turns, sharing_memory
 from hae_jax.benchmark.results import NAIVE, OURS, Row
+from hae_jax.diffusion.noise import gaussian, simplex
 from hae_jax.model import UNetConfig, attention, layers, sparse
 from hae_jax.model.conditioning import Context
 from hae_jax.model.config import HYBRID_HEADS
@@ -24,6 +25,7 @@ _SIZES = {  # as the full network has them at 128 px
     "attention": (32, 256),  # pixels on a side, channels
     "sparse": (4096 + 256 + 64, 16),  # tokens of all patch sizes together, numbers in a head
     "convolutions": ((32, 256), (64, 128), (128, 128)),
+    "noise": (128, 4),  # pixels, channels
 }
 
 
@@ -35,12 +37,14 @@ class Block(NamedTuple):
       forms: functions of `params` and `inputs`, one of them `OURS`; the first is what the others are compared with.
       params: that all devices have.
       inputs: [B, ...] each, cut among the devices.
+      has_gradients: whether gradients are of interest.
     """
 
     name: str
     forms: dict[str, Callable[..., jax.Array]]
     params: Any
     inputs: tuple[jax.Array, ...]
+    has_gradients: bool = True
 
     def placed(self, mesh: Mesh) -> tuple[Any, ...]:
         """The arguments of the forms, on the devices."""
@@ -57,7 +61,7 @@ def measure_blocks(batch: int, dtype: str, repeats: int, mesh: Mesh, say: Callab
       mesh: of the devices to use.
       say: is told what is being done.
     """
-    return [row for block in blocks(batch, dtype) for gradients in (False, True)
+    return [row for block in blocks(batch, dtype) for gradients in (False, True)[:1 + block.has_gradients]
             for row in _rows(block, gradients, repeats, mesh, say)]
 
 
@@ -99,6 +103,7 @@ def blocks(batch: int, dtype: str) -> Iterator[Block]:
         forms = {OURS: layers.conv2d, NAIVE: naive.conv2d}
         forms = {form: lambda kernel, x, f=f: f(x, kernel, padding=1) for form, f in forms.items()}
         yield Block(f"3x3 convolution, {channels} at {size} px", forms, kernel, (x,))
+    yield _simplex_noise(batch)
 
 
 def attention_block(batch: int, dtype: str) -> Block:
@@ -146,6 +151,15 @@ def _sparse_layer(batch: int, dtype: str) -> Block:
         call, params = _module(lambda config=config: MultiHeadAttention(channels, config, nnx.Rngs(0)))
         forms[form] = lambda params, x, call=call: call(params, x, None, None, is_sparse=True)
     return Block(f"sparse layer, {side**2} tokens", forms, params, (_normal((batch, side**2, channels), dtype),))
+
+
+def _simplex_noise(batch: int) -> Block:
+    """Six octaves, beside Gaussian noise of the same shape. Keys travel as the numbers that they are made of."""
+    size, channels = _SIZES["noise"]
+    shape, keys = (size, size, channels), lambda seeds: jax.vmap(jax.random.key)(seeds)
+    forms = {OURS: lambda _, seeds: simplex(keys(seeds), shape, 10.0 * jnp.arange(len(seeds))),
+             "Gaussian": lambda _, seeds: gaussian(keys(seeds), shape)}
+    return Block(f"simplex noise, {size} px, {channels} channels", forms, None, (jnp.arange(batch),), False)
 
 
 def _module(make: Callable[[], nnx.Module]) -> tuple[Callable[..., jax.Array], nnx.State]:

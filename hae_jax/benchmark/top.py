@@ -16,7 +16,8 @@ import jax
 from hae_jax.benchmark.table import render, seconds
 
 _PARTS = re.compile(r"(?:convolution \d|norm, |sparse attention, |attention, |optimiser)[^/()]*")
-_NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', re.MULTILINE)
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)")
+_NAMED, _OPERAND = re.compile(r'op_name="([^"]*)"'), re.compile(r"%([\w.-]+)")
 _COLLECTIVES = "all-", "reduce-scatter", "collective-"
 _BACKWARD = "transpose("  # what JAX calls the scopes of gradients
 
@@ -37,7 +38,7 @@ def longest(executable: jax.stages.Compiled, call: Callable[[], Any], count: int
       call: runs it once and waits.
       count: how many parts.
     """
-    origins = dict(_NAMED.findall(executable.as_text()))
+    origins = _origins(executable.as_text())
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -55,6 +56,25 @@ def text(title: str, operations: Iterable[Operation]) -> str:
     """A table under a title."""
     rows = [(operation.name, seconds(operation.seconds), f"{operation.share:.1%}") for operation in operations]
     return f"{title}\n\n{render(('part', 'time', 'share'), rows)}"
+
+
+def _origins(program: str) -> dict[str, str]:
+    """Where each operation of a compiled program comes from, scopes and all; XLA forgets it where it rewrites products.
+
+    What is forgotten is taken from the first operand that has an origin: operands stand before what uses them.
+    """
+    origins: dict[str, str] = {}
+    for name, rest in filter(None, map(_parsed, program.splitlines())):
+        if found := _NAMED.search(rest):
+            origins[name] = found[1]
+        else:
+            origins[name] = next((origins[operand] for operand in _OPERAND.findall(rest) if origins.get(operand)), "")
+    return origins
+
+
+def _parsed(line: str) -> tuple[str, str] | None:
+    found = _INSTRUCTION.match(line)
+    return found and (found[1], found[2])
 
 
 def _own_times(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:

@@ -17,7 +17,8 @@ from hae_jax.training.mesh import make_mesh
 def _little():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hae_jax.benchmark.measure._SHORTEST_TURN", 1e-9)
-        patch.setattr(blocks, "_SIZES", {"attention": (12, 32), "sparse": (150, 8), "convolutions": ((16, 128),)})
+        patch.setattr(blocks, "_SIZES", {"attention": (12, 32), "sparse": (150, 8), "convolutions": ((16, 128),),
+                                         "noise": (16, 2)})
         yield
 
 
@@ -34,6 +35,7 @@ def test_forms_are_the_same_but_for_what_is_left_out(outputs):
         "sparse attention, 150 tokens": ("dense", "dense by jax.nn"),
         "sparse layer, 144 tokens": (),
         "3x3 convolution, 128 at 16 px": ("ours", "naive"),
+        "simplex noise, 16 px, 2 channels": (),
     }
     assert {name for name, _ in outputs} == set(sames)
     for (name, one), (other, two) in itertools.combinations(outputs, 2):
@@ -61,6 +63,13 @@ def test_rows_compare_with_the_first_form(monkeypatch):
     assert [row.flops for row in rows] == [0, flops, 2 * flops, 0, 3 * flops, 6 * flops]
     assert [row.model_flops for row in rows] == 3 * [flops] + 3 * [3 * flops]
     assert "| products, with gradients | naive" in Result(rows, 1e9, 1e9, "a machine", {}).text()
+
+
+def test_noise_has_no_gradients(monkeypatch):
+    block = Block("noise", {"ours": lambda _, x: jnp.sin(x)}, None, (jnp.ones((4, 8)),), has_gradients=False)
+    monkeypatch.setattr(blocks, "blocks", lambda batch, dtype: [block])
+    rows = measure_blocks(4, "float32", 1, make_mesh(devices=jax.devices()[:2]), str)
+    assert [row.variant for row in rows] == ["noise, forward"]
 
 
 def test_gradients_are_those_of_half_the_square():
