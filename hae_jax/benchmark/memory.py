@@ -81,7 +81,7 @@ def memory_of_training(
     Args:
       config: the config tree; its remat is replaced.
       batch: images on one device; at least 2.
-      mesh: of one device.
+      mesh: of one device; it may be one that is not there (`target.target_device`).
       say: is told what is being done, which may take minutes.
 
     Raises:
@@ -92,7 +92,7 @@ def memory_of_training(
     rows = [_row(config, form, remat, batch, mesh, say) for form, remat in _FORMS]
     model = config.model
     title = (f"Training {model.variant}, {model.image_size} px, {model.model_channels} channels, batch {batch}, "
-             f"{model.dtype}: memory of one device by XLA's plan, made on {machine(mesh)}")
+             f"{model.dtype}: memory of one device by XLA's plan for {machine(mesh)}")
     return MemoryResult(rows, title, batch, config.to_dict())
 
 
@@ -106,12 +106,13 @@ def _row(config, form: str, remat: str, batch: int, mesh: Mesh, say: Callable[[s
     network = network_config(tree.to_dict())
     # The forms of accelerators, whose memory is the question: their convolution is XLA's, which is the naive one.
     pieces = naive.pieces_of(NAIVE if form == NAIVE else "convolution", network, translation=False)
-    with naive.swapped_in(pieces), accelerator_forms():
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    with naive.swapped_in(pieces), accelerator_forms("accelerator" if on_cpu else "gpu"):
         plans = {}
         for images in (batch,) if form == NAIVE else (batch // 2, batch):
             say(f"compiling {form}, remat {remat}, batch {images}")
             step = TrainingStep(tree, mesh, images)
-            plans[images] = compile_program(step.lower, devices=1, plan_only=True).memory
+            plans[images] = compile_program(step.lower, devices=1, plan_only=on_cpu).memory
         kept = activation_bytes(network, batch)
     if plans[batch] is None:
         raise UserError("--memory: the compiler of this device gives no memory plan; run it on a CPU or a GPU")

@@ -15,8 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.benchmark.floor import least_bytes
+from hae_jax.benchmark.settings import Settings
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
+from hae_jax.errors import UserError
 from hae_jax.model import UNet, UNetConfig
 from hae_jax.model.flops import TRAINING_FACTOR, count_flops
 from hae_jax.model.platform import compiler_options
@@ -168,6 +170,24 @@ class TranslationOfBatch(ForwardPass):
             return forward_process.forward_process(process, denoisers, batch["image"], noise, self._settings)
 
         return translate
+
+
+PROGRAMS = "train", "forward", "translate"  # parts of the benchmark that `program` makes
+
+
+def check_steps(config: ml_collections.ConfigDict, settings: Settings) -> None:
+    """Raises UserError if a translation is asked for more steps than the schedule has."""
+    if "translate" in settings.parts and not 1 <= settings.steps <= config.diffusion.steps:
+        raise UserError(f"--steps {settings.steps}: diffusion.steps is {config.diffusion.steps}")
+
+
+def program(part: str, config: ml_collections.ConfigDict, mesh: Mesh, settings: Settings) -> Program:
+    """The program of a part: "train", "forward" or "translate"."""
+    if part == "train":
+        return TrainingStep(config, mesh, settings.batch)
+    if part == "forward":
+        return ForwardPass(config, mesh, settings.batch)
+    return TranslationOfBatch(config, mesh, settings.batch, settings.steps)
 
 
 def _jitted(mesh: Mesh, f: Callable[..., Any]) -> Any:

@@ -20,7 +20,7 @@ from hae_jax.benchmark.measure import (
     sharing_memory,
 )
 from hae_jax.benchmark.options import tried
-from hae_jax.benchmark.programs import ForwardPass, Program, TrainingStep, TranslationOfBatch
+from hae_jax.benchmark.programs import PROGRAMS, Program, check_steps, program
 from hae_jax.benchmark.results import OURS, Result, Row, machine
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.benchmark.top import longest, text
@@ -29,7 +29,6 @@ from hae_jax.training.mesh import check_batch_size
 from hae_jax.training.state import network_config
 
 _LOADER_SECONDS = 3.0
-_PROGRAMS = "train", "forward", "translate"
 
 
 def benchmark(
@@ -45,11 +44,10 @@ def benchmark(
       UserError: for settings that do not fit together.
     """
     check_batch_size(settings.batch, config.training.accumulation, mesh, "--batch")
-    if "translate" in settings.parts and not 1 <= settings.steps <= config.diffusion.steps:
-        raise UserError(f"--steps {settings.steps}: diffusion.steps is {config.diffusion.steps}")
+    check_steps(config, settings)
     say("matrix products and copies")
     best = matmul_peak(mesh, config.model.dtype), copy_speed(mesh)
-    rows = [row for part in settings.parts if part in _PROGRAMS for row in _measure(part, config, settings, mesh, say)]
+    rows = [row for part in settings.parts if part in PROGRAMS for row in _measure(part, config, settings, mesh, say)]
     if "blocks" in settings.parts:
         rows += measure_blocks(settings.batch, config.model.dtype, settings.repeats, mesh, say)
     if "input" in settings.parts:
@@ -92,27 +90,19 @@ def _compiled(part, config, settings, mesh, say) -> Iterator[_Entry]:
         network = network_config(tree.to_dict())
         if part == "translate" and network.num_classes is None:
             raise UserError("--part translate: the network has no classes (model.num_classes)")
-        program = _program(part, tree, mesh, settings)
+        of_part = program(part, tree, mesh, settings)
         forms = {OURS: ()} | {form: naive.pieces_of(form, network, translation=part == "translate")
                               for form in settings.baselines}
         tries = [(form, pieces, "") for form, pieces in forms.items() if form == OURS or pieces]
         for form, pieces, option in [*tries, *((f"{OURS}, {option}", (), option) for option in settings.options)]:
             say(f"compiling {part} {variant} {form}")
             with naive.swapped_in(pieces), tried(option) as of_xla:
-                compiled = compile_program(program.lower, sharing_memory(mesh), options=of_xla)
-                flops = program.flops()
-            program.place()
+                compiled = compile_program(of_part.lower, sharing_memory(mesh), options=of_xla)
+                flops = of_part.flops()
+            of_part.place()
             used = peak_of_first_call(
-                mesh.devices.flat[0], lambda c=compiled, p=program: p.call(c.executable), compiled.arguments)
-            yield _Entry(program, variant, form, flops, compiled, used or compiled.memory)
-
-
-def _program(part: str, config: ml_collections.ConfigDict, mesh: Mesh, settings: Settings) -> Program:
-    if part == "train":
-        return TrainingStep(config, mesh, settings.batch)
-    if part == "forward":
-        return ForwardPass(config, mesh, settings.batch)
-    return TranslationOfBatch(config, mesh, settings.batch, settings.steps)
+                mesh.devices.flat[0], lambda c=compiled, p=of_part: p.call(c.executable), compiled.arguments)
+            yield _Entry(of_part, variant, form, flops, compiled, used or compiled.memory)
 
 
 def _row(part: str, entries: Sequence[_Entry], turns: np.ndarray, i: int, reference: int) -> Row:

@@ -5,7 +5,6 @@ of each operation, and the profiler says how long each operation took.
 """
 
 import collections
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,13 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hae_jax.benchmark import hlo
 from hae_jax.benchmark.table import render, seconds
-
-_PARTS = re.compile(r"(?:convolution \d|norm, |sparse attention, |attention, |optimiser)[^/()]*")
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)")
-_NAMED, _OPERAND = re.compile(r'op_name="([^"]*)"'), re.compile(r"%([\w.-]+)")
-_COLLECTIVES = "all-", "reduce-scatter", "collective-"
-_BACKWARD = "transpose("  # what JAX calls the scopes of gradients
 
 
 class Operation(NamedTuple):
@@ -38,7 +32,7 @@ def longest(executable: jax.stages.Compiled, call: Callable[[], Any], count: int
       call: runs it once and waits.
       count: how many parts.
     """
-    origins = _origins(executable.as_text())
+    origins = hlo.origins(executable.as_text())
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +41,7 @@ def longest(executable: jax.stages.Compiled, call: Callable[[], Any], count: int
         (path,) = Path(folder).rglob("*.xplane.pb")
         total = collections.Counter()
         for operation, time in _own_times(jax.profiler.ProfileData.from_file(str(path))):
-            total[_part(operation, origins.get(operation, ""))] += time
+            total[hlo.part(operation, origins.get(operation, ""))] += time
     whole = sum(total.values())
     return [Operation(name, time, time / whole) for name, time in total.most_common(count)]
 
@@ -56,25 +50,6 @@ def text(title: str, operations: Iterable[Operation]) -> str:
     """A table under a title."""
     rows = [(operation.name, seconds(operation.seconds), f"{operation.share:.1%}") for operation in operations]
     return f"{title}\n\n{render(('part', 'time', 'share'), rows)}"
-
-
-def _origins(program: str) -> dict[str, str]:
-    """Where each operation of a compiled program comes from, scopes and all; XLA forgets it where it rewrites products.
-
-    What is forgotten is taken from the first operand that has an origin: operands stand before what uses them.
-    """
-    origins: dict[str, str] = {}
-    for name, rest in filter(None, map(_parsed, program.splitlines())):
-        if found := _NAMED.search(rest):
-            origins[name] = found[1]
-        else:
-            origins[name] = next((origins[operand] for operand in _OPERAND.findall(rest) if origins.get(operand)), "")
-    return origins
-
-
-def _parsed(line: str) -> tuple[str, str] | None:
-    found = _INSTRUCTION.match(line)
-    return found and (found[1], found[2])
 
 
 def _own_times(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
@@ -100,14 +75,3 @@ def _own_times_of_line(events: Iterable[tuple[float, float, str]]) -> Iterator[t
         own.append([name, duration])
         open_events.append((start + duration, own[-1]))
     return ((name, max(time, 0) / 1e9) for name, time in own)
-
-
-def _part(operation: str, origin: str) -> str:
-    """Which part of the network an operation belongs to; what belongs to none is called by its own kind."""
-    if operation.startswith(_COLLECTIVES):  # their time is mostly that of waiting for the slowest device
-        return f"devices meet: {re.sub(r'[.][0-9.]+$', '', operation)}"
-    found = _PARTS.findall(origin)
-    if not found:
-        kind = origin.rpartition("/")[2] or re.sub(r"[.\d]+$", "", operation)
-        return f"other: {kind}"
-    return f"{found[-1]}, gradients" if _BACKWARD in origin else found[-1]

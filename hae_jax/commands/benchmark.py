@@ -18,6 +18,7 @@ on shapes, whatever the measured program does besides. "FLOP floor" is the share
 fast as the device's matrix products, "byte floor" that of the least traffic with memory, as fast as its copies.
 "time x" and "memory x" compare a baseline with ours, another variant with the first, and a block's forms with the first
 of them. "blocks" are single pieces in the sizes of the full network; they are measured on request."""
+_PARTS, _TARGET_PARTS = ("train", "forward", "translate", "input"), ("forward", "train")
 _EPILOG = """\
 examples:
   python tools/benchmark.py                                          # a small network, about 2 minutes on two cores
@@ -27,15 +28,17 @@ examples:
   python tools/benchmark.py --input --config configs/brats_v2c.py    # does the loader keep up with the training step?
   python tools/benchmark.py --part train --baseline none --option xla_cpu_prefer_vector_width=512  # does it help here?
   python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others
-  python tools/benchmark.py --memory                                 # batch 28 of the full network, only compiled"""
+  python tools/benchmark.py --memory                                 # batch 28 of the full network, only compiled
+  python tools/benchmark.py --target h100 --option attention=cudnn   # compiled for a GPU that is not here
+  python tools/benchmark.py --target h100 --memory                   # its memory by the GPU's own plan"""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--part", type=_names, default="train,forward,translate,input", metavar="A,B", help="of train, forward, "
-        "translate, input, blocks; default: %(default)s")
+    add("--part", type=_names, metavar="A,B", help="of train, forward, translate, input, blocks; default: "
+        f"{','.join(_PARTS)}, with --target {','.join(_TARGET_PARTS)}")
     add("--input", action="store_const", dest="part", const=("train", "input"), help="the loader against the training "
         "step's need: --part train,input")
     add("--variant", type=_names, metavar="A,B", help="fpdm, hae, hae_lite, hae_v2, hae_v2c; default: the config's")
@@ -44,13 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="try ours with this option of XLA, too, or "
         "with attention=cudnn, on GPUs; may be repeated, each is tried alone")
     add("--profile", action="store_true", help="also say which parts of the network take longest")
-    add("--batch", type=int, metavar="N", help="images, over all devices; default: 8, with --memory 28")
+    add("--batch", type=int, metavar="N", help="images, over all devices; default: 8, with --memory or --target 28")
     add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py, but without --memory "
-        f"a small network: {', '.join(_SMALL)}")
+        f"or --target a small network: {', '.join(_SMALL)}")
     add("--image-size", type=int, metavar="PX", help="attention stays at the same sizes in pixels")
     add("--model-channels", type=int, metavar="N", help="base width")
     add("--dtype", choices=("float32", "bfloat16"), help="of computation; default: the config's, "
-        "with --memory bfloat16")
+        "with --memory or --target bfloat16")
     add("--remat", choices=("none", "block", "full"), help="default: the config's; --memory compares them")
     add("--steps", type=int, default=4, metavar="N", help="that a translation walks; default: %(default)s of 600")
     add("--repeats", type=int, default=5, metavar="N", help="turns; default: %(default)s")
@@ -58,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         "default: %(default)s")
     add("--memory", action="store_true", help="plan the memory of training instead, ours and naive, and the largest "
         "batches for some cards")
+    add("--target", metavar="GPU", help="compile for this GPU, which need not be here, instead of measuring, and say "
+        "what comes of it: h100, a100; needs JAX's CUDA plugin")
     add("--output", metavar="FOLDER", help="also write the table there, as Markdown and JSON")
     return parser
 
@@ -67,33 +72,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, measures, prints the table."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_fields(overrides)
-    small = arguments.config is None and not arguments.memory
+    planned = arguments.memory or arguments.target
+    small = arguments.config is None and not planned
     config = read_config(arguments.config or _DEFAULT_CONFIG,
                          [*(f"--config.model.{field}" for field in _SMALL if small), *overrides])
-    if arguments.memory:
+    if planned:
         arguments.dtype = arguments.dtype or "bfloat16"
-    batch = arguments.batch or (28 if arguments.memory else 8)
+    batch = arguments.batch or (28 if planned else 8)
+    parts = arguments.part or (_TARGET_PARTS if arguments.target else _PARTS)
 
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cache would hide the compile times
+    if arguments.target:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU that is here is not asked
     # Imported after parsing: --help shall not wait for JAX.
     import jax
 
     from hae_jax.benchmark.memory import memory_of_training
+    from hae_jax.benchmark.plan import plan
     from hae_jax.benchmark.run import benchmark
     from hae_jax.benchmark.settings import Settings, with_model
+    from hae_jax.benchmark.target import target_device
     from hae_jax.commands.devices import use_all_cores
     from hae_jax.training.mesh import make_mesh
 
     fields = {name: getattr(arguments, name) for name in ("image_size", "model_channels", "dtype", "remat")}
     config = with_model(config, **{name: value for name, value in fields.items() if value is not None})
+    baselines = arguments.baseline or (("none",) if arguments.target or parts == ("train", "input") else ("naive",))
+    settings = Settings(
+        parts, arguments.variant or (config.model.variant,), tuple(name for name in baselines if name != "none"), batch,
+        arguments.steps, arguments.repeats, tuple(arguments.option), arguments.profile)
     if arguments.memory:
-        result = memory_of_training(config, batch, make_mesh(devices=jax.devices()[:1]))
+        device = target_device(arguments.target) if arguments.target else jax.devices()[0]
+        result = memory_of_training(config, batch, make_mesh(devices=[device]))
+    elif arguments.target:
+        result = plan(config, settings, arguments.target)
     else:
-        baselines = arguments.baseline or (("none",) if arguments.part == ("train", "input") else ("naive",))
-        settings = Settings(
-            arguments.part, arguments.variant or (config.model.variant,),
-            tuple(name for name in baselines if name != "none"), batch, arguments.steps, arguments.repeats,
-            tuple(arguments.option), arguments.profile)
         if arguments.devices == "cores":
             use_all_cores(batch)
         devices = jax.devices() if arguments.devices == "cores" else jax.devices()[:1]

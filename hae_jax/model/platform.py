@@ -17,13 +17,17 @@ from hae_jax.errors import UserError
 ATTENTION = "HAE_JAX_ATTENTION"  # the environment variable that chooses the kernel of attention on GPUs
 KERNELS = ("xla", "cudnn")
 
-_planned = contextvars.ContextVar("planned", default=False)
+_planned = contextvars.ContextVar("planned", default="")
 
 
 @contextlib.contextmanager
-def accelerator_forms() -> Iterator[None]:
-    """While it lasts, programs are traced as for an accelerator, whatever the machine. What JAX has traced stays."""
-    token = _planned.set(True)
+def accelerator_forms(platform: str = "accelerator") -> Iterator[None]:
+    """While it lasts, programs are traced as for an accelerator, whatever the machine. What JAX has traced stays.
+
+    Args:
+      platform: "gpu" for what GPUs alone have as well.
+    """
+    token = _planned.set(platform)
     try:
         yield
     finally:
@@ -65,7 +69,7 @@ def attention_kernel() -> str:
     kernel = os.environ.get(ATTENTION, KERNELS[0])
     if kernel not in KERNELS:
         raise UserError(f"environment variable {ATTENTION} is {kernel!r}: set it to {' or '.join(KERNELS)}")
-    return kernel if jax.default_backend() == "gpu" else KERNELS[0]
+    return kernel if (_planned.get() or jax.default_backend()) == "gpu" else KERNELS[0]
 
 
 @contextlib.contextmanager

@@ -36,24 +36,6 @@ def test_what_lies_within_is_not_counted_twice():
         ("while", 50e-9), ("a", 25e-9), ("b", 5e-9), ("a", 20e-9), ("c", 7e-9)]
 
 
-def test_what_xla_forgets_comes_from_the_operands():
-    program = """
-ENTRY %main {
-  %x = f32[4] parameter(0), metadata={op_name="jit(f)/norm, 8 channels, 4 px/mul"}
-  %y = f32[4] parameter(1)
-  %fusion.1 = f32[4] fusion(%y, %x), kind=kLoop, calls=%inner
-  ROOT %copy = f32[4] copy(%fusion.1)
-}"""
-    norm = "jit(f)/norm, 8 channels, 4 px/mul"
-    assert top._origins(program) == {"x": norm, "y": "", "fusion.1": norm, "copy": norm}
-
-
-def test_parts():
-    name = "convolution 3x3 by 2, 64 to 64 channels, 32 px"
-    assert top._part("fusion.3", f"jit(f)/jvp({name})/mul") == name
-    assert top._part("fusion.3", f"jit(f)/transpose(jvp({name}))/mul") == f"{name}, gradients"
-    assert top._part("fusion.3", "jit(f)/jvp()/mul") == "other: mul"
-    assert top._part("copy_fusion.3", "") == "other: copy_fusion"
-    assert top._part("all-reduce.12.3", f"jit(f)/jvp({name})/mul") == "devices meet: all-reduce"
+def test_text():
     last = top.text("x", [Operation("norm", 1e-3, 0.5)]).splitlines()[-1]
     assert last.replace(" ", "") == "|norm|1ms|50.0%|"
