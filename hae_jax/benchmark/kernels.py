@@ -1,14 +1,14 @@
-"""Which kernel of attention is the fastest on this machine: measured, since neither shapes nor data sheets tell."""
+"""Which kernels of attention are the fastest on this machine: measured, since neither shapes nor data sheets tell."""
 
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from hae_jax.benchmark.blocks import attention_block, with_gradients
+from hae_jax.benchmark.blocks import Block, attention_block, attention_with_dropout, with_gradients
 from hae_jax.benchmark.measure import in_turns
 from hae_jax.benchmark.results import OURS
-from hae_jax.model.platform import KERNELS, attention_by
+from hae_jax.model.platform import KERNELS, XLA, attention_by
 from hae_jax.training.mesh import make_mesh
 
 _BATCH = 8
@@ -17,43 +17,52 @@ _WORTH_IT = 0.9  # of XLA's time: what is hardly faster is not chosen, so that a
 _MOST_ERROR = 0.05  # of the largest number; the kernels round to bfloat16 at different places
 
 
-def fastest_attention(dtype: str, *, gradients: bool, say: Callable[[str], None] = print) -> str:
-    """Times the full network's attention block over its largest map by each kernel, in turns, on one device.
+def fastest_attention(dtype: str, *, gradients: bool, dropout: bool, say: Callable[[str], None] = print) -> str:
+    """Times the full network's largest attentions by each kernel, in turns with XLA, on one device.
 
     A kernel that cannot be run here, or that gives other numbers than XLA's, is not chosen, and it is said why.
 
     Args:
       dtype: of computation.
       gradients: whether gradients count as well, as in training.
+      dropout: whether weights of attention are dropped, as in most training.
       say: is told what was found.
+
+    Returns:
+      What `HAE_JAX_ATTENTION` is to be.
     """
-    block = attention_block(_BATCH, dtype)
-    arguments = block.placed(make_mesh(devices=jax.local_devices()[:1]))
-    own, tokens = block.forms[OURS], np.prod(block.inputs[0].shape[1:3])
+    blocks = {"cudnn": attention_block(_BATCH, dtype)}
+    if dropout:
+        blocks["pallas"] = attention_with_dropout(_BATCH, dtype)
+    chosen = [kernel for kernel in KERNELS if kernel in blocks and _wins(kernel, blocks[kernel], gradients, say)]
+    return "+".join(chosen) or XLA
+
+
+def _wins(kernel: str, block: Block, gradients: bool, say: Callable[[str], None]) -> bool:
+    arguments, own = block.placed(make_mesh(devices=jax.local_devices()[:1])), block.forms[OURS]
     programs, wanted = {}, None
-    for kernel in KERNELS:
+    for name in (XLA, kernel):
         try:
-            with attention_by(kernel):  # a new function each time: JAX remembers what it has traced
+            with attention_by(name):  # a new function each time: JAX remembers what it has traced
                 f = (lambda *a: with_gradients(own)(*a)) if gradients else (lambda *a: own(*a))
                 program = jax.jit(f).lower(*arguments).compile()
             got = jax.tree.leaves(jax.device_get(program(*arguments)))
         except (RuntimeError, ValueError) as error:
             if wanted is None:
                 raise  # XLA's own way
-            say(f"attention: {kernel}'s kernel does not run here ({str(error).strip().splitlines()[0]})")
-            continue
+            say(f"{block.name}: {name}'s kernel does not run here ({str(error).strip().splitlines()[0]})")
+            return False
         wanted = wanted or got
         if not all(map(_agree, got, wanted)):
-            say(f"attention: {kernel}'s kernel gives other numbers than XLA's here")
-            continue
-        programs[kernel] = program
+            say(f"{block.name}: {name}'s kernel gives other numbers than XLA's here")
+            return False
+        programs[name] = program
     turns = in_turns([lambda p=p: jax.block_until_ready(p(*arguments)) for p in programs.values()], _TURNS)
     seconds = dict(zip(programs, np.median(turns, axis=1), strict=True))
-    best = min(seconds, key=seconds.get)
-    best = best if seconds[best] <= _WORTH_IT * seconds[KERNELS[0]] else KERNELS[0]
-    say(f"attention by {best}: {', '.join(f'{kernel} {1e3 * time:.2f} ms' for kernel, time in seconds.items())} for a "
-        f"block over {tokens} tokens{', with gradients' if gradients else ''}")
-    return best
+    wins = bool(seconds[kernel] <= _WORTH_IT * seconds[XLA])
+    say(f"{block.name}{', with gradients' if gradients else ''}: by {kernel if wins else XLA} ("
+        f"{', '.join(f'{name} {1e3 * time:.2f} ms' for name, time in seconds.items())})")
+    return wins
 
 
 def _agree(a: np.ndarray, b: np.ndarray) -> bool:

@@ -29,7 +29,7 @@ examples:
   python tools/benchmark.py --part train --baseline none --option xla_cpu_prefer_vector_width=512  # does it help here?
   python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others
   python tools/benchmark.py --memory                                 # batch 28 of the full network, only compiled
-  python tools/benchmark.py --target h100 --option attention=cudnn   # compiled for a GPU that is not here
+  python tools/benchmark.py --target h100 --option attention=cudnn+pallas   # compiled for a GPU that is not here
   python tools/benchmark.py --target h100 --memory                   # its memory by the GPU's own plan"""
 
 
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--baseline", type=_names, metavar="A,B", help="naive, or context, sparse, "
         "convolution, norm, passes, stacks: each alone naive; none; default: naive, with --input none")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="try ours with this option of XLA, too, or "
-        "with attention=cudnn, on GPUs; may be repeated, each is tried alone")
+        "with attention=cudnn+pallas, on GPUs; may be repeated, each is tried alone")
     add("--profile", action="store_true", help="also say which parts of the network take longest")
     add("--batch", type=int, metavar="N", help="images, over all devices; default: 8, with --memory or --target 28")
     add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py, but without --memory "

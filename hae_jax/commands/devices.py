@@ -1,6 +1,7 @@
 """Using a machine well: one JAX device for each core of a CPU, the fastest kernel of attention on a GPU."""
 
 import contextlib
+import itertools
 import os
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hae_jax.model import platform
-from hae_jax.model.platform import KERNELS
+from hae_jax.model.platform import KERNELS, XLA
+
+_CHOICES = [XLA, *("+".join(some) for n in range(len(KERNELS)) for some in itertools.combinations(KERNELS, n + 1))]
 
 
 def use_all_cores(batch_size: int = 0) -> None:
@@ -26,7 +29,7 @@ def use_all_cores(batch_size: int = 0) -> None:
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
 
 
-def choose_attention(dtype: str, *, gradients: bool) -> None:
+def choose_attention(dtype: str, *, gradients: bool, dropout: bool = False) -> None:
     """On GPUs, times the kernels of attention and takes the fastest for this process; it is said which.
 
     The environment variable `HAE_JAX_ATTENTION` has the first word, and where a run must go on to the last bit on
@@ -36,12 +39,14 @@ def choose_attention(dtype: str, *, gradients: bool) -> None:
     Args:
       dtype: of computation.
       gradients: whether the process will train.
+      dropout: whether it will drop weights of attention.
     """
     if jax.default_backend() != "gpu" or platform.ATTENTION in os.environ or dtype == "float32":
         return
     from hae_jax.benchmark.kernels import fastest_attention
 
-    kernel = KERNELS.index(fastest_attention(dtype, gradients=gradients)) if jax.process_index() == 0 else 0
+    first = jax.process_index() == 0
+    choice = _CHOICES.index(fastest_attention(dtype, gradients=gradients, dropout=dropout) if first else XLA)
     if jax.process_count() > 1:
-        kernel = int(multihost_utils.broadcast_one_to_all(np.int32(kernel)))
-    os.environ[platform.ATTENTION] = KERNELS[kernel]
+        choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
+    os.environ[platform.ATTENTION] = _CHOICES[choice]

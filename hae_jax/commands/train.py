@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if said and jax.process_index() == 0:
             print("\n".join(said))
         if not only_says:
-            choose_attention(config.model.dtype, gradients=True)
+            drops = config.model.dropout > 0 and config.model.sparse_pattern == "blocks"
+            choose_attention(config.model.dtype, gradients=True, dropout=drops)
             hosts.once(lambda: ensure_phantom(config.data, config.model.image_size))
             loop.train(config, arguments.workdir, profile=profile)

@@ -6,7 +6,7 @@ Such a kernel takes queries, keys and values and nothing else, so the class cont
 import jax
 import jax.numpy as jnp
 
-from hae_jax.model.platform import attention_kernel
+from hae_jax.model.platform import attention_kernels
 
 _EXTRA = 8  # numbers that the context adds to a head; kernels want a multiple of 8
 _MOST_NUMBERS = 128  # in a head
@@ -16,7 +16,7 @@ _NOT_SEEN = -1e4  # a logit whose weight is zero, and that zero times it is zero
 def is_chosen(q: jax.Array) -> bool:  # [..., d]
     """Whether queries like these go to cuDNN's kernel, extended by a context or not."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % _EXTRA == 0
-    return fits and q.shape[-1] + _EXTRA <= _MOST_NUMBERS and attention_kernel() == "cudnn"
+    return fits and q.shape[-1] + _EXTRA <= _MOST_NUMBERS and "cudnn" in attention_kernels()
 
 
 def attend(
@@ -27,6 +27,16 @@ def attend(
 ) -> jax.Array:  # [B, T, h, d]
     """softmax(q.k / sqrt(d)) v."""
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
+def attend_rows(
+    q: jax.Array,  # [B, n, T, h, d]
+    k: jax.Array,  # [B, n, S, h, d]
+    v: jax.Array,  # [B, n, S, h, d]
+) -> jax.Array:  # [B, n, T, h, d]
+    """`attend` for n rows of each sample."""
+    rows = [a.reshape(-1, *a.shape[2:]) for a in (q, k, v)]
+    return attend(*rows).reshape(q.shape)
 
 
 def attend_with_token(

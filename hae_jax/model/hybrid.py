@@ -1,6 +1,5 @@
 """The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale."""
 
-import functools
 import math
 
 import jax
@@ -12,6 +11,7 @@ from hae_jax.model.config import HYBRID_HEADS, UNetConfig
 from hae_jax.model.layers import (
     Conditioning,
     Dropout,
+    HeadDropout,
     Randomness,
     ResBlock,
     conv,
@@ -56,8 +56,7 @@ class MultiHeadAttention(nnx.Module):
         return self.out_proj(out.reshape(tokens.shape))
 
     def _attend(self, q, k, v, randomness, blocked, is_sparse) -> jax.Array:  # [B, N, h, d]
-        count, drops = q.shape[1], self.dropout.rate and randomness is not None
-        drop = functools.partial(self._drop, randomness) if drops else None
+        count, drop = q.shape[1], self._drop(randomness)
         if blocked is not None or not is_sparse or self.config.sparse_pattern == "dense":
             return sparse.attend(q, k, v, blocked, drop)
         if self.config.sparse_pattern == "blocks":
@@ -66,12 +65,13 @@ class MultiHeadAttention(nnx.Module):
         trained_mask = sparse.trained_mask_per_scale if per_scale else sparse.trained_mask_joint
         return sparse.attend(q, k, v, trained_mask(count, self._pattern_key(randomness)), drop)
 
-    def _drop(self, randomness: Randomness, weights: jax.Array, head: jax.Array | None = None) -> jax.Array:
-        """Dropout of attention weights [B, ...]: of all heads, or of one, which then draws its own."""
-        if head is not None:
-            of_head = lambda key: jax.random.fold_in(jax.random.fold_in(key, self.dropout.layer), head)
-            randomness = randomness._replace(samples=jax.vmap(of_head)(randomness.samples))
-        return self.dropout(weights, randomness)
+    def _drop(self, randomness: Randomness | None) -> HeadDropout | None:
+        """Dropout of attention weights; None where there is none."""
+        if randomness is None or not self.dropout.rate:
+            return None
+        of_head = lambda key, head: jax.random.fold_in(jax.random.fold_in(key, self.dropout.layer), head)
+        of_heads = jax.vmap(jax.vmap(of_head, (None, 0)), (0, None))
+        return HeadDropout(of_heads(randomness.samples, jnp.arange(HYBRID_HEADS)), self.dropout.rate)
 
     def _pattern_key(self, randomness: Randomness | None) -> jax.Array:
         """The key of this attention's pattern: of this step where patterns are redrawn, else of the seed."""

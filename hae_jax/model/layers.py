@@ -131,10 +131,58 @@ class Dropout(nnx.Module):
     ) -> jax.Array:
         if randomness is None or self.rate == 0:
             return x
-        keep = jax.vmap(
-            lambda key: jax.random.bernoulli(jax.random.fold_in(key, self.layer), 1 - self.rate, x.shape[1:])
-        )(randomness.samples)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+        return dropped(x, jax.vmap(lambda key: jax.random.fold_in(key, self.layer))(randomness.samples), self.rate)
+
+
+class HeadDropout(NamedTuple):
+    """Dropout of attention weights: each head of each sample draws its own."""
+
+    keys: jax.Array  # [B, h] keys
+    rate: float
+
+    def __call__(
+        self,
+        weights: jax.Array,  # [B, ...], or [B, h, ...] of all heads
+        head: jax.Array | None = None,  # []; which head's weights they are; None: all heads'
+    ) -> jax.Array:
+        return dropped(weights, self.keys if head is None else self.keys[:, head], self.rate)
+
+
+def dropped(
+    x: jax.Array,  # [*B, ...]
+    keys: jax.Array,  # [*B] keys
+    rate: float,
+) -> jax.Array:
+    """A share `rate` of the numbers replaced by zero, the others scaled up so that the mean stays."""
+    keep, share = kept(keys, rate, x.shape[keys.ndim:])
+    return jnp.where(keep, x / share, 0).astype(x.dtype)
+
+
+def kept(
+    keys: jax.Array,  # [*B] keys
+    rate: float,
+    shape: tuple[int, ...],
+) -> tuple[jax.Array, float]:  # [*B, *shape] bool, and the share of numbers that are kept
+    """Which numbers dropout keeps. Sixteen random bits decide on each, so a word is drawn for two of them.
+
+    Random words are the most expensive part of dropout. The rate is rounded to 2^-16.
+    """
+    *others, last = shape
+
+    def draw(key):
+        return jax.random.bits(key, (*others, -(-last // 2)), jnp.uint32)
+
+    for _ in range(keys.ndim):
+        draw = jax.vmap(draw)
+    words = jax.lax.optimization_barrier(draw(keys))  # or fused kernels draw each word twice
+    bits = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :last]
+    bound = kept_bound(rate)
+    return bits < bound, bound / 2**16
+
+
+def kept_bound(rate: float) -> int:
+    """Below which 16 random bits say that dropout keeps a number."""
+    return round((1 - rate) * 2**16)
 
 
 def pool(

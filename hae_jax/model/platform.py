@@ -14,8 +14,9 @@ import jax
 
 from hae_jax.errors import UserError
 
-ATTENTION = "HAE_JAX_ATTENTION"  # the environment variable that chooses the kernel of attention on GPUs
-KERNELS = ("xla", "cudnn")
+ATTENTION = "HAE_JAX_ATTENTION"  # the environment variable that chooses kernels of attention on GPUs
+KERNELS = ("cudnn", "pallas")  # beside XLA's own ways: cuDNN's kernel, and ours for weights with dropout
+XLA = "xla"
 
 _planned = contextvars.ContextVar("planned", default="")
 
@@ -56,27 +57,29 @@ def compiler_options() -> dict[str, Any]:
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if is_cpu() else {}
 
 
-def attention_kernel() -> str:
-    """The kernel of attention on GPUs, "xla" or "cudnn", as the environment variable `HAE_JAX_ATTENTION` says.
+def attention_kernels() -> tuple[str, ...]:
+    """The kernels of attention on GPUs that take the place of XLA's ways, as `HAE_JAX_ATTENTION` says.
 
-    "xla" is the default, as cuDNN's was never timed, and what is used on anything but a GPU. It is the machine's
-    choice and not the network's, so no config has it: the same run may go on, or its network be used, where the other
-    is better.
+    The environment variable is "xla" for none of them, which is the default, or their names joined by "+". Anything but
+    a GPU has none. It is the machine's choice and not the network's, so no config has it: the same run may go on, or
+    its network be used, where the other is better.
 
     Raises:
       UserError: the variable says something else.
     """
-    kernel = os.environ.get(ATTENTION, KERNELS[0])
-    if kernel not in KERNELS:
-        raise UserError(f"environment variable {ATTENTION} is {kernel!r}: set it to {' or '.join(KERNELS)}")
-    return kernel if (_planned.get() or jax.default_backend()) == "gpu" else KERNELS[0]
+    text = os.environ.get(ATTENTION, XLA)
+    names = () if text == XLA else tuple(text.split("+"))
+    if not set(names) <= set(KERNELS):
+        raise UserError(f"environment variable {ATTENTION} is {text!r}: set it to {XLA}, {', '.join(KERNELS)} or "
+                        f"{'+'.join(KERNELS)}")
+    return names if (_planned.get() or jax.default_backend()) == "gpu" else ()
 
 
 @contextlib.contextmanager
-def attention_by(kernel: str) -> Iterator[None]:
-    """While it lasts, programs are traced with this kernel, whatever the environment says."""
+def attention_by(kernels: str) -> Iterator[None]:
+    """While it lasts, programs are traced with these kernels (`attention_kernels`), whatever the environment says."""
     before = os.environ.get(ATTENTION)
-    os.environ[ATTENTION] = kernel
+    os.environ[ATTENTION] = kernels
     try:
         yield
     finally:

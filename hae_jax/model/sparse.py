@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hae_jax.model import fused_attention
+from hae_jax.model import dropped_attention, fused_attention
+from hae_jax.model.layers import HeadDropout
 from hae_jax.model.platform import is_cpu
 
 Drop = Callable[[jax.Array], jax.Array]  # attention weights [B, ...] -> the same with dropout
@@ -58,11 +59,15 @@ def attend_blocks(
     k: jax.Array,  # [B, N, h, d]
     v: jax.Array,  # [B, N, h, d]
     links: jax.Array,  # [blocks, seen] int32
-    drop: Callable[[jax.Array, jax.Array], jax.Array] | None = None,  # (weights [B, ...], head) -> dropped weights
+    drop: HeadDropout | None = None,
 ) -> jax.Array:  # [B, N, h, d]
     """Attention of each block of queries over the blocks of keys that it is linked to; nothing else is computed."""
-    if drop is None and q.shape[1] % block_size(q.shape[1]) == 0 and fused_attention.is_chosen(q):
-        return attend_blocks_fused(q, k, v, links)
+    tokens, size = q.shape[1], block_size(q.shape[1])
+    if tokens % size == 0 and drop is None and fused_attention.is_chosen(q):
+        return _by_rows(fused_attention.attend_rows, q, k, v, links)
+    if tokens % size == 0 and drop is not None and dropped_attention.is_chosen(q, size, links.shape[1] * size):
+        keys = jax.random.key_data(drop.keys)
+        return _by_rows(lambda *qkv: dropped_attention.attend(*qkv, keys, drop.rate), q, k, v, links)
 
     def one_head(q, k, v, head):
         return _attend_blocks(q, k, v, links, (lambda p: drop(p, head)) if drop else None)
@@ -70,20 +75,18 @@ def attend_blocks(
     return _over_heads(one_head, q, k, v)
 
 
-def attend_blocks_fused(
+def _by_rows(
+    attend_rows: Callable[..., jax.Array],  # [B, n, size, h, d], keys, values -> like queries
     q: jax.Array,  # [B, N, h, d]
     k: jax.Array,  # [B, N, h, d]
     v: jax.Array,  # [B, N, h, d]
     links: jax.Array,  # [blocks, seen] int32
-    implementation: str = "cudnn",
 ) -> jax.Array:  # [B, N, h, d]
-    """`attend_blocks` of whole blocks without dropout, each block of queries a row of a batch for one dense kernel."""
+    """`attend_blocks` of whole blocks, each block of queries a row for a dense kernel."""
     batch, tokens, heads, depth = q.shape
-    size = block_size(tokens)
-    q, k, v = (a.reshape(batch, -1, size, heads, depth) for a in (q, k, v))
-    k, v = (a[:, links].reshape(-1, links.shape[1] * size, heads, depth) for a in (k, v))
-    return fused_attention.attend(q.reshape(-1, size, heads, depth), k, v, implementation).reshape(
-        batch, tokens, heads, depth)
+    q, k, v = (a.reshape(batch, len(links), -1, heads, depth) for a in (q, k, v))
+    k, v = (a[:, links].reshape(batch, len(links), -1, heads, depth) for a in (k, v))
+    return attend_rows(q, k, v).reshape(batch, tokens, heads, depth)
 
 
 def _over_heads(one_head: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

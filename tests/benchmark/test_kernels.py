@@ -1,4 +1,4 @@
-"""The choice among kernels of attention, with XLA's in the place of cuDNN's: by time, unless it fails or is wrong."""
+"""The choice among kernels of attention, with XLA's in the place of cuDNN's: by time, unless one fails or is wrong."""
 
 import time
 
@@ -10,15 +10,15 @@ import pytest
 from hae_jax.benchmark import blocks, kernels
 from hae_jax.benchmark.kernels import fastest_attention
 from hae_jax.commands import devices
-from hae_jax.model import fused_attention
-from hae_jax.model.platform import ATTENTION, attention_kernel
+from hae_jax.model import dropped_attention, fused_attention
+from hae_jax.model.platform import ATTENTION, attention_kernels
 
 
 @pytest.fixture(autouse=True)
 def _little(monkeypatch):
     monkeypatch.setenv(ATTENTION, "xla")  # so that whatever a test leaves there is taken away
     monkeypatch.delenv(ATTENTION)
-    monkeypatch.setattr(blocks, "_SIZES", {"attention": (8, 32)})
+    monkeypatch.setattr(blocks, "_SIZES", {"attention": (8, 32), "dropout": (640, 16)})
     monkeypatch.setattr("hae_jax.benchmark.measure._SHORTEST_TURN", 1e-9)
     monkeypatch.setattr(kernels, "_BATCH", 2)
 
@@ -49,10 +49,21 @@ def _timed(monkeypatch, *seconds):
 def test_the_faster_one_is_chosen_where_it_is_worth_it(gpu, monkeypatch, seconds, best):
     said = []
     _timed(monkeypatch, *seconds)
-    assert fastest_attention("bfloat16", gradients=True, say=said.append) == best
+    assert fastest_attention("bfloat16", gradients=True, dropout=False, say=said.append) == best
     assert gpu == ["cudnn"]
-    assert said == [f"attention by {best}: xla {1e3 * seconds[0]:.2f} ms, cudnn {1e3 * seconds[1]:.2f} ms for a block "
-                    "over 64 tokens, with gradients"]
+    assert said == [f"attention at 8 px, with gradients: by {best} (xla {1e3 * seconds[0]:.2f} ms, "
+                    f"cudnn {1e3 * seconds[1]:.2f} ms)"]
+
+
+@pytest.mark.parametrize(("seconds", "best"), [((2e-3, 1e-3), "cudnn+pallas"), ((1e-3, 2e-3), "xla")])
+def test_each_kernel_is_chosen_for_itself(gpu, monkeypatch, seconds, best):
+    """The kernel for dropout as an ordinary program, with what it drops: the same as XLA's way."""
+    monkeypatch.setattr(dropped_attention, "INTERPRET", True)
+    said = []
+    _timed(monkeypatch, *seconds)
+    assert fastest_attention("bfloat16", gradients=True, dropout=True, say=said.append) == best
+    assert [line.partition(":")[0] for line in said] == [
+        "attention at 8 px, with gradients", "sparse attention with dropout, 640 tokens, with gradients"]
 
 
 def test_programs_are_really_timed(gpu, monkeypatch):
@@ -63,7 +74,7 @@ def test_programs_are_really_timed(gpu, monkeypatch):
         return slow(q, *rest)
 
     monkeypatch.setattr(fused_attention, "attend_with_token", sleeping)
-    assert fastest_attention("bfloat16", gradients=False, say=str) == "xla"
+    assert fastest_attention("bfloat16", gradients=False, dropout=False, say=str) == "xla"
 
 
 def test_a_kernel_that_does_not_run(gpu, monkeypatch):
@@ -72,8 +83,8 @@ def test_a_kernel_that_does_not_run(gpu, monkeypatch):
 
     said = []
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
-    assert fastest_attention("bfloat16", gradients=False, say=said.append) == "xla"
-    assert said[0] == "attention: cudnn's kernel does not run here (cuDNN is not detected.)"
+    assert fastest_attention("bfloat16", gradients=False, dropout=False, say=said.append) == "xla"
+    assert said[0] == "attention at 8 px: cudnn's kernel does not run here (cuDNN is not detected.)"
 
 
 @pytest.mark.parametrize("wrong", [0.0, jnp.nan])
@@ -81,19 +92,19 @@ def test_a_kernel_that_is_wrong(gpu, monkeypatch, wrong):
     said = []
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: wrong * q)
     _timed(monkeypatch, 1.0)
-    assert fastest_attention("bfloat16", gradients=False, say=said.append) == "xla"
-    assert said[0] == "attention: cudnn's kernel gives other numbers than XLA's here"
+    assert fastest_attention("bfloat16", gradients=False, dropout=False, say=said.append) == "xla"
+    assert said[0] == "attention at 8 px: cudnn's kernel gives other numbers than XLA's here"
 
 
 def test_only_gpus_choose_and_the_environment_goes_first(monkeypatch):
-    monkeypatch.setattr(kernels, "fastest_attention", lambda dtype, gradients: "cudnn")
+    monkeypatch.setattr(kernels, "fastest_attention", lambda dtype, gradients, dropout: "cudnn")
     devices.choose_attention("bfloat16", gradients=True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     devices.choose_attention("float32", gradients=True)
-    assert attention_kernel() == "xla"
+    assert attention_kernels() == ()
     monkeypatch.setenv(ATTENTION, "xla")
     devices.choose_attention("bfloat16", gradients=True)
-    assert attention_kernel() == "xla"
+    assert attention_kernels() == ()
     monkeypatch.delenv(ATTENTION)
     devices.choose_attention("bfloat16", gradients=True)
-    assert attention_kernel() == "cudnn"
+    assert attention_kernels() == ("cudnn",)

@@ -8,7 +8,7 @@ import pytest
 from hae_jax.errors import UserError
 from hae_jax.model import attention, fused_attention, sparse
 from hae_jax.model.conditioning import Context
-from hae_jax.model.platform import attention_kernel
+from hae_jax.model.platform import attention_kernels
 
 T, E, HEADS, DEPTH = 40, 24, 2, 16
 
@@ -96,5 +96,5 @@ def test_who_goes_to_cudnn(monkeypatch, dtype, depth, chosen):
 
 def test_unknown_kernel(monkeypatch):
     monkeypatch.setenv("HAE_JAX_ATTENTION", "flash")
-    with pytest.raises(UserError, match="HAE_JAX_ATTENTION is 'flash': set it to xla or cudnn"):
-        attention_kernel()
+    with pytest.raises(UserError, match="HAE_JAX_ATTENTION is 'flash': set it to xla, cudnn, pallas or cudnn\\+pallas"):
+        attention_kernels()

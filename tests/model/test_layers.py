@@ -10,7 +10,7 @@ from scipy import signal
 
 from hae_jax.model import UNet, UNetConfig, torch_state
 from hae_jax.model.hybrid import MultiHeadAttention
-from hae_jax.model.layers import Downsample, Dropout, Randomness, Upsample, group_norm, layer_norm, pool
+from hae_jax.model.layers import Downsample, Dropout, Randomness, Upsample, group_norm, kept, layer_norm, pool
 
 CONFIG = UNetConfig(**SMALL)
 
@@ -69,7 +69,7 @@ def test_dropout_rate_and_mean():
     deviation = (0.3 * 0.7 / out.size) ** 0.5
     assert (out == 0).mean() == pytest.approx(0.3, abs=5 * deviation)
     assert out.mean() == pytest.approx(1, abs=5 * deviation / 0.7)
-    np.testing.assert_allclose(np.unique(out), [0, 1 / 0.7], rtol=1e-6)
+    np.testing.assert_allclose(np.unique(out), [0, 1 / 0.7], rtol=2**-16)
     x = jnp.ones((2, 8))
     assert dropout(x, None) is x
     assert Dropout(0.0)(x, randomness(2)) is x
@@ -90,6 +90,19 @@ def test_a_samples_dropout_does_not_depend_on_its_company():
     together = Dropout(0.5)(x, keys)
     alone = Dropout(0.5)(x[3:4], Randomness(keys.samples[3:4], keys.shared))
     np.testing.assert_array_equal(alone[0], together[3])
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8])
+def test_numbers_are_kept_independently_of_each_other(channels):
+    """Two numbers share a random word; no two of a sample's channels may go together for that."""
+    keep, share = kept(randomness(1).samples, 0.3, (20000, channels))
+    assert keep.shape == (1, 20000, channels)
+    assert share == pytest.approx(0.7, abs=2**-17)
+    x = np.asarray(keep[0], float)
+    deviation = (share * (1 - share) / 20000) ** 0.5
+    np.testing.assert_allclose(x.mean(0), share, atol=5 * deviation)
+    both = x.T @ x / 20000 - share**2
+    np.testing.assert_allclose(both[~np.eye(channels, dtype=bool)], 0, atol=5 * deviation)
 
 
 def test_a_stream_gives_new_keys_at_each_call():
