@@ -174,10 +174,10 @@ def kept(
 
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
-    words = jax.lax.optimization_barrier(draw(keys))  # or fused kernels draw each word twice
-    bits = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :last]
-    bound = kept_bound(rate)
-    return bits < bound, bound / 2**16
+    words, bound = draw(keys), kept_bound(rate)
+    halves = (words & 0xFFFF) < bound, (words >> 16) < bound
+    halves = jax.lax.optimization_barrier(halves)  # or what they are fused into draws each word twice
+    return jnp.concatenate(halves, axis=-1)[..., :last], bound / 2**16
 
 
 def kept_bound(rate: float) -> int:

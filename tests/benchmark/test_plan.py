@@ -53,6 +53,22 @@ def test_rows_and_files(tiny, tmp_path, monkeypatch):
     assert written["rows"][0]["convolutions"]["count"] == forward.convolutions.count
 
 
+def test_blocks(tiny, monkeypatch):
+    monkeypatch.setattr(plan_module, "target_device", lambda name: jax.devices("cpu")[0])
+    monkeypatch.setattr(plan_module, "device_peak_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr("hae_jax.benchmark.blocks._SIZES", {
+        "attention": (8, 32), "sparse": (264, 16), "convolutions": ((8, 16),), "noise": (16, 1)})
+    rows = plan(tiny, settings("blocks"), "h100", str).rows
+    of = {(row.variant, row.form): row for row in rows}
+    forward = of["simplex noise, 16 px, 1 channels, forward", "ours"]
+    assert forward.images == 2
+    assert forward.kernels >= 6  # octaves, at least
+    with_gradients = of["attention at 8 px, with gradients", "ours"]
+    assert with_gradients.flops == 3 * of["attention at 8 px, forward", "ours"].flops > 0
+    assert of["sparse attention, 264 tokens, forward", "dense"].flops > of[
+        "sparse attention, 264 tokens, forward", "ours"].flops
+
+
 def test_the_kernels_of_gpus_are_to_be_had():
     with plan_module.accelerator_forms("gpu"), plan_module.tried("attention=cudnn"):
         assert attention_kernels() == ("cudnn",)
@@ -64,8 +80,8 @@ def test_the_kernels_of_gpus_are_to_be_had():
 def test_mistakes(tiny, monkeypatch, capsys):
     with pytest.raises(UserError, match="--target h10: choose among h100, a100"):
         plan(tiny, settings("forward"), "h10")
-    with pytest.raises(UserError, match="--part blocks cannot be compiled"):
-        plan(tiny, settings("blocks"), "h100")
+    with pytest.raises(UserError, match="--part input cannot be compiled"):
+        plan(tiny, settings("input"), "h100")
     monkeypatch.setattr(target, "_PLUGINS", ("jax_plugins.none", "nothing.at_all"))
     with pytest.raises(SystemExit) as stopped:
         main(["--target", "h100"])
