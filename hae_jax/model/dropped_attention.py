@@ -29,10 +29,10 @@ _PARITY = 0x1BD11BDA  # the same
 def is_chosen(q: jax.Array, queries: int, keys: int) -> bool:  # [..., d]
     """Whether rows of so many queries and keys go to this kernel.
 
-    Matrix units want sides that are powers of two. Keys come in even steps, since each random word is for two of them.
+    Matrix units want sides that are powers of two. Keys come in halves, since each random word is for two of them.
     """
-    sides = queries, q.shape[-1], step_of(keys)
-    fits = all(side >= _SMALLEST and side & (side - 1) == 0 for side in sides) and keys % (2 * step_of(keys)) == 0
+    sides = queries, q.shape[-1], _step_of(keys)
+    fits = all(side >= _SMALLEST and side & (side - 1) == 0 for side in sides) and keys % 2 == 0
     return fits and q.dtype in (jnp.bfloat16, jnp.float16) and "pallas" in attention_kernels()
 
 
@@ -95,7 +95,7 @@ def _run_backward(rate, keys, *arrays):
 def _call(kernel, arguments, results, rate):
     """Runs a kernel once for each sample, row and head."""
     batch, rows, _, heads, _ = arguments[1].shape
-    kernel = functools.partial(kernel, bound=kept_bound(rate), step=step_of(arguments[2].shape[2]))
+    kernel = functools.partial(kernel, bound=kept_bound(rate), step=_step_of(arguments[2].shape[2]))
     return pl.pallas_call(
         kernel, out_shape=tuple(results), grid=(batch, rows, heads), in_specs=list(map(_part, arguments)),
         out_specs=tuple(map(_part, results)), interpret=INTERPRET,
@@ -187,6 +187,7 @@ def _threefry(k0, k1, count):
     return x0 ^ x1
 
 
-def step_of(keys: int) -> int:
-    """How many of so many keys are worked on at a time."""
-    return min(_STEP, keys // 2)
+def _step_of(keys: int) -> int:
+    """How many of so many keys are worked on at a time: a power of two that divides their half."""
+    half = keys // 2
+    return min(_STEP, half & -half)

@@ -48,7 +48,7 @@ def test_output_and_gradients(kernel, monkeypatch):
         assert np.abs(own - exact).max() <= 1.5 * np.abs(other - exact).max() + 2**-9 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(("batch", "tokens", "heads"), [(BATCH, TOKENS, HEADS), (1, 4096, 1)])
+@pytest.mark.parametrize(("batch", "tokens", "heads"), [(BATCH, TOKENS, HEADS), (1, 1024, 1), (1, 4096, 1)])
 def test_float32(monkeypatch, batch, tokens, heads):
     """The sums themselves, and the draws: nothing is rounded on the way. One turn of the kernel's loop, and three."""
     monkeypatch.setattr(dropped_attention, "INTERPRET", True)
@@ -81,7 +81,8 @@ def test_each_device_works_on_its_own_samples(kernel):
 @pytest.mark.parametrize(("dtype", "depth", "queries", "keys", "chosen"), [
     ("bfloat16", 16, 64, 384, True), ("float16", 32, 32, 128, True), ("float32", 16, 64, 384, False),
     ("bfloat16", 48, 64, 384, False), ("bfloat16", 8, 64, 384, False), ("bfloat16", 16, 8, 384, False),
-    ("bfloat16", 16, 64, 64 * 7, False)])
+    ("bfloat16", 32, 32, 96, True),
+    ("bfloat16", 16, 64, 8 * 7, False), ("bfloat16", 16, 64, 33, False)])
 def test_what_goes_to_the_kernel(kernel, dtype, depth, queries, keys, chosen):
     q = jnp.zeros((1, depth), dtype)
     assert dropped_attention.is_chosen(q, queries, keys) == chosen
