@@ -2,7 +2,7 @@
 
     python train.py --config configs/phantom.py --workdir runs/phantom
 
-makes the phantom and prepares it if they are not there yet. With translation about 14 minutes on two cores; slices are
+makes the phantom and prepares it if they are not there yet. With translation about 9 minutes on two cores; slices are
 called lesion or healthy with an accuracy of 0.91, localisation is poor (lesion-slice Dice 0.19): phantom figures.
 """
 
