@@ -18,9 +18,9 @@ _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ORDER = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_OF_A_MAP = re.compile(r", (?:\d+ to )?\d+ channels, \d+ px")
 _COLLECTIVES = "all-", "reduce-scatter", "collective-"
 _BACKWARD = "transpose("  # what JAX calls the scopes of gradients
-_CONVOLUTION = "conv"  # in the names of cuDNN's calls, and XLA's own operation
 # Names for what another operation writes or holds: no kernels.
 _NO_KERNELS = {"parameter", "get-tuple-element", "bitcast", "constant", "tuple", "after-all", "partition-id"}
 _TURNS = {"transpose", "copy"}
@@ -36,7 +36,6 @@ class Instruction(NamedTuple):
     called: tuple[str, ...]  # computations
     trips: int  # of a loop
     order: tuple[str, str, str] | None  # of a convolution's axes: "b01f" is NHWC
-    root: bool
 
 
 class Kernel(NamedTuple):
@@ -53,8 +52,8 @@ class Convolutions(NamedTuple):
     """What becomes of the convolutions, each counted once."""
 
     count: int
-    channels_last: int  # NHWC in all of its images
-    narrow: int  # bfloat16 or float16 in all of its images
+    channels_last: int  # whose feature maps are NHWC
+    narrow: int  # that read feature maps in bfloat16 or float16
     turned: int  # feature maps that a kernel before or after transposes or copies
 
 
@@ -94,8 +93,7 @@ def convolutions(program: str) -> Convolutions:
     computations, _ = _computations(program)
     found = [_convolution(instruction, lines, computations) for lines in computations.values()
              for instruction in lines.values() if instruction.order]
-    return Convolutions(len(found), *(sum(column) for column in zip(*found, strict=True))) if found else Convolutions(
-        0, 0, 0, 0)
+    return Convolutions(len(found), *(sum(of_each[i] for of_each in found) for i in range(3)))
 
 
 def traffic(kernels: Iterable[Kernel]) -> int:
@@ -104,16 +102,11 @@ def traffic(kernels: Iterable[Kernel]) -> int:
 
 
 def traffic_by_part(kernels: Iterable[Kernel]) -> list[tuple[str, int]]:
-    """The parts of the network with their bytes, the most first; parts that differ in sizes alone are one."""
+    """The parts of the network with their bytes, the most first; norms and convolutions of all sizes together."""
     total = collections.Counter()
     for kernel in kernels:
-        total[_without_sizes(kernel.part)] += kernel.bytes * kernel.times
+        total[_OF_A_MAP.sub("", kernel.part)] += kernel.bytes * kernel.times
     return total.most_common()
-
-
-def _without_sizes(name: str) -> str:
-    gradients = ", gradients" if name.endswith(", gradients") else ""
-    return (name.partition(",")[0] + gradients) if not name.startswith("attention") and "sparse" not in name else name
 
 
 def _parsed(line: str) -> tuple[str, str] | None:
@@ -129,14 +122,12 @@ def _computations(program: str) -> tuple[dict[str, dict[str, Instruction]], str]
         if header := _HEADER.match(line):
             lines = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-        elif parsed := _parsed(line):
-            instruction = _instruction(*parsed, root=line.lstrip().startswith("ROOT "))
-            if instruction:
-                lines[instruction.name] = instruction
+        elif (parsed := _parsed(line)) and (instruction := _instruction(*parsed)):
+            lines[instruction.name] = instruction
     return computations, entry
 
 
-def _instruction(name: str, rest: str, *, root: bool) -> Instruction | None:
+def _instruction(name: str, rest: str) -> Instruction | None:
     shape_end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
     kind = _KIND.match(rest, shape_end)
     if kind is None:
@@ -146,7 +137,7 @@ def _instruction(name: str, rest: str, *, root: bool) -> Instruction | None:
     target, trips, order = (pattern.search(attributes) for pattern in (_TARGET, _TRIPS, _ORDER))
     return Instruction(
         name, target[1] if target else kind[1], rest[:shape_end], tuple(_OPERAND.findall(rest[kind.end():end])),
-        tuple(_CALLED.findall(attributes)), int(trips[1]) if trips else 1, order.groups() if order else None, root)
+        tuple(_CALLED.findall(attributes)), int(trips[1]) if trips else 1, order.groups() if order else None)
 
 
 def _closing(text: str, start: int) -> int:
@@ -186,10 +177,11 @@ def _bytes(shape: str) -> int:
 
 def _convolution(instruction, lines, computations) -> tuple[bool, bool, int]:
     """Channels last? Narrow? How many of its feature maps are turned?"""
-    weights_first = "Filter" in instruction.kind  # the gradient for the kernel: two maps in, weights out
-    maps = list(instruction.operands[:2 if weights_first else 1])
+    # cuDNN reads map and kernel, perhaps bias and a map that is added; for the kernel's gradient, two maps.
+    gives_weights, operands = "Filter" in instruction.kind, instruction.operands
+    maps = operands[:2] if gives_weights else (*operands[:1], *operands[3:])
     turned = sum(_turns(_source(name, lines), computations) for name in maps)
-    if not weights_first:
+    if not gives_weights:
         turned += any(_turns(user, computations) for user in _users(instruction.name, lines))
     orders = (instruction.order[0], instruction.order[2])  # cuDNN's three kinds name the maps first and last
     narrow = all(re.match(r"\(?(bf16|f16)", lines[name].shape) for name in maps if name in lines)

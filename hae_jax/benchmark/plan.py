@@ -14,8 +14,8 @@ from hae_jax.benchmark import hlo, naive
 from hae_jax.benchmark.blocks import blocks, with_gradients
 from hae_jax.benchmark.measure import Compiled, compile_program
 from hae_jax.benchmark.options import tried
-from hae_jax.benchmark.programs import PROGRAMS, check_steps, program
-from hae_jax.benchmark.results import OURS, write
+from hae_jax.benchmark.programs import PROGRAMS, check_steps, forms_of, program
+from hae_jax.benchmark.results import write
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.benchmark.table import number, render, seconds, size
 from hae_jax.benchmark.target import TARGETS, target_device
@@ -123,17 +123,13 @@ def _rows(part: str, config, settings: Settings, mesh: Mesh, say) -> Iterator[Pl
     for variant in settings.variants:
         tree = with_model(config, variant=variant)
         network = network_config(tree.to_dict())
-        forms = {form: naive.pieces_of(form, network, translation=part == "translate") for form in settings.baselines}
-        tries = [(OURS, (), ""), *((form, pieces, "") for form, pieces in forms.items() if pieces),
-                 *((f"{OURS}, {option}", (), option) for option in settings.options)]
-        for form, pieces, option in tries:
+        for form, pieces, option in forms_of(part, network, settings):
             say(f"compiling {part} {variant} {form}")
             with accelerator_forms("gpu"), naive.swapped_in(pieces), tried(option) as of_xla:
                 of_part = program(part, tree, mesh, settings)
                 compiled = compile_program(of_part.lower, 1, options=of_xla)
                 with accelerator_forms():  # with XLA's attention: the operations of a kernel do not show
                     flops = of_part.flops()
-            form = f"{form} naive" if form in naive.PIECES else form
             yield _row(part, variant, form, of_part.images, flops, compiled)
 
 

@@ -5,7 +5,7 @@ Each can be traced without any array, so that memory can be planned for what no 
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from hae_jax.benchmark import naive
 from hae_jax.benchmark.floor import least_bytes
+from hae_jax.benchmark.results import OURS
 from hae_jax.benchmark.settings import Settings
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
@@ -179,6 +181,27 @@ def check_steps(config: ml_collections.ConfigDict, settings: Settings) -> None:
     """Raises UserError if a translation is asked for more steps than the schedule has."""
     if "translate" in settings.parts and not 1 <= settings.steps <= config.diffusion.steps:
         raise UserError(f"--steps {settings.steps}: diffusion.steps is {config.diffusion.steps}")
+
+
+class Form(NamedTuple):
+    """What a program is measured as."""
+
+    name: str  # "ours"; what of it is naive; "ours, NAME=VALUE"
+    pieces: tuple[str, ...] = ()  # that are naive
+    option: str = ""  # that is tried
+
+
+def forms_of(part: str, network: UNetConfig, settings: Settings) -> list[Form]:
+    """Ours, each baseline that differs from it in this network, and ours with each option.
+
+    Raises:
+      UserError: a translation of a network without classes.
+    """
+    if part == "translate" and network.num_classes is None:
+        raise UserError("--part translate: the network has no classes (model.num_classes)")
+    found = [(form, naive.pieces_of(form, network, translation=part == "translate")) for form in settings.baselines]
+    baselines = [Form(f"{form} naive" if form in naive.PIECES else form, pieces) for form, pieces in found if pieces]
+    return [Form(OURS), *baselines, *(Form(f"{OURS}, {option}", option=option) for option in settings.options)]
 
 
 def program(part: str, config: ml_collections.ConfigDict, mesh: Mesh, settings: Settings) -> Program:

@@ -20,11 +20,10 @@ from hae_jax.benchmark.measure import (
     sharing_memory,
 )
 from hae_jax.benchmark.options import tried
-from hae_jax.benchmark.programs import PROGRAMS, Program, check_steps, program
+from hae_jax.benchmark.programs import PROGRAMS, Program, check_steps, forms_of, program
 from hae_jax.benchmark.results import OURS, Result, Row, machine
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.benchmark.top import longest, text
-from hae_jax.errors import UserError
 from hae_jax.training.mesh import check_batch_size
 from hae_jax.training.state import network_config
 
@@ -88,13 +87,8 @@ def _compiled(part, config, settings, mesh, say) -> Iterator[_Entry]:
     for variant in settings.variants:
         tree = with_model(config, variant=variant)
         network = network_config(tree.to_dict())
-        if part == "translate" and network.num_classes is None:
-            raise UserError("--part translate: the network has no classes (model.num_classes)")
         of_part = program(part, tree, mesh, settings)
-        forms = {OURS: ()} | {form: naive.pieces_of(form, network, translation=part == "translate")
-                              for form in settings.baselines}
-        tries = [(form, pieces, "") for form, pieces in forms.items() if form == OURS or pieces]
-        for form, pieces, option in [*tries, *((f"{OURS}, {option}", (), option) for option in settings.options)]:
+        for form, pieces, option in forms_of(part, network, settings):
             say(f"compiling {part} {variant} {form}")
             with naive.swapped_in(pieces), tried(option) as of_xla:
                 compiled = compile_program(of_part.lower, sharing_memory(mesh), options=of_xla)
@@ -111,7 +105,7 @@ def _row(part: str, entries: Sequence[_Entry], turns: np.ndarray, i: int, refere
     # Of the plans, since the devices' statistics may know of one program and not of the other.
     plan, other_plan = entry.compiled.memory, other.compiled.memory
     return Row(
-        part, entry.variant, f"{entry.form} naive" if entry.form in naive.PIECES else entry.form,
+        part, entry.variant, entry.form,
         seconds=turns[i].tolist(), images=entry.program.images, flops=entry.flops, model_flops=ours.flops,
         model_bytes=entry.program.least_bytes(), memory=entry.memory, compile_seconds=entry.compiled.seconds,
         time_ratio=float(np.median(turns[i] / turns[reference])),

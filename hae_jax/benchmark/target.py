@@ -64,7 +64,7 @@ def target_device(name: str) -> jax.Device:
     try:
         (device,) = topologies.get_topology_desc(
             "1x1x1", "cuda", topology="1x1x1", target_config=TARGETS[name].description()).devices
-    except (RuntimeError, NotImplementedError) as error:
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--target {name}: JAX's CUDA plugin does not compile without a GPU here: {reason}") from error
     return device

@@ -40,7 +40,11 @@ def choose_attention(dtype: str, *, gradients: bool, dropout: bool = False) -> N
       dtype: of computation.
       gradients: whether the process will train.
       dropout: whether it will drop weights of attention.
+
+    Raises:
+      UserError: the environment variable names an unknown kernel.
     """
+    platform.attention_kernels()
     if jax.default_backend() != "gpu" or platform.ATTENTION in os.environ or dtype == "float32":
         return
     from hae_jax.benchmark.kernels import fastest_attention

@@ -23,10 +23,9 @@ def attend(
     q: jax.Array,  # [B, T, h, d]
     k: jax.Array,  # [B, S, h, d]
     v: jax.Array,  # [B, S, h, d]
-    implementation: str = "cudnn",  # of `jax.nn.dot_product_attention`
 ) -> jax.Array:  # [B, T, h, d]
     """softmax(q.k / sqrt(d)) v."""
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def attend_rows(
@@ -47,7 +46,6 @@ def attend_with_token(
     factor: jax.Array,  # [B, T, h] float32
     direction: jax.Array,  # [B, h, d] float32
     base: jax.Array,  # [h, d] float32
-    implementation: str = "cudnn",
 ) -> jax.Array:  # [B, T, h, d]
     """Attention over the T tokens and one whose logit is each query's own, and whose value is factor direction + base.
 
@@ -65,7 +63,7 @@ def attend_with_token(
     key = jnp.zeros(depth + _EXTRA).at[depth:depth + 2].set(1)
     value = jnp.pad(base, ((0, 0), (0, _EXTRA))).at[:, depth].set(1)
     k, v = _with_token(k, key), _with_token(v, value)
-    out = jax.nn.dot_product_attention(q, k, v, scale=depth**-0.5, implementation=implementation)
+    out = jax.nn.dot_product_attention(q, k, v, scale=depth**-0.5, implementation="cudnn")
     weight = out[..., depth, None].astype(jnp.float32)
     return (out[..., :depth] + weight * factor[..., None] * direction[:, None]).astype(q.dtype)
 

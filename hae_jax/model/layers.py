@@ -181,8 +181,8 @@ def kept(
 
 
 def kept_bound(rate: float) -> int:
-    """Below which 16 random bits say that dropout keeps a number."""
-    return round((1 - rate) * 2**16)
+    """Below which 16 random bits say that dropout keeps a number; at least one number in 2^16 is kept."""
+    return max(1, round((1 - rate) * 2**16))
 
 
 def pool(

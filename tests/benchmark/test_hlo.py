@@ -75,6 +75,13 @@ def test_maps_turned_behind_a_convolution_count():
     assert hlo.convolutions(text).turned == 1
 
 
+def test_a_map_that_is_added_counts_and_weights_do_not():
+    text = program().replace("custom-call(%named, %w)", "custom-call(%named, %w, %b, %back)").replace(
+        "  %conv.1", "  %back = bf16[2,4,4,8] fusion(%x), kind=kLoop, calls=%turned\n  %conv.1")
+    assert hlo.convolutions(text).turned == 1
+    assert hlo.convolutions(text.replace("(%named, %w, %b, %back)", "(%named, %back, %b, %named)")).turned == 0
+
+
 def test_a_program_of_this_machine():
     def f(x, kernel):
         return jax.lax.scan(lambda h, _: (jnp.tanh(conv2d(h, kernel, padding=1)), None), x, length=3)[0]

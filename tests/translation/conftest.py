@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
+from run_helpers import IDENTITY
 
 from configs import default
 from hae_jax.data.cases import MODALITIES
 from hae_jax.data.prepare import prepare
+from hae_jax.translation.run import translate
 
 SHAPE = (20, 24, 9)
 AFFINE = np.array([[-1.5, 0.1, 0, 12], [0.1, -1.2, 0, 30.5], [0, 0, 4, -20], [0, 0, 0, 1]])
@@ -83,3 +85,19 @@ def toy_network():
 def mesh_of():
     """The first n devices as training lays them out."""
     return lambda n: Mesh(np.array(jax.devices()[:n]).reshape(n, 1), ("data", "model"))
+
+
+@pytest.fixture
+def run(config, toy_network, mesh_of, tmp_path):
+    def call(source=None, seed=0, devices=1, **options):
+        options = {"output": tmp_path / "out"} | options
+        return translate(toy_network(seed), IDENTITY, config, mesh_of(devices), source=source, **options)
+
+    return call
+
+
+@pytest.fixture
+def three_cases(tmp_path, case_writer):
+    for i, name in enumerate(("a", "b", "c")):
+        case_writer(tmp_path / "in", name, seed=i, lesion=name == "a", segmented=name != "c")
+    return tmp_path / "in"
