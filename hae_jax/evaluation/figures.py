@@ -158,14 +158,14 @@ def comparison_figure(
 ) -> None:
     """Writes a PNG with a line for each method, and on it a dot each for volume Dice, unhealthy Dice and AUPRC.
 
-    A bar is the 95% interval over patients, which the volume Dice has. What a method lacks is not drawn.
+    A bar is the 95% interval over patients. What a method lacks is not drawn.
     """
     figure = Figure(figsize=(7.2, 1.6 + 0.62 * len(rows)), layout="constrained")
     axis = figure.add_subplot()
     lines = np.arange(len(rows))
     for offset, (name, marker, colour, *place) in zip((-0.22, 0, 0.22), _COMPARED, strict=True):
-        mean, low, high = np.array([_ends(results, *place) for _, _, results, _ in rows], float).reshape(-1, 3).T
-        bars = np.maximum((mean - low, high - mean), 0)  # equal patients: rounding may put an end past the mean
+        setting, figure_name = place
+        mean, bars = _bars([results.get(setting, {}).get(figure_name) for _, _, results, _ in rows])
         axis.errorbar(mean, lines + offset, xerr=bars, fmt=marker, color=colour, markersize=5.5, linewidth=1.4,
                       capsize=3, label=name)
     axis.set_yticks(lines, ["\n".join([method, *textwrap.wrap(settings, 44)]) for method, settings, *_ in rows],
@@ -178,34 +178,41 @@ def comparison_figure(
 
 
 _COMPARED = (  # name, marker, colour, where it is in a method's results
-    ("volume Dice (bar: 95% over patients)", "o", _BLUE, "volumes", "dice"),
+    ("volume Dice", "o", _BLUE, "volumes", "dice"),
     ("unhealthy Dice", "s", _ORANGE, "unhealthy", "dice"),
     ("AUPRC (all slices)", "D", _GREEN, "mixed", "auprc"),
 )
 
 
-def _ends(results: Mapping[str, Any], setting: str, name: str) -> list[float | None]:
-    """Mean, low and high; None for what there is not."""
-    value = results.get(setting, {}).get(name)
-    return [value.get(key) for key in ("mean", "low", "high")] if isinstance(value, Mapping) else [value, None, None]
+def _bars(
+    values: Sequence[Mapping[str, Any] | None],  # of `bootstrap.figure`
+) -> tuple[np.ndarray, np.ndarray]:  # [N] and [2, N]
+    """The figures and how far their intervals reach below and above them; NaN for what there is not."""
+    mean, low, high = np.array([[(value or {}).get(key) for key in ("mean", "low", "high")] for value in values],
+                               float).reshape(-1, 3).T
+    return mean, np.maximum((mean - low, high - mean), 0)  # equal patients: rounding may put an end past the mean
 
 
 def steps_figure(
     path: str | os.PathLike,
     steps: Sequence[int],
-    series: Mapping[str, Sequence[float | None]],  # a value for each of `steps`
+    series: Mapping[str, Sequence[Mapping[str, Any] | None]],  # of `bootstrap.figure`, one for each of `steps`
     title: str,
 ) -> None:
     """Writes a PNG of quality against the number of steps: a line for each figure of `series`, all on one axis.
 
-    The steps are on a logarithmic scale. None is a gap.
+    The steps are on a logarithmic scale. A bar is the 95% interval over patients, beside those of the other lines.
+    None is a gap.
     """
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axis = figure.add_subplot()
     order = np.argsort(steps)
-    for (name, values), marker, colour in zip(series.items(), itertools.cycle("osD^"), itertools.cycle(_LINES)):
-        axis.plot(np.asarray(steps)[order], np.asarray(values, float)[order], marker=marker, color=colour,
-                  markersize=5, linewidth=1.6, label=name)
+    beside = 1.02 ** (np.arange(len(series)) - (len(series) - 1) / 2)  # or one bar would hide the other
+    for (name, values), shift, marker, colour in zip(series.items(), beside, itertools.cycle("osD^"),
+                                                     itertools.cycle(_LINES)):
+        mean, bars = _bars(values)
+        axis.errorbar(np.asarray(steps)[order] * shift, mean[order], yerr=bars[:, order], marker=marker, color=colour,
+                      markersize=5, linewidth=1.6, elinewidth=0.9, capsize=2.5, label=name)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(FixedLocator(sorted(set(steps))))
     axis.xaxis.set_minor_locator(NullLocator())

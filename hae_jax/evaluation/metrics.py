@@ -10,10 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from hae_jax.evaluation.bootstrap import RESAMPLES
+
 _SMOOTH = 1e-6
 FIXED_THRESHOLDS = np.arange(1, 70) / 100  # the candidates for methods with one fixed threshold on the map
 
 DEFINITIONS = {
+    "mean, low, high": "the figure over all slices that count, and its 95% interval by the percentile bootstrap over "
+                       f"the patients ('cases') that they are of ({RESAMPLES} resamples of whole patients); null of "
+                       "fewer than two patients",
     "mixed": "all slices; a slice that is called healthy has an empty mask",
     "unhealthy": "only slices with a lesion by their label; every slice keeps its mask",
     "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
@@ -46,14 +51,6 @@ def iou(
     return _iou(*counts(predicted, truth))
 
 
-def precision_recall(
-    predicted: np.ndarray,  # [...] bool
-    truth: np.ndarray,  # [...] bool
-) -> tuple[float | None, float | None]:
-    """I / P and I / Q over all entries together; None where nothing is predicted or nothing is true."""
-    return _precision_recall(*counts(predicted[None], truth[None]))
-
-
 def foreground(
     images: np.ndarray,  # [S, H, W, C] in [-1, 1]
 ) -> np.ndarray:  # [S, H, W] bool
@@ -72,7 +69,7 @@ def slice_metrics(
     foreground: np.ndarray,  # [S, H, W] bool
     valid: np.ndarray | None = None,  # [S] bool
 ) -> dict[str, dict[str, float | int | None]]:
-    """Everything that `DEFINITIONS` explains, as nested dictionaries ready for JSON.
+    """Everything that `DEFINITIONS` explains but for intervals, as nested dictionaries ready for JSON.
 
     Args:
       mask: masks that are empty where `lesion` is False, for the mixed setting.
@@ -89,10 +86,11 @@ def slice_metrics(
         values[rows] for values in (mask, mask_all, map, lesion, truth, labels, foreground))
     sick = labels > 0
     return {
-        "mixed": pixel_metrics(counts(mask, truth), _ranking(map, truth, foreground)),
-        "unhealthy": pixel_metrics(counts(mask_all, truth)[:, sick],
-                                   _ranking(map[sick], truth[sick], foreground[sick])),
-        **label_metrics(lesion, sick),
+        "mixed": _ratios(pixel_shares(counts(mask, truth))) | _ranking(map, truth, foreground),
+        "unhealthy": _ratios(pixel_shares(counts(mask_all, truth)[:, sick]))
+                     | _ranking(map[sick], truth[sick], foreground[sick]),
+        "slice_level": _ratios(label_shares(np.stack([as_bool(lesion), sick]))),
+        "shares": slice_shares(np.stack([as_bool(lesion), sick])),
     }
 
 
@@ -106,27 +104,35 @@ def counts(
     return np.stack([(predicted & truth).sum(axis=axes), predicted.sum(axis=axes), truth.sum(axis=axes)])
 
 
-def pixel_metrics(
+def pixel_shares(
     counted: np.ndarray,  # [3, S] of `counts`
-    ranking: tuple[float | None, float | None],  # AUROC and AUPRC of the same slices' maps
-) -> dict[str, float | None]:
-    """What "mixed" and "unhealthy" consist of."""
-    precision, recall = _precision_recall(*counted)
-    auroc, auprc = ranking
-    return {"dice": _mean(_dice(*counted)), "iou": _mean(_iou(*counted)), "precision": precision, "recall": recall,
-            "auroc": auroc, "auprc": auprc}
+) -> dict[str, tuple[float, int]]:
+    """What "mixed" and "unhealthy" consist of, but for AUROC and AUPRC, as part and whole.
+
+    Parts and wholes of several groups of slices add up to those of all slices together.
+    """
+    overlap, p, q = (int(count.sum()) for count in counted)
+    slices = counted.shape[1]
+    return {"dice": (float(_dice(*counted).sum()), slices), "iou": (float(_iou(*counted).sum()), slices),
+            "precision": (overlap, p), "recall": (overlap, q)}
 
 
-def label_metrics(
-    lesion: np.ndarray,  # [S] bool, predicted
-    sick: np.ndarray,  # [S] bool, true
-) -> dict[str, dict[str, float | int | None]]:
-    """"slice_level" and "shares"."""
-    precision, recall = precision_recall(lesion, sick)
-    return {
-        "slice_level": {"accuracy": _mean(lesion == sick), "precision": precision, "recall": recall},
-        "shares": {"slices": len(sick), "healthy": _mean(~sick), "called_lesion": _mean(lesion)},
-    }
+def label_shares(
+    labels: np.ndarray,  # [2, S] bool: predicted and true
+) -> dict[str, tuple[int, int]]:
+    """What "slice_level" consists of, as part and whole, which add up as those of `pixel_shares` do."""
+    predicted, true = labels
+    hits, called, sick = (int(np.count_nonzero(rows)) for rows in (predicted & true, predicted, true))
+    return {"accuracy": (int(np.count_nonzero(predicted == true)), len(true)), "precision": (hits, called),
+            "recall": (hits, sick)}
+
+
+def slice_shares(
+    labels: np.ndarray,  # [2, S] bool: predicted and true
+) -> dict[str, float | int | None]:
+    """What "shares" consists of."""
+    predicted, true = labels
+    return {"slices": len(true), "healthy": _mean(~true), "called_lesion": _mean(predicted)}
 
 
 def volume_dice(
@@ -183,21 +189,20 @@ def _iou(overlap: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return (overlap + _SMOOTH) / (p + q - overlap + _SMOOTH)
 
 
-def _precision_recall(overlap: np.ndarray, p: np.ndarray, q: np.ndarray) -> tuple[float | None, float | None]:
-    overlap, p, q = (int(count.sum()) for count in (overlap, p, q))
-    return (overlap / p if p else None), (overlap / q if q else None)
+def _ratios(shares: dict[str, tuple[float, int]]) -> dict[str, float | None]:
+    return {name: part / whole if whole else None for name, (part, whole) in shares.items()}
 
 
 def _ranking(
     map: np.ndarray,  # [S, H, W]
     truth: np.ndarray,  # [S, H, W] bool
     foreground: np.ndarray,  # [S, H, W] bool
-) -> tuple[float | None, float | None]:
+) -> dict[str, float | None]:
     """AUROC and AUPRC; None where all pixels are lesion, or none is."""
     hits, values = as_bool(truth)[foreground], map[foreground]
     if not hits.any() or hits.all():
-        return None, None
-    return float(roc_auc_score(hits, values)), float(average_precision_score(hits, values))
+        return {"auroc": None, "auprc": None}
+    return {"auroc": float(roc_auc_score(hits, values)), "auprc": float(average_precision_score(hits, values))}
 
 
 def _mean(values: np.ndarray) -> float | None:

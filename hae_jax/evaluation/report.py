@@ -105,7 +105,7 @@ def write_metrics(path: str | os.PathLike, results: Mapping[str, Any], **context
 
     Args:
       path: the file to write.
-      results: nested dictionaries of numbers, e.g. from `metrics.slice_metrics`.
+      results: nested dictionaries of numbers, e.g. from `running.SliceSums`.
       context: further entries beside "results" (calibration, checkpoint, settings), ready for JSON.
     """
     files.write_json(path, {
@@ -121,7 +121,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
     Args:
       columns: for each method its nested dictionaries of numbers; what one method lacks is shown as "-". A figure
-        with an interval (`volumes.summarise`) takes one line: 0.712 [0.650, 0.770].
+        with an interval (`bootstrap.figure`) takes one line: 0.712 [0.650, 0.770].
     """
     flat = {method: _flattened(results) for method, results in columns.items()}
     names = list(dict.fromkeys(name for results in flat.values() for name in results))
@@ -131,15 +131,17 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(row) for row in aligned)
 
 
-_INTERVALS = {"volume_dice": "dice", "volume_iou": "iou", "hd95_mm": "hd95_mm", "best_dice": "best_dice"} | {
-    name: name for name in ("lesion_recall", "lesion_precision", "lesion_f1", "healthy_volume_ml",
-                            "healthy_false_lesions")}
-# Columns of comparison.csv and where they are in a method's results.
-_COMPARED = {
+# Columns of comparison.csv and where they are in a method's results: first those that have an interval.
+_INTERVALS = {
     **{f"{setting}_{name}": (setting, name) for setting in ("mixed", "unhealthy")
        for name in ("dice", "iou", "precision", "recall", "auroc", "auprc")},
     **{f"slice_{name}": ("slice_level", name) for name in ("accuracy", "precision", "recall")},
-    **{f"{column}{suffix}": ("volumes", name, end) for column, name in _INTERVALS.items()
+    **{f"volume_{name}": ("volumes", name) for name in ("dice", "iou")},
+    **{name: ("volumes", name) for name in ("hd95_mm", "best_dice", "lesion_recall", "lesion_precision", "lesion_f1",
+                                            "healthy_volume_ml", "healthy_false_lesions")},
+}
+_COMPARED = {
+    **{f"{column}{suffix}": (*place, end) for column, place in _INTERVALS.items()
        for suffix, end in (("", "mean"), ("_low", "low"), ("_high", "high"))},
     "slices": ("shares", "slices"),
     "healthy_share": ("shares", "healthy"),
@@ -166,7 +168,7 @@ class ComparedMethod(NamedTuple):
     Attributes:
       method: its title.
       settings: what distinguishes it from other lines, in words.
-      results: `metrics.slice_metrics` and "volumes" of `volumes.summarise`; what it lacks stays empty.
+      results: those of `running.SliceSums` and "volumes" of `volumes.summarise`; what it lacks stays empty.
       seconds_per_slice: None where it was not measured.
     """
 

@@ -1,25 +1,26 @@
-"""The figures of `metrics.slice_metrics` from one group of slices after the other, in memory that no pixel stays in.
+"""The figures of `metrics.slice_metrics` from one patient after the other, in memory that no pixel stays in.
 
-A slice leaves counts behind. A map joins a histogram whose bins are as many as its values need in a relative precision
-of 0.05 %, so counts are exact, and AUROC and AUPRC differ from the exact ones in the fifth digit.
+A slice leaves counts behind, which are exact, and its map joins the histograms of `ranking.py`.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy import sparse
 
-from hae_jax.evaluation import metrics
-
-_SHIFT = 12  # bits of a float32's mantissa that are left out: 11 of 23 stay, a relative width of 2^-11
-_BINS = 1 << (32 - _SHIFT)
+from hae_jax.evaluation import metrics, ranking
+from hae_jax.evaluation.bootstrap import figure, share_of_sums
 
 
 class SliceSums:
-    """What groups of slices add up to; `results` is what `metrics.slice_metrics` finds in all of them together."""
+    """What patients' slices add up to; `results` is what `metrics.slice_metrics` finds in all of them together."""
 
     def __init__(self):
-        self._counts: list[np.ndarray] = []  # [2, 3, S]: "mixed" and "unhealthy", of `metrics.counts`
-        self._labels: list[np.ndarray] = []  # [2, S] bool: predicted and true
-        self._scores = np.zeros((2, 2, _BINS), np.int64)  # foreground pixels by label of the slice, truth and score
+        self._counts: list[np.ndarray] = []  # of each patient [2, 3, S]: "mixed" and "unhealthy", of `metrics.counts`
+        self._labels: list[np.ndarray] = []  # of each patient [2, S] bool: predicted and true
+        self._scores = np.zeros((2, 2, ranking.BINS), np.int64)  # pixels by label of the slice, truth and score
+        self._coarse: list[sparse.csr_array] = []  # of each patient the same, [4, coarse bins]
 
     def add(
         self,
@@ -32,73 +33,51 @@ class SliceSums:
         labels: np.ndarray,  # [S] 0 healthy, 1 lesion
         foreground: np.ndarray,  # [S, H, W] bool
     ) -> None:
-        """Adds slices; see `metrics.slice_metrics` for the arguments.
+        """Adds all slices of one patient; see `metrics.slice_metrics` for the arguments.
 
         Raises:
           TypeError: for a soft mask.
           ValueError: if a map is not finite in the foreground.
         """
         truth, sick = metrics.as_bool(truth), np.asarray(labels) > 0
+        scores = np.stack([ranking.score_histogram(truth[rows][foreground[rows]], map[rows][foreground[rows]])
+                           for rows in (~sick, sick)])
         self._counts.append(np.stack([metrics.counts(mask, truth), metrics.counts(mask_all, truth)]))
         self._labels.append(np.stack([metrics.as_bool(lesion), sick]))
-        for label in (0, 1):
-            rows = sick == bool(label)
-            kept = foreground[rows]
-            self._scores[label] += score_histogram(truth[rows][kept], map[rows][kept])
+        self._scores += scores
+        self._coarse.append(ranking.coarse(scores))
 
-    def results(self) -> dict[str, dict[str, float | int | None]]:
-        """The figures, ready for JSON.
+    def results(self, seed: int = 0) -> dict[str, dict[str, Any]]:
+        """The figures with their intervals over patients (`bootstrap.figure`), ready for JSON; "shares" has none.
+
+        Patients without slices of a kind, as healthy ones in "unhealthy", are not drawn for its figures.
 
         Raises:
           ValueError: if nothing was added.
         """
-        mixed, unhealthy = np.concatenate(self._counts, axis=-1)
-        lesion, sick = np.concatenate(self._labels, axis=-1)
+        mixed = [counts[0] for counts in self._counts]
+        unhealthy = [counts[1][:, sick] for counts, (_, sick) in zip(self._counts, self._labels, strict=True)]
+        of_all, of_sick = zip(*((coarse[:2] + coarse[2:], coarse[2:]) for coarse in self._coarse), strict=True)
         return {
-            "mixed": metrics.pixel_metrics(mixed, ranking(self._scores.sum(axis=0))),
-            "unhealthy": metrics.pixel_metrics(unhealthy[:, sick], ranking(self._scores[1])),
-            **metrics.label_metrics(lesion, sick),
+            "mixed": _figures(metrics.pixel_shares, mixed, seed)
+                     | ranking.figures(self._scores.sum(axis=0), _with_slices(of_all, mixed), seed),
+            "unhealthy": _figures(metrics.pixel_shares, unhealthy, seed)
+                         | ranking.figures(self._scores[1], _with_slices(of_sick, unhealthy), seed),
+            "slice_level": _figures(metrics.label_shares, self._labels, seed),
+            "shares": metrics.slice_shares(np.concatenate(self._labels, axis=-1)),
         }
 
 
-def score_histogram(
-    hits: np.ndarray,  # [N] bool
-    scores: np.ndarray,  # [N] float
-) -> np.ndarray:  # [2, bins] int64: healthy pixels and lesion pixels
-    """How many pixels have which score.
-
-    Raises:
-      ValueError: if a score is not finite.
-    """
-    found = np.bincount(score_bins(scores) + np.where(hits, _BINS, 0), minlength=2 * _BINS)
-    return found.reshape(2, _BINS)
+def _figures(
+    shares: Callable[[np.ndarray], dict[str, tuple[float, int]]],
+    patients: Sequence[np.ndarray],  # of each what `shares` takes, slices along the last axis
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Each share of all patients together, with its interval."""
+    found = [shares(patient) for patient in _with_slices(patients, patients)]
+    return {name: figure(np.array([own[name] for own in found]).reshape(-1, 2).T, share_of_sums, seed)
+            for name in shares(patients[0][:, :0])}
 
 
-def score_bins(
-    scores: np.ndarray,  # [N] float
-) -> np.ndarray:  # [N] int64
-    """Numbers that rise with the scores, negative ones included: the upper bits of their float32.
-
-    Positive floats have the order of their bits as integers; of negative ones it is the other way round.
-
-    Raises:
-      ValueError: if a score is not finite.
-    """
-    scores = np.asarray(scores, np.float32) + np.float32(0)  # -0 becomes 0
-    if not np.isfinite(scores).all():
-        raise ValueError("map: not finite, so that its values have no order")
-    bits = scores.view(np.uint32)
-    ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    return (ordered >> _SHIFT).astype(np.int64)
-
-
-def ranking(
-    histogram: np.ndarray,  # [2, bins] of `score_histogram`
-) -> tuple[float | None, float | None]:
-    """AUROC and AUPRC of all pixels in a histogram; None where all of them are lesion, or none is."""
-    if not histogram.any(axis=1).all():
-        return None, None
-    truth, score = np.nonzero(histogram)
-    weight = histogram[truth, score]
-    return (float(roc_auc_score(truth, score, sample_weight=weight)),
-            float(average_precision_score(truth, score, sample_weight=weight)))
+def _with_slices(values: Sequence[Any], patients: Sequence[np.ndarray]) -> list[Any]:
+    return [value for value, patient in zip(values, patients, strict=True) if patient.shape[-1]]

@@ -5,24 +5,21 @@ value is None and enters no mean; every mean says how many cases it is of.
 """
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage
 from scipy.spatial import KDTree
 from skimage import measure
 
 from hae_jax.evaluation import metrics
-
-_RESAMPLES = 5000
-_INTERVAL = (0.025, 0.975)
+from hae_jax.evaluation.bootstrap import RESAMPLES, figure, share_of_sums
 
 DEFINITIONS = {
     "cases": "patients with a segmentation: lesion_cases have a lesion in it, healthy_cases have none; missed_cases "
              "have a lesion and an empty mask",
     "mean, low, high": "the mean over the cases that count ('cases'), and its 95% interval by the percentile bootstrap "
-                       f"over patients ({_RESAMPLES} resamples); null where fewer than two cases count",
+                       f"over patients ({RESAMPLES} resamples); null where fewer than two cases count",
     "dice": "volume Dice, over the lesion cases (an empty mask scores 0)",
     "iou": "volume IoU, over the lesion cases (an empty mask scores 0)",
     "hd95_mm": "the larger of the two directed 95th percentiles of the distances from the surface voxels of mask and "
@@ -158,19 +155,19 @@ def summarise(cases: Sequence[VolumeMetrics], seed: int = 0) -> dict[str, dict[s
 
     def mean(of: Sequence[VolumeMetrics], name: str) -> dict[str, float | int | None]:
         known = [value for case in of if (value := getattr(case, name)) is not None]
-        return _interval([known], lambda values, axis=-1: values.mean(axis=axis), seed)
+        return figure([known], np.mean, seed)
 
-    counts = [[getattr(case, name) for case in cases] for name in (
-        "lesions_found", "lesions", "lesions_predicted", "false_lesions")]
+    found, lesions, components, false = (np.array([getattr(case, name) for case in cases], int) for name in (
+        "lesions_found", "lesions", "lesions_predicted", "false_lesions"))
     return {
         "cases": len(cases),
         "lesion_cases": len(ill),
         "healthy_cases": len(healthy),
         "missed_cases": sum(case.lesions_predicted == 0 for case in ill),
         **{name: mean(ill, name) for name in ("dice", "iou", "hd95_mm", "best_dice")},
-        "lesion_recall": _interval(counts, _recall, seed),
-        "lesion_precision": _interval(counts, _precision, seed),
-        "lesion_f1": _interval(counts, _f1, seed),
+        "lesion_recall": figure([found, lesions], share_of_sums, seed),
+        "lesion_precision": figure([components - false, components], share_of_sums, seed),
+        "lesion_f1": figure([2 * found, found + lesions + false], share_of_sums, seed),
         "healthy_volume_ml": mean(healthy, "volume_ml"),
         "healthy_false_lesions": mean(healthy, "lesions_predicted"),
     }
@@ -202,41 +199,3 @@ def _surface_mm(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 def _grid_tree(points: np.ndarray) -> KDTree:
     return KDTree(points, balanced_tree=False, compact_nodes=False)  # the quickest to build on the points of a grid
-
-
-def _recall(found: np.ndarray, lesions: np.ndarray, components: np.ndarray, false: np.ndarray,
-            axis: int = -1) -> np.ndarray:
-    return _share(found.sum(axis=axis), lesions.sum(axis=axis))
-
-
-def _precision(found: np.ndarray, lesions: np.ndarray, components: np.ndarray, false: np.ndarray,
-               axis: int = -1) -> np.ndarray:
-    return _share((components - false).sum(axis=axis), components.sum(axis=axis))
-
-
-def _f1(found: np.ndarray, lesions: np.ndarray, components: np.ndarray, false: np.ndarray,
-        axis: int = -1) -> np.ndarray:
-    return _share(2 * found.sum(axis=axis), (found + lesions + false).sum(axis=axis))
-
-
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole; NaN where there is nothing to have a share of."""
-    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
-
-
-def _interval(
-    samples: Sequence[Sequence[float]],  # quantities, each with a value for every patient
-    statistic: Callable[..., np.ndarray],
-    seed: int,
-) -> dict[str, float | int | None]:
-    """A statistic of the patients with its bootstrap interval; None where it is undefined."""
-    values = [np.asarray(sample, float) for sample in samples]
-    found = float(statistic(*values)) if len(values[0]) else np.nan
-    low = high = np.nan
-    if len(values[0]) > 1 and not np.isnan(found):
-        with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # patients may be alike
-            drawn = stats.bootstrap(values, statistic, n_resamples=_RESAMPLES, paired=True, vectorized=True, batch=500,
-                                    method="percentile", rng=seed).bootstrap_distribution
-        low, high = np.nanquantile(drawn, _INTERVAL)  # a draw of patients without any lesion has no recall
-    mean, low, high = (None if np.isnan(value) else float(value) for value in (found, low, high))
-    return {"mean": mean, "low": low, "high": high, "cases": len(values[0])}

@@ -132,10 +132,10 @@ def compare_steps(
     check(entries, config, output=output, source=source)
     rows, phantom = _measured(entries, config, mesh, Path(output), source)
     written = _tables(Path(output), "steps", entries, rows, config, phantom)
-    series = {title: [row.results[part][value] for row in rows] for title, (part, value) in _STEPS_SHOWN.items()}
+    series = {title: [row.results[part][name] for row in rows] for title, (part, name) in _STEPS_SHOWN.items()}
     path = Path(output) / "steps.png"
     title = _title("Quality against the steps of the whole schedule", rows, phantom)
-    figures.steps_figure(path, counts, series, f"{title}: in 'mixed', an empty mask scores 1 there")
+    figures.steps_figure(path, counts, series, f"{title}\n(in 'mixed', an empty mask scores 1 there)")
     return [*written, path]
 
 
@@ -223,4 +223,5 @@ def _tables(
 def _title(text: str, rows: Sequence[report.ComparedMethod], phantom: bool) -> str:
     """With the share of healthy slices, without which a figure over all slices says little."""
     healthy = rows[0].results["shares"]["healthy"]
-    return f"{text}{' (phantom figures)' if phantom else ''}\n{healthy:.0%} of all slices are healthy"
+    return (f"{text}{' (phantom figures)' if phantom else ''}\n"
+            f"bars: 95% over patients; {healthy:.0%} of all slices are healthy")

@@ -50,9 +50,6 @@ class Tally:
             method.volumes.append(volume)
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each method that answered for every case: as `metrics.slice_metrics`, and "volumes". Empty without cases.
-
-        AUROC and AUPRC are `running.SliceSums`'s.
-        """
+        """For each method that answered for every case: `running.SliceSums`'s, and "volumes". Empty without cases."""
         return {name: method.slices.results() | {"volumes": volumes.summarise(method.volumes)}
                 for name, method in self._methods.items() if len(method.volumes) == self.cases}

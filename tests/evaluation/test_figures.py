@@ -81,7 +81,7 @@ def test_names_with_dollar_signs_are_names(tmp_path, head):
                            title=_NAME, row_titles=[_NAME] * 2)
     figures.sample_grid(tmp_path / "b.png", head[None], [2], row_titles=[_NAME] * 2, channels=[_NAME] * 4, title=_NAME)
     figures.comparison_figure(tmp_path / "c.png", [(_NAME, _NAME, _results(0.5), None)], _NAME)
-    figures.steps_figure(tmp_path / "d.png", [5, 20], {_NAME: [0.5, 0.6]}, _NAME)
+    figures.steps_figure(tmp_path / "d.png", [5, 20], {_NAME: [_figure(0.5), _figure(0.6)]}, _NAME)
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -115,9 +115,13 @@ def _pixels_of(path, colour):
     return np.argwhere(np.abs(_pixels(path) - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.05)
 
 
+def _figure(mean, low=None, high=None):
+    return {"mean": mean, "low": low, "high": high, "cases": 4}
+
+
 def _results(dice, low=None, high=None):
-    return {"mixed": {"auprc": 0.5}, "unhealthy": {"dice": dice},
-            "volumes": {"dice": {"mean": dice, "low": low, "high": high, "cases": 4}}}
+    return {"mixed": {"auprc": _figure(0.5)}, "unhealthy": {"dice": _figure(dice)},
+            "volumes": {"dice": _figure(dice, low, high)}}
 
 
 @pytest.mark.filterwarnings("error")
@@ -132,7 +136,7 @@ def test_comparison_figure_draws_what_there_is(tmp_path):
                            for ends in ((0.45, 0.55), (0.2, 0.8), (None, None)))
     assert wide > 3 * narrow > 3 * alone > 0
     assert width(("HAE", "", _results(0.7, 0.7 + 1e-16, 0.7 + 1e-16), None)) > 0  # rounded past the mean
-    assert width(("HAE", "", {"mixed": {"auprc": 0.5}}, None)) == 0
+    assert width(("HAE", "", {"mixed": {"auprc": _figure(0.5)}}, None)) == 0
     assert width(("HAE", "", _results(None), None)) == 0
 
     figures.comparison_figure(tmp_path / "two.png", [("HAE", "w = 2", _results(0.5, 0.4, 0.6), 1.0)] * 2, "title")
@@ -141,13 +145,15 @@ def test_comparison_figure_draws_what_there_is(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_steps_figure(tmp_path):
-    steps, values = [100, 5, 20], [0.7, 0.4, 0.6]
-    figures.steps_figure(tmp_path / "a.png", steps, {"Dice": values, "AUPRC": [0.5, None, 0.4]}, "title")
-    ordered = {"Dice": sorted(values), "AUPRC": [None, 0.4, 0.5]}
+    steps, dice = [100, 5, 20], [_figure(0.7), _figure(0.4, 0.2, 0.5), _figure(0.6)]
+    auprc = [_figure(0.5), None, _figure(0.4)]
+    figures.steps_figure(tmp_path / "a.png", steps, {"Dice": dice, "AUPRC": auprc}, "title")
+    ordered = {"Dice": [dice[1], dice[2], dice[0]], "AUPRC": [auprc[1], auprc[2], auprc[0]]}
     figures.steps_figure(tmp_path / "b.png", sorted(steps), ordered, "title")
     assert len(_pixels_of(tmp_path / "a.png", figures._ORANGE)) > 50
     np.testing.assert_array_equal(_pixels(tmp_path / "a.png"), _pixels(tmp_path / "b.png"))
-    figures.steps_figure(tmp_path / "c.png", [20], {name: [0.5] for name in "abcdef"}, "more series than colours")
+    more = {name: [_figure(0.5)] for name in "abcdef"}  # than there are colours
+    figures.steps_figure(tmp_path / "c.png", [20], more, "title")
 
 
 def test_figures_leave_pyplot_alone():

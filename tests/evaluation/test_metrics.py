@@ -67,11 +67,11 @@ def test_dice_and_iou_by_hand():
     truth[2, 0, 0] = True  # nothing predicted; slice 3: both empty
     np.testing.assert_allclose(metrics.dice(predicted, truth), [4 / 6, 0, 0, 1], atol=1e-6)
     np.testing.assert_allclose(metrics.iou(predicted, truth), [2 / 4, 0, 0, 1], atol=1e-6)
-    precision, recall = metrics.precision_recall(predicted, truth)
-    assert (precision, recall) == (2 / 4, 2 / 4)
+    shares = metrics.pixel_shares(metrics.counts(predicted, truth))
+    assert (shares["precision"], shares["recall"]) == ((2, 4), (2, 4))
     predicted[3] = True
-    precision, recall = metrics.precision_recall(predicted, truth)
-    assert (precision, recall) == (2 / 20, 2 / 4)
+    shares = metrics.pixel_shares(metrics.counts(predicted, truth))
+    assert (shares["precision"], shares["recall"]) == ((2, 20), (2, 4))
 
 
 def test_auroc_counts_the_foreground_only():

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from hae_jax.evaluation import metrics, report, volumes
+from hae_jax.evaluation import metrics, report, running, volumes
 
 
 def _cube(side):
@@ -97,9 +97,12 @@ def test_metrics_table_shows_intervals_in_one_line():
 def _compared(dice, slices=40):
     patients = [volumes.VolumeMetrics(2.0, 1.0, dice + step, dice, 4.0 + step, 1, 1, 1, 0, dice + step, 0.1)
                 for step in (-0.1, 0, 0.1)]
-    return {"mixed": {"dice": dice, "iou": dice / 2, "auroc": 0.9, "auprc": 0.8}, "unhealthy": {"dice": dice / 4},
-            "slice_level": {"accuracy": 0.75}, "shares": {"slices": slices, "healthy": 0.375},
-            "volumes": volumes.summarise(patients)}
+    figures = {
+        "mixed": {"dice": dice, "iou": dice / 2, "auroc": 0.9, "auprc": 0.8}, "unhealthy": {"dice": dice / 4},
+        "slice_level": {"accuracy": 0.75}}
+    return {setting: {name: {"mean": mean, "low": mean - 0.01, "high": mean + 0.01, "cases": 3}
+                      for name, mean in values.items()} for setting, values in figures.items()} | {
+        "shares": {"slices": slices, "healthy": 0.375}, "volumes": volumes.summarise(patients)}
 
 
 @pytest.fixture
@@ -114,8 +117,9 @@ def test_comparison_reads_back_from_csv(tmp_path, compared):
     assert [(row["method"], row["settings"]) for row in rows] == [("HAE", "w = 2, |x0|"), ("threshold", "")]
     for row, (_, _, results, _) in zip(rows, compared, strict=True):
         found = {
-            "mixed_dice": results["mixed"]["dice"], "mixed_iou": results["mixed"]["iou"], "mixed_auprc": 0.8,
-            "unhealthy_dice": results["unhealthy"]["dice"], "slice_accuracy": 0.75, "healthy_share": 0.375,
+            "mixed_dice": results["mixed"]["dice"]["mean"], "mixed_iou": results["mixed"]["iou"]["mean"],
+            "mixed_auprc": 0.8, "mixed_auprc_low": 0.79, "mixed_auprc_high": 0.81,
+            "unhealthy_dice": results["unhealthy"]["dice"]["mean"], "slice_accuracy": 0.75, "healthy_share": 0.375,
             "volume_dice": results["volumes"]["dice"]["mean"], "volume_dice_low": results["volumes"]["dice"]["low"],
             "volume_dice_high": results["volumes"]["dice"]["high"], "hd95_mm": 4, "lesion_f1": 1, "slices": 40,
             "cases": 3}
@@ -138,11 +142,11 @@ def test_every_figure_has_a_column(tmp_path):
     """Each in turn alone is a number: the table must show it."""
     truth = np.zeros((2, 8, 8), bool)
     truth[0, 2:5, 2:5] = True
-    results = metrics.slice_metrics(
-        mask=truth, mask_all=truth, map=truth.astype(float), lesion=np.array([True, False]), truth=truth,
-        labels=np.array([1, 0]), foreground=np.ones_like(truth)) | {"volumes": _compared(0.6)["volumes"]}
-    places = list(_places(results))
-    assert len(places) > 40
+    sums = running.SliceSums()
+    sums.add(mask=truth, mask_all=truth, map=truth.astype(float), lesion=np.array([True, False]), truth=truth,
+             labels=np.array([1, 0]), foreground=np.ones_like(truth))
+    places = list(_places(sums.results() | {"volumes": _compared(0.6)["volumes"]}))
+    assert len(places) > 70
     for place in places:
         alone = 12345
         for key in reversed(place):
@@ -162,7 +166,8 @@ def test_comparison_reads_back_from_markdown(tmp_path, compared):
     assert {len(row) for row in table} == {len(header)}
     first = dict(zip(header, rows[0], strict=True))
     assert first["settings"] == "w = 2, /x0/"
-    assert (first["mixed Dice"], first["unhealthy Dice"], first["seconds per slice"]) == ("0.600", "0.150", "0.250")
+    assert (first["mixed Dice"], first["unhealthy Dice"], first["seconds per slice"]) == (
+        "0.600 [0.590, 0.610]", "0.150 [0.140, 0.160]", "0.250")
     ends = compared[0].results["volumes"]["dice"]
     assert first["volume Dice"] == f"0.600 [{ends['low']:.3f}, {ends['high']:.3f}]"
     assert rows[1][-1] == "-"

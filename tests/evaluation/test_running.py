@@ -1,16 +1,18 @@
-"""Figures summed group by group: counts are exact, AUROC and AUPRC agree with the exact functions to 1e-4."""
+"""Figures summed patient by patient: counts are exact, and intervals are of draws of whole patients."""
+
+import json
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hae_jax.evaluation import metrics, running
+from hae_jax.evaluation.bootstrap import figure
 
 
-def _slices(seed, count, size=24):
+def _slices(seed, count, size=24, sick=0.5):
     rng = np.random.default_rng(seed)
     truth = rng.random((count, size, size)) < 0.1
-    truth[rng.random(count) < 0.5] = False
+    truth[rng.random(count) >= sick] = False
     maps = (rng.gamma(1, 0.05, truth.shape) + 0.1 * truth * rng.random(truth.shape)).astype(np.float32)
     lesion = rng.random(count) < 0.6
     mask = maps > 0.1
@@ -18,57 +20,80 @@ def _slices(seed, count, size=24):
             "labels": truth.any((1, 2)).astype(int), "foreground": rng.random(truth.shape) < 0.6}
 
 
-def test_groups_add_up_to_the_figures_of_all_slices_together():
-    groups, sums = [_slices(seed, count) for seed, count in enumerate((7, 1, 12, 4))], running.SliceSums()
-    for group in groups:
-        sums.add(**group)
-    together = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
-    found, expected = sums.results(), metrics.slice_metrics(**together)
-    for setting in ("mixed", "unhealthy"):
-        for name in ("auroc", "auprc"):
-            assert found[setting].pop(name) == pytest.approx(expected[setting].pop(name), abs=1e-4), (setting, name)
-    assert found == expected
+def _sums(patients):
+    sums = running.SliceSums()
+    for patient in patients:
+        sums.add(**patient)
+    return sums
 
 
-def _draws():
-    rng = np.random.default_rng(0)
-    hits = rng.random(200_000) < 0.02
-    normal = rng.normal(size=hits.size)
-    yield "uniform", hits, rng.random(hits.size) + 0.3 * hits
-    yield "negative too", hits, normal + 1.5 * hits
-    yield "negative", hits, -np.exp(normal - hits)
-    yield "heavy tails", hits, rng.standard_cauchy(hits.size) ** 2 * (1 + 5 * hits)
-    yield "squared differences", hits, ((0.05 + 0.1 * hits) * normal) ** 2
-    yield "tied", hits, np.round(normal + hits, 1)
-    yield "mostly zero", hits, np.maximum(normal + hits - 1, 0) * np.where(rng.random(hits.size) < 0.5, 1, -0.0)
-    yield "all equal", hits, np.full(hits.size, 0.3)
-    yield "far apart", hits, 10.0 ** (12 * normal.clip(-3, 3)) * (1 + hits)
+def _together(patients):
+    return {name: np.concatenate([patient[name] for patient in patients]) for name in patients[0]}
 
 
-@pytest.mark.parametrize(("hits", "scores"), [pytest.param(*rest, id=name) for name, *rest in _draws()])
-def test_ranking_against_the_exact_functions(hits, scores):
-    scores = scores.astype(np.float32)
-    auroc, auprc = running.ranking(running.score_histogram(hits, scores))
-    assert auroc == pytest.approx(roc_auc_score(hits, scores), abs=1e-4)
-    assert auprc == pytest.approx(average_precision_score(hits, scores), abs=1e-4)
+def test_patients_add_up_to_the_figures_of_all_slices_together():
+    patients = [_slices(seed, count) for seed, count in enumerate((7, 1, 12, 4))]
+    found, expected = _sums(patients).results(), metrics.slice_metrics(**_together(patients))
+    assert found.pop("shares") == expected.pop("shares")
+    assert found.keys() == expected.keys()
+    for setting, figures in found.items():
+        assert figures.keys() == expected[setting].keys()
+        for name, value in figures.items():
+            error = 1e-4 if name in ("auroc", "auprc") else 1e-12
+            assert value["mean"] == pytest.approx(expected[setting][name], abs=error), (setting, name)
 
 
-def test_bins_rise_with_the_scores_and_are_fine():
-    scores = np.sort(np.concatenate([sign * np.geomspace(1e-30, 1e30, 5000) for sign in (-1, 1)]))
-    assert (np.diff(running.score_bins(scores)) > 0).all()
-    ones = np.array([1, 1 + 1e-3, 0.0, -0.0, np.float32(1e-45)])
-    one, more, zero, negative_zero, tiny = running.score_bins(ones)
-    assert one < more
-    assert zero == negative_zero <= tiny
-    assert 0 <= running.score_bins(np.array([-3e38]))[0] < running.score_bins(np.array([3e38]))[0] < 2**20
+def test_intervals_are_of_draws_of_whole_patients():
+    """Against draws made one by one and measured by the exact functions."""
+    patients = [_slices(seed, 3 + seed, size=12, sick=0.2 * (seed % 5)) for seed in range(6)]
+    found, rng = _sums(patients).results(), np.random.default_rng(1)
+    drawn = [metrics.slice_metrics(**_together([patients[index] for index in rng.integers(0, 6, 6)]))
+             for _ in range(400)]
+    for setting, name in (("mixed", "dice"), ("mixed", "precision"), ("mixed", "auroc"), ("mixed", "auprc"),
+                          ("slice_level", "accuracy"), ("slice_level", "recall")):
+        low, high = np.nanquantile(np.array([draw[setting][name] for draw in drawn], float), (0.025, 0.975))
+        value = found[setting][name]
+        spread = high - low
+        assert value["cases"] == 6
+        assert (value["low"], value["high"]) == (pytest.approx(low, abs=0.2 * spread),
+                                                 pytest.approx(high, abs=0.2 * spread)), (setting, name)
+        assert spread > 0
 
 
-def test_what_is_undefined_or_wrong():
-    for truth in (False, True):
-        assert running.ranking(running.score_histogram(np.full(5, truth), np.arange(5.0))) == (None, None)
-    assert running.ranking(running.score_histogram(np.zeros(0, bool), np.zeros(0))) == (None, None)
-    with pytest.raises(ValueError, match="not finite"):
-        running.score_histogram(np.array([True]), np.array([np.nan]))
+def test_healthy_patients_are_not_drawn_for_the_figures_of_lesion_slices():
+    sick, healthy = [_slices(seed, 5, sick=1) for seed in range(3)], [_slices(seed, 5, sick=0) for seed in (3, 4)]
+    alone, all_of_them = _sums(sick).results(), _sums(sick + healthy).results()
+    assert all_of_them["unhealthy"] == alone["unhealthy"]
+    assert all_of_them["unhealthy"]["dice"]["cases"] == all_of_them["unhealthy"]["auprc"]["cases"] == 3
+    assert all_of_them["mixed"]["dice"]["cases"] == 5
+    empty = {name: value[:0] for name, value in sick[0].items()}  # a patient without a slice worth translating
+    assert _sums([*sick, empty]).results() == alone
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_there_is_no_interval():
+    alone = _sums([_slices(0, 6)]).results()
+    undefined = {"mean": None, "low": None, "high": None}
+    for setting in ("mixed", "unhealthy", "slice_level"):
+        for value in alone[setting].values():
+            assert value["mean"] is not None
+            assert value == {**undefined, "mean": value["mean"], "cases": 1}
+    healthy = _sums([_slices(seed, 4, sick=0) for seed in range(3)]).results()
+    assert all(value == {**undefined, "cases": 0} for value in healthy["unhealthy"].values())
+    assert healthy["mixed"]["auroc"] == healthy["slice_level"]["recall"] == {**undefined, "cases": 3}
+    json.dumps([alone, healthy], allow_nan=False)
+
+
+def test_equal_seeds_draw_equal_patients():
+    patients = [_slices(seed, 6) for seed in range(5)]
+    found = _sums(patients).results(seed=3)
+    assert found == _sums(patients).results(seed=3) != _sums(patients).results(seed=4)
+    shares = np.array([metrics.label_shares(np.stack([p["lesion"], p["labels"] > 0]))["accuracy"] for p in patients]).T
+    assert found["slice_level"]["accuracy"] == figure(
+        shares, lambda part, whole, axis: part.sum(axis=axis) / whole.sum(axis=axis), seed=3)
+
+
+def test_a_soft_mask_is_refused():
     slices = _slices(0, 3)
     with pytest.raises(TypeError, match="threshold a soft mask"):
         running.SliceSums().add(**{**slices, "truth": slices["truth"].astype(float)})

@@ -1,0 +1,49 @@
+"""A figure over patients, and its interval: between which values it would lie, had other patients come.
+
+Used by `running.py` (figures over slices) and `volumes.py` (figures per patient). Whole patients are drawn, never
+slices or lesions: those of one patient are alike and would make the interval too narrow.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 5000
+_INTERVAL = (0.025, 0.975)
+
+
+def figure(
+    samples: Sequence[Sequence[float]],  # quantities, each with a value for every patient
+    statistic: Callable[..., np.ndarray],  # of such quantities and `axis`, along which the patients lie
+    seed: int = 0,
+) -> dict[str, float | int | None]:
+    """A statistic of the patients with its 95% interval by the percentile bootstrap, ready for JSON.
+
+    Equal seeds draw equal patients, so that methods which were measured on the same patients in the same order are
+    compared on the same resamples. Draws of which the statistic is NaN do not count.
+
+    Returns:
+      "mean" (None where the statistic is NaN), "low", "high" (None of fewer than two patients, too), "cases".
+    """
+    values = [np.asarray(sample) for sample in samples]
+    found = float(statistic(*values, axis=-1)) if len(values[0]) else np.nan
+    low = high = np.nan
+    if len(values[0]) > 1 and not np.isnan(found):
+        with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # patients may be alike
+            drawn = stats.bootstrap(values, statistic, n_resamples=RESAMPLES, paired=True, vectorized=True, batch=500,
+                                    method="percentile", rng=seed).bootstrap_distribution
+        low, high = np.nanquantile(drawn, _INTERVAL)
+    mean, low, high = (None if np.isnan(value) else float(value) for value in (found, low, high))
+    return {"mean": mean, "low": low, "high": high, "cases": len(values[0])}
+
+
+def share_of_sums(part: np.ndarray, whole: np.ndarray, axis: int = -1) -> np.ndarray:
+    """What all patients' parts together are of their wholes together, a `statistic` for `figure`."""
+    return share(part.sum(axis=axis), whole.sum(axis=axis))
+
+
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole; NaN where there is nothing to have a share of."""
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)
