@@ -36,8 +36,8 @@ class Settings:
     variants: tuple[str, ...]
     baselines: tuple[str, ...]
     batch: int
-    steps: int
-    repeats: int
+    steps: int = 4
+    repeats: int = 5
     options: tuple[str, ...] = ()
     profile: bool = False
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hae_jax.commands.common import check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP, read_config
+from hae_jax.errors import UserError
 
 _DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "default.py")
 _SMALL = ("image_size=64", "model_channels=32", "num_res_blocks=1", "channel_mult=(1,2,2)",
@@ -19,6 +20,8 @@ fast as the device's matrix products, "byte floor" that of the least traffic wit
 "time x" and "memory x" compare a baseline with ours, another variant with the first, and a block's forms with the first
 of them. "blocks" are single pieces in the sizes of the full network; they are measured on request."""
 _PARTS, _TARGET_PARTS = ("train", "forward", "translate", "input"), ("forward", "train")
+_UNTIMED = ("profile", "repeats", "devices")  # flags that mean nothing where nothing is timed
+_WITHOUT = {"memory": ("part", "variant", "baseline", "option", "remat", "steps", *_UNTIMED), "target": _UNTIMED}
 _EPILOG = """\
 examples:
   python tools/benchmark.py                                          # a small network, about 2 minutes on two cores
@@ -55,10 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), help="of computation; default: the config's, "
         "with --memory or --target bfloat16")
     add("--remat", choices=("none", "block", "full"), help="default: the config's; --memory compares them")
-    add("--steps", type=int, default=4, metavar="N", help="that a translation walks; default: %(default)s of 600")
-    add("--repeats", type=int, default=5, metavar="N", help="turns; default: %(default)s")
-    add("--devices", choices=("one", "cores"), default="cores", help="one device, or all (on a CPU, its cores); "
-        "default: %(default)s")
+    add("--steps", type=int, metavar="N", help="that a translation walks; default: 4 of 600")
+    add("--repeats", type=int, metavar="N", help="turns; default: 5")
+    add("--devices", choices=("one", "cores"), help="one device, or all (on a CPU, its cores); default: cores")
     add("--memory", action="store_true", help="plan the memory of training instead, ours and naive, and the largest "
         "batches for some cards")
     add("--target", metavar="GPU", help="compile for this GPU, which need not be here, instead of measuring, and say "
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, measures, prints the table."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_fields(overrides)
+    _check_used(arguments)
     planned = arguments.memory or arguments.target
     small = arguments.config is None and not planned
     config = read_config(arguments.config or _DEFAULT_CONFIG,
@@ -100,20 +103,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     baselines = arguments.baseline or (("none",) if arguments.target or parts == ("train", "input") else ("naive",))
     settings = Settings(
         parts, arguments.variant or (config.model.variant,), tuple(name for name in baselines if name != "none"), batch,
-        arguments.steps, arguments.repeats, tuple(arguments.option), arguments.profile)
+        options=tuple(arguments.option), profile=arguments.profile,
+        **{name: value for name in ("steps", "repeats") if (value := getattr(arguments, name)) is not None})
     if arguments.memory:
         device = target_device(arguments.target) if arguments.target else jax.devices()[0]
         result = memory_of_training(config, batch, make_mesh(devices=[device]))
     elif arguments.target:
         result = plan(config, settings, arguments.target)
     else:
-        if arguments.devices == "cores":
+        if arguments.devices != "one":
             use_all_cores(batch)
-        devices = jax.devices() if arguments.devices == "cores" else jax.devices()[:1]
+        devices = jax.devices()[:1] if arguments.devices == "one" else jax.devices()
         result = benchmark(config, settings, make_mesh(devices=devices))
     print(f"\n{result.text()}")
     if arguments.output:
         print("\n".join(["", "written:", *(f"  {path}" for path in result.write(arguments.output))]))
+
+
+def _check_used(arguments: argparse.Namespace) -> None:
+    """What is only compiled is not timed: a flag without effect is refused rather than passed over.
+
+    Raises:
+      UserError: naming it.
+    """
+    for mode, without in _WITHOUT.items():
+        for name in without if getattr(arguments, mode) else ():
+            if getattr(arguments, name) not in (None, False, []):
+                raise UserError(f"--{name}: has no effect with --{mode}; leave it out")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -82,6 +82,14 @@ def test_mistakes(tiny, monkeypatch, capsys):
         plan(tiny, settings("forward"), "h10")
     with pytest.raises(UserError, match="--part input cannot be compiled"):
         plan(tiny, settings("input"), "h100")
+    for flags, said in ((["--target", "h100", "--repeats", "3"], "--repeats: has no effect with --target"),
+                        (["--memory", "--steps", "3"], "--steps: has no effect with --memory"),
+                        (["--memory", "--target", "a100", "--profile"], "--profile: has no effect with --memory"),
+                        (["--memory", "--option", "a=b"], "--option: has no effect with --memory")):
+        with pytest.raises(SystemExit) as stopped:
+            main(flags)
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
     monkeypatch.setattr(target, "_PLUGINS", ("jax_plugins.none", "nothing.at_all"))
     with pytest.raises(SystemExit) as stopped:
         main(["--target", "h100"])
