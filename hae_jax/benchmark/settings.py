@@ -10,6 +10,7 @@ from hae_jax.benchmark import naive
 from hae_jax.benchmark.results import NAIVE
 from hae_jax.errors import UserError
 from hae_jax.model import VARIANTS
+from hae_jax.model.config import DEFAULT_CHANNEL_MULT
 
 PARTS = ("train", "forward", "translate", "input", "blocks")
 
@@ -47,7 +48,7 @@ class Settings:
             for value in values:
                 if value not in choices:
                     raise UserError(f"{flag} {value}: choose among {', '.join(choices)}")
-        for flag, value in (("--steps", self.steps), ("--repeats", self.repeats)):
+        for flag, value in (("--batch", self.batch), ("--steps", self.steps), ("--repeats", self.repeats)):
             if value < 1:
                 raise UserError(f"{flag} {value}: must be at least 1")
         for option in self.options:
@@ -59,12 +60,21 @@ def with_model(config: ml_collections.ConfigDict, **fields: Any) -> ml_collectio
     """A copy of the config with other fields of the network.
 
     With another image_size, attention stays at the same sizes in pixels.
+
+    Raises:
+      UserError: the network has no level of these sizes then.
     """
     config = config.copy_and_resolve_references()
     size = config.model.image_size
     for name, value in fields.items():
         config.model[name] = value
     if "image_size" in fields and "attention_resolutions" not in fields:
-        rates = (rate * fields["image_size"] // size for rate in config.model.attention_resolutions)
-        config.model.attention_resolutions = tuple(rate for rate in rates if rate > 0)
+        wanted = [rate * fields["image_size"] / size for rate in config.model.attention_resolutions]
+        widths = config.model.channel_mult or DEFAULT_CHANNEL_MULT.get(fields["image_size"], range(32))
+        if any(rate >= 1 and rate not in [2**level for level in range(len(widths))] for rate in wanted):
+            sizes = " and ".join(str(size // rate) for rate in config.model.attention_resolutions)
+            raise UserError(f"--image-size {fields['image_size']}: no level of the network is of {sizes} px then, "
+                            "where it has attention; give --config.model.image_size, attention_resolutions and "
+                            "channel_mult")
+        config.model.attention_resolutions = tuple(int(rate) for rate in wanted if rate >= 1)
     return config

@@ -81,8 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                          [*(f"--config.model.{field}" for field in _SMALL if small), *overrides])
     if planned:
         arguments.dtype = arguments.dtype or "bfloat16"
-    batch = arguments.batch or (28 if planned else 8)
+    batch = (28 if planned else 8) if arguments.batch is None else arguments.batch
     parts = arguments.part or (_TARGET_PARTS if arguments.target else _PARTS)
+    if arguments.output and Path(arguments.output).exists() and not Path(arguments.output).is_dir():
+        raise UserError(f"--output {arguments.output}: is a file; give a folder")
 
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cache would hide the compile times
     if arguments.target:
@@ -133,4 +135,7 @@ def _check_used(arguments: argparse.Namespace) -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
+    names = tuple(name for name in text.split(",") if name)
+    if not names:
+        raise argparse.ArgumentTypeError("names nothing")
+    return names

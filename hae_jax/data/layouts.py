@@ -54,10 +54,13 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
       modalities: the channels wanted, in their order. Others that a case may have are ignored.
 
     Raises:
-      UserError: no case is there, or in all of it dataset.json does not tell where a modality is.
+      UserError: no case is there, the folder holds results of translate.py, or in all of it dataset.json does not tell
+        where a modality is.
     """
     folder = Path(folder)
     check_modalities(modalities)
+    if _holds_results(folder):
+        raise UserError(f"{folder}: holds results of translate.py, no cases; give the folder of the images")
     if os.path.isfile(folder):
         return [_case_of(folder, modalities)]
     if not os.path.isdir(folder):
@@ -119,7 +122,7 @@ def _folders(
             continue
         walked.add(folder.resolve())
         below = _subfolders(folder, closed)
-        if below is None or (folder != top and all(os.path.exists(folder / name) for name in _RESULTS)):
+        if below is None or (folder != top and _holds_results(folder)):
             continue
         links += [path for path in below if path.is_symlink()]
         waiting += [path for path in reversed(below) if not path.is_symlink()]
@@ -127,6 +130,10 @@ def _folders(
             yield folder
     if top not in closed:
         yield top
+
+
+def _holds_results(folder: Path) -> bool:
+    return all(os.path.exists(folder / name) for name in _RESULTS)
 
 
 def _subfolders(folder: Path, closed: list[Path]) -> list[Path] | None:
@@ -222,7 +229,16 @@ def _each_named_once(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
     found: dict[str, list[CaseFiles]] = collections.defaultdict(list)
     for case in cases:
         found[case.name].append(case)
-    return [same[0] if len(same) == 1 else _clash(same) for same in found.values()]
+    return [_encodable(same[0]) if len(same) == 1 else _clash(same) for same in found.values()]
+
+
+def _encodable(case: CaseFiles) -> CaseFiles:
+    """The case, with a problem if its name is not text: results could not be named after it."""
+    if case.name == os.fsencode(case.name).decode(errors="replace"):
+        return case
+    shown = os.fsencode(case.name).decode(errors="backslashreplace")
+    name = os.fsencode(case.name).decode(errors="replace").replace("\ufffd", "_")
+    return dataclasses.replace(case, name=name, problem=f"{shown}: its name is not UTF-8; rename its folder or files")
 
 
 def _clash(cases: Sequence[CaseFiles]) -> CaseFiles:

@@ -1,7 +1,7 @@
 """A figure over patients, and its interval: between which values it would lie, had other patients come.
 
 Used by `running.py` (figures over slices) and `volumes.py` (figures per patient). Whole patients are drawn, never
-slices or lesions: those of one patient are alike and would make the interval too narrow.
+slices, lesions or visits: those of one patient are alike and would make the interval too narrow.
 """
 
 import warnings
@@ -12,6 +12,24 @@ from scipy import stats
 
 RESAMPLES = 5000
 _INTERVAL = (0.025, 0.975)
+
+
+def share_of_sums(
+    part: Sequence[float],  # of each case
+    whole: Sequence[float],  # of each case, what its part is of
+    patients: Sequence[str],  # of each case
+    seed: int = 0,
+) -> dict[str, float | int | None]:
+    """What all cases' parts together are of their wholes together: `figure`, with "cases"."""
+    drawn = [np.bincount(numbers(patients), weights=sample) for sample in (part, whole)]
+    return figure(drawn, lambda part, whole, axis: share(part.sum(axis=axis), whole.sum(axis=axis)), seed) | {
+        "cases": len(patients)}
+
+
+def numbers(patients: Sequence[str]) -> np.ndarray:  # [cases] int
+    """Which of the patients each case is of, in the order of their first ones."""
+    order = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
+    return np.array([order[patient] for patient in patients], int)
 
 
 def figure(
@@ -25,7 +43,7 @@ def figure(
     compared on the same resamples. Draws of which the statistic is NaN do not count.
 
     Returns:
-      "mean" (None where the statistic is NaN), "low", "high" (None of fewer than two patients, too), "cases".
+      "mean" (None where the statistic is NaN), "low", "high" (None of fewer than two patients, too).
     """
     values = [np.asarray(sample) for sample in samples]
     found = float(statistic(*values, axis=-1)) if len(values[0]) else np.nan
@@ -36,12 +54,7 @@ def figure(
                                     method="percentile", rng=seed).bootstrap_distribution
         low, high = np.nanquantile(drawn, _INTERVAL)
     mean, low, high = (None if np.isnan(value) else float(value) for value in (found, low, high))
-    return {"mean": mean, "low": low, "high": high, "cases": len(values[0])}
-
-
-def share_of_sums(part: np.ndarray, whole: np.ndarray, axis: int = -1) -> np.ndarray:
-    """What all patients' parts together are of their wholes together, a `statistic` for `figure`."""
-    return share(part.sum(axis=axis), whole.sum(axis=axis))
+    return {"mean": mean, "low": low, "high": high}
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

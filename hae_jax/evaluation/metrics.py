@@ -16,9 +16,9 @@ _SMOOTH = 1e-6
 FIXED_THRESHOLDS = np.arange(1, 70) / 100  # the candidates for methods with one fixed threshold on the map
 
 DEFINITIONS = {
-    "mean, low, high": "the figure over all slices that count, and its 95% interval by the percentile bootstrap over "
-                       f"the patients ('cases') that they are of ({RESAMPLES} resamples of whole patients); null of "
-                       "fewer than two patients",
+    "mean, low, high": "the figure over the slices that count, which are of so many 'cases', and its 95% interval by "
+                       f"the percentile bootstrap over patients ({RESAMPLES} resamples; a patient is drawn with all "
+                       "slices of all visits); null of fewer than two patients",
     "mixed": "all slices; a slice that is called healthy has an empty mask",
     "unhealthy": "only slices with a lesion by their label; every slice keeps its mask",
     "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",

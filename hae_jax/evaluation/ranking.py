@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from hae_jax.evaluation.bootstrap import figure, share
+from hae_jax.evaluation.bootstrap import figure, numbers, share
 
 _SHIFT = 12  # bits of a float32's mantissa that are left out: 11 of 23 stay, a relative width of 2^-11
 BINS = 1 << (32 - _SHIFT)
@@ -99,7 +99,8 @@ def coarse(
 
 def figures(
     histogram: np.ndarray,  # [2, bins] of all patients
-    patients: Sequence[sparse.csr_array],  # [2, bins / 16] of each, `coarse`
+    cases: Sequence[sparse.csr_array],  # [2, bins / 16] of each, `coarse`
+    patients: Sequence[str],  # of each case
     seed: int = 0,
 ) -> dict[str, dict[str, float | int | None]]:
     """"auroc" and "auprc" of all patients together, with intervals from draws of patients (`bootstrap.figure`).
@@ -107,19 +108,20 @@ def figures(
     In a coarse bin all lesion pixels have the precision at its lower edge. What that takes from the AUPRC of all
     patients is given back bin by bin, also in draws: the error would be wider than the interval of many patients.
     """
-    stacked = sparse.vstack([sparse.csr_array((2, BINS // _FINE)), *patients]).tocsr()[2:]
-    columns = np.unique(stacked.indices)
-    drawn_from = stacked[:, columns].toarray().reshape(len(patients), 2 * len(columns))
+    stacked = sparse.vstack([sparse.csr_array((2, BINS // _FINE)), *cases]).tocsr()[2:]
+    columns, whose = np.unique(stacked.indices), numbers(patients)
+    drawn_from = np.zeros((len(set(patients)), 2 * len(columns)), np.int64)
+    np.add.at(drawn_from, whose, stacked[:, columns].toarray().reshape(len(cases), 2 * len(columns)))
     fine, rough = (values[1] * _precision(values) for values in (histogram, coarse(histogram).toarray()))
     correction = np.divide(fine.reshape(-1, _FINE).sum(axis=-1), rough, out=np.ones_like(rough), where=rough > 0)
 
     def statistic(of: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
         def of_drawn(drawn: np.ndarray, axis: int) -> np.ndarray:
-            times = np.apply_along_axis(np.bincount, axis, drawn.astype(int), minlength=len(patients))
+            times = np.apply_along_axis(np.bincount, axis, drawn.astype(int), minlength=len(drawn_from))
             together = times @ drawn_from
             return of(together.reshape(*together.shape[:-1], 2, len(columns)))
         return of_drawn
 
     drawn = {"auroc": statistic(auroc), "auprc": statistic(functools.partial(auprc, correction=correction[columns]))}
-    return {name: figure([np.arange(len(patients))], of, seed) | {"mean": mean}
+    return {name: figure([np.arange(len(drawn_from))], of, seed) | {"mean": mean, "cases": len(cases)}
             for (name, of), mean in zip(drawn.items(), ranking(histogram), strict=True)}

@@ -31,7 +31,8 @@ class CaseResult:
       slices: number of slices that were translated.
       lesion_slices: how many of them are flagged, that is, called lesion slices.
       lowest_similarity: of its slices; the lower, the more certain is a lesion. None without slices.
-      seconds: time that the case took.
+      seconds: time that the case took, reading, masks and writing included; counted from when the case before was done.
+        Slices of one batch are done together, so of several small cases in it one has the time of all.
       hd95_mm: 95th percentile Hausdorff distance; None where mask or segmentation is empty.
       lesions: connected components of the segmentation in 3-D.
       lesions_found: how many of them the mask touches.

@@ -1,4 +1,4 @@
-"""The figures of `metrics.slice_metrics` from one patient after the other, in memory that no pixel stays in.
+"""The figures of `metrics.slice_metrics` from one case after the other, in memory that no pixel stays in.
 
 A slice leaves counts behind, which are exact, and its map joins the histograms of `ranking.py`.
 """
@@ -10,20 +10,22 @@ import numpy as np
 from scipy import sparse
 
 from hae_jax.evaluation import metrics, ranking
-from hae_jax.evaluation.bootstrap import figure, share_of_sums
+from hae_jax.evaluation.bootstrap import share_of_sums
 
 
 class SliceSums:
-    """What patients' slices add up to; `results` is what `metrics.slice_metrics` finds in all of them together."""
+    """What cases' slices add up to; `results` is what `metrics.slice_metrics` finds in all of them together."""
 
     def __init__(self):
-        self._counts: list[np.ndarray] = []  # of each patient [2, 3, S]: "mixed" and "unhealthy", of `metrics.counts`
-        self._labels: list[np.ndarray] = []  # of each patient [2, S] bool: predicted and true
+        self._patients: list[str] = []  # of each case
+        self._counts: list[np.ndarray] = []  # of each case [2, 3, S]: "mixed" and "unhealthy", of `metrics.counts`
+        self._labels: list[np.ndarray] = []  # of each case [2, S] bool: predicted and true
         self._scores = np.zeros((2, 2, ranking.BINS), np.int64)  # pixels by label of the slice, truth and score
-        self._coarse: list[sparse.csr_array] = []  # of each patient the same, [4, coarse bins]
+        self._coarse: list[sparse.csr_array] = []  # of each case the same, [4, coarse bins]
 
     def add(
         self,
+        patient: str,
         *,
         mask: np.ndarray,  # [S, H, W] bool
         mask_all: np.ndarray,  # [S, H, W] bool
@@ -33,7 +35,9 @@ class SliceSums:
         labels: np.ndarray,  # [S] 0 healthy, 1 lesion
         foreground: np.ndarray,  # [S, H, W] bool
     ) -> None:
-        """Adds all slices of one patient; see `metrics.slice_metrics` for the arguments.
+        """Adds all slices of a case; see `metrics.slice_metrics` for the arguments.
+
+        Cases of one patient are drawn together.
 
         Raises:
           TypeError: for a soft mask.
@@ -42,6 +46,7 @@ class SliceSums:
         truth, sick = metrics.as_bool(truth), np.asarray(labels) > 0
         scores = np.stack([ranking.score_histogram(truth[rows][foreground[rows]], map[rows][foreground[rows]])
                            for rows in (~sick, sick)])
+        self._patients.append(patient)
         self._counts.append(np.stack([metrics.counts(mask, truth), metrics.counts(mask_all, truth)]))
         self._labels.append(np.stack([metrics.as_bool(lesion), sick]))
         self._scores += scores
@@ -50,7 +55,7 @@ class SliceSums:
     def results(self, seed: int = 0) -> dict[str, dict[str, Any]]:
         """The figures with their intervals over patients (`bootstrap.figure`), ready for JSON; "shares" has none.
 
-        Patients without slices of a kind, as healthy ones in "unhealthy", are not drawn for its figures.
+        Cases without slices of a kind, as healthy ones in "unhealthy", do not count for its figures.
 
         Raises:
           ValueError: if nothing was added.
@@ -59,25 +64,36 @@ class SliceSums:
         unhealthy = [counts[1][:, sick] for counts, (_, sick) in zip(self._counts, self._labels, strict=True)]
         of_all, of_sick = zip(*((coarse[:2] + coarse[2:], coarse[2:]) for coarse in self._coarse), strict=True)
         return {
-            "mixed": _figures(metrics.pixel_shares, mixed, seed)
-                     | ranking.figures(self._scores.sum(axis=0), _with_slices(of_all, mixed), seed),
-            "unhealthy": _figures(metrics.pixel_shares, unhealthy, seed)
-                         | ranking.figures(self._scores[1], _with_slices(of_sick, unhealthy), seed),
-            "slice_level": _figures(metrics.label_shares, self._labels, seed),
+            "mixed": self._figures(metrics.pixel_shares, mixed, seed)
+                     | self._rankings(self._scores.sum(axis=0), of_all, mixed, seed),
+            "unhealthy": self._figures(metrics.pixel_shares, unhealthy, seed)
+                         | self._rankings(self._scores[1], of_sick, unhealthy, seed),
+            "slice_level": self._figures(metrics.label_shares, self._labels, seed),
             "shares": metrics.slice_shares(np.concatenate(self._labels, axis=-1)),
         }
 
+    def _figures(
+        self,
+        shares: Callable[[np.ndarray], dict[str, tuple[float, int]]],
+        cases: Sequence[np.ndarray],  # of each what `shares` takes, slices along the last axis
+        seed: int,
+    ) -> dict[str, dict[str, Any]]:
+        """Each share of all slices together, with its interval."""
+        kept = _with_slices(cases)
+        found, patients = [shares(cases[k]) for k in kept], [self._patients[k] for k in kept]
+        return {name: share_of_sums([own[name][0] for own in found], [own[name][1] for own in found], patients, seed)
+                for name in shares(cases[0][:, :0])}
 
-def _figures(
-    shares: Callable[[np.ndarray], dict[str, tuple[float, int]]],
-    patients: Sequence[np.ndarray],  # of each what `shares` takes, slices along the last axis
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Each share of all patients together, with its interval."""
-    found = [shares(patient) for patient in _with_slices(patients, patients)]
-    return {name: figure(np.array([own[name] for own in found]).reshape(-1, 2).T, share_of_sums, seed)
-            for name in shares(patients[0][:, :0])}
+    def _rankings(
+        self,
+        scores: np.ndarray,  # [2, bins]
+        coarse: Sequence[sparse.csr_array],  # [2, coarse bins] of each case
+        cases: Sequence[np.ndarray],  # slices along the last axis
+        seed: int,
+    ) -> dict[str, dict[str, Any]]:
+        kept = _with_slices(cases)
+        return ranking.figures(scores, [coarse[k] for k in kept], [self._patients[k] for k in kept], seed)
 
 
-def _with_slices(values: Sequence[Any], patients: Sequence[np.ndarray]) -> list[Any]:
-    return [value for value, patient in zip(values, patients, strict=True) if patient.shape[-1]]
+def _with_slices(cases: Sequence[np.ndarray]) -> list[int]:
+    return [k for k, case in enumerate(cases) if case.shape[-1]]

@@ -13,13 +13,14 @@ from scipy.spatial import KDTree
 from skimage import measure
 
 from hae_jax.evaluation import metrics
-from hae_jax.evaluation.bootstrap import RESAMPLES, figure, share_of_sums
+from hae_jax.evaluation.bootstrap import RESAMPLES, share_of_sums
 
 DEFINITIONS = {
-    "cases": "patients with a segmentation: lesion_cases have a lesion in it, healthy_cases have none; missed_cases "
+    "cases": "cases with a segmentation: lesion_cases have a lesion in it, healthy_cases have none; missed_cases "
              "have a lesion and an empty mask",
     "mean, low, high": "the mean over the cases that count ('cases'), and its 95% interval by the percentile bootstrap "
-                       f"over patients ({RESAMPLES} resamples); null where fewer than two cases count",
+                       f"over patients ({RESAMPLES} resamples; a patient is drawn with all visits); null where cases "
+                       "of fewer than two patients count",
     "dice": "volume Dice, over the lesion cases (an empty mask scores 0)",
     "iou": "volume IoU, over the lesion cases (an empty mask scores 0)",
     "hd95_mm": "the larger of the two directed 95th percentiles of the distances from the surface voxels of mask and "
@@ -145,17 +146,27 @@ def lesion_count(mask: np.ndarray) -> int:
     return _components(metrics.as_bool(mask))[1]
 
 
-def summarise(cases: Sequence[VolumeMetrics], seed: int = 0) -> dict[str, dict[str, float | int | None] | int]:
-    """Everything that `DEFINITIONS` explains over several patients, ready for JSON.
+def summarise(
+    cases: Sequence[VolumeMetrics], patients: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, dict[str, float | int | None] | int]:
+    """Everything that `DEFINITIONS` explains over several cases, ready for JSON.
 
     A figure is {"mean", "low", "high", "cases"}. Equal seeds draw equal patients, so that methods which were measured
     on the same cases in the same order are compared on the same resamples.
-    """
-    ill, healthy = ([case for case in cases if bool(case.lesions) == kind] for kind in (True, False))
 
-    def mean(of: Sequence[VolumeMetrics], name: str) -> dict[str, float | int | None]:
-        known = [value for case in of if (value := getattr(case, name)) is not None]
-        return figure([known], np.mean, seed)
+    Args:
+      cases: what was measured.
+      patients: whose case each is; None: each is another one's.
+      seed: of the resamples.
+    """
+    patients = list(map(str, range(len(cases)))) if patients is None else patients
+    ill, healthy = ([(case, patient) for case, patient in zip(cases, patients, strict=True)
+                     if bool(case.lesions) == kind] for kind in (True, False))
+
+    def mean(of: Sequence[tuple[VolumeMetrics, str]], name: str) -> dict[str, float | int | None]:
+        known = [(value, patient) for case, patient in of if (value := getattr(case, name)) is not None]
+        values, whose = [value for value, _ in known], [patient for _, patient in known]
+        return share_of_sums(values, np.ones(len(values)), whose, seed)
 
     found, lesions, components, false = (np.array([getattr(case, name) for case in cases], int) for name in (
         "lesions_found", "lesions", "lesions_predicted", "false_lesions"))
@@ -163,11 +174,11 @@ def summarise(cases: Sequence[VolumeMetrics], seed: int = 0) -> dict[str, dict[s
         "cases": len(cases),
         "lesion_cases": len(ill),
         "healthy_cases": len(healthy),
-        "missed_cases": sum(case.lesions_predicted == 0 for case in ill),
+        "missed_cases": sum(case.lesions_predicted == 0 for case, _ in ill),
         **{name: mean(ill, name) for name in ("dice", "iou", "hd95_mm", "best_dice")},
-        "lesion_recall": figure([found, lesions], share_of_sums, seed),
-        "lesion_precision": figure([components - false, components], share_of_sums, seed),
-        "lesion_f1": figure([2 * found, found + lesions + false], share_of_sums, seed),
+        "lesion_recall": share_of_sums(found, lesions, patients, seed),
+        "lesion_precision": share_of_sums(components - false, components, patients, seed),
+        "lesion_f1": share_of_sums(2 * found, found + lesions + false, patients, seed),
         "healthy_volume_ml": mean(healthy, "volume_ml"),
         "healthy_false_lesions": mean(healthy, "lesions_predicted"),
     }

@@ -24,7 +24,7 @@ from hae_jax.evaluation.volumes import volume_metrics
 from hae_jax.translation import records
 from hae_jax.translation.batched import Slice, stacked
 from hae_jax.translation.masks import Masks
-from hae_jax.translation.plan import Plan, case_digest
+from hae_jax.translation.plan import Plan, case_digest, of_phantom
 from hae_jax.translation.validation import Translator
 from hae_jax.translation.volume import SlicedCase, healthy_volume, map_volume, mask_volume, read_slices, write_volume
 
@@ -46,6 +46,14 @@ class Calibrations(NamedTuple):
     competitor: Any | None
 
 
+class _Origin(NamedTuple):
+    """What a record says of where its case comes from."""
+
+    digest: str
+    folder: str
+    phantom: bool
+
+
 def process_cases(
     plan: Plan, cases: Sequence[CaseFiles], translator: Translator, calibrations: Calibrations,
     inputs: Mapping[str, Any],
@@ -62,12 +70,13 @@ def process_cases(
       calibrations: of the method and its competitor.
       inputs: of the run, for the records.
     """
-    digests = {case.name: case_digest(inputs, case) for case in cases}
+    origins = {case.name: _Origin(case_digest(inputs, case), str(case.folder.resolve()), of_phantom(case))
+               for case in cases}
     before, unrecorded = time.monotonic(), {}
 
     def failed(name: str, reason: str) -> None:
         try:
-            records.write(plan.output, name, _record(digests[name], inputs, failed=reason), None)
+            records.write(plan.output, name, _record(origins[name], inputs, failed=reason), None)
         except OSError:  # the disk is full, say, which may be the very reason
             unrecorded[name] = reason
         tqdm.write(f"failed {name}: {reason}")
@@ -78,7 +87,7 @@ def process_cases(
             try:
                 if isinstance(done, Exception):
                     raise done
-                _finish(plan, done, calibrations, digests[name], inputs, time.monotonic() - before)
+                _finish(plan, done, calibrations, origins[name], inputs, before)
                 before = time.monotonic()  # not after a failure: the devices were at work on the next case already
             except _CASE_FAULTS as error:
                 failed(name, str(error))
@@ -141,7 +150,8 @@ def _read_ahead(cases: Sequence[CaseFiles], image_size: int) -> Iterator[tuple[s
 
 
 def _finish(
-    plan: Plan, done: TranslatedCase, calibrations: Calibrations, digest: str, inputs: Mapping[str, Any], seconds: float
+    plan: Plan, done: TranslatedCase, calibrations: Calibrations, origin: _Origin, inputs: Mapping[str, Any],
+    before: float,  # when the case before was done
 ) -> None:
     """Makes the masks, writes the volumes, the picture and the record."""
     case, method, wanted = done.case, plan.method, plan.config.translation
@@ -159,13 +169,14 @@ def _finish(
     records.begin(plan.output, case.name, tuple(written))
     for name, (values, description) in zip(written, volumes.values(), strict=True):
         write_volume(plan.output / name, values, case.grid, f"{description}, HAE-JAX, research use only")
-    row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, seconds, anomaly)
+    row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, 0.0, anomaly)
     if not method.similarity:
         row = dataclasses.replace(row, lowest_similarity=None)
     if plan.config.evaluation.overlay_slices:
-        written.append(_draw(plan, done, healthy, masks, row).name)
-    record = _record(digest, inputs, files=tuple(written), row=row)
-    records.write(plan.output, case.name, record, _measured(plan, case, masks, row, calibrations))
+        written.append(_draw(plan, done, healthy, masks, row, origin.phantom).name)
+    measured = _measured(plan, case, masks, row, calibrations)
+    row = dataclasses.replace(row, seconds=time.monotonic() - before)
+    records.write(plan.output, case.name, _record(origin, inputs, files=tuple(written), row=row), measured)
 
 
 def _positions(plan: Plan, case: SlicedCase) -> np.ndarray | None:  # [S]
@@ -191,18 +202,20 @@ def _measured(
 
 
 def _record(
-    digest: str, inputs: Mapping[str, Any], files: tuple[str, ...] = (), row: CaseResult | None = None,
+    origin: _Origin, inputs: Mapping[str, Any], files: tuple[str, ...] = (), row: CaseResult | None = None,
     failed: str | None = None,
 ) -> records.Record:
     made_by = {name: value for name, value in provenance.record().items() if name not in ("notice", "versions")}
-    return records.Record(digest, files, row, failed, records.digest(inputs), made_by)
+    return records.Record(origin.digest, files, row, failed, records.digest(inputs), made_by, origin.folder,
+                          origin.phantom)
 
 
-def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: Masks, row: CaseResult) -> Path:
+def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: Masks, row: CaseResult,
+          phantom: bool) -> Path:
     """The overlay of the most anomalous slices."""
     case, path = done.case, plan.output / f"{done.case.name}_overlay.png"
     shown = most_anomalous(masks.score, plan.config.evaluation.overlay_slices)
-    title = f"{case.name}{' (phantom figure)' if plan.phantom else ''}: mask {row.volume_ml:.1f} ml"
+    title = f"{case.name}{' (phantom figure)' if phantom else ''}: mask {row.volume_ml:.1f} ml"
     if row.dice is not None:
         title += f", truth {row.true_volume_ml:.1f} ml, volume Dice {row.dice:.2f}"
     modality = plan.config.translation.modality

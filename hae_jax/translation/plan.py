@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     cases: list[CaseFiles]  # of this shard
     everyone: list[CaseFiles]  # of all shards
     missing: dict[str, str]  # cases that should be there, and why they are not
-    phantom: bool  # whether the cases are a phantom's
+    phantom: bool  # whether a case is a phantom's
     output: Path
 
 
@@ -71,8 +71,6 @@ def make_plan(
         everyone, missing = _test_cases(store, config)
     else:
         everyone, missing = find_cases(source, config.data.modalities), {}
-    folder = everyone[0].folder
-    is_phantom = any((parent / phantom.MANIFEST).is_file() for parent in (folder, *list(folder.parents)[:2]))
     if source is not None and output.resolve() == Path(source).resolve():
         raise UserError(f"{output}: is the folder of the cases themselves; give another one with --output")
     if output.exists() and not output.is_dir():
@@ -88,7 +86,13 @@ def make_plan(
         print(f"save_healthy: the method {method.name} makes no healthy counterparts, so none are written")
     competitor = IntensityThreshold.of(config) if store and method.network and _has_lesions(store) else None
     return Plan(config, method, competitor, calibration, store, everyone[shard::num_shards], everyone, missing,
-                is_phantom, output)
+                any(map(of_phantom, everyone)), output)
+
+
+def of_phantom(case: CaseFiles) -> bool:
+    """Whether a case is a phantom's, as the manifest of its phantom says."""
+    folder = case.folder.resolve()
+    return any((parent / phantom.MANIFEST).is_file() for parent in (folder, *list(folder.parents)[:2]))
 
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:

@@ -49,6 +49,8 @@ class Record:
       failed: why it failed; None where it did not.
       run: digest of the run's inputs alone, without the case's files.
       made_by: host, time, git revision and command.
+      folder: where the case lies, absolute and without links: whose results these are.
+      phantom: whether the case is a phantom's.
     """
 
     digest: str
@@ -57,6 +59,8 @@ class Record:
     failed: str | None
     run: str
     made_by: dict[str, Any]
+    folder: str = ""  # of records that do not say
+    phantom: bool = False
 
 
 def digest(*parts: Any) -> str:
@@ -75,6 +79,12 @@ def begin(output: Path, case: str, files: tuple[str, ...]) -> None:
     before = _read(output, case)
     there = files if before is None else tuple(dict.fromkeys((*before.files, *files)))
     write_json(_facts(output, case), dataclasses.asdict(Record("", there, None, None, "", {})))
+
+
+def folder_of_results(output: Path, case: str) -> str:
+    """The folder of the case whose results are there; empty where there are none, or their record does not say."""
+    record = _read(output, case)
+    return record.folder if record is not None and record.row is not None else ""
 
 
 def has_results(output: Path, case: str) -> bool:
@@ -139,7 +149,7 @@ def _read(output: Path, case: str) -> Record | None:
         if facts.get("volumes") and not zipfile.is_zipfile(_arrays(output, case)):
             raise ValueError(f"{_arrays(output, case).name} beside it is not whole")
         return Record(facts["digest"], tuple(facts["files"]), _row(facts["row"]), facts["failed"], facts["run"],
-                      facts["made_by"])
+                      facts["made_by"], facts.get("folder", ""), facts.get("phantom", False))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

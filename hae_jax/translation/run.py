@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from hae_jax import provenance
 from hae_jax.data.cases import CaseFiles
+from hae_jax.data.slices import patient_of
 from hae_jax.errors import UserError
 from hae_jax.evaluation import report
 from hae_jax.files import write_json, written_whole
@@ -53,7 +54,7 @@ class Report:
       pictures: the overlays.
       seconds: duration of this run.
       seconds_per_slice: of all finished cases, reading and writing included, compilation not.
-      phantom: whether the cases are a phantom's.
+      phantom: whether a case among them is a phantom's.
       unflagged: names of finished cases in which no slice was called a lesion slice.
     """
 
@@ -163,15 +164,11 @@ def _check_namesakes(plan: Plan, cases: Sequence[CaseFiles]) -> None:
     Raises:
       UserError: if the results that are there were made from a case in another folder.
     """
-    try:
-        folders = json.loads((plan.output / MANIFEST).read_text())["folders"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
     for case in cases:
-        folder = folders.get(case.name)
-        if folder not in (None, str(case.folder)) and records.has_results(plan.output, case.name):
+        folder, own = records.folder_of_results(plan.output, case.name), str(case.folder.resolve())
+        if folder not in ("", own):
             raise UserError(f"{plan.output}: holds results of another case {case.name}, from {folder}; give another "
-                            f"folder with --output, or --overwrite to replace them by those of {case.folder}")
+                            f"folder with --output, or --overwrite to replace them by those of {own}")
 
 
 def _check_network(plan: Plan, identity: Mapping[str, Any]) -> None:
@@ -285,9 +282,10 @@ def _gathered(
         for name in [name for name, record in found.items() if record.row]:
             measured = records.read_measured(plan.output, name)
             if records.has_results(plan.output, name):
-                tally.add(measured)
+                tally.add(patient_of(name), measured)
             else:  # another process has begun it anew
                 del found[name]
+        phantom = plan.phantom or any(record.phantom for record in found.values())
         own = {case.name for case in plan.everyone}
         failed = (plan.missing | {name: record.failed for name, record in found.items() if record.failed}
                   | dict(unrecorded))
@@ -296,8 +294,8 @@ def _gathered(
         pictures = [plan.output / name for record in found.values() for name in record.files if name.endswith(".png")]
         wanted = len(plan.everyone) + len(plan.missing) + len(found.keys() - own)
         done = Report(plan.output, len(finished), sum(case.name not in failed for case in worked_on), wanted, failed,
-                      results, _table(plan, tally, results), pictures, time.monotonic() - clock,
-                      _seconds_per_slice(finished), plan.phantom,
+                      results, _table(plan, tally, results, phantom), pictures, time.monotonic() - clock,
+                      _seconds_per_slice(finished), phantom,
                       tuple(row.case for row in finished if not row.lesion_slices))
         _write(plan, found, finished, done, origin)
         if all(_record(plan, inputs, case) is None for case in plan.everyone if case.name not in {*found, *unrecorded}):
@@ -319,24 +317,24 @@ def _write(
         plan.output / METRICS, own,
         competitors={name: result for name, result in done.results.items() if name != plan.method.name},
         method=plan.method.name, cases=len(finished), seconds_per_slice=done.seconds_per_slice,
-        phantom=plan.phantom, image_size=plan.config.model.image_size,
+        phantom=done.phantom, image_size=plan.config.model.image_size,
         **origin, settings=plan.config.translation.to_dict(), seed=plan.config.seed)
     if not done.translated and not done.failed and _made_with(plan.output / MANIFEST) == origin["inputs"]:
         return  # it tells of the run that has made the results
     write_json(plan.output / MANIFEST, {
-        **provenance.record(), **origin, "seed": plan.config.seed, "seconds": done.seconds, "phantom": plan.phantom,
+        **provenance.record(), **origin, "seed": plan.config.seed, "seconds": done.seconds, "phantom": done.phantom,
         "table": done.table, "failed": done.failed,
         "folders": {case.name: str(case.folder) for case in plan.everyone if case.name in found},
         "cases": {name: {"files": record.files, "made_by": record.made_by} for name, record in found.items()},
         "config": plan.config.to_dict()})
 
 
-def _table(plan: Plan, tally: Tally, results: dict[str, dict[str, Any]]) -> str | None:
+def _table(plan: Plan, tally: Tally, results: dict[str, dict[str, Any]], phantom: bool) -> str | None:
     if not results:
         return None
     size = plan.config.model.image_size
     healthy = next(iter(results.values()))["shares"]["healthy"]
-    headline = (f"{'PHANTOM figures' if plan.phantom else 'figures'} from {tally.cases} cases, {tally.slices} slices "
+    headline = (f"{'PHANTOM figures' if phantom else 'figures'} from {tally.cases} cases, {tally.slices} slices "
                 f"of {size} x {size} px, {healthy:.0%} of them healthy (where an empty mask scores 1 in 'mixed'); in "
                 "brackets the 95% interval over patients")
     return f"{headline}\n{report.metrics_table(results)}"

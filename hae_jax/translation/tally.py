@@ -17,6 +17,7 @@ from hae_jax.translation.records import Measured
 class _Method:
     slices: SliceSums = dataclasses.field(default_factory=SliceSums)
     volumes: list[VolumeMetrics] = dataclasses.field(default_factory=list)  # of each case that it answered for
+    patients: list[str] = dataclasses.field(default_factory=list)  # likewise
 
 
 class Tally:
@@ -32,8 +33,12 @@ class Tally:
         self.slices = 0
         self._methods: dict[str, _Method] = {}
 
-    def add(self, case: Measured | None) -> None:
+    def add(self, patient: str, case: Measured | None) -> None:
         """Adds a case with every method's answer; None, a case without a segmentation, is passed over.
+
+        Args:
+          patient: whose case it is; several may be one's, who is drawn with all of them.
+          case: what is measured.
 
         Raises:
           ValueError: if a map is not finite.
@@ -45,11 +50,12 @@ class Tally:
         labels = case.truth.any(axis=(1, 2)).astype(int)  # as in a prepared dataset
         for name, (masks, volume) in case.answers.items():
             method = self._methods.setdefault(name, _Method())
-            method.slices.add(mask=masks.mask, mask_all=masks.mask_all, map=masks.map, lesion=masks.lesion,
+            method.slices.add(patient, mask=masks.mask, mask_all=masks.mask_all, map=masks.map, lesion=masks.lesion,
                               truth=case.truth, labels=labels, foreground=case.foreground)
             method.volumes.append(volume)
+            method.patients.append(patient)
 
     def results(self) -> dict[str, dict[str, Any]]:
         """For each method that answered for every case: `running.SliceSums`'s, and "volumes". Empty without cases."""
-        return {name: method.slices.results() | {"volumes": volumes.summarise(method.volumes)}
+        return {name: method.slices.results() | {"volumes": volumes.summarise(method.volumes, method.patients)}
                 for name, method in self._methods.items() if len(method.volumes) == self.cases}

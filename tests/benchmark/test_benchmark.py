@@ -146,6 +146,12 @@ def test_attention_keeps_its_size_in_pixels():
     assert with_model(config, image_size=256).model.attention_resolutions == (8, 16, 32)
     assert with_model(config, image_size=16).model.attention_resolutions == (1, 2)
     assert config.model.image_size == 128
+    for size in (96, 100):
+        with pytest.raises(UserError, match=f"--image-size {size}: no level of the network is of 32 and 16 and 8 px"):
+            with_model(config, image_size=size)
+    config.model.channel_mult = (1, 2, 2)  # too few levels for the same sizes in a larger image
+    with pytest.raises(UserError, match="--image-size 256: no level"):
+        with_model(config, image_size=256)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -153,6 +159,9 @@ def test_attention_keeps_its_size_in_pixels():
     (["--variant", "unet"], "--variant unet: choose among fpdm"),
     (["--baseline", "slow"], "--baseline slow: choose among naive, context"),
     (["--option", "fast"], "--option fast: give NAME=VALUE"),
+    (["--batch", "0"], "--batch 0: must be at least 1"),
+    (["--part", ","], "argument --part: names nothing"),
+    (["--output", __file__], "test_benchmark.py: is a file; give a folder"),
     (["--repeats", "0"], "--repeats 0: must be at least 1"),
     (["--part", "forward", "--batch", "3", "--config.training.accumulation=2"], "--batch is 3"),
     (["--memory", "--batch", "5"], "--batch 5: --memory compares"),

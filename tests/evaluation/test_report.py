@@ -143,7 +143,7 @@ def test_every_figure_has_a_column(tmp_path):
     truth = np.zeros((2, 8, 8), bool)
     truth[0, 2:5, 2:5] = True
     sums = running.SliceSums()
-    sums.add(mask=truth, mask_all=truth, map=truth.astype(float), lesion=np.array([True, False]), truth=truth,
+    sums.add("a", mask=truth, mask_all=truth, map=truth.astype(float), lesion=np.array([True, False]), truth=truth,
              labels=np.array([1, 0]), foreground=np.ones_like(truth))
     places = list(_places(sums.results() | {"volumes": _compared(0.6)["volumes"]}))
     assert len(places) > 70

@@ -20,10 +20,11 @@ def _slices(seed, count, size=24, sick=0.5):
             "labels": truth.any((1, 2)).astype(int), "foreground": rng.random(truth.shape) < 0.6}
 
 
-def _sums(patients):
+def _sums(cases, patients=None):
+    """Each of another patient where nothing is said."""
     sums = running.SliceSums()
-    for patient in patients:
-        sums.add(**patient)
+    for number, case in enumerate(cases):
+        sums.add(str(number) if patients is None else patients[number], **case)
     return sums
 
 
@@ -89,11 +90,25 @@ def test_equal_seeds_draw_equal_patients():
     found = _sums(patients).results(seed=3)
     assert found == _sums(patients).results(seed=3) != _sums(patients).results(seed=4)
     shares = np.array([metrics.label_shares(np.stack([p["lesion"], p["labels"] > 0]))["accuracy"] for p in patients]).T
-    assert found["slice_level"]["accuracy"] == figure(
-        shares, lambda part, whole, axis: part.sum(axis=axis) / whole.sum(axis=axis), seed=3)
+    own = figure(shares, lambda part, whole, axis: part.sum(axis=axis) / whole.sum(axis=axis), seed=3)
+    assert found["slice_level"]["accuracy"] == own | {"cases": 5}
+
+
+def test_visits_of_a_patient_are_drawn_together():
+    cases = [_slices(seed, 6, sick=0.2 * (seed % 5)) for seed in range(6)]
+    visits = _sums(cases, ["a", "b", "c", "a", "b", "c"]).results()
+    together = _sums([_together(cases[k::3]) for k in range(3)]).results()
+    assert visits.pop("shares") == together.pop("shares")
+    for setting, figures in visits.items():
+        for name, value in figures.items():
+            for end in ("mean", "low", "high"):
+                assert value[end] == pytest.approx(together[setting][name][end]), (setting, name)
+    assert (visits["mixed"]["dice"]["cases"], together["mixed"]["dice"]["cases"]) == (6, 3)
+    alone = _sums(cases, ["a"] * 6).results()["mixed"]["dice"]
+    assert (alone["low"], alone["high"], alone["cases"]) == (None, None, 6)
 
 
 def test_a_soft_mask_is_refused():
     slices = _slices(0, 3)
     with pytest.raises(TypeError, match="threshold a soft mask"):
-        running.SliceSums().add(**{**slices, "truth": slices["truth"].astype(float)})
+        running.SliceSums().add("a", **{**slices, "truth": slices["truth"].astype(float)})

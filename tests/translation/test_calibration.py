@@ -135,7 +135,12 @@ def test_a_missing_or_cut_file_is_named(tmp_path):
 
 
 def test_presets(tmp_path):
-    assert calibration.preset("brats_600").diff_max == (0.0509, 0.0397)
+    found = {name: (own.threshold, own.diff_max, own.modality,
+                    *(own.made_with[field] for field in ("guidance", "forward_steps")))
+             for name, own in calibration.PRESETS.items()}
+    assert found == {"brats_600": (0.99488, (0.0509, 0.0397), (0, 3), 2, 600),
+                     "brats_999": (0.99931, (0.0551, 0.0388), (0, 3), 2, 999),
+                     "atlas_600": (0.72854, (0.8555,), (0,), 20, 600)}
     for name, published in calibration.PRESETS.items():
         published.save(tmp_path / name)
         assert Calibration.load(tmp_path / name) == published

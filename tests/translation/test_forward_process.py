@@ -44,6 +44,27 @@ def run(case, **changes):
     return jax.jit(function)(case["x0"])
 
 
+def test_a_network_is_asked_for_healthy_and_null_with_one_time_for_all():
+    asked = []
+
+    def network(x, t, y=None, null=None):
+        asked.append((x.shape, t.shape, y, null))
+        return 0.1 * x
+
+    x0, denoisers = jnp.ones((3, 4, 4, 4)), network_denoisers(network)
+    forward_process(PROCESS, denoisers, x0, lambda t: 0 * x0, SETTINGS)
+    assert {(shape, times) for shape, times, _, _ in asked} == {
+        ((3, 4, 4, 4), (1,)), ((6, 4, 4, 4), (1,))}  # one embedding of the time a step
+    asked.clear()
+    null_alone, both = denoisers
+    null_alone(x0, jnp.zeros(1, int))
+    both(x0, jnp.zeros(1, int))
+    (_, _, _, null), (_, _, y, nulls) = asked
+    assert null is True
+    np.testing.assert_array_equal(y, 0)  # healthy
+    np.testing.assert_array_equal(nulls, [False] * 3 + [True] * 3)
+
+
 @pytest.mark.parametrize(("d_reverse", "key"), [(True, "ddim"), (False, "ddpm")])
 def test_equals_the_stored_stacks(case, d_reverse, key):
     result = run(case, d_reverse=d_reverse)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import time
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from run_helpers import IDENTITY, read_json, read_volume
 
 from hae_jax.data import phantom
 from hae_jax.evaluation import metrics
+from hae_jax.translation import per_case
 from hae_jax.translation.per_case import most_anomalous
 
 
@@ -48,6 +51,13 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
     assert found["checkpoint"] == read_json(tmp_path / "out" / "manifest.json")["checkpoint"] == IDENTITY | {
         "sha256": found["checkpoint"]["sha256"]}
     assert found["settings"]["guidance"] == 2.0
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    assert {"versions", "git_revision", "host", "command", "seed", "seconds", "config", "checkpoint", "devices",
+            "cases"} <= manifest.keys()
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert manifest["config"]["translation"]["guidance"] == 2.0
+    assert (manifest["seed"], manifest["checkpoint"]["path"]) == (config.seed, IDENTITY["path"])
+    assert 0 < float(row["seconds"]) < manifest["seconds"]
     assert "volumes dice" in report.table
     assert "PHANTOM" not in report.table
     assert report.pictures == [tmp_path / "out" / f"{name}_overlay.png"]
@@ -148,6 +158,28 @@ def test_without_truth_there_are_volumes_but_no_metrics(run, tmp_path, case_writ
     assert read_json(tmp_path / "out" / "metrics.json")["results"] == {}
     assert read_json(tmp_path / "out" / "manifest.json")["phantom"]
     assert (tmp_path / "out" / "a_mask.nii.gz").exists()
+
+
+def test_the_cases_times_add_up_to_the_run_s(run, three_cases, tmp_path, monkeypatch):
+    written = per_case.write_volume
+    monkeypatch.setattr(per_case, "write_volume", lambda *a: time.sleep(0.2) or written(*a))
+    report = run(three_cases)
+    with open(tmp_path / "out" / "cases.csv", newline="") as stream:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(stream)]
+    assert min(seconds) > 0.4  # mask and map: writing counts
+    assert sum(seconds) < report.seconds
+
+
+def test_one_case_of_a_phantom_makes_them_phantom_figures(run, tmp_path, three_cases, case_writer, monkeypatch):
+    case_writer(tmp_path / "phantom", "z", seed=0)
+    (tmp_path / "phantom" / phantom.MANIFEST).write_text("{}")
+    monkeypatch.chdir(tmp_path / "phantom" / "z")
+    assert run(".", output=tmp_path / "one").phantom
+    (three_cases / "z").symlink_to(tmp_path / "phantom" / "z")
+    assert run(three_cases).table.startswith("PHANTOM")
+    (three_cases / "z").unlink()
+    assert run(three_cases).phantom  # its results are still there
+    assert not run(three_cases, output=tmp_path / "other").phantom
 
 
 def test_phantom_figures_are_called_so(run, tmp_path, case_writer):

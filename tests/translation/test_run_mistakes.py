@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -37,6 +38,39 @@ def test_results_of_another_patient_of_that_name_are_not_replaced(run, three_cas
     with pytest.raises(UserError, match=r"holds results of another case a, from .*/in/a; give another folder"):
         run(elsewhere)
     assert run(elsewhere, overwrite=True).translated == 3
+
+
+def test_whose_results_they_are_is_known_without_the_manifest_and_by_any_path(run, three_cases, config, tmp_path,
+                                                                              monkeypatch):
+    run(three_cases)
+    (tmp_path / "out" / "manifest.json").unlink()  # as when the run was killed
+    config.translation.components = 7
+    (tmp_path / "link").symlink_to(three_cases)
+    assert run(tmp_path / "link").translated == 3
+    monkeypatch.chdir(three_cases.parent)
+    config.translation.components = 8
+    assert run(Path(three_cases.name)).translated == 3  # the same cases, called otherwise
+    (tmp_path / "out" / "manifest.json").unlink()
+    other = shutil.copytree(three_cases, tmp_path / "other" / three_cases.name)
+    (other / "a" / "a_seg.nii.gz").unlink()
+    monkeypatch.chdir(other.parent)
+    with pytest.raises(UserError, match="holds results of another case a"):
+        run(Path(other.name))
+
+
+def test_a_name_that_is_no_text_fails_its_case_alone(run, three_cases, tmp_path):
+    (three_cases / "b").rename(three_cases / os.fsdecode(b"M\xfcller"))
+    for path in (three_cases / os.fsdecode(b"M\xfcller")).iterdir():
+        path.rename(path.with_name(path.name.replace("b_", os.fsdecode(b"M\xfcller_"), 1)))
+    report = run(three_cases)
+    assert report.finished == 2
+    assert report.failed == {"M_ller": "M\\xfcller: its name is not UTF-8; rename its folder or files"}
+
+
+def test_results_are_not_taken_for_cases(run, three_cases, tmp_path):
+    run(three_cases)
+    with pytest.raises(UserError, match="holds results of translate.py"):
+        run(tmp_path / "out", output=tmp_path / "again")
 
 
 def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):

@@ -36,8 +36,8 @@ def cases(prepared, tmp_path, case_writer):
 def test_tally_counts_cases_with_truth(cases):
     tally = Tally()
     for case in cases:
-        tally.add(_measured(case)[0])
-    tally.add(None)
+        tally.add(case.name, _measured(case)[0])
+    tally.add("none", None)
     found = tally.results()
     assert (tally.cases, tally.slices) == (2, 14)
     assert found["perfect"]["mixed"]["dice"] == {"mean": 1, "low": 1, "high": 1, "cases": 2}
@@ -69,8 +69,8 @@ def _drawn(seed, size, methods=("a", "b"), slices=6):
 
 def test_case_by_case_is_as_all_slices_at_once():
     cases, tally = [_drawn(seed, 32) for seed in range(5)], Tally()
-    for case in cases:
-        tally.add(case)
+    for number, case in enumerate(cases):
+        tally.add(str(number), case)
     truth, foreground = (np.concatenate([getattr(case, name) for case in cases]) for name in ("truth", "foreground"))
     for name, found in tally.results().items():
         masks = Masks(*map(np.concatenate, zip(*(case.answers[name].masks for case in cases), strict=True)))
@@ -90,7 +90,7 @@ def test_case_by_case_is_as_all_slices_at_once():
 def test_only_methods_that_answered_for_every_case_are_measured():
     tally = Tally()
     for seed, methods in enumerate((("a", "b"), ("c", "a"), ("a", "b", "c"))):
-        tally.add(_drawn(seed, 16, methods))
+        tally.add(str(seed), _drawn(seed, 16, methods))
     assert tally.results().keys() == {"a"}
 
 
@@ -98,7 +98,7 @@ def test_memory_does_not_grow_with_the_pixels():
     def held(cases, size):
         tally = Tally()
         for seed in range(cases):
-            tally.add(_drawn(seed, size))
+            tally.add(str(seed), _drawn(seed, size))
         return len(pickle.dumps(tally))  # with every array that it keeps
 
     few, more = held(2, 128), held(2, 256)
