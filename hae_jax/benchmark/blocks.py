@@ -25,7 +25,7 @@ _DROPOUT = 0.1
 _SIZES = {  # as the full network has them at 128 px
     "attention": (32, 256),  # pixels on a side, channels
     "sparse": (4096 + 256 + 64, 16),  # tokens of all patch sizes together, numbers in a head
-    "dropout": (4096, 16),  # likewise
+    "patches": (4096, 16),  # likewise, of the smallest ones alone
     "convolutions": ((32, 256), (64, 128), (128, 128)),
     "noise": (128, 4),  # pixels, channels
 }
@@ -144,17 +144,18 @@ def _sparse_attention(dtype: str) -> Block:
     return Block(f"sparse attention, {tokens} tokens", forms, None, (q, k, v))
 
 
-def attention_with_dropout(batch: int, dtype: str) -> Block:
-    """The sparse attention over the tokens of the smallest patches alone, as training has it: weights are dropped."""
-    tokens, depth = _SIZES["dropout"]
+def smallest_patches(batch: int, dtype: str, dropout: bool) -> Block:
+    """The sparse attention over the tokens of the smallest patches alone; in training its weights are dropped."""
+    tokens, depth = _SIZES["patches"]
     qkv = [_normal((batch, tokens, HYBRID_HEADS, depth), dtype, seed) for seed in range(3)]
 
     def ours(_, q, k, v):
         keys = jax.random.split(jax.random.key(0), (batch, HYBRID_HEADS))
         links = sparse.block_links(tokens, jax.random.key(0))
-        return sparse.attend_blocks(q, k, v, links, layers.HeadDropout(keys, _DROPOUT))
+        return sparse.attend_blocks(q, k, v, links, layers.HeadDropout(keys, _DROPOUT) if dropout else None)
 
-    return Block(f"sparse attention with dropout, {tokens} tokens", {OURS: ours}, None, tuple(qkv))
+    name = f"sparse attention{' with dropout' if dropout else ''}, {tokens} tokens"
+    return Block(name, {OURS: ours}, None, tuple(qkv))
 
 
 def _sparse_layer(batch: int, dtype: str) -> Block:

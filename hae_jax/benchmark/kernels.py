@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from hae_jax.benchmark.blocks import Block, attention_block, attention_with_dropout, with_gradients
+from hae_jax.benchmark.blocks import Block, attention_block, smallest_patches, with_gradients
 from hae_jax.benchmark.measure import in_turns
 from hae_jax.benchmark.results import OURS
 from hae_jax.model.platform import KERNELS, XLA, attention_by
@@ -31,9 +31,9 @@ def fastest_attention(dtype: str, *, gradients: bool, dropout: bool, say: Callab
     Returns:
       What `HAE_JAX_ATTENTION` is to be.
     """
-    blocks = {"cudnn": attention_block(_BATCH, dtype)}
+    blocks = {"cudnn": attention_block(_BATCH, dtype), "cudnn_sparse": smallest_patches(_BATCH, dtype, dropout=False)}
     if dropout:
-        blocks["pallas"] = attention_with_dropout(_BATCH, dtype)
+        blocks["pallas"] = smallest_patches(_BATCH, dtype, dropout=True)
     chosen = [kernel for kernel in KERNELS if kernel in blocks and _wins(kernel, blocks[kernel], gradients, say)]
     return "+".join(chosen) or XLA
 

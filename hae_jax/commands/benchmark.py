@@ -32,7 +32,7 @@ examples:
   python tools/benchmark.py --part train --baseline none --option xla_cpu_prefer_vector_width=512  # does it help here?
   python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others
   python tools/benchmark.py --memory                                 # batch 28 of the full network, only compiled
-  python tools/benchmark.py --target h100 --option attention=cudnn+pallas   # compiled for a GPU that is not here
+  python tools/benchmark.py --target h100 --option attention=cudnn+pallas  # compiled for a GPU that is not here
   python tools/benchmark.py --target h100 --memory                   # its memory by the GPU's own plan"""
 
 

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_overrides(overrides)
     check_fields(overrides)
     methods = [name.strip() for name in arguments.methods.split(",") if name.strip()]
+    if not methods and not arguments.steps:
+        raise UserError("--methods names nothing and --steps is not given: say what to compare")
     counts = _counts(arguments.steps)
 
     # Imported after parsing: --help shall not wait for JAX.

@@ -74,7 +74,8 @@ def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
     volumes = normalise_volumes(case.volumes)
     shows_brain = np.flatnonzero(volumes.mean(axis=-1).sum(axis=(0, 1)) > MIN_SLICE_SUM)
     if shows_brain.size == 0:
-        raise UserError(f"case {case.name}: no axial slice shows any brain; check that the images are not blank")
+        raise UserError(f"case {case.name}: no axial slice shows any brain; check that the images are not blank, "
+                        "and that their background is 0, not negative")
     index = np.arange(shows_brain[0], shows_brain[-1] + 1, dtype=np.int32)
     images = resize(volumes[:, :, index].transpose(2, 3, 0, 1), image_size).transpose(0, 2, 3, 1)
     masks = None

@@ -13,10 +13,13 @@ _MOST_NUMBERS = 128  # in a head
 _NOT_SEEN = -1e4  # a logit whose weight is zero, and that zero times it is zero
 
 
-def is_chosen(q: jax.Array) -> bool:  # [..., d]
+def is_chosen(
+    q: jax.Array,  # [..., d]
+    name: str = "cudnn",  # of `platform.KERNELS`, by what the queries belong to
+) -> bool:
     """Whether queries like these go to cuDNN's kernel, extended by a context or not."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % _EXTRA == 0
-    return fits and q.shape[-1] + _EXTRA <= _MOST_NUMBERS and "cudnn" in attention_kernels()
+    return fits and q.shape[-1] + _EXTRA <= _MOST_NUMBERS and name in attention_kernels()
 
 
 def attend(

@@ -15,7 +15,9 @@ import jax
 from hae_jax.errors import UserError
 
 ATTENTION = "HAE_JAX_ATTENTION"  # the environment variable that chooses kernels of attention on GPUs
-KERNELS = ("cudnn", "pallas")  # beside XLA's own ways: cuDNN's kernel, and ours for weights with dropout
+# Beside XLA's own ways: cuDNN's kernel for dense attention, the same for the rows of sparse attention, and ours for
+# sparse attention whose weights are dropped.
+KERNELS = ("cudnn", "cudnn_sparse", "pallas")
 XLA = "xla"
 
 _planned = contextvars.ContextVar("planned", default="")
@@ -70,8 +72,8 @@ def attention_kernels() -> tuple[str, ...]:
     text = os.environ.get(ATTENTION, XLA)
     names = () if text == XLA else tuple(text.split("+"))
     if not set(names) <= set(KERNELS):
-        raise UserError(f"environment variable {ATTENTION} is {text!r}: set it to {XLA}, {', '.join(KERNELS)} or "
-                        f"{'+'.join(KERNELS)}")
+        raise UserError(f"environment variable {ATTENTION} is {text!r}: set it to {XLA} or to some of "
+                        f"{', '.join(KERNELS)}, joined by +")
     return names if (_planned.get() or jax.default_backend()) == "gpu" else ()
 
 

@@ -63,7 +63,7 @@ def attend_blocks(
 ) -> jax.Array:  # [B, N, h, d]
     """Attention of each block of queries over the blocks of keys that it is linked to; nothing else is computed."""
     tokens, size = q.shape[1], block_size(q.shape[1])
-    if tokens % size == 0 and drop is None and fused_attention.is_chosen(q):
+    if tokens % size == 0 and drop is None and fused_attention.is_chosen(q, "cudnn_sparse"):
         return _by_rows(fused_attention.attend_rows, q, k, v, links)
     if tokens % size == 0 and drop is not None and dropped_attention.is_chosen(q, size, links.shape[1] * size):
         keys = jax.random.key_data(drop.keys)

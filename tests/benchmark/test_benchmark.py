@@ -83,7 +83,7 @@ def test_options_are_tried_one_at_a_time(tiny):
     ("xla_cpu_sleep=true", "--option xla_cpu_sleep=true: No such compile option"),
     ("xla_cpu_prefer_vector_width=wide", "--option xla_cpu_prefer_vector_width=wide: While setting"),
     ("attention=cudnn", "--option attention=cudnn: that kernel needs a GPU"),
-    ("attention=flash", "set it to xla, cudnn, pallas or"),
+    ("attention=flash", "set it to xla or to some of cudnn, cudnn_sparse, pallas, joined by"),
 ])
 def test_options_that_are_not_to_be_had(tiny, option, said):
     settings = Settings(("forward",), ("fpdm",), (), batch=2, steps=1, repeats=1, options=(option,))

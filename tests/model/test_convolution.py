@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hae_jax.model.convolution import conv2d
 from hae_jax.model.layers import ParameterKeys, conv
+from hae_jax.model.platform import accelerator_forms
 
 TOLERANCE = 2e-6  # of the largest value; both sides round
 
@@ -137,3 +138,22 @@ def test_the_layer_is_flax_s_with_the_same_parameters(stride):
     assert sorted(nnx.to_flat_state(nnx.state(layer)).paths) == [("bias",), ("kernel",)]
     x = inputs(channels=8)[0]
     assert_close(layer(x), nnx.Conv.__call__(layer, x))
+
+
+@pytest.mark.parametrize(("shape", "kernel", "left"), [
+    ((2, 32, 32, 64), (3, 3, 64, 64), 0),  # Winograd's large tiles, both gradients
+    ((4, 8, 8, 128), (3, 3, 128, 128), 1),  # its small ones: XLA's gradient for the kernel
+    ((2, 32, 32, 32), (3, 3, 32, 64), 3),  # too few channels: XLA's convolution and both its gradients
+    ((2, 16, 16, 32), (1, 1, 32, 8), 0),  # one matrix product
+])
+def test_a_cpu_s_program_has_the_form_for_its_shape(shape, kernel, left):
+    x, k = jnp.zeros(shape), jnp.zeros(kernel)
+
+    def both(x, k):
+        y, gradients = jax.vjp(lambda x, k: conv2d(x, k, padding=kernel[0] // 2), x, k)
+        return y, gradients(y)
+
+    assert jax.jit(both).lower(x, k).as_text().count("stablehlo.convolution") == left
+    with accelerator_forms():  # another batch: JAX remembers what it has traced
+        program = jax.jit(both).lower(jnp.concatenate([x, x]), k)
+    assert program.as_text().count("stablehlo.convolution") == 3

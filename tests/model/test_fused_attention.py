@@ -16,7 +16,7 @@ T, E, HEADS, DEPTH = 40, 24, 2, 16
 @pytest.fixture
 def xla_as_cudnn(monkeypatch):
     """Lets attention go the way of cuDNN's kernel, in any dtype, and XLA compute it."""
-    monkeypatch.setattr(fused_attention, "is_chosen", lambda q: True)
+    monkeypatch.setattr(fused_attention, "is_chosen", lambda *_: True)
     kernel = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention",
                         lambda *a, implementation, **options: kernel(*a, **options, implementation="xla"))
@@ -92,9 +92,13 @@ def test_who_goes_to_cudnn(monkeypatch, dtype, depth, chosen):
     assert not fused_attention.is_chosen(q), "not on a CPU"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert fused_attention.is_chosen(q) == chosen
+    assert not fused_attention.is_chosen(q, "cudnn_sparse"), "that is chosen for itself"
+    monkeypatch.setenv("HAE_JAX_ATTENTION", "cudnn_sparse+pallas")
+    assert not fused_attention.is_chosen(q)
+    assert fused_attention.is_chosen(q, "cudnn_sparse") == chosen
 
 
 def test_unknown_kernel(monkeypatch):
     monkeypatch.setenv("HAE_JAX_ATTENTION", "flash")
-    with pytest.raises(UserError, match="HAE_JAX_ATTENTION is 'flash': set it to xla, cudnn, pallas or cudnn\\+pallas"):
+    with pytest.raises(UserError, match="HAE_JAX_ATTENTION is .flash.: set it to xla or to some of cudnn, cudnn_sparse, "):
         attention_kernels()

@@ -162,6 +162,13 @@ def command(network, twin, short, tmp_path, monkeypatch):
     return lambda *arguments: compare_methods.main(["--checkpoint", "a", *arguments]), compared
 
 
+def test_a_comparison_of_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare_methods.main(["--methods", ""])
+    assert stopped.value.code == 2
+    assert "--methods names nothing and --steps is not given" in capsys.readouterr().err
+
+
 def test_the_command_hands_over_how_the_twin_was_trained(command, twin):
     call, compared = command
     call("--unconditional", "b", "--methods", "hae, anoddpm-simplex")
