@@ -100,5 +100,5 @@ def test_who_goes_to_cudnn(monkeypatch, dtype, depth, chosen):
 
 def test_unknown_kernel(monkeypatch):
     monkeypatch.setenv("HAE_JAX_ATTENTION", "flash")
-    with pytest.raises(UserError, match="HAE_JAX_ATTENTION is .flash.: set it to xla or to some of cudnn, cudnn_sparse, "):
+    with pytest.raises(UserError, match="is 'flash': set it to xla or to some of cudnn, cudnn_sparse, pallas"):
         attention_kernels()
