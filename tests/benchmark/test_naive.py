@@ -143,6 +143,27 @@ def test_translation_is_the_same(baseline, reference):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
+def test_translation_by_a_network_with_all_pieces_naive_is_the_same():
+    network, graph, params = small_network("hae_v2c")
+    process = Process(make_schedule("linear", 1000, "20"))
+    settings = forward_process.ForwardSettings(3, modality=(0, 1))
+    x0 = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (2, 24, 24, 2)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def translated(pieces):
+        def translate(params, x0):
+            return forward_process.forward_process(
+                process, forward_process.network_denoisers(nnx.merge(graph, params)), x0,
+                forward_process.step_noise(keys, x0.shape[1:]), settings)
+
+        with naive.swapped_in(pieces):
+            return jax.jit(translate)(params, x0)
+
+    ours, theirs = translated([]), translated(naive.pieces_of("naive", network, translation=True))
+    np.testing.assert_array_equal(theirs.t_e, ours.t_e)
+    assert_same_tree(theirs, ours)
+
+
 def test_compiler_keeps_the_fourth_pass():
     settings = forward_process.ForwardSettings(2)
     three, _ = translation(settings)

@@ -1,5 +1,7 @@
 """A slice's result is a function of the slice: not of its batch, the batch size, or the devices."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +56,16 @@ def network():
 @pytest.fixture(scope="module")
 def on_one(network, mesh_of):
     return _translate(network, mesh_of(1), _slices(6))
+
+
+def test_slices_of_all_cases_need_one_compilation(network, mesh_of, monkeypatch):
+    translator = SliceTranslator(network, METHOD, batch_size=4, seed=0, mesh=mesh_of(1))
+    compiled, lower = [], translator._run.lower
+    monkeypatch.setattr(translator, "_run", types.SimpleNamespace(
+        lower=lambda *arguments: compiled.append(1) or lower(*arguments)))
+    assert len(list(translator(_slices(6)))) == 6
+    assert len(list(translator(_slices(3)))) == 3  # as calibration and cases do, one after the other
+    assert len(compiled) == 1
 
 
 def test_one_and_four_devices_agree(network, mesh_of, on_one):

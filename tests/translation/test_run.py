@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import threading
 import time
 
 import jax
@@ -75,6 +77,44 @@ def test_the_healthy_counterpart_is_written_in_the_input_s_intensities(run, conf
         assert values.shape == given.shape
         assert 20 < values[..., 1:-1].mean() < 300  # raw intensities are 50 to 250
         assert not values[..., [0, -1]].any()
+
+
+def _brats_2023(case, modality):
+    return f"{case}/{case}-{ {'flair': 't2f', 't1': 't1n', 't1ce': 't1c', 't2': 't2w', 'seg': 'seg'}[modality]}.nii.gz"
+
+
+def _nnunet(case, modality):
+    channel = ("t2", "flair", "t1ce", "t1").index(modality) if modality != "seg" else None
+    return f"labelsTr/{case}.nii.gz" if channel is None else f"imagesTr/{case}_{channel:04}.nii.gz"
+
+
+@pytest.mark.parametrize("layout", [_brats_2023, _nnunet])
+def test_other_layouts_give_the_same(run, three_cases, tmp_path, layout):
+    run(three_cases)
+    other = tmp_path / "other"
+    for path in sorted(three_cases.rglob("*.nii.gz")):
+        case, modality = path.name.removesuffix(".nii.gz").split("_")
+        (other / layout(case, modality)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, other / layout(case, modality))
+    if layout is _nnunet:
+        (other / "dataset.json").write_text(json.dumps(
+            {"channel_names": {"0": "T2", "1": "FLAIR", "2": "T1ce", "3": "T1"}}))
+    assert run(other, output=tmp_path / "again").finished == 3
+    for case in "abc":
+        for kind in ("mask", "map"):
+            np.testing.assert_array_equal(*(read_volume(tmp_path / folder / f"{case}_{kind}.nii.gz")
+                                            for folder in ("out", "again")))
+
+
+def test_the_next_cases_are_read_while_one_is_finished(run, three_cases, monkeypatch, capsys):
+    begun, waited, read, write = threading.Event(), [], per_case.read_slices, per_case.write_volume
+    monkeypatch.setattr(per_case, "read_slices", lambda files, *rest: (
+        files.name == "c" and begun.set()) or read(files, *rest))
+    monkeypatch.setattr(per_case, "write_volume", lambda *arguments: (
+        waited.append(begun.wait(10))) or write(*arguments))
+    assert run(three_cases).finished == 3
+    assert all(waited)
+    assert "3.0/3 cases [" in capsys.readouterr().err  # the bar, moved by every slice
 
 
 def test_a_second_reader_finds_results_of_an_oblique_scaled_4d_file_on_its_grid(run, config, tmp_path):
