@@ -206,11 +206,11 @@ def _users(name: str, lines: dict[str, Instruction]) -> Iterator[Instruction]:
 
 
 def _turns(instruction: Instruction | None, computations) -> bool:
-    """Whether it does nothing but to transpose or copy."""
+    """Whether it does nothing but to transpose or copy, or transposes on the way of doing something else."""
     if instruction is None:
         return False
     if instruction.kind in _TURNS:
         return True
     inner = [i for called in instruction.called for i in computations.get(called, {}).values()]
     kinds = {i.kind for i in inner} - _NO_KERNELS
-    return instruction.kind == "fusion" and bool(kinds) and kinds <= _TURNS
+    return instruction.kind == "fusion" and bool(kinds) and (kinds <= _TURNS or "transpose" in kinds)

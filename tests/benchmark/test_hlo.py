@@ -69,6 +69,13 @@ def test_convolutions(text, expected):
     assert hlo.convolutions(text) == expected
 
 
+def test_maps_turned_on_the_way_of_something_else_count():
+    text = program(fusion="turned").replace("ROOT %t = ", "%t = ").replace(
+        "dimensions={0,2,3,1}\n", "dimensions={0,2,3,1}\n  ROOT %rounded = bf16[2,4,4,8]{3,2,1,0} convert(%t)\n")
+    assert "%rounded" in text
+    assert hlo.convolutions(text).turned == 1
+
+
 def test_maps_turned_behind_a_convolution_count():
     text = program().replace("ROOT %result", "%result").replace(
         "index=0\n}\n", "index=0\n  ROOT %back = bf16[2,8,4,4] fusion(%result), kind=kLoop, calls=%turned\n}\n")
