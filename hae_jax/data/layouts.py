@@ -237,8 +237,7 @@ def _encodable(case: CaseFiles) -> CaseFiles:
     if case.name == os.fsencode(case.name).decode(errors="replace"):
         return case
     shown = os.fsencode(case.name).decode(errors="backslashreplace")
-    name = os.fsencode(case.name).decode(errors="replace").replace("\ufffd", "_")
-    return dataclasses.replace(case, name=name, problem=f"{shown}: its name is not UTF-8; rename its folder or files")
+    return dataclasses.replace(case, name=shown, problem=f"{shown}: its name is not UTF-8; rename its folder or files")
 
 
 def _clash(cases: Sequence[CaseFiles]) -> CaseFiles:
