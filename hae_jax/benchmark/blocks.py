@@ -13,9 +13,9 @@ from hae_jax.benchmark import naive
 from hae_jax.benchmark.measure import compile_program, in_turns, sharing_memory
 from hae_jax.benchmark.results import NAIVE, OURS, Row
 from hae_jax.diffusion.noise import gaussian, simplex
-from hae_jax.model import UNetConfig, attention, layers, sparse
+from hae_jax.model import UNetConfig, attention, group_norm, layers, sparse
 from hae_jax.model.conditioning import Context
-from hae_jax.model.config import HYBRID_HEADS
+from hae_jax.model.config import HYBRID_HEADS, NORM_GROUPS
 from hae_jax.model.flops import TRAINING_FACTOR, count_flops
 from hae_jax.model.hybrid import MultiHeadAttention
 from hae_jax.training.mesh import batch_sharding, make_mesh, replicated
@@ -26,8 +26,11 @@ _SIZES = {  # as the full network has them at 128 px
     "attention": (32, 256),  # pixels on a side, channels
     "sparse": (4096 + 256 + 64, 16),  # tokens of all patch sizes together, numbers in a head
     "patches": (4096, 16),  # likewise, of the smallest ones alone
-    "convolutions": ((32, 256), (64, 128), (128, 128)),
-    "noise": (128, 4),  # pixels, channels
+    "convolutions": (  # pixels, channels in and out
+        (128, 128, 128), (128, 256, 128), (128, 64, 64), (64, 128, 128), (64, 384, 128), (32, 256, 256), (32, 512, 256),
+        (16, 384, 384), (16, 768, 384), (8, 512, 512), (8, 1024, 512)),
+    "norm": (128, 128),  # pixels, channels; likewise of the dropout
+    "noise": (128, 4),
 }
 
 
@@ -100,11 +103,10 @@ def blocks(batch: int, dtype: str) -> Iterator[Block]:
     yield attention_block(batch, dtype)
     yield _sparse_attention(dtype)
     yield _sparse_layer(batch, dtype)
-    for size, channels in _SIZES["convolutions"]:
-        x, kernel = _normal((batch, size, size, channels), dtype), 0.1 * _normal((3, 3, channels, channels), dtype)
-        forms = {OURS: layers.conv2d, NAIVE: naive.conv2d}
-        forms = {form: lambda kernel, x, f=f: f(x, kernel, padding=1) for form, f in forms.items()}
-        yield Block(f"3x3 convolution, {channels} at {size} px", forms, kernel, (x,))
+    for shape in _SIZES["convolutions"]:
+        yield _convolution(batch, dtype, *shape)
+    yield _norm(batch, dtype)
+    yield _dropout(batch, dtype)
     yield _simplex_noise(batch)
 
 
@@ -167,6 +169,42 @@ def _sparse_layer(batch: int, dtype: str) -> Block:
         call, params = _module(lambda config=config: MultiHeadAttention(channels, config, nnx.Rngs(0)))
         forms[form] = lambda params, x, call=call: call(params, x, None, None, is_sparse=True)
     return Block(f"sparse layer, {side**2} tokens", forms, params, (_normal((batch, side**2, channels), dtype),))
+
+
+def _convolution(batch: int, dtype: str, size: int, inputs: int, outputs: int) -> Block:
+    """Beside XLA's own, whatever the device."""
+    x, kernel = _normal((batch, size, size, inputs), dtype), 0.1 * _normal((3, 3, inputs, outputs), dtype)
+    forms = {OURS: lambda kernel, x: layers.conv2d(x, kernel, padding=1),
+             NAIVE: lambda kernel, x: naive.conv2d(x, kernel, padding=1)}
+    return Block(f"3x3 convolution, {inputs} to {outputs} channels, {size} px", forms, kernel, (x,))
+
+
+def _norm(batch: int, dtype: str) -> Block:
+    """With scale and shift of a timestep, and SiLU."""
+    size, channels = _SIZES["norm"]
+
+    def form(group_norm):
+        return lambda _, x, gain, offset: group_norm(x, gain, offset, NORM_GROUPS, layers.EPSILON, True, x.dtype)
+
+    inputs = _normal((batch, size, size, channels), dtype), *_normal((2, batch, channels))
+    forms = {OURS: form(group_norm.group_norm), NAIVE: form(naive.plain_group_norm)}
+    return Block(f"norm with SiLU, {channels} channels, {size} px", forms, None, inputs)
+
+
+def _dropout(batch: int, dtype: str) -> Block:
+    """Beside the dropout that draws a random word for each number. Keys travel as the numbers that they are made of."""
+    size, channels = _SIZES["norm"]
+
+    def ours(_, x, seeds):
+        return layers.dropped(x, jax.vmap(jax.random.key)(seeds), _DROPOUT)
+
+    def by_words(_, x, seeds):
+        keep = jax.vmap(lambda seed: jax.random.bernoulli(jax.random.key(seed), 1 - _DROPOUT, x.shape[1:]))(seeds)
+        return jnp.where(keep, x / (1 - _DROPOUT), 0).astype(x.dtype)
+
+    x = _normal((batch, size, size, channels), dtype)
+    return Block(f"dropout, {channels} channels, {size} px", {OURS: ours, "a word for each": by_words}, None,
+                 (x, jnp.arange(batch)), False)
 
 
 def _simplex_noise(batch: int) -> Block:

@@ -6,7 +6,7 @@ is slow for large images, 1x1 kernels and few channels. What is done instead, an
 
 - 1x1 kernels: one matrix product;
 - 3x3 kernels of stride 1: Winograd's form, in tiles of 4x4 outputs from 32 px and 64 channels on both sides on, in
-  tiles of 2x2 outputs in smaller images from 64 tiles and 128 channels on, but not for the gradient for the kernel;
+  tiles of 2x2 outputs from 16 px and 128 channels on, but not for the gradient for the kernel;
 - at most 16 channels on one side: the gradient for the kernel as one product with the patches of that side,
   and the gradient for the input likewise where the output has so few;
 - stride 2 and at least 128 channels: the gradient for the kernel as one product for each point of the kernel;
@@ -16,7 +16,6 @@ Each gives the same to float32 rounding. bfloat16 is computed in float32 and rou
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from hae_jax.model.platform import by_platform
 _MANY_CHANNELS = 128  # from here on, products of shifted inputs and Winograd's points are large enough to be fast
 _SEVERAL_CHANNELS = 64  # the same for Winograd's large tiles
 _FEW_CHANNELS = 16  # up to here, the 9-fold patches of an image are cheaper than what XLA does
-_MIN_TILES = 64  # with fewer, transforming the kernel costs more than Winograd's form saves
+_SMALLEST = 16  # outputs along the shorter side; with fewer, transforming the kernel costs more than it saves
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "padding"), inline=True)
@@ -144,11 +143,10 @@ def _is_unit_square(kernel, stride, padding):
 def _winograd_wins(x, kernel, stride, padding):
     if kernel.shape[:2] != (3, 3) or stride != 1 or padding > 2 or x.dtype != jnp.float32:
         return False
-    channels = min(kernel.shape[2:])
-    if winograd.has_large_tiles(*x.shape[1:3], padding):
+    channels, height, width = min(kernel.shape[2:]), *x.shape[1:3]
+    if winograd.has_large_tiles(height, width, padding):
         return channels >= _SEVERAL_CHANNELS
-    tiles = x.shape[0] * math.prod(winograd.tile_count(*x.shape[1:3], padding))
-    return channels >= _MANY_CHANNELS and tiles >= _MIN_TILES
+    return channels >= _MANY_CHANNELS and min(height, width) + 2 * padding - 2 >= _SMALLEST
 
 
 def _shifted(

@@ -50,7 +50,7 @@ _SMALL = _filtering(2, 0, 1, -1)
 _LARGE = _filtering(4, 0, 11 / 16, -11 / 16, 3 / 2, -3 / 2)  # of the pairs of sixteenths, the least error
 _LARGE_FROM = 32  # outputs along the shorter side; in smaller images m = 4 has too few tiles for each of its 36 kernels
 
-_STRIP_TILES = 128  # that a device works on at once, so that their points stay in its caches
+_STRIP_POINTS = 36 * 128  # of tiles that a device works on at once, so that they stay in its caches
 
 
 def has_large_tiles(height: int, width: int, padding: int) -> bool:
@@ -94,7 +94,7 @@ def kernel_gradient(
 ) -> jax.Array:  # [3, 3, C, D]
     """dk = G^T [(B^T d B) * (A g A^T)] G, summed over tiles: products of [C, tiles] with [tiles, D]."""
     form, (h, w) = _chosen(*x.shape[1:3], padding), tile_count(*x.shape[1:3], padding)
-    rows = _strip_rows(len(x), h, w)
+    rows = _strip_rows(len(x), h, w, form)
     strips = -(-h // rows)
     # Points need the output's gradient on both sides, so that no layer's are made right after the forward pass.
     x = _padded(x + _unknown_zero(g[:, :1, :1, :1]), form, padding, strips * rows, w)
@@ -119,9 +119,10 @@ def _chosen(height: int, width: int, padding: int) -> _Filtering:
     return _LARGE if has_large_tiles(height, width, padding) else _SMALL
 
 
-def _strip_rows(batch: int, rows: int, columns: int) -> int:
+def _strip_rows(batch: int, rows: int, columns: int, form: _Filtering) -> int:
     """How many of an image's rows of tiles are worked on at once."""
-    return min(rows, max(1, _STRIP_TILES // (-(-batch // jax.device_count()) * columns)))
+    tiles = _STRIP_POINTS // form.B.size  # B is [n, n]
+    return min(rows, max(1, tiles // (-(-batch // jax.device_count()) * columns)))
 
 
 def _in_shares(x: jax.Array, axis: int) -> jax.Array:
@@ -147,7 +148,7 @@ def _convolve(x, kernel, padding):
     when_needed = _unknown_zero(_in_shares(x, 0)[:, 0, :1, 0, 0])  # [shares, 1]
     kernel_points = jnp.einsum("psk,kcd->pscd", _both_axes(form.G)[:, None] + when_needed,
                                kernel.reshape(9, *kernel.shape[2:]))
-    rows = _strip_rows(len(x), h, w)
+    rows = _strip_rows(len(x), h, w, form)
     strips = -(-h // rows)
     x = _padded(x, form, padding, strips * rows, w)
 

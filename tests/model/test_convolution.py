@@ -32,7 +32,7 @@ SHAPES = [
     ((9, 8), 20, 4, 5, 1, 2),
     ((9, 8), 128, 130, 3, 2, 1),
     ((16, 16), 128, 130, 3, 1, 1),
-    ((15, 17), 130, 128, 3, 1, 1),
+    ((17, 18), 130, 128, 3, 1, 1),
     ((18, 19), 128, 128, 3, 1, 0),
     ((15, 16), 128, 128, 3, 1, 2),
     ((34, 33), 64, 66, 3, 1, 1),
@@ -104,7 +104,7 @@ def test_remat_changes_nothing():
 @pytest.mark.parametrize(("channels", "outputs", "kernel"), [(128, 128, 3), (20, 4, 3), (4, 20, 3), (8, 8, 1)])
 def test_batch_over_four_devices(channels, outputs, kernel):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-    x, weights = inputs((8, 8), channels, outputs, kernel, batch=4)
+    x, weights = inputs((16, 16), channels, outputs, kernel, batch=4)
     by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     function = functools.partial(value_and_gradients, conv2d, padding=kernel // 2)
     split = jax.jit(function, out_shardings=(by_batch, by_batch, whole))
@@ -142,7 +142,8 @@ def test_the_layer_is_flax_s_with_the_same_parameters(stride):
 
 @pytest.mark.parametrize(("shape", "kernel", "left"), [
     ((2, 32, 32, 64), (3, 3, 64, 64), 0),  # Winograd's large tiles, both gradients
-    ((4, 8, 8, 128), (3, 3, 128, 128), 1),  # its small ones: XLA's gradient for the kernel
+    ((1, 16, 16, 128), (3, 3, 128, 128), 1),  # its small ones: XLA's gradient for the kernel
+    ((8, 15, 16, 128), (3, 3, 128, 128), 3),  # too small for these, whatever the batch
     ((2, 32, 32, 32), (3, 3, 32, 64), 3),  # too few channels: XLA's convolution and both its gradients
     ((2, 16, 16, 32), (1, 1, 32, 8), 0),  # one matrix product
 ])

@@ -49,7 +49,7 @@ def largest_errors(got, wanted):
     ((37, 34), 1), ((35, 34), 0), ((32, 33), 2),
 ])
 def test_values_and_gradients_are_those_of_the_direct_sum(monkeypatch, size, padding, strip_tiles):
-    monkeypatch.setattr(winograd, "_STRIP_TILES", strip_tiles)
+    monkeypatch.setattr(winograd, "_STRIP_POINTS", 36 * strip_tiles)
     arrays = inputs(size, padding)
     assert max(largest_errors(all_three(*arrays, padding), direct_all_three(*arrays, padding))) < 3e-6
 
@@ -73,7 +73,7 @@ def test_an_image_s_output_does_not_depend_on_its_batch(size):
 @pytest.mark.parametrize("strip_tiles", [8, 1000])
 def test_devices_meet_once(monkeypatch, strip_tiles):
     """The kernel's gradient is summed over devices after the last strip, not after each."""
-    monkeypatch.setattr(winograd, "_STRIP_TILES", strip_tiles)
+    monkeypatch.setattr(winograd, "_STRIP_POINTS", 36 * strip_tiles)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     x, _, g = inputs((32, 32), batch=8)
@@ -89,7 +89,7 @@ def test_devices_meet_once(monkeypatch, strip_tiles):
 
 def test_strips_save_memory(monkeypatch):
     def temporaries(strip_tiles):
-        monkeypatch.setattr(winograd, "_STRIP_TILES", strip_tiles)
+        monkeypatch.setattr(winograd, "_STRIP_POINTS", 36 * strip_tiles)
         x, _, g = inputs((64, 64))
         function = jax.jit(lambda x, g: winograd.kernel_gradient(x, g, 1))
         return function.lower(x, g).compile().memory_analysis().temp_size_in_bytes
