@@ -24,7 +24,7 @@ _UNTIMED = ("profile", "repeats", "devices")  # flags that mean nothing where no
 _WITHOUT = {"memory": ("part", "variant", "baseline", "option", "remat", "steps", *_UNTIMED), "target": _UNTIMED}
 _EPILOG = """\
 examples:
-  python tools/benchmark.py                                          # a small network, about 2 minutes on two cores
+  python tools/benchmark.py                                          # a small network, about 4 minutes on two cores
   python tools/benchmark.py --baseline context,sparse,convolution,norm,passes,stacks # what each saving brings
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network

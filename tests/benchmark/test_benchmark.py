@@ -112,6 +112,16 @@ def test_memory_is_planned_for_batches_that_are_not_run(tiny, monkeypatch, tmp_p
         memory_of_training(tiny, 7, make_mesh(devices=jax.devices()[:1]), str)
 
 
+def test_ours_trains_in_less_than_half_of_the_naive_memory(tiny, monkeypatch):
+    """By the compiler's own plan, of a network with everything that the naive form is wasteful about."""
+    config = with_model(tiny, variant="hae_v2c", image_size=48, channel_mult=(1, 1, 1), dtype="bfloat16")
+    monkeypatch.setattr(memory, "_FORMS", (("naive", "block"), ("ours", "block")))
+    theirs, ours = memory_of_training(config, 2, make_mesh(devices=jax.devices()[:1]), str).rows
+    assert 0 < ours.peak < theirs.peak / 2
+    assert 0 < ours.per_image < ours.peak
+    assert ours.largest[24] > 2
+
+
 def test_largest_batch_fills_nine_tenths_of_a_card():
     peak = 2e9 + 10 * 1e8  # a state of 2 GB and 10 images
     assert largest_batch(peak, 10, 1e8, 24) == (0.9 * 24e9 - 2e9) // 1e8

@@ -21,8 +21,8 @@ AFFINE = np.array([[-1.5, 0.1, 0, 12], [0.1, -1.2, 0, 30.5], [0, 0, 4, -20], [0,
 class ToyNetwork(nnx.Module):
     """Called like the U-Net; its answers depend on x, t and y, and no sample sees another."""
 
-    def __init__(self, seed=0):
-        self.kernel = nnx.Param(0.3 * jax.random.normal(jax.random.key(seed), (4, 4)))
+    def __init__(self, seed=0, channels=4):
+        self.kernel = nnx.Param(0.3 * jax.random.normal(jax.random.key(seed), (channels, channels)))
 
     def __call__(self, x, t, y=None, null=False):
         healthy = jnp.broadcast_to(~jnp.asarray(null), x.shape[:1])[:, None, None, None]
@@ -91,7 +91,8 @@ def mesh_of():
 def run(config, toy_network, mesh_of, tmp_path):
     def call(source=None, seed=0, devices=1, **options):
         options = {"output": tmp_path / "out"} | options
-        return translate(toy_network(seed), IDENTITY, config, mesh_of(devices), source=source, **options)
+        network = toy_network(seed, config.model.in_channels)
+        return translate(network, IDENTITY, config, mesh_of(devices), source=source, **options)
 
     return call
 

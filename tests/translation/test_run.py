@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from run_helpers import IDENTITY, read_json, read_volume
 
 from hae_jax.data import phantom
+from hae_jax.data.prepare import prepare
 from hae_jax.evaluation import metrics
 from hae_jax.translation import per_case
 from hae_jax.translation.per_case import most_anomalous
@@ -188,6 +189,33 @@ def test_other_methods_have_the_same_door(run, config, three_cases, tmp_path, me
     with open(tmp_path / "out" / "cases.csv", newline="") as stream:
         assert {row["lowest_similarity"] for row in csv.DictReader(stream)} == {""}  # their scores are none
     assert run(three_cases).translated == 0
+
+
+@pytest.mark.parametrize("method", ["hae", "ddib", "threshold"])
+def test_one_channel_in_atlas_s_folders(run, config, prepared, tmp_path, method):
+    source = tmp_path / "ATLAS_2" / "Training"
+    for i in range(4):
+        to = source / "R001" / f"sub-r001s00{i}" / "ses-1" / "anat" / f"sub-r001s00{i}_ses-1_space-MNI152NLin2009aSym"
+        to.parent.mkdir(parents=True)
+        for kind, name in (("t1", "T1w"), ("seg", "label-L_desc-T1lesion_mask")):
+            shutil.copy(prepared / "cases" / f"case_{i}" / f"case_{i}_{kind}.nii.gz", f"{to}_{name}.nii.gz")
+    config.data.modalities, config.model.in_channels, config.translation.modality = ("t1",), 1, (0,)
+    config.data.root = str(tmp_path / "store")
+    prepare(source, tmp_path / "store", modalities=("t1",), image_size=16, train_fraction=0.5, val_fraction=0.25)
+    config.evaluation.overlay_slices = 1
+    config.translation.update({"method": method, "ddib_steps": 5, "save_healthy": method != "threshold"})
+    report = run(source)
+    assert (report.finished, report.failed) == (4, {})
+    (mask,) = (tmp_path / "out").glob("*s000*_mask.nii.gz")
+    case = mask.name.removesuffix("_mask.nii.gz")
+    written = {path.name.removeprefix(f"{case}_") for path in mask.parent.glob(f"{case}_*")}
+    assert written == {"mask.nii.gz", "map.nii.gz", "overlay.png"} | (
+        {"healthy_t1.nii.gz"} if config.translation.save_healthy else set())
+    assert read_volume(tmp_path / "out" / f"{case}_map.nii.gz")[..., 1:-1].any()
+    results = read_json(tmp_path / "out" / "metrics.json")["results"]
+    assert results["shares"]["slices"] == 4 * 7
+    if method == "threshold":
+        assert results["volumes"]["dice"]["mean"] > 0.8  # the ball is bright
 
 
 def test_without_truth_there_are_volumes_but_no_metrics(run, tmp_path, case_writer):
