@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     twin = None
     if arguments.unconditional:
-        other, its_config = network_and_config(None, DEMO_CONFIG, arguments.unconditional, [])
+        ema = f"--config.translation.ema={config.translation.ema}"  # the one setting that decides on its parameters
+        other, its_config = network_and_config(None, DEMO_CONFIG, arguments.unconditional, [ema])
         twin = network(other, its_config)
     where = {"output": arguments.output or loaded.run / "comparison", "source": arguments.input}
     if counts:  # the methods' own are checked by `compare`, before the first of them runs; so are these

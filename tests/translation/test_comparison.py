@@ -147,12 +147,19 @@ def test_the_user_s_calibration_goes_to_the_forward_process_alone(network, short
 
 
 @pytest.fixture
-def command(network, twin, short, tmp_path, monkeypatch):
+def overridden():
+    """Fields of each network that was asked for."""
+    return {}
+
+
+@pytest.fixture
+def command(network, twin, short, tmp_path, monkeypatch, overridden):
     """The command with toys for the runs a and b; the entries that `compare` was given."""
     compared = []
     loaded = {"a": (network, short), "b": (twin, twin.config)}
 
     def network_and_config(config_path, default_config, checkpoint, overrides):
+        overridden[checkpoint] = overrides
         found, config = loaded[checkpoint]
         return trained_runs.Loaded(found.model, found.identity, tmp_path / checkpoint), config
 
@@ -174,6 +181,13 @@ def test_the_command_hands_over_how_the_twin_was_trained(command, twin):
     call("--unconditional", "b", "--methods", "hae, anoddpm-simplex")
     assert [(entry.title, entry.network.config) for entry in compared] == [("hae", None), (
         "anoddpm-simplex", twin.config)]
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_averages_or_not_is_asked_of_both_networks(command, overridden, short, ema):
+    short.translation.ema = ema
+    command[0]("--unconditional", "b", "--methods", "anoddpm-simplex", "--config.seed=1")
+    assert overridden == {"a": ["--config.seed=1"], "b": [f"--config.translation.ema={ema}"]}
 
 
 def test_the_command_checks_the_steps_before_the_methods_run(command, capsys):
