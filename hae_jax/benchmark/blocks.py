@@ -22,13 +22,14 @@ from hae_jax.training.mesh import batch_sharding, make_mesh, replicated
 
 _HEADS = 4  # of the attention block
 _DROPOUT = 0.1
-_SIZES = {  # as the full network has them at 128 px
+_SIZES = {  # as the full network has them at 128 px, or (64 channels) one half as wide
     "attention": (32, 256),  # pixels on a side, channels
     "sparse": (4096 + 256 + 64, 16),  # tokens of all patch sizes together, numbers in a head
     "patches": (4096, 16),  # likewise, of the smallest ones alone
-    "convolutions": (  # pixels, channels in and out
-        (128, 128, 128), (128, 256, 128), (128, 64, 64), (64, 128, 128), (64, 384, 128), (32, 256, 256), (32, 512, 256),
-        (16, 384, 384), (16, 768, 384), (8, 512, 512), (8, 1024, 512)),
+    "convolutions": (  # kernel, stride, pixels, channels in and out
+        (3, 1, 128, 128, 128), (3, 1, 128, 256, 128), (3, 1, 128, 64, 64), (3, 1, 64, 128, 128), (3, 1, 64, 384, 128),
+        (3, 1, 32, 256, 256), (3, 1, 32, 512, 256), (3, 1, 16, 384, 384), (3, 1, 16, 768, 384), (3, 1, 8, 512, 512),
+        (3, 1, 8, 1024, 512), (3, 1, 128, 4, 128), (3, 1, 128, 128, 4), (1, 1, 128, 256, 128)),
     "norm": (128, 128),  # pixels, channels; likewise of the dropout
     "noise": (128, 4),
 }
@@ -171,12 +172,14 @@ def _sparse_layer(batch: int, dtype: str) -> Block:
     return Block(f"sparse layer, {side**2} tokens", forms, params, (_normal((batch, side**2, channels), dtype),))
 
 
-def _convolution(batch: int, dtype: str, size: int, inputs: int, outputs: int) -> Block:
-    """Beside XLA's own, whatever the device."""
-    x, kernel = _normal((batch, size, size, inputs), dtype), 0.1 * _normal((3, 3, inputs, outputs), dtype)
-    forms = {OURS: lambda kernel, x: layers.conv2d(x, kernel, padding=1),
-             NAIVE: lambda kernel, x: naive.conv2d(x, kernel, padding=1)}
-    return Block(f"3x3 convolution, {inputs} to {outputs} channels, {size} px", forms, kernel, (x,))
+def _convolution(batch: int, dtype: str, side: int, stride: int, size: int, inputs: int, outputs: int) -> Block:
+    """Of side x side pixels, beside XLA's own, whatever the device."""
+    x, kernel = _normal((batch, size, size, inputs), dtype), 0.1 * _normal((side, side, inputs, outputs), dtype)
+    forms = {OURS: lambda kernel, x: layers.conv2d(x, kernel, stride, side // 2),
+             NAIVE: lambda kernel, x: naive.conv2d(x, kernel, stride, side // 2)}
+    by = f" by {stride}" if stride > 1 else ""
+    name = f"{side}x{side} convolution{by}, {inputs} to {outputs} channels, {size} px"
+    return Block(name, forms, kernel, (x,))
 
 
 def _norm(batch: int, dtype: str) -> Block:

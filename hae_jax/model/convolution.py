@@ -9,7 +9,6 @@ is slow for large images, 1x1 kernels and few channels. What is done instead, an
   tiles of 2x2 outputs from 16 px and 128 channels on, but not for the gradient for the kernel;
 - at most 16 channels on one side: the gradient for the kernel as one product with the patches of that side,
   and the gradient for the input likewise where the output has so few;
-- stride 2 and at least 128 channels: the gradient for the kernel as one product for each point of the kernel;
 - all else: XLA's convolution.
 
 Each gives the same to float32 rounding. bfloat16 is computed in float32 and rounded at the end.
@@ -24,8 +23,8 @@ from jax import lax
 from hae_jax.model import winograd
 from hae_jax.model.platform import by_platform
 
-_MANY_CHANNELS = 128  # from here on, products of shifted inputs and Winograd's points are large enough to be fast
-_SEVERAL_CHANNELS = 64  # the same for Winograd's large tiles
+_MANY_CHANNELS = 128  # from here on, products of the points of Winograd's small tiles are large enough to be fast
+_SEVERAL_CHANNELS = 64  # the same for its large tiles
 _FEW_CHANNELS = 16  # up to here, the 9-fold patches of an image are cheaper than what XLA does
 _SMALLEST = 16  # outputs along the shorter side; with fewer, transforming the kernel costs more than it saves
 
@@ -112,9 +111,8 @@ def _kernel_gradient(x, kernel, g, stride, padding):
         patches = jnp.concatenate(_shifted(g, shape, 1, height - 1 - padding), -1)
         turned = jnp.einsum("bhwc,bhwp->cp", x, patches).reshape(inputs, height, width, outputs)
         return turned.transpose(1, 2, 0, 3)[::-1, ::-1]
-    if _is_pointwise(kernel, stride, padding) or (stride > 1 and min(inputs, outputs) >= _MANY_CHANNELS):
-        points = [jnp.einsum("bhwc,bhwd->cd", seen, g) for seen in _shifted(x, shape, stride, padding)]
-        return jnp.stack(points).reshape(shape)
+    if _is_pointwise(kernel, stride, padding):
+        return jnp.einsum("bhwc,bhwd->cd", x, g).reshape(shape)
     return jax.linear_transpose(lambda k: _xla_convolve(x, k, stride=stride, padding=padding), kernel)(g)[0]
 
 

@@ -15,6 +15,7 @@ from hae_jax.benchmark.measure import (
     sharing_memory,
 )
 from hae_jax.benchmark.table import number, render, seconds, size
+from hae_jax.model.convolution import conv2d
 from hae_jax.training.mesh import make_mesh
 
 
@@ -92,6 +93,13 @@ def test_least_traffic_is_that_of_layers_with_weights():
     x, kernel, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 4, 4, 8), (3, 3, 8, 8), (8, 8)))
     tokens = 2 * 16 * 8
     assert least_bytes(f, x, kernel, weights) == 4 * ((2 * tokens + 9 * 64) + 4 * (2 * tokens + 64))
+
+
+def test_least_traffic_of_a_convolution_is_that_of_the_direct_form():
+    """Whatever a CPU makes of it: Winograd's points are neither read nor written by the direct sum."""
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 32, 32, 64), (3, 3, 64, 128)))
+    least = least_bytes(lambda x, kernel: conv2d(x, kernel, padding=1), x, kernel)
+    assert least == 4 * (2 * 32 * 32 * (64 + 128) + 9 * 64 * 128)
 
 
 def test_table_lines_up_and_sets_numbers_right():

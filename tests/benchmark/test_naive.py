@@ -37,12 +37,23 @@ def forward_of(graph):
     return lambda params: nnx.merge(graph, params)(x, t, y, drop=drop)
 
 
-def test_network_is_the_same():
+def test_network_is_the_same_with_its_gradients():
     network, graph, params = small_network("hae_v2c")
-    ours = jax.jit(forward_of(graph))(params)
+
+    def output_and_gradients():
+        forward = forward_of(graph)
+
+        def half_square(params):
+            out = forward(params)
+            return jnp.square(out).mean() / 2, out
+
+        return jax.jit(jax.grad(half_square, has_aux=True))(params)
+
+    gradients, ours = output_and_gradients()
     with naive.swapped_in(naive.pieces_of("naive", network, translation=False)):
-        theirs = jax.jit(forward_of(graph))(params)
+        their_gradients, theirs = output_and_gradients()
     assert_same_tree(theirs, ours)
+    assert_same_tree(their_gradients, gradients)
 
 
 @pytest.mark.parametrize("baseline", ["context", "sparse"])

@@ -57,7 +57,7 @@ def test_blocks(tiny, monkeypatch):
     monkeypatch.setattr(plan_module, "target_device", lambda name: jax.devices("cpu")[0])
     monkeypatch.setattr(plan_module, "device_peak_flops", lambda device, dtype: 1e12)
     monkeypatch.setattr("hae_jax.benchmark.blocks._SIZES", {
-        "attention": (8, 32), "sparse": (264, 16), "convolutions": ((8, 16, 16),), "norm": (8, 32),
+        "attention": (8, 32), "sparse": (264, 16), "convolutions": ((3, 1, 8, 16, 16),), "norm": (8, 32),
         "noise": (16, 1)})
     rows = plan(tiny, settings("blocks"), "h100", str).rows
     of = {(row.variant, row.form): row for row in rows}
@@ -111,6 +111,8 @@ def test_descriptions_say_what_the_data_sheets_say(name):
 
 @pytest.mark.skipif(not _HAS_PLUGIN, reason="needs JAX's CUDA plugin")
 def test_for_an_h100(tiny):
-    (row,) = plan(tiny, settings("forward"), "h100", str).rows
-    assert row.convolutions.count == row.convolutions.channels_last == row.convolutions.narrow + 1  # the head's
-    assert row.convolutions.turned == 0
+    for row in plan(tiny, settings("forward", "train"), "h100", str).rows:
+        assert row.convolutions.count == row.convolutions.channels_last
+        wide = 1 if row.part == "forward" else 3  # the head's, and its gradients
+        assert row.convolutions.narrow == row.convolutions.count - wide
+        assert row.convolutions.turned == 0
