@@ -17,6 +17,7 @@ import jax
 
 # JAX has no public name for the store that its processes share; Orbax uses it by this one, too.
 from jax._src.distributed import global_state
+from tqdm import tqdm
 
 _NAME = "hae_jax/lifeline"
 _GRACE = 5  # seconds in which a mistake that all processes make can be told by each of them
@@ -110,9 +111,10 @@ def _fall(process: int, how: str) -> None:
     """Ends this process because of another."""
     if how == _FAILED:
         time.sleep(_GRACE)
-    print(f"error: process {process} of {jax.process_count()} {how}, so process {jax.process_index()} stops; see what "
-          f"process {process} wrote, then give the same commands again to go on from the last checkpoint",
-          file=sys.stderr, flush=True)
-    if how == _FAILED:
-        jax.distributed.shutdown()  # the process that failed is waiting for this one to be done
-    os._exit(1)
+    with tqdm.get_lock():  # no progress bar is drawn after the last word; one that is there ends before it
+        print(f"\nerror: process {process} of {jax.process_count()} {how}, so process {jax.process_index()} stops; see "
+              f"what process {process} wrote, then give the same commands again to go on from the last checkpoint",
+              file=sys.stderr, flush=True)
+        if how == _FAILED:
+            jax.distributed.shutdown()  # the process that failed is waiting for this one to be done
+        os._exit(1)
