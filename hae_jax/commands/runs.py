@@ -1,6 +1,7 @@
 """Trained networks as commands see them: which run to take, and the settings to use it with."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,6 +109,10 @@ def network_and_config(
         checkpoint = checkpoint or newest_run(config_path, config.data.root)
     network = load_network(checkpoint)
     config = with_network(config or trained_config(network.config, overrides), network.config)
+    learnt = tuple(network.config.get("data", {}).get("modalities", config.data.modalities))
+    if tuple(config.data.modalities) != learnt:
+        print(f"warning: the network was trained with the channels {', '.join(learnt)} in this order, "
+              f"data.modalities gives it {', '.join(config.data.modalities)}", file=sys.stderr)
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
         network = load_network(checkpoint, ema=False)
     return Loaded(network.model, network.identity, Path(checkpoint)), config

@@ -1,7 +1,9 @@
 """`translate.py`: finds lesions in cases with a trained network."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,9 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stop_when_told() -> None:
+    """SIGTERM, which schedulers send before they kill, stops as Ctrl-C does: nothing half-written stays."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, loads the network, translates; exits with 1 if a case failed."""
+    """Parses the command line, loads the network, translates; exits with 1 if a case of this shard failed."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
     check_fields(overrides)
@@ -78,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.training.mesh import make_mesh
     from hae_jax.translation.run import translate
 
+    _stop_when_told()
     use_all_cores()
     network, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     if not (arguments.input and config.translation.calibration):  # else no prepared data are needed
@@ -92,5 +101,5 @@ def main(argv: Sequence[str] | None = None) -> None:
                        shard=arguments.shard, num_shards=arguments.num_shards,
                        calibrations=network.run / "calibrations")
     print("\n".join(report.lines()))
-    if report.failed:
+    if report.failed_here:
         sys.exit(1)

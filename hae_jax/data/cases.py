@@ -6,6 +6,7 @@ a binary lesion mask where there is a segmentation; with them the grid on disk, 
 
 import contextlib
 import dataclasses
+import gzip
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ from hae_jax.errors import UserError
 __all__ = ["MODALITIES", "Case", "CaseFiles", "ImageFile", "find_cases", "read_case"]
 
 AFFINE_TOLERANCE = 1e-3  # mm; what writing an affine as float32 quaternions can lose
+NEGATIVE = 0.1  # of the largest intensity: what lies further below 0 is no artefact of resampling
 SQUARE = (0.8, 1.25)  # height / width of a slice's field of view that passes as square
+
+_CHUNK = 2**22  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,8 @@ def read_case(files: CaseFiles) -> Case:
         not finite, without a positive voxel, or on another grid than the first modality.
     """
     _check_files(files)
+    for path in files.paths:
+        _check_compression(path)
     wanted = [image.modality for image in files.images]
     first, grid = _read_volume(files.images[0], wanted)
     volumes = np.empty((*first.shape, len(files.images)), np.float32)
@@ -62,7 +68,7 @@ def read_case(files: CaseFiles) -> Case:
     if files.segmentation is not None:
         mask = _read_on_grid(ImageFile("segmentation", files.segmentation), grid, files.images[0].path) > 0.5
     return Case(files.name, volumes, grid.reoriented_affine, grid, mask,
-                files.warnings + _warnings(grid))
+                files.warnings + _warnings(grid, volumes))
 
 
 def _check_files(files: CaseFiles) -> None:
@@ -75,6 +81,18 @@ def _check_files(files: CaseFiles) -> None:
             there = images_in(image.path.parent)
             raise UserError(f"{image.path}: missing, or one of several to choose from; the case needs one "
                             f"{image.modality} image (wanted: {wanted}; in the folder: {there})")
+
+
+def _check_compression(path: Path) -> None:
+    """Reads a compressed file to its end, where its checksum is: nibabel stops before, and would take damage for data.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if path.suffix == ".gz":
+        with _reading(path), gzip.open(path) as stream:
+            while stream.read(_CHUNK):
+                pass
 
 
 def _read_volume(file: ImageFile, wanted: Sequence[str] = ()) -> tuple[np.ndarray, Grid]:
@@ -114,8 +132,11 @@ def _read_on_grid(file: ImageFile, grid: Grid, reference: Path, wanted: Sequence
     return volume
 
 
-def _warnings(grid: Grid) -> tuple[str, ...]:
+def _warnings(grid: Grid, volumes: np.ndarray) -> tuple[str, ...]:
     found = []
+    if any(channel.min() < -NEGATIVE * channel.max() for channel in np.moveaxis(volumes, -1, 0)):
+        found.append("voxels are far below 0: networks are trained on images with background 0 and a positive brain, "
+                     "so slices may be taken for empty; export the images without centring or z-scores")
     if grid.header["qform_code"] == 0 and grid.header["sform_code"] == 0:
         found.append(f"the header tells no orientation (qform and sform codes are 0); taken as {grid.axes}")
     height, width = np.linalg.norm(grid.reoriented_affine[:3, :2], axis=0) * grid.reoriented_shape[:2]

@@ -19,7 +19,8 @@ from hae_jax.errors import UserError
 SPLITS = ("train", "val", "test")
 PERCENTILE = 99.0  # of a modality's positive voxels; becomes intensity 1
 MIN_SLICE_SUM = 0.5  # a slice whose modality-mean intensity sums to more than this shows brain
-_VISIT = re.compile(r"(?<=^BraTS-...-\d{5})-\d{3}$|_ses-[^_]+")
+_VISIT = re.compile(r"(?<=^BraTS-...-\d{5})-\d{3}$")
+_SUBJECT = re.compile(r"sub-[^_]+")  # BIDS: what follows tells sessions, runs and kinds of image
 RANGE_EPSILON = 1e-5  # keeps the range of a constant slice finite
 
 
@@ -180,4 +181,5 @@ def split_patients(
 
 def patient_of(name: str) -> str:
     """The patient that a case is of: several visits of one are told apart by BraTS 2023 and BIDS names."""
-    return _VISIT.sub("", name)
+    subject = _SUBJECT.match(name)
+    return subject.group() if subject else _VISIT.sub("", name)

@@ -88,7 +88,7 @@ def check(
         with _named(entry), contextlib.redirect_stdout(io.StringIO()):
             plan = make_plan(its_config, Path(output) / entry.folder, source)
             if plan.calibration is None:
-                identity = _identity(entry.network) if plan.method.network else {}
+                identity = _identity(entry.network, its_config) if plan.method.network else {}
                 calibration_path(plan.method, plan.store, entry.network.calibrations,
                                  calibration_inputs(plan, plan.method, identity))
 
@@ -202,9 +202,9 @@ def _named(entry: Entry) -> Iterator[None]:
         raise UserError(f"{entry.title}: {error}") from error
 
 
-def _identity(network: Network) -> dict[str, Any]:
-    """As in `run.translate`, which tells networks apart by their parameters."""
-    return {**network.identity, **({} if network.model is None else {"sha256": fingerprint(network.model)})}
+def _identity(network: Network, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """As in `run.translate`, which tells networks apart by their parameters and how they are used."""
+    return {**network.identity, **({} if network.model is None else {"sha256": fingerprint(network.model, config)})}
 
 
 def _tables(

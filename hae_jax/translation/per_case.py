@@ -8,7 +8,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from hae_jax.translation.plan import Plan, case_digest, of_phantom
 from hae_jax.translation.validation import Translator
 from hae_jax.translation.volume import SlicedCase, healthy_volume, map_volume, mask_volume, read_slices, write_volume
 
-_CASE_FAULTS = (UserError, OSError)  # what concerns one case; everything else is a bug and ends the run
+_CASE_FAULTS = (UserError, OSError, MemoryError)  # what concerns one case; everything else is a bug and ends the run
 _READ_AHEAD = 2  # cases, while the devices work on those before
 
 
@@ -90,8 +89,14 @@ def process_cases(
                 _finish(plan, done, calibrations, origins[name], inputs, before)
                 before = time.monotonic()  # not after a failure: the devices were at work on the next case already
             except _CASE_FAULTS as error:
-                failed(name, str(error))
+                failed(name, _reason(error))
     return unrecorded
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"does not fit in memory ({error}); work on it where there is more, or crop it"
+    return str(error)
 
 
 def _translated(
@@ -165,15 +170,16 @@ def _finish(
             modality = plan.config.data.modalities[channel]
             volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
                                               f"healthy counterpart of {modality}")
-    written = [f"{case.name}_{kind}.nii.gz" for kind in volumes]
+    shown = plan.config.evaluation.overlay_slices > 0
+    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else [])]
     records.begin(plan.output, case.name, tuple(written))
-    for name, (values, description) in zip(written, volumes.values(), strict=True):
+    for name, (values, description) in zip(written[:len(volumes)], volumes.values(), strict=True):
         write_volume(plan.output / name, values, case.grid, f"{description}, HAE-JAX, research use only")
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, 0.0, anomaly)
     if not method.similarity:
         row = dataclasses.replace(row, lowest_similarity=None)
-    if plan.config.evaluation.overlay_slices:
-        written.append(_draw(plan, done, healthy, masks, row, origin.phantom).name)
+    if shown:
+        _draw(plan, done, healthy, masks, row, origin.phantom)
     measured = _measured(plan, case, masks, row, calibrations)
     row = dataclasses.replace(row, seconds=time.monotonic() - before)
     records.write(plan.output, case.name, _record(origin, inputs, files=tuple(written), row=row), measured)
@@ -210,10 +216,14 @@ def _record(
                           origin.phantom)
 
 
+def _overlay(case: str) -> str:
+    return f"{case}_overlay.png"
+
+
 def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: Masks, row: CaseResult,
-          phantom: bool) -> Path:
+          phantom: bool) -> None:
     """The overlay of the most anomalous slices."""
-    case, path = done.case, plan.output / f"{done.case.name}_overlay.png"
+    case, path = done.case, plan.output / _overlay(done.case.name)
     shown = most_anomalous(masks.score, plan.config.evaluation.overlay_slices)
     title = f"{case.name}{' (phantom figure)' if phantom else ''}: mask {row.volume_ml:.1f} ml"
     if row.dice is not None:
@@ -225,7 +235,6 @@ def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: M
         masks.map[shown], masks.mask[shown], None if case.truth is None else case.slice_truth[shown],
         channels=plan.config.data.modalities, modality=modality, title=title,
         row_titles=[f"slice {case.slices.index[s]}, {score.format(masks.score[s])}" for s in shown])
-    return path
 
 
 def in_head(

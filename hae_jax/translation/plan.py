@@ -1,9 +1,11 @@
 """What a run will do: method, data and cases, checked before anything is computed or written."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ from hae_jax.errors import UserError
 from hae_jax.translation.calibration import PRESETS, Calibration, preset
 from hae_jax.translation.methods import IntensityThreshold, Method, make_method
 from hae_jax.translation.records import FOLDER, digest
+from hae_jax.translation.validation import calibration_path
 
 _NOT_IN_CURVES = ("median", "components", "filter_dimensions", "save_healthy", "batch_size", "max_memory_gb",
                   "calibration", "ema")
@@ -92,7 +95,8 @@ def make_plan(
 def of_phantom(case: CaseFiles) -> bool:
     """Whether a case is a phantom's, as the manifest of its phantom says."""
     folder = case.folder.resolve()
-    return any((parent / phantom.MANIFEST).is_file() for parent in (folder, *list(folder.parents)[:2]))
+    # Unlike Path.is_file, isfile is also False where a folder is closed to us.
+    return any(os.path.isfile(parent / phantom.MANIFEST) for parent in (folder, *list(folder.parents)[:2]))
 
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
@@ -111,9 +115,12 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"--max-memory {wanted.max_memory_gb:g}: give the gigabytes that a device may use, more than 0")
 
 
-def fingerprint(model: nnx.Module) -> str:
-    """SHA-256 of a network's parameters: a folder can be trained anew, its name says little."""
-    sha = hashlib.sha256()
+def fingerprint(model: nnx.Module, config: ml_collections.ConfigDict) -> str:
+    """SHA-256 of a network's parameters and of how they are used, since a folder's name says little.
+
+    A folder can be trained anew, and the same weights can be imported with another schedule or number of heads.
+    """
+    sha = hashlib.sha256(json.dumps([config.model.to_dict(), config.diffusion.to_dict()], sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         sha.update(jax.tree_util.keystr(path).encode())
         sha.update(np.ascontiguousarray(leaf).tobytes())
@@ -140,10 +147,20 @@ def calibration_inputs(plan: Plan, method: Method, identity: Mapping[str, Any]) 
     return {"checkpoint": _without_path(identity), "settings": wanted, "seed": plan.config.seed, "data": data}
 
 
-def run_inputs(plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything but its own files that a case's results depend on, ready for JSON."""
+def run_inputs(plan: Plan, identity: Mapping[str, Any], kept: Path) -> dict[str, Any]:
+    """Everything but its own files that a case's results depend on, ready for JSON.
+
+    Args:
+      plan: the run.
+      identity: the network's.
+      kept: folder of calibrations; without a prepared dataset, what lies there decides.
+    """
     config = plan.config
     calibration = plan.calibration or calibration_inputs(plan, plan.method, identity)
+    if plan.calibration is None and plan.store is None:
+        with contextlib.suppress(UserError):  # there is none: said when one is needed
+            calibration["used"] = hashlib.sha256(
+                calibration_path(plan.method, None, kept, calibration).read_bytes()).hexdigest()
     return json.loads(json.dumps({
         "checkpoint": _without_path(identity), "seed": config.seed, "image_size": config.model.image_size,
         "modalities": config.data.modalities, "evaluation": config.evaluation.to_dict(),
@@ -156,8 +173,18 @@ def run_inputs(plan: Plan, identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def case_digest(inputs: Mapping[str, Any], case: CaseFiles) -> str:
     """What a case's record is recognised by: the run's inputs and the case's files as they are now."""
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in case.paths if path.exists()]
-    return digest(inputs, case.name, files, *([case.problem] if case.problem else []))
+    channels = [[image.modality, image.path.name, image.volume, image.volumes] for image in case.images]
+    return digest(inputs, case.name, channels, [_state(path) for path in case.paths],
+                  *([case.problem] if case.problem else []))
+
+
+def _state(path: Path) -> list[Any]:
+    """Name, size and time of a file; the name alone of one that is not there, or that cannot be looked at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return [path.name]
+    return [path.name, found.st_size, found.st_mtime_ns]
 
 
 def _is_of_another_method(field: str, method: str) -> bool:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,7 @@ def read_measured(output: Path, case: str) -> Measured | None:
             answers = {method: Answer(Masks(*(arrays[f"{method}/{field}"] for field in Masks._fields)),
                                       VolumeMetrics(**facts)) for method, facts in volumes.items()}
             return Measured(arrays["truth"], arrays["foreground"], answers)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: is damaged ({error}); delete it and {_facts(output, case).name} beside it, and the "
                         "case is done again") from error
 

@@ -22,7 +22,7 @@ from hae_jax.data.cases import CaseFiles
 from hae_jax.data.slices import patient_of
 from hae_jax.errors import UserError
 from hae_jax.evaluation import report
-from hae_jax.files import write_json, written_whole
+from hae_jax.files import one_at_a_time, write_json, written_whole
 from hae_jax.translation import records
 from hae_jax.translation.batched import IntensityReader, SliceTranslator
 from hae_jax.translation.methods import IntensityThreshold
@@ -37,6 +37,7 @@ COMPETITOR = f"calibration_{IntensityThreshold.name}.json"
 METRICS = "metrics.json"
 CASES = "cases.csv"
 _SHOWN = 5  # names in a line
+_CHANGED = "its files were changed while it was translated; give the command again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Report:
       seconds_per_slice: of all finished cases, reading and writing included, compilation not.
       phantom: whether a case among them is a phantom's.
       unflagged: names of finished cases in which no slice was called a lesion slice.
+      elsewhere: those of the failed that are other shards' cases.
     """
 
     output: Path
@@ -70,13 +72,20 @@ class Report:
     seconds_per_slice: float | None
     phantom: bool = False
     unflagged: tuple[str, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
+
+    @property
+    def failed_here(self) -> bool:
+        """Whether a case of this shard has failed."""
+        return bool(self.failed.keys() - self.elsewhere)
 
     def lines(self) -> list[str]:
         """The summary that the command prints."""
         return [
             self.table or "no finished case has a segmentation, so there are no metrics",
             *([self._empty()] if self.unflagged else []),
-            *(f"failed {name}: {reason}" for name, reason in self.failed.items()),
+            *(f"failed {name}{' (of another shard)' if name in self.elsewhere else ''}: {reason}"
+              for name, reason in self.failed.items()),
             f"{self._how()}; look at",
             *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / METRICS)),
             provenance.RESEARCH_USE,
@@ -88,12 +97,12 @@ class Report:
                 f"empty ({', '.join(self.unflagged[:_SHOWN])}{more})")
 
     def _how(self) -> str:
-        again = self.finished - self.translated
+        again = max(self.finished - self.translated, 0)
         parts = [f"{self.translated} cases translated in {self.seconds:.0f} s"] if self.translated or not again else []
         if again:
             parts.append(f"{again} cases were there already, made from the same network, files and settings "
                          "(--overwrite makes them anew)")
-        if left := self.wanted - self.finished - len(self.failed):
+        if left := max(self.wanted - self.finished - len(self.failed), 0):
             parts.append(f"{left} are left to other shards")
         return ", ".join(parts)
 
@@ -134,9 +143,21 @@ def translate(
     """
     clock = time.monotonic()
     plan = make_plan(config, Path(output), source, shard, num_shards)
-    identity = dict(identity) | ({} if model is None else {"sha256": fingerprint(model)})
-    inputs = run_inputs(plan, identity)
+    identity = dict(identity) | ({} if model is None else {"sha256": fingerprint(model, config)})
     _check_network(plan, identity)
+    kept = _writable(calibrations, plan.output)
+    # Two runs that write the same case's files at once could mix them.
+    with one_at_a_time(plan.output / records.FOLDER / f".{shard}-of-{num_shards}.lock", lambda: print(
+            f"{plan.output}: another run is at work there; waiting for its end", flush=True)):
+        return _run(plan, model, identity, mesh, overwrite, kept, clock)
+
+
+def _run(
+    plan: Plan, model: nnx.Module | None, identity: dict[str, Any], mesh: Mesh, overwrite: bool, kept: Path,
+    clock: float,
+) -> Report:
+    """What `translate` does, once it is alone; `kept` is where calibrations are."""
+    inputs = run_inputs(plan, identity, kept)
     if not (plan.output / CASES).exists():
         report.write_cases(plan.output / CASES, [])  # with the records, what lies here is no longer taken for cases
     cases = [case for case in plan.cases
@@ -147,7 +168,7 @@ def translate(
     # Without cases to do, what lies here may still be another run's, that has added its cases with other settings.
     if cases or (plan.cases and _made_with(plan.output / MANIFEST) != inputs):
         translator = _translator(plan, model, mesh)
-        made = _calibrations(plan, translator, identity, _writable(calibrations, plan.output))
+        made = _calibrations(plan, translator, identity, kept)
         _withdraw_tables(plan, inputs, cases)
         _save(made, plan.output)
     if cases:
@@ -288,7 +309,7 @@ def _gathered(
         phantom = plan.phantom or any(record.phantom for record in found.values())
         own = {case.name for case in plan.everyone}
         failed = (plan.missing | {name: record.failed for name, record in found.items() if record.failed}
-                  | dict(unrecorded))
+                  | {case.name: _CHANGED for case in worked_on if case.name not in found} | dict(unrecorded))
         finished = [record.row for record in found.values() if record.row]
         results = tally.results()
         pictures = [plan.output / name for record in found.values() for name in record.files if name.endswith(".png")]
@@ -296,7 +317,8 @@ def _gathered(
         done = Report(plan.output, len(finished), sum(case.name not in failed for case in worked_on), wanted, failed,
                       results, _table(plan, tally, results, phantom), pictures, time.monotonic() - clock,
                       _seconds_per_slice(finished), phantom,
-                      tuple(row.case for row in finished if not row.lesion_slices))
+                      tuple(row.case for row in finished if not row.lesion_slices),
+                      frozenset(own - {case.name for case in plan.cases}))
         _write(plan, found, finished, done, origin)
         if all(_record(plan, inputs, case) is None for case in plan.everyone if case.name not in {*found, *unrecorded}):
             return done

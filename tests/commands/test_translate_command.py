@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -109,6 +110,34 @@ def test_a_config_gives_settings_and_the_checkpoint_the_network(calls):
     assert config.translation.respacing == phantom.get_config().translation.respacing
     assert config.translation.guidance == 1.5
     assert (config.model.model_channels, config.diffusion.steps) == (96, 400)
+
+
+def test_sigterm_stops_it_as_ctrl_c_does(calls):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        _train("a", default.get_config().to_dict())
+        main(["--checkpoint", "runs/a"])
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_paths_that_are_no_text_can_be_printed(calls, capsys):
+    _train("a", default.get_config().to_dict())
+    calls["failed"] = {"case_7": "Universit\udce4t: no head"}
+    with pytest.raises(SystemExit) as caught:
+        main(["--checkpoint", "runs/a"])
+    assert caught.value.code == 1
+    assert "Universit\\udce4t" in capsys.readouterr().out
+
+
+def test_other_channels_than_the_network_s_are_warned_of(calls, capsys):
+    _train("a", default.get_config().to_dict())
+    main(["--checkpoint", "runs/a", "--config.data.modalities=('t1','flair','t1ce','t2')"])
+    assert "trained with the channels flair, t1, t1ce, t2 in this order, data.modalities gives it t1, flair" in (
+        capsys.readouterr().err)
+    main(["--checkpoint", "runs/a"])
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_failed_case_gives_exit_status_1(calls, capsys):

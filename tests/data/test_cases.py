@@ -125,6 +125,29 @@ def test_what_nibabel_raises_for_a_damaged_file_fails_the_case_alone(folder, mon
         read_case(files)
 
 
+@pytest.mark.parametrize("kind", ["t2", "seg"])
+def test_damage_that_nibabel_would_take_for_data_is_found(folder, kind):
+    """One bit: the compressed stream goes on, its checksum does not fit."""
+    path = folder / NAME / f"{NAME}_{kind}.nii.gz"
+    plain = bytearray(gzip.decompress(path.read_bytes()))
+    stored = bytearray(gzip.compress(plain, compresslevel=0))  # where a changed byte is a changed voxel
+    stored[len(stored) // 2] ^= 1
+    path.write_bytes(stored)
+    assert np.isfinite(nib.load(path).get_fdata()).all()
+    (files,) = find_cases(folder)
+    with pytest.raises(UserError, match=rf"{path.name}: cannot be read \(CRC check failed.*download it again"):
+        read_case(files)
+
+
+def test_voxels_far_below_zero_are_warned_of(folder):
+    path = folder / NAME / f"{NAME}_t1.nii.gz"
+    change(path, lambda values: values - 0.05 * values.max())  # as resampling may leave it
+    assert read_case(find_cases(folder)[0]).warnings == ()
+    change(path, lambda values: values - 0.3 * values.max())
+    (warning,) = read_case(find_cases(folder)[0]).warnings
+    assert "voxels are far below 0" in warning
+
+
 def test_two_files_of_a_kind_are_not_guessed_between(folder):
     path = folder / NAME / f"{NAME}_t1.nii.gz"
     for name in ("one", "two"):

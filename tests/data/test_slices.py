@@ -149,3 +149,4 @@ def test_visits_of_a_patient_stay_together():
         assert {case[:-1] + "1" for case in cases} <= set(cases)
     assert patient_of("sub-01_ses-2_T1w") == patient_of("sub-01_ses-1_T1w") != patient_of("sub-02_ses-1_T1w")
     assert patient_of("BraTS2021_00000") == "BraTS2021_00000"
+    assert patient_of("sub-01_run-1") == patient_of("sub-01_run-2") == "sub-01"

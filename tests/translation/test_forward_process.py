@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
+from hae_jax.model import UNet, UNetConfig
 from hae_jax.translation.forward_process import (
     Denoisers,
     ForwardSettings,
@@ -149,3 +151,22 @@ def test_impossible_settings_name_the_field(bad):
     field = "forward_steps" if "steps" in bad else next(iter(bad))
     with pytest.raises(UserError, match=rf"translation\.{field} "):
         dataclasses.replace(SETTINGS, **bad)
+
+
+def test_a_bfloat16_network_is_walked_in_float32():
+    """Its outputs are rounded, what is summed over the steps is not: results stay near those in float32."""
+    def walked(dtype):
+        network = UNetConfig(variant="hae_v2c", image_size=16, model_channels=32, channel_mult=(1,), num_res_blocks=1,
+                             attention_resolutions=(), dtype=dtype)
+        graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(network, rngs=nnx.Rngs(0))))
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.05, a.shape), jnp.float32), shapes)
+        x0 = jnp.asarray(rng.uniform(-1, 1, (2, 16, 16, 4)), jnp.float32)
+        denoisers = network_denoisers(nnx.merge(graph, params))
+        return forward_process(PROCESS, denoisers, x0, lambda t: jnp.ones_like(x0), SETTINGS)
+
+    exact, rounded = jax.jit(walked, static_argnums=0)("float32"), jax.jit(walked, static_argnums=0)("bfloat16")
+    for name in ("mse", "ref", "diff", "map", "healthy"):
+        a, b = getattr(rounded, name), getattr(exact, name)
+        assert a.dtype == jnp.float32
+        assert 0 < jnp.abs(a - b).max() < 0.1 * jnp.abs(b).max(), name

@@ -2,8 +2,10 @@
 
 import fcntl
 import json
+import os
 import types
 
+import nibabel as nib
 import numpy as np
 import pytest
 from run_helpers import read_json, read_volume
@@ -31,6 +33,67 @@ def test_what_was_done_already_is_not_done_again(run, config, three_cases, tmp_p
     assert maps.exists()
     (three_cases / "b" / "b_seg.nii.gz").unlink()  # a changed case is another one
     assert run(three_cases).translated == 1
+    config.diffusion.schedule = "cosine"  # the same weights, imported once more with another schedule
+    assert run(three_cases).translated == 3
+
+
+def test_other_channels_of_the_same_file_are_another_case(run, three_cases, tmp_path):
+    path = tmp_path / "set" / "imagesTs" / "a.nii.gz"
+    path.parent.mkdir(parents=True)
+    volumes = [nib.load(three_cases / "a" / f"a_{modality}.nii.gz") for modality in ("flair", "t1", "t1ce", "t2")]
+    nib.save(nib.Nifti1Image(np.stack([np.asarray(v.dataobj) for v in volumes], -1), volumes[0].affine), path)
+    assert run(tmp_path / "set").translated == 1  # taken as flair, t1, t1ce, t2
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(
+        {"modality": {"0": "T1w", "1": "FLAIR", "2": "t1gd", "3": "T2w"}}))
+    assert run(tmp_path / "set").translated == 1
+    assert run(tmp_path / "set").translated == 0
+
+
+def test_masks_are_made_anew_for_a_calibration_that_came_later(run, config, three_cases, tmp_path):
+    kept = tmp_path / "calibrations"
+    run(three_cases, calibrations=kept)
+    config.data.root = str(tmp_path / "gone")
+    assert run(three_cases, calibrations=kept).translated == 3  # without the data, what is kept decides
+    assert run(three_cases, calibrations=kept).translated == 0
+    (path,) = kept.glob("hae_*.json")
+    facts = read_json(path)
+    (kept / "hae_newer.json").write_text(json.dumps(facts | {"threshold": facts["threshold"] - 0.01}))
+    assert run(three_cases, calibrations=kept).translated == 3
+
+
+def test_a_run_waits_for_another_in_the_same_folder(run, three_cases, tmp_path, monkeypatch):
+    (tmp_path / "out" / records.FOLDER).mkdir(parents=True)
+    other = (tmp_path / "out" / records.FOLDER / ".0-of-1.lock").open("a")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *line, **_: said.append(line[0]) or other.close())
+    assert run(three_cases).finished == 3
+    assert said[0] == f"{tmp_path / 'out'}: another run is at work there; waiting for its end"
+
+
+def test_a_case_whose_files_change_meanwhile_has_failed(run, three_cases, monkeypatch):
+    read = per_case.read_slices
+
+    def still_being_copied(files, *rest):
+        case = read(files, *rest)
+        if files.name == "b":
+            os.utime(files.paths[0], (1, 1))
+        return case
+
+    monkeypatch.setattr(per_case, "read_slices", still_being_copied)
+    report = run(three_cases)
+    assert (report.finished, report.translated) == (2, 2)
+    assert report.failed == {"b": "its files were changed while it was translated; give the command again"}
+    assert not any("-1" in line or "left to other shards" in line for line in report.lines())
+    monkeypatch.undo()
+
+
+def test_a_shard_answers_for_its_own_cases(run, three_cases):
+    (three_cases / "b" / "b_t1.nii.gz").unlink()
+    assert run(three_cases, num_shards=2, shard=1).failed_here
+    other = run(three_cases, num_shards=2, shard=0)
+    assert not other.failed_here
+    assert any(line.startswith("failed b (of another shard): ") for line in other.lines())
 
 
 def test_a_calibration_is_used_again_only_for_the_same(run, config, tmp_path, monkeypatch):
@@ -192,5 +255,9 @@ def test_results_that_no_longer_hold_are_taken_away(run, config, three_cases, tm
     assert left == {"a_mask.nii.gz", "a_map.nii.gz", "c_mask.nii.gz", "c_map.nii.gz"}
 
 
-def test_fingerprint(toy_network):
-    assert fingerprint(toy_network(0)) == fingerprint(toy_network(0)) != fingerprint(toy_network(1))
+def test_fingerprint(toy_network, config):
+    assert fingerprint(toy_network(0), config) == fingerprint(toy_network(0), config)
+    assert fingerprint(toy_network(0), config) != fingerprint(toy_network(1), config)
+    before = fingerprint(toy_network(0), config)
+    config.model.num_heads = 2
+    assert fingerprint(toy_network(0), config) != before

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -28,6 +29,42 @@ def test_a_damaged_record_is_said_and_its_case_done_again(run, three_cases, tmp_
     assert "a.json: is damaged" in said
     assert ".777." not in said
     assert run(three_cases).finished == 3
+
+
+def test_a_record_s_damaged_bytes_are_said(run, three_cases, tmp_path, monkeypatch):
+    run(three_cases)
+    monkeypatch.setattr(records.np, "load", lambda path: (_ for _ in ()).throw(zlib.error("invalid code lengths set")))
+    with pytest.raises(UserError, match=r"a.npz: is damaged .*; delete it and a.json beside it"):
+        run(three_cases)
+
+
+def test_a_case_too_large_for_memory_fails_alone(run, three_cases, monkeypatch):
+    read = per_case.read_slices
+
+    def memory_for_small_ones(files, *rest):
+        if files.name == "b":
+            raise MemoryError("Unable to allocate 3 TiB")
+        return read(files, *rest)
+
+    monkeypatch.setattr(per_case, "read_slices", memory_for_small_ones)
+    report = run(three_cases)
+    assert report.finished == 2
+    assert report.failed["b"].startswith("does not fit in memory (Unable to allocate 3 TiB)")
+
+
+def test_a_file_behind_a_closed_door_fails_its_case_alone(run, three_cases, monkeypatch):
+    closed, stat = three_cases / "b" / "b_t1.nii.gz", Path.stat
+
+    def refused(path, **options):
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    isfile = os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: Path(path) != closed and isfile(path))
+    report = run(three_cases)
+    assert (report.finished, report.failed.keys()) == (2, {"b"})
 
 
 def test_results_of_another_patient_of_that_name_are_not_replaced(run, three_cases, tmp_path):
