@@ -26,10 +26,10 @@ _SIZES = {  # as the full network has them at 128 px, or (64 channels) one half 
     "attention": (32, 256),  # pixels on a side, channels
     "sparse": (4096 + 256 + 64, 16),  # tokens of all patch sizes together, numbers in a head
     "patches": (4096, 16),  # likewise, of the smallest ones alone
-    "convolutions": (  # kernel, stride, pixels, channels in and out
-        (3, 1, 128, 128, 128), (3, 1, 128, 256, 128), (3, 1, 128, 64, 64), (3, 1, 64, 128, 128), (3, 1, 64, 384, 128),
-        (3, 1, 32, 256, 256), (3, 1, 32, 512, 256), (3, 1, 16, 384, 384), (3, 1, 16, 768, 384), (3, 1, 8, 512, 512),
-        (3, 1, 8, 1024, 512), (3, 1, 128, 4, 128), (3, 1, 128, 128, 4), (1, 1, 128, 256, 128)),
+    "convolutions": (  # side of the kernel, pixels, channels in and out
+        (3, 128, 128, 128), (3, 128, 256, 128), (3, 128, 64, 64), (3, 64, 128, 128), (3, 64, 384, 128),
+        (3, 32, 256, 256), (3, 32, 512, 256), (3, 16, 384, 384), (3, 16, 768, 384), (3, 8, 512, 512), (3, 8, 1024, 512),
+        (3, 128, 4, 128), (3, 128, 128, 4), (1, 128, 256, 128)),
     "norm": (128, 128),  # pixels, channels; likewise of the dropout
     "noise": (128, 4),
 }
@@ -172,14 +172,12 @@ def _sparse_layer(batch: int, dtype: str) -> Block:
     return Block(f"sparse layer, {side**2} tokens", forms, params, (_normal((batch, side**2, channels), dtype),))
 
 
-def _convolution(batch: int, dtype: str, side: int, stride: int, size: int, inputs: int, outputs: int) -> Block:
+def _convolution(batch: int, dtype: str, side: int, size: int, inputs: int, outputs: int) -> Block:
     """Of side x side pixels, beside XLA's own, whatever the device."""
     x, kernel = _normal((batch, size, size, inputs), dtype), 0.1 * _normal((side, side, inputs, outputs), dtype)
-    forms = {OURS: lambda kernel, x: layers.conv2d(x, kernel, stride, side // 2),
-             NAIVE: lambda kernel, x: naive.conv2d(x, kernel, stride, side // 2)}
-    by = f" by {stride}" if stride > 1 else ""
-    name = f"{side}x{side} convolution{by}, {inputs} to {outputs} channels, {size} px"
-    return Block(name, forms, kernel, (x,))
+    forms = {OURS: lambda kernel, x: layers.conv2d(x, kernel, padding=side // 2),
+             NAIVE: lambda kernel, x: naive.conv2d(x, kernel, padding=side // 2)}
+    return Block(f"{side}x{side} convolution, {inputs} to {outputs} channels, {size} px", forms, kernel, (x,))
 
 
 def _norm(batch: int, dtype: str) -> Block:

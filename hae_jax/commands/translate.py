@@ -18,7 +18,7 @@ _DESCRIPTION = """\
 Translate cases towards "healthy" with a trained network and write, for each, a lesion mask and an anomaly map as NIfTI
 on the case's own grid, and a picture; for all together cases.csv and metrics.json. With nothing given it runs on the
 phantom (made if absent) with the newest network trained on it. Cases that are finished are not done again. Exit status
-1 if a case failed."""
+1 if a case of this job failed."""
 _EPILOG = """\
 examples:
   python translate.py                                            # the phantom's test cases
@@ -70,7 +70,7 @@ def _stop_when_told() -> None:
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, loads the network, translates; exits with 1 if a case of this shard failed."""
+    """Parses the command line, loads the network, translates; exits with 1 if a case of this job failed."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
     check_fields(overrides)

@@ -20,7 +20,7 @@ from hae_jax.evaluation import figures, report
 from hae_jax.files import write_json
 from hae_jax.provenance import record
 from hae_jax.translation.methods import make_method
-from hae_jax.translation.plan import calibration_inputs, fingerprint, make_plan
+from hae_jax.translation.plan import calibration_inputs, identified, make_plan
 from hae_jax.translation.run import translate
 from hae_jax.translation.validation import calibration_path
 
@@ -88,7 +88,7 @@ def check(
         with _named(entry), contextlib.redirect_stdout(io.StringIO()):
             plan = make_plan(its_config, Path(output) / entry.folder, source)
             if plan.calibration is None:
-                identity = _identity(entry.network, its_config) if plan.method.network else {}
+                identity = identified(entry.network.identity, entry.network.model, its_config)
                 calibration_path(plan.method, plan.store, entry.network.calibrations,
                                  calibration_inputs(plan, plan.method, identity))
 
@@ -200,11 +200,6 @@ def _named(entry: Entry) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{entry.title}: {error}") from error
-
-
-def _identity(network: Network, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """As in `run.translate`, which tells networks apart by their parameters and how they are used."""
-    return {**network.identity, **({} if network.model is None else {"sha256": fingerprint(network.model, config)})}
 
 
 def _tables(

@@ -127,6 +127,13 @@ def fingerprint(model: nnx.Module, config: ml_collections.ConfigDict) -> str:
     return sha.hexdigest()
 
 
+def identified(
+    identity: Mapping[str, Any], model: nnx.Module | None, config: ml_collections.ConfigDict
+) -> dict[str, Any]:
+    """A checkpoint's identity with its network's fingerprint, if there is a network."""
+    return {**identity, **({} if model is None else {"sha256": fingerprint(model, config)})}
+
+
 def calibration_inputs(plan: Plan, method: Method, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that a calibration of a method depends on, ready for JSON.
 

@@ -1,6 +1,6 @@
 """What a finished case leaves behind for the run as a whole, on disk: so that runs can be stopped, split and continued.
 
-`per_case.py` writes one record when all other files of a case are there; `run.py` gathers them. A record belongs to
+`per_case.py` writes one record when all other files of a case are there; `gathering.py` reads them. A record belongs to
 what it was made of (`digest`): with other settings, another network or a changed input file it does not count.
 """
 

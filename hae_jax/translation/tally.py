@@ -1,7 +1,7 @@
 """What the finished cases of a run add up to, for several methods side by side.
 
-Filled case by case in `run.py`; `evaluation` does the measuring. Of a case only sums and counts stay, so that memory
-does not grow with pixels: thousands of slices of any size fit into it.
+Filled case by case in `gathering.py`; `evaluation` does the measuring. Of a case only sums and counts stay, so that
+memory does not grow with pixels: thousands of slices of any size fit into it.
 """
 
 import dataclasses

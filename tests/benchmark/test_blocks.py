@@ -18,7 +18,7 @@ def _little():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hae_jax.benchmark.measure._SHORTEST_TURN", 1e-9)
         patch.setattr(blocks, "_SIZES", {"attention": (12, 32), "sparse": (150, 8),
-                                         "convolutions": ((3, 1, 16, 128, 128), (3, 2, 8, 4, 8)),
+                                         "convolutions": ((3, 16, 128, 128), (1, 8, 4, 8)),
                                          "norm": (16, 64), "noise": (16, 2)})
         yield
 
@@ -36,7 +36,7 @@ def test_forms_are_the_same_but_for_what_is_left_out(outputs):
         "sparse attention, 150 tokens": ("dense", "dense by jax.nn"),
         "sparse layer, 144 tokens": (),
         "3x3 convolution, 128 to 128 channels, 16 px": ("ours", "naive"),
-        "3x3 convolution by 2, 4 to 8 channels, 8 px": ("ours", "naive"),
+        "1x1 convolution, 4 to 8 channels, 8 px": ("ours", "naive"),
         "norm with SiLU, 64 channels, 16 px": ("ours", "naive"),
         "dropout, 64 channels, 16 px": (),
         "simplex noise, 16 px, 2 channels": (),

@@ -57,7 +57,7 @@ def test_blocks(tiny, monkeypatch):
     monkeypatch.setattr(plan_module, "target_device", lambda name: jax.devices("cpu")[0])
     monkeypatch.setattr(plan_module, "device_peak_flops", lambda device, dtype: 1e12)
     monkeypatch.setattr("hae_jax.benchmark.blocks._SIZES", {
-        "attention": (8, 32), "sparse": (264, 16), "convolutions": ((3, 1, 8, 16, 16),), "norm": (8, 32),
+        "attention": (8, 32), "sparse": (264, 16), "convolutions": ((3, 8, 16, 16),), "norm": (8, 32),
         "noise": (16, 1)})
     rows = plan(tiny, settings("blocks"), "h100", str).rows
     of = {(row.variant, row.form): row for row in rows}

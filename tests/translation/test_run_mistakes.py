@@ -52,6 +52,28 @@ def test_a_case_too_large_for_memory_fails_alone(run, three_cases, monkeypatch):
     assert report.failed["b"].startswith("does not fit in memory (Unable to allocate 3 TiB)")
 
 
+def test_a_case_that_fails_unrecorded_is_not_counted_twice(run, three_cases, monkeypatch):
+    """Its older results lie there still, and a full disk does not even take the record of the failure."""
+    run(three_cases)
+    read, write = per_case.read_slices, records.write
+
+    def unreadable(files, *rest):
+        if files.name == "b":
+            raise UserError("b: gone")
+        return read(files, *rest)
+
+    def full(output, case, record, measured):
+        if record.failed:
+            raise OSError(28, "No space left on device")
+        return write(output, case, record, measured)
+
+    monkeypatch.setattr(per_case, "read_slices", unreadable)
+    monkeypatch.setattr(records, "write", full)
+    report = run(three_cases, overwrite=True)
+    assert (report.finished, report.translated, report.failed) == (2, 2, {"b": "b: gone"})
+    assert not any("left to other shards" in line for line in report.lines())
+
+
 def test_a_file_behind_a_closed_door_fails_its_case_alone(run, three_cases, monkeypatch):
     closed, stat = three_cases / "b" / "b_t1.nii.gz", Path.stat
 
