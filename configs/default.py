@@ -70,6 +70,9 @@ def _data() -> ml_collections.ConfigDict:
     data = ml_collections.ConfigDict()
     data.root = "data/brats"  # the prepared dataset, made by tools/prepare_data.py
     data.modalities = ("flair", "t1", "t1ce", "t2")  # the channels in their order; as many as model.in_channels
+    # Of slices, to the network's [-1, 1]: slice (as published, each by its own range) or volume (all slices of a case
+    # alike, so that a bright lesion does not darken the rest of its slice).
+    data.scaling = "slice"
     data.balance = False  # draw healthy and lesion slices equally often
     data.workers = 0  # processes that read slices; 0: threads of the training process
     data.prefetch = 4  # batches read ahead

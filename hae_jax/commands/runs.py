@@ -23,7 +23,7 @@ class Loaded(NamedTuple):
 
 
 _DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
-_FIXED = ("--config.model.", "--config.diffusion.", "--config.training.")
+_FIXED = ("--config.model.", "--config.diffusion.", "--config.training.", "--config.data.scaling")
 
 
 def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") -> Path:
@@ -76,10 +76,11 @@ def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_coll
 
 
 def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """`config` with the network and the diffusion of the training that `tree` describes."""
+    """`config` with the network, the diffusion and the scaling of slices of the training that `tree` describes."""
     with config.unlocked():
         config.model, config.diffusion, config.training = (
             _as_config(tree[part]) for part in ("model", "diffusion", "training"))
+        config.data.scaling = tree.get("data", {}).get("scaling", "slice")
     return config
 
 

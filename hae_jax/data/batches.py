@@ -26,6 +26,7 @@ def train_batches(
     workers: int = 0,
     prefetch: int = 4,
     balance: bool = False,
+    scaling: str = "slice",
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches in random order; every slice once per epoch, each epoch in another order.
 
@@ -44,6 +45,7 @@ def train_batches(
       workers: processes that read and scale; 0 does so in threads of this process, which is enough for most disks.
       prefetch: batches to read ahead (per worker); 0 reads when asked.
       balance: draw healthy and lesion slices equally often, whatever their numbers.
+      scaling: see `to_model_range`.
 
     Returns:
       An iterator of dictionaries: image [B/P, H, W, C] float32 in [-1, 1]; label, case, slice [B/P] int32. With
@@ -62,7 +64,7 @@ def train_batches(
     # Indices are batched before anything is read, so that a batch is one request to TensorStore.
     order = _balanced_order(reader, seed) if balance else _reshuffled(np.arange(len(reader)), seed, stream=0)
     shares = order.batch(batch_size // process_count)
-    batches = shares[start_step * process_count + process_index::process_count].map(_TrainBatch(reader))
+    batches = shares[start_step * process_count + process_index::process_count].map(_TrainBatch(reader, scaling))
     dataset = batches.to_iter_dataset(_read_ahead(prefetch))
     return iter(_in_processes(dataset, workers) if workers else dataset)
 
@@ -105,12 +107,13 @@ def _balanced_order(reader: SplitReader, seed: int) -> grain.MapDataset[np.int64
 class _TrainBatch(grain.transforms.Map):
     """Indices [b] -> the batch."""
 
-    def __init__(self, reader: SplitReader):
-        self._reader = reader
+    def __init__(self, reader: SplitReader, scaling: str):
+        self._reader, self._scaling = reader, scaling
 
     def map(self, element: np.ndarray) -> dict[str, np.ndarray]:
         rows = self._reader.read(element)
-        return {"image": to_model_range(rows["image"]), **{key: rows[key] for key in ("label", "case", "slice")}}
+        kept = {key: rows[key] for key in ("label", "case", "slice")}
+        return {"image": to_model_range(rows["image"], self._scaling), **kept}
 
 
 class _EvalBatch(grain.transforms.Map):

@@ -22,6 +22,8 @@ MIN_SLICE_SUM = 0.5  # a slice whose modality-mean intensity sums to more than t
 _VISIT = re.compile(r"(?<=^BraTS-...-\d{5})-\d{3}$")
 _SUBJECT = re.compile(r"sub-[^_]+")  # BIDS: what follows tells sessions, runs and kinds of image
 RANGE_EPSILON = 1e-5  # keeps the range of a constant slice finite
+SCALINGS = ("slice", "volume")
+VOLUME_RANGE = 1.5  # times the 99th percentile: with scaling "volume", this intensity and all above become 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +107,23 @@ def resize(
 
 
 def to_model_range(
-    images: np.ndarray,  # [..., H, W, C]
+    images: np.ndarray,  # [..., H, W, C] normalised by volume: 0 is background, 1 the 99th percentile
+    scaling: str = "slice",
 ) -> np.ndarray:  # [..., H, W, C] float32
-    """Scales every slice and channel to [-1, 1]: 2 (x - min) / (max - min + 1e-5) - 1. A constant one becomes -1."""
+    """Scales slices to [-1, 1], what networks take.
+
+    With "slice" (as published), each slice and channel by its own range: 2 (x - min) / (max - min + 1e-5) - 1; a
+    constant one becomes -1. A bright lesion then darkens the rest of its slice. With "volume", all slices of a case
+    alike: 2 x / 1.5 - 1, clipped.
+
+    Raises:
+      UserError: another scaling.
+    """
+    if scaling not in SCALINGS:
+        raise UserError(f"data.scaling is {scaling!r}: choose slice or volume")
     images = np.asarray(images, np.float32)
+    if scaling == "volume":
+        return np.clip(images * np.float32(2 / VOLUME_RANGE) - 1, -1, 1)
     # One axis after the other: NumPy is several times slower over both at once, with so few channels innermost.
     low = images.min(axis=-3, keepdims=True).min(axis=-2, keepdims=True)
     high = images.max(axis=-3, keepdims=True).max(axis=-2, keepdims=True)
@@ -122,8 +137,11 @@ def to_model_range(
 def from_model_range(
     scaled: np.ndarray,  # [..., H, W, C] in [-1, 1]
     images: np.ndarray,  # [..., H, W, C] what `to_model_range` was given when the range was set
+    scaling: str = "slice",
 ) -> np.ndarray:  # [..., H, W, C] float32
     """The inverse of `to_model_range`, into the range of other slices' intensities."""
+    if scaling == "volume":
+        return ((scaled + 1) / 2 * VOLUME_RANGE).astype(np.float32)
     low = images.min(axis=(-3, -2), keepdims=True)
     high = images.max(axis=(-3, -2), keepdims=True)
     return ((scaled + 1) / 2 * (high - low + RANGE_EPSILON) + low).astype(np.float32)

@@ -179,7 +179,7 @@ def _loop(
     batches = train_batches(
         run.reader, batch_size=training.batch_size, seed=run.config.seed, start_step=start,
         process_index=jax.process_index(), process_count=jax.process_count(), workers=run.config.data.workers,
-        prefetch=run.config.data.prefetch, balance=run.config.data.balance)
+        prefetch=run.config.data.prefetch, balance=run.config.data.balance, scaling=run.config.data.scaling)
     pending, stopping = None, False
     for done in range(start + 1, training.steps + 1):
         profiler.before(done)
@@ -223,7 +223,7 @@ def _validation(run: Run, graph: nnx.GraphDef, shardings: TrainState) -> Validat
         return None
     return Validation(run.mesh, shardings.params, graph, run.network, run.process, run.store.split("val"),
                       slices=training.validation_slices, batch_size=training.batch_size // training.accumulation,
-                      noise=run.config.diffusion.noise)
+                      noise=run.config.diffusion.noise, scaling=run.config.data.scaling)
 
 
 def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]) -> None:

@@ -67,6 +67,7 @@ class Validation:
         slices: int,
         batch_size: int,
         noise: str = "gaussian",
+        scaling: str = "slice",
     ):
         """Fixes the samples; the first call compiles.
 
@@ -75,8 +76,9 @@ class Validation:
           slices: see `fixed_samples`.
           batch_size: rows computed at once over all devices, which must divide it; does not change the result.
           noise: "gaussian" or "simplex", as in training.
+          scaling: of the slices, as in training.
         """
-        self._mesh, self._reader = mesh, reader
+        self._mesh, self._reader, self._scaling = mesh, reader, scaling
         self._image_shape = (batch_size, network.image_size, network.image_size, network.in_channels)
         self._samples = fixed_samples(reader, slices, process.schedule.steps,
                                       conditional=network.num_classes is not None)
@@ -104,7 +106,7 @@ class Validation:
                    *(self._on_devices((size,), values.__getitem__) for values in (number, *others)))
 
     def _read(self, row: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:  # [b, H, W, C] of the chosen rows
-        return to_model_range(self._reader.read(row[index[0]])["image"])
+        return to_model_range(self._reader.read(row[index[0]])["image"], self._scaling)
 
     def _on_devices(self, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
         return jax.make_array_from_callback(shape, batch_sharding(self._mesh), part)

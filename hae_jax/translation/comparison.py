@@ -181,6 +181,7 @@ def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collectio
         if trained is not None:
             _check_same_data(entry.network, config)
             own.model, own.diffusion, own.training = trained.model, trained.diffusion, trained.training
+            own.data.scaling = trained.data.get("scaling", "slice")
     return own
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from tqdm import tqdm
 
@@ -82,7 +83,7 @@ def process_cases(
 
     with tqdm(total=len(cases), desc="translating",
               bar_format="{l_bar}{bar}| {n:.1f}/{total_fmt} cases [{elapsed}<{remaining}]") as bar:
-        for name, done in _translated(cases, plan.config.model.image_size, translator, bar):
+        for name, done in _translated(cases, plan.config, translator, bar):
             try:
                 if isinstance(done, Exception):
                     raise done
@@ -100,7 +101,7 @@ def _reason(error: Exception) -> str:
 
 
 def _translated(
-    cases: Sequence[CaseFiles], image_size: int, translator: Translator, bar: tqdm
+    cases: Sequence[CaseFiles], config: ml_collections.ConfigDict, translator: Translator, bar: tqdm
 ) -> Iterator[tuple[str, TranslatedCase | Exception]]:
     """Yields the cases, each when its last slice is done; for an unreadable one, the reason."""
     reading: dict[str, SlicedCase] = {}
@@ -108,7 +109,7 @@ def _translated(
     said: collections.Counter[str] = collections.Counter()
 
     def slices() -> Iterator[Slice]:
-        for name, future in _read_ahead(cases, image_size):
+        for name, future in _read_ahead(cases, config):
             try:
                 case = future.result()
             except _CASE_FAULTS as error:
@@ -139,13 +140,16 @@ def _translated(
             tqdm.write(f"{count - 1} more case{'s' if count > 2 else ''}: {warning}")
 
 
-def _read_ahead(cases: Sequence[CaseFiles], image_size: int) -> Iterator[tuple[str, Future[SlicedCase]]]:
+def _read_ahead(
+    cases: Sequence[CaseFiles], config: ml_collections.ConfigDict
+) -> Iterator[tuple[str, Future[SlicedCase]]]:
     """The cases in order, the next ones being read in the background."""
     with ThreadPoolExecutor(1) as pool:
         waiting: collections.deque[tuple[str, Future[SlicedCase]]] = collections.deque()
         try:
             for files in cases:
-                waiting.append((files.name, pool.submit(read_slices, files, image_size)))
+                future = pool.submit(read_slices, files, config.model.image_size, config.data.scaling)
+                waiting.append((files.name, future))
                 if len(waiting) > _READ_AHEAD:
                     yield waiting.popleft()
             while waiting:

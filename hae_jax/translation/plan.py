@@ -120,7 +120,8 @@ def fingerprint(model: nnx.Module, config: ml_collections.ConfigDict) -> str:
 
     A folder can be trained anew, and the same weights can be imported with another schedule or number of heads.
     """
-    sha = hashlib.sha256(json.dumps([config.model.to_dict(), config.diffusion.to_dict()], sort_keys=True).encode())
+    used = [config.model.to_dict(), config.diffusion.to_dict(), config.data.scaling]
+    sha = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         sha.update(jax.tree_util.keystr(path).encode())
         sha.update(np.ascontiguousarray(leaf).tobytes())

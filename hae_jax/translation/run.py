@@ -145,7 +145,7 @@ def _calibrations(
     rival = plan.competitor
     return Calibrations(
         plan.calibration or calibrated(translator, plan.method, plan.store, folder,
-                                       calibration_inputs(plan, plan.method, identity)),
+                                       calibration_inputs(plan, plan.method, identity), plan.config.data.scaling),
         rival and calibrated(IntensityReader(rival.intensity), rival, plan.store, folder,
                              calibration_inputs(plan, rival, identity)))
 

@@ -27,7 +27,8 @@ Translator = Callable[[Iterable[Slice]], Iterator[tuple[Slice, Any]]]
 
 
 def calibrated(
-    translator: Translator, method: Any, store: Store | None, folder: Path, made_with: Mapping[str, Any]
+    translator: Translator, method: Any, store: Store | None, folder: Path, made_with: Mapping[str, Any],
+    scaling: str = "slice",
 ) -> Any:
     """The calibration of a method: that in `folder` which was made with exactly the same, else a new one, saved there.
 
@@ -42,6 +43,7 @@ def calibrated(
       folder: where calibrations are kept, made if absent.
       made_with: everything that the result depends on, ready for JSON: "checkpoint", "settings", "seed", "data". The
         method's rule is added.
+      scaling: of the slices, the network's (`to_model_range`).
 
     Raises:
       UserError: if there is no validation data, not both kinds of slices in it, or the file is damaged.
@@ -52,7 +54,7 @@ def calibrated(
         with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: print(
                 f"calibration: another process is making {path}; waiting for it", flush=True)):
             if not path.exists():
-                made = method.calibrate(_results(translator, store), made_with)
+                made = method.calibrate(_results(translator, store, scaling), made_with)
                 made.save(path)
                 return made
     print(f"calibration: {path} is used again")
@@ -103,7 +105,7 @@ def _fitting_presets(method: Any, made_with: Mapping[str, Any]) -> str:
     return ", ".join(name for name, preset in PRESETS.items() if preset.modality == modality)
 
 
-def _results(translator: Translator, store: Store) -> Iterator[tuple[Any, int, np.ndarray]]:
+def _results(translator: Translator, store: Store, scaling: str) -> Iterator[tuple[Any, int, np.ndarray]]:
     """The method's result, the label and the mask of each validation slice, in stored order."""
     known = collections.deque()
 
@@ -111,7 +113,7 @@ def _results(translator: Translator, store: Store) -> Iterator[tuple[Any, int, n
         reader = store.split(_SPLIT)
         for start in range(0, len(reader), _READ_AT_ONCE):
             rows = reader.read(np.arange(start, min(start + _READ_AT_ONCE, len(reader))))
-            images = to_model_range(rows["image"])
+            images = to_model_range(rows["image"], scaling)
             for i, case in enumerate(rows["case"]):
                 known.append((int(rows["label"][i]), rows["mask"][i] > 0))
                 yield Slice(images[i], store.cases[case]["name"], int(rows["slice"][i]), rows["image"][i])

@@ -32,6 +32,7 @@ class SlicedCase:
       name: of the case.
       inputs: [S, H, W, C] float32 in [-1, 1], what the network gets. Slices that show nothing are left out.
       slices: the same slices as in a prepared dataset (normalised, not scaled), their masks, positions, grid.
+      scaling: how `inputs` were made of them (`to_model_range`).
       affine: [4, 4] voxels, reoriented, to mm.
       grid: of the files.
       scales: [C] the raw intensity that is 1 in `slices.images`.
@@ -43,6 +44,7 @@ class SlicedCase:
     name: str
     inputs: np.ndarray
     slices: CaseSlices
+    scaling: str
     affine: np.ndarray
     grid: Grid
     scales: np.ndarray
@@ -56,7 +58,7 @@ class SlicedCase:
         return None if self.slices.masks is None else self.slices.masks > 0.5
 
 
-def read_slices(files: CaseFiles, image_size: int) -> SlicedCase:
+def read_slices(files: CaseFiles, image_size: int, scaling: str = "slice") -> SlicedCase:
     """Reads a case and slices it; the volumes are let go.
 
     Raises:
@@ -67,7 +69,7 @@ def read_slices(files: CaseFiles, image_size: int) -> SlicedCase:
     if not len(slices.index):
         raise UserError(f"{files.folder}: what the images of {case.name} show is lost when its slices are made "
                         f"{image_size} x {image_size} px; check them, or remove the case")
-    return SlicedCase(case.name, to_model_range(slices.images), slices, case.affine, case.grid,
+    return SlicedCase(case.name, to_model_range(slices.images, scaling), slices, scaling, case.affine, case.grid,
                       intensity_scales(case.volumes), head(case.volumes), case.mask, tuple(case.warnings))
 
 
@@ -112,7 +114,8 @@ def healthy_volume(
     channel: int,
 ) -> np.ndarray:  # [X, Y, Z] float32
     """The healthy counterpart of one modality in the file's own intensities; zero where there is no head."""
-    normalised = from_model_range(healthy[..., None], case.slices.images[..., channel:channel + 1])[..., 0]
+    images = case.slices.images[..., channel:channel + 1]
+    normalised = from_model_range(healthy[..., None], images, case.scaling)[..., 0]
     return map_volume(normalised * case.scales[channel], case.slices) * case.head
 
 
