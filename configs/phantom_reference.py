@@ -34,8 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
         config.model.channel_mult = (1, 1, 2, 4)
         config.model.attention_resolutions = (4, 8)
         config.model.dropout = 0.0
-        config.training.steps = 12_000
-        config.training.batch_size = 16
+        config.training.steps = 8_000
+        config.training.batch_size = 8
         config.training.learning_rate = 1e-3
         config.training.warmup_steps = 200
         config.training.clip_norm = 1.0
