@@ -108,7 +108,7 @@ def blocks(batch: int, dtype: str) -> Iterator[Block]:
         yield _convolution(batch, dtype, *shape)
     yield _norm(batch, dtype)
     yield _dropout(batch, dtype)
-    yield _simplex_noise(batch)
+    yield simplex_noise(batch)
 
 
 def attention_block(batch: int, dtype: str) -> Block:
@@ -208,7 +208,7 @@ def _dropout(batch: int, dtype: str) -> Block:
                  (x, jnp.arange(batch)), False)
 
 
-def _simplex_noise(batch: int) -> Block:
+def simplex_noise(batch: int) -> Block:
     """Six octaves, beside Gaussian noise of the same shape. Keys travel as the numbers that they are made of."""
     size, channels = _SIZES["noise"]
     shape, keys = (size, size, channels), lambda seeds: jax.vmap(jax.random.key)(seeds)

@@ -24,13 +24,16 @@ class Operation(NamedTuple):
     share: float  # of the whole program
 
 
-def longest(executable: jax.stages.Compiled, call: Callable[[], Any], count: int = 10) -> list[Operation]:
+def longest(
+    executable: jax.stages.Compiled, call: Callable[[], Any], count: int = 10, *, kernels: bool = False
+) -> list[Operation]:
     """Profiles one call and returns the parts that take longest, the longest first.
 
     Args:
       executable: the program.
       call: runs it once and waits.
       count: how many parts.
+      kernels: name the program's single kernels instead of parts of the network.
     """
     origins = hlo.origins(executable.as_text())
     options = jax.profiler.ProfileOptions()
@@ -41,7 +44,8 @@ def longest(executable: jax.stages.Compiled, call: Callable[[], Any], count: int
         (path,) = Path(folder).rglob("*.xplane.pb")
         total = collections.Counter()
         for operation, time in _own_times(jax.profiler.ProfileData.from_file(str(path))):
-            total[hlo.part(operation, origins.get(operation, ""))] += time
+            name = operation if kernels else hlo.part(operation, origins.get(operation, ""))
+            total[name] += time
     whole = sum(total.values())
     return [Operation(name, time, time / whole) for name, time in total.most_common(count)]
 

@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from hae_jax.data.slices import SCALINGS
 from hae_jax.errors import UserError
 from hae_jax.training.log import import_wandb
 from hae_jax.training.step import step_settings
@@ -17,6 +18,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     if len(modalities) != config.model.in_channels:
         raise UserError(f"data.modalities names {len(modalities)} channels ({', '.join(modalities)}), "
                         f"model.in_channels is {config.model.in_channels}; set one of them to fit the other")
+    if config.data.scaling not in SCALINGS:
+        raise UserError(f"data.scaling is {config.data.scaling!r}: choose {' or '.join(SCALINGS)}")
     for name in ("steps", "log_every", "save_every", "keep", "accumulation"):
         if training[name] < 1:
             raise UserError(f"training.{name} is {training[name]}: it must be at least 1")

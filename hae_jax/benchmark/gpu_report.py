@@ -1,0 +1,181 @@
+"""The GPU report: every figure that this project states of a machine, from one command.
+
+Each step runs in a process of its own (`gpu_steps`), with its own time limit. A step that fails or is late does not
+stop the next one. A step writes each figure when it has it; this process gathers the figures and rewrites
+`results.json`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hae_jax.benchmark.table import number, render
+from hae_jax.errors import UserError
+from hae_jax.files import write_json
+from hae_jax.provenance import record
+
+RESULTS = "results.json"
+LOG = "log.txt"  # what the steps print
+_POLL = 1.0  # seconds between two looks at a step
+_GRACE = 5.0  # seconds that a step has to end after SIGTERM
+_LEAST = 5.0  # seconds; a step is not begun with less
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of the report.
+
+    Attributes:
+      name: as in the table.
+      limit: seconds that it may take.
+      about: what it finds out, in a few words.
+      command: what runs it; the arguments of `gpu_steps` are added. None: the step of this name.
+    """
+
+    name: str
+    limit: float
+    about: str
+    command: tuple[str, ...] | None = None
+
+
+# In order of worth. Limits are for an H100 or H200; the last step takes what is left.
+STEPS = (
+    Step("facts", 60, "device, matrix products, copies"),
+    Step("numbers", 150, "golden values, bfloat16, translation, resume"),
+    Step("training", 300, "training step of the full network"),
+    Step("torch", 150, "the same step in PyTorch"),
+    Step("translation", 150, "600 steps of the forward process"),
+    Step("blocks", 90, "attention implementations, simplex noise"),
+    Step("profile", 90, "the kernels that take longest"),
+    Step("reference", 3600, "training of the phantom's reference network"),
+)
+
+
+def gpu_report(
+    output: str | Path, seconds: float, *, rehearse: bool = False, steps: Sequence[Step] = STEPS,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Runs the steps one after the other and writes `results.json`, `log.txt` and what the steps leave.
+
+    Args:
+      output: folder, made if absent; earlier results in it are replaced.
+      seconds: that all steps may take together.
+      rehearse: do everything in small, on whatever device there is.
+      steps: which ones.
+      say: is told what is being done.
+
+    Returns:
+      What `results.json` holds.
+
+    Raises:
+      UserError: the folder cannot be used, or the time is too short for any step.
+    """
+    if seconds < _LEAST:
+        raise UserError(f"--seconds {seconds:g}: give at least {_LEAST:g}")
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; give a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    results = {**record(), "seconds": seconds, "rehearsal": rehearse, "machine": {}, "steps": [], "figures": []}
+    with tempfile.TemporaryDirectory() as work, (output / LOG).open("w") as log:
+        for step in steps:
+            say(f"{step.name}: {step.about}")
+            done = {"step": step.name, "status": "running", "seconds": 0.0}
+            results["steps"].append(done)
+            _run(step, output, Path(work), end, rehearse, results, done, log)
+            _write(output, results)
+            say(f"  {done['status']}, {done['seconds']:.0f} s")
+    say(f"\n{table(results)}")
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as one table, under a line that says what they were measured on."""
+    machine = results["machine"]
+    head = (f"{machine.get('device', 'unknown device')}, driver {machine.get('driver')}, "
+            f"jax {machine.get('versions', {}).get('jax')}" + (" (rehearsal)" if results["rehearsal"] else ""))
+    cells = [(f["step"], f["name"], f"{number(f['value'])} {f['unit']}".strip(), _verdict(f))
+             for f in results["figures"]]
+    cells += [(s["step"], s["status"], "", "") for s in results["steps"] if s["status"] != "finished"]
+    return f"{head}\n\n{render(('step', 'figure', 'value', 'wanted'), cells)}"
+
+
+def _verdict(figure: dict[str, Any]) -> str:
+    """The goal of a figure and whether it is reached; empty where there is no goal."""
+    for key, sign, reached in (("at_most", "<=", lambda v, g: v <= g), ("at_least", ">=", lambda v, g: v >= g)):
+        if (goal := figure.get(key)) is not None:
+            return f"{sign} {goal:g}: {'yes' if reached(figure['value'], goal) else 'NO'}"
+    return ""
+
+
+def _run(step, output, work, end, rehearse, results, done, log) -> None:
+    """Runs one step until it ends or is late, and gathers its figures as they come."""
+    start, limit = time.monotonic(), min(step.limit, end - time.monotonic())
+    if limit < _LEAST:
+        done["status"] = "not begun, no time left"
+        return
+    figures = work / f"{step.name}.jsonl"
+    command = step.command or (sys.executable, "-m", "hae_jax.benchmark.gpu_steps")
+    command = [*command, step.name, "--figures", str(figures), "--earlier", str(output / RESULTS), "--output",
+               str(output), "--seconds", f"{limit - _GRACE:.0f}", *(["--rehearse"] if rehearse else [])]
+    log.write(f"== {step.name}\n")
+    log.flush()
+    _write(output, results)
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                               start_new_session=True, cwd=Path(__file__).resolve().parents[2])
+    earlier, before = len(results["figures"]), ""
+    while True:
+        late = time.monotonic() - start > limit
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0 if late else _POLL)
+        if (text := figures.read_text() if figures.exists() else "") != before:
+            results["figures"][earlier:], before = _figures(step.name, text, results), text
+            _write(output, results)
+        if late or process.returncode is not None:
+            break
+    _end(process)
+    done["seconds"] = round(time.monotonic() - start, 1)
+    done["status"] = (f"stopped after {limit:.0f} s" if late else "finished" if process.returncode == 0
+                      else f"failed: {_last_line(output / LOG)}")
+
+
+def _figures(step: str, text: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A step's figures; what it says of the machine goes into the head of the results. A line may be half-written."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if "machine" in entry:
+                results["machine"] = entry["machine"]
+            else:
+                found.append({"step": step, **entry})
+    return found
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a step with all processes that it has started."""
+    for number_ in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number_)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+            return
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it printed nothing"
+
+
+def _write(output: Path, results: dict[str, Any]) -> None:
+    write_json(output / RESULTS, results)

@@ -1,0 +1,420 @@
+"""The steps of the GPU report: `python -m hae_jax.benchmark.gpu_steps NAME ...`, started by `gpu_report`.
+
+A step adds each figure to a file of JSON lines as soon as it has it. In a rehearsal, everything is small.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hae_jax.benchmark import blocks, naive
+from hae_jax.benchmark.measure import (
+    Compiled,
+    compile_program,
+    copy_speed,
+    in_turns,
+    matmul_peak,
+    peak_of_first_call,
+)
+from hae_jax.benchmark.programs import Program, TrainingStep, TranslationOfBatch
+from hae_jax.benchmark.results import OURS
+from hae_jax.benchmark.settings import with_model
+from hae_jax.benchmark.top import longest
+from hae_jax.commands.config import read_config
+from hae_jax.data.slices import CaseSlices
+from hae_jax.data.store import StoreWriter
+from hae_jax.diffusion.process import Process
+from hae_jax.diffusion.schedule import make_schedule
+from hae_jax.model import UNet, load_torch_state, torch_state
+from hae_jax.model.platform import XLA, attention_by
+from hae_jax.provenance import versions
+from hae_jax.training.mesh import make_mesh
+from hae_jax.training.state import network_config
+from hae_jax.translation.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_BATCH = 28  # of the published training
+_FULL, _REFERENCE = "configs/brats_v2c.py", "configs/phantom_reference.py"
+_SMALL = {"image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 1),
+          "attention_resolutions": (2,)}
+_SAVING = 45.0  # seconds kept for saving and exporting the reference network; 20 in a rehearsal
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Where a step leaves what it finds.
+
+    Attributes:
+      figures: file of JSON lines.
+      earlier: the figures of the steps before.
+      output: folder for files.
+      end: when the step must be over, by `time.monotonic`.
+      rehearse: whether everything is to be small.
+    """
+
+    figures: Path
+    earlier: list[dict[str, Any]]
+    output: Path
+    end: float
+    rehearse: bool
+
+    def add(self, name: str, value: float, unit: str = "", *, at_most: float | None = None,
+            at_least: float | None = None, **details: Any) -> None:
+        """Adds a figure, which must be finite; the goals are what it should be."""
+        goals = {"at_most": at_most, "at_least": at_least}
+        self.write({"name": name, "value": float(value), "unit": unit,
+                    **{key: goal for key, goal in goals.items() if goal is not None}, **details})
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends a line at once."""
+        with self.figures.open("a") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+    def found(self, step: str, name: str) -> float | None:
+        """The value of a figure of an earlier step."""
+        return next((f["value"] for f in self.earlier if (f["step"], f["name"]) == (step, name)), None)
+
+    def config(self) -> ml_collections.ConfigDict:
+        """The full network's, or a small one's in a rehearsal."""
+        config = read_config(str(REPOSITORY / _FULL), [])
+        return with_model(config, **_SMALL) if self.rehearse else config
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Of a training step, the published one first."""
+        return (2, 4) if self.rehearse else (_BATCH, 56, 112, 224)
+
+
+def facts(report: Report) -> None:
+    """The device, and the best that it does."""
+    mesh = _one_device()
+    report.add("bfloat16 matrix product", matmul_peak(mesh, "bfloat16") / 1e12, "TFLOP/s")
+    report.add("copy", copy_speed(mesh) / 1e9, "GB/s")
+
+
+def numbers(report: Report) -> None:
+    """Whether this device computes the right numbers."""
+    sys.path.insert(0, str(REPOSITORY / "tests" / "model"))
+    from golden_weights import read_case  # the golden cases lie beside the tests
+
+    folder = REPOSITORY / "tests" / "golden"
+    kinds = ("tiny",) if report.rehearse else ("tiny", "options")
+    for name in (f"{variant}_{kind}" for variant in ("hae_v2c", "fpdm") for kind in kinds):
+        outputs, gradients = _golden_errors(read_case(folder, name))
+        report.add(f"{name}, float32, outputs", outputs, "of the maximum", at_most=1e-4)
+        report.add(f"{name}, float32, gradient norms", gradients, "of the norm", at_most=1e-4)
+    case = read_case(folder, "hae_v2c_tiny" if report.rehearse else "hae_v2c_brats")
+    exact, rounded = (_golden_output(case, dtype) for dtype in ("float32", "bfloat16"))
+    report.add("bfloat16 against float32, relative L2", np.linalg.norm(rounded - exact) / np.linalg.norm(exact),
+               at_most=2e-2)
+    report.add("translation, masks against the CPU's", _translation_dice(read_case(folder, "hae_v2c_tiny"), report),
+               "Dice", at_least=0.99)
+    report.add("resume, 3 + 3 steps against 6, largest difference", _resume_difference(), at_most=0)
+
+
+def training(report: Report) -> None:
+    """The training step at several batch sizes, and the naive form at the first."""
+    config, mesh = report.config(), _one_device()
+    peak = report.found("facts", "bfloat16 matrix product")
+    for batch in report.batches:
+        step = TrainingStep(config, mesh, batch)
+        try:
+            compiled, memory = _ready(step, mesh)
+            seconds = float(np.median(_timed(report, [(step, compiled)])[0]))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            report.add(f"batch {batch}, fits", 0)
+            break
+        report.add(f"batch {batch}", batch / seconds, "images/s", seconds=seconds)
+        if peak:
+            report.add(f"batch {batch}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
+        report.add(f"batch {batch}, peak memory", memory / 1e9, "GB")
+        report.add(f"batch {batch}, compile time", compiled.seconds, "s")
+        del step, compiled
+    _against_naive(report, config, mesh)
+
+
+def _against_naive(report: Report, config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    batch, network = report.batches[0], network_config(config.to_dict())
+    step = TrainingStep(config, mesh, batch)
+    ours, ours_memory = _ready(step, mesh)
+    with naive.swapped_in(naive.pieces_of("naive", network, translation=False)):
+        other, other_memory = _ready(step, mesh)
+    turns = _timed(report, [(step, ours), (step, other)])
+    report.add(f"batch {batch}, naive over ours, time", np.median(turns[1] / turns[0]), "x", turns=turns.tolist())
+    report.add(f"batch {batch}, naive over ours, memory", other_memory / ours_memory, "x")
+
+
+def translation(report: Report) -> None:
+    """The published forward process: exact steps of the whole schedule."""
+    config, mesh = report.config(), _one_device()
+    steps = 4 if report.rehearse else config.translation.forward_steps
+    speeds = {batch: report.found("training", f"batch {batch}") or 0 for batch in report.batches}
+    for batch in dict.fromkeys((report.batches[0], max(speeds, key=speeds.get))):
+        program = TranslationOfBatch(config, mesh, batch, steps)
+        compiled, memory = _ready(program, mesh, call=False)
+        start = time.perf_counter()
+        program.call(compiled.executable)
+        report.add(f"{steps} steps, batch {batch}", (time.perf_counter() - start) / batch, "s/slice",
+                   compile_seconds=compiled.seconds, memory=memory)
+
+
+def attention_and_noise(report: Report) -> None:
+    """Implementations of attention at the network's largest sizes, forward and with gradients; simplex noise."""
+    batch, mesh = (1 if report.rehearse else _BATCH), _one_device()
+    dense = blocks.attention_block(batch, "bfloat16")
+    sparse = blocks.smallest_patches(batch, "bfloat16", dropout=True)
+    for block, kernels in ((dense, (XLA, "cudnn")), (sparse, (XLA, "cudnn_sparse", "pallas"))):
+        arguments = block.placed(mesh)
+        for kernel in kernels if jax.default_backend() == "gpu" else (XLA,):
+            for name, wrap in (("forward", lambda f: f), ("with gradients", blocks.with_gradients)):
+                form = wrap(block.forms[OURS])
+                with attention_by(kernel):  # a new function each time: JAX remembers what it has traced
+                    program = jax.jit(lambda *a, f=form: f(*a)).lower(*arguments).compile()
+                seconds = in_turns([lambda p=program: jax.block_until_ready(p(*arguments))], 3).min()  # noqa: B023
+                report.add(f"{block.name}, {kernel}, {name}", 1e3 * seconds, "ms")
+    noise = blocks.simplex_noise(batch)
+    program, arguments = jax.jit(noise.forms[OURS]), noise.placed(mesh)
+    seconds = in_turns([lambda: program(*arguments).block_until_ready()], 3).min()
+    report.add(f"{noise.name}, batch {batch}", 1e3 * seconds, "ms")
+
+
+def profile(report: Report) -> None:
+    """The ten kernels of a training step that take longest."""
+    mesh = _one_device()
+    step = TrainingStep(report.config(), mesh, report.batches[0])
+    compiled, _ = _ready(step, mesh)
+    found = longest(compiled.executable, lambda: step.call(compiled.executable), kernels=True)
+    for rank, kernel in enumerate(found, 1):
+        report.add(f"{rank}. {kernel.name[:80]}", 100 * kernel.share, "%", seconds=kernel.seconds)
+
+
+def reference(report: Report) -> None:
+    """Trains the phantom's reference network until the time is over, and exports its EMA weights."""
+    saving = 20 if report.rehearse else _SAVING
+    with tempfile.TemporaryDirectory() as folder:
+        work, start = Path(folder), time.monotonic()
+        config, overrides = _reference_config(report, work)
+        from hae_jax.data.demo import ensure_phantom
+
+        ensure_phantom(config.data, config.model.image_size)
+        report.add("phantom", time.monotonic() - start, "s", subjects=config.data.phantom.subjects)
+        run = work / "run"
+        command = [sys.executable, str(REPOSITORY / "train.py"), "--config", str(REPOSITORY / _REFERENCE), "--workdir",
+                   str(run), *overrides, f"--config.training.steps={_affordable_steps(report, config, saving)}"]
+        _until(subprocess.Popen(command, cwd=REPOSITORY), report.end - saving)
+        _export(report, run)
+
+
+def _reference_config(report: Report, work: Path) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The reference network's config, with data in a folder of its own and a batch that keeps a GPU busy."""
+    workers = max(1, min(16, len(os.sched_getaffinity(0))))
+    fields = {"data.root": work / "store", "data.phantom.cases": work / "cases", "data.phantom.workers": workers,
+              "model.dtype": "bfloat16", "training.batch_size": 64, "training.ema_rates": "(0.9995,)"}
+    if report.rehearse:
+        fields |= {f"model.{name}": value for name, value in _SMALL.items()}
+        fields |= {"data.phantom.size": 0.1, "data.phantom.subjects": 8, "data.phantom.train_fraction": 0.5,
+                   "training.batch_size": 8, "training.validate_every": 0, "training.sample_every": 2,
+                   "training.sample_steps": 2, "training.log_every": 1}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return read_config(str(REPOSITORY / _REFERENCE), overrides), overrides
+
+
+def _affordable_steps(report: Report, config: ml_collections.ConfigDict, saving: float) -> int:
+    """How many training steps fit into nine tenths of the time that is left, so that annealing comes to its end."""
+    if report.rehearse:
+        return 4
+    mesh = _one_device()
+    step = TrainingStep(config, mesh, config.training.batch_size)
+    compiled, _ = _ready(step, mesh)
+    seconds = float(np.median(_timed(report, [(step, compiled)])))
+    left = report.end - saving - time.monotonic() - 2 * compiled.seconds
+    return max(100, int(0.9 * left / seconds))
+
+
+def _until(process: subprocess.Popen, end: float) -> None:
+    """Waits for a training; asks it to save and stop when the time is over."""
+    try:
+        process.wait(max(1.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _export(report: Report, run: Path) -> None:
+    from hae_jax.training.weights import export_weights
+
+    network = export_weights(run, report.output)
+    shutil.copy(run / "metrics.jsonl", report.output)
+    if grids := sorted((run / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime):
+        shutil.copy(grids[-1], report.output / "samples.png")
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    report.add("steps", network.identity["step"])
+    report.add("loss", last["loss"])
+
+
+def _one_device() -> Mesh:
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def _ready(program: Program, mesh: Mesh, *, call: bool = True) -> tuple[Compiled, int]:
+    """A program compiled, and bytes at its peak: by the device's statistics of a first call, else by XLA's plan."""
+    compiled = compile_program(program.lower, 1)
+    program.place()
+    used = peak_of_first_call(mesh.devices.flat[0], lambda: program.call(compiled.executable),
+                              compiled.arguments) if call else None
+    return compiled, used or compiled.memory
+
+
+def _timed(report: Report, programs: Sequence[tuple[Program, Compiled]]) -> np.ndarray:  # [programs, turns] seconds
+    return in_turns([lambda p=program, c=compiled: p.call(c.executable) for program, compiled in programs],
+                    1 if report.rehearse else 5)
+
+
+def _golden_network(case: Any, dtype: str = "float32") -> tuple[nnx.GraphDef, nnx.State]:
+    model = nnx.eval_shape(lambda: UNet(dataclasses.replace(case.config, dtype=dtype), nnx.Rngs(0)))
+    load_torch_state(model, case.weights)
+    return nnx.split(model)
+
+
+def _golden_forward(graph: nnx.GraphDef, case: Any) -> Callable[..., jax.Array]:
+    t, y = jnp.asarray(case.values["t"]), jnp.asarray(case.values["y"])
+    return lambda state, null, drop: nnx.merge(graph, state)(
+        case.x, t, y, null=null, drop=drop, sparse_masks=case.masks)
+
+
+@jax.default_matmul_precision("highest")
+def _golden_errors(case: Any) -> tuple[float, float]:
+    """The largest errors of outputs and of gradient norms, as shares of the largest output and norm."""
+    graph, state = _golden_network(case)
+    forward, direction = _golden_forward(graph, case), case.gradient_direction()
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def scalar(state, null, drop):
+        out = forward(state, null, drop)
+        return jnp.mean(out * direction), out
+
+    run, outputs = jax.jit(scalar), []
+    for mode, (null, drop) in case.modes().items():
+        (_, out), gradients = run(state, null, drop)
+        outputs.append(np.abs(out - case.output(mode)).max() / np.abs(case.output(mode)).max())
+        if mode == str(case.values["grad_mode"]):
+            found = torch_state(nnx.merge(graph, gradients))
+    wanted = dict(zip(case.values["grad_keys"].tolist(), case.values["grad_l2"], strict=True))
+    # A bias in front of a norm has no gradient but rounding: hence the share of the largest norm.
+    floor = 1e-3 * max(wanted.values())
+    worst = max(abs(np.linalg.norm(found[name].astype(np.float64)) - norm) / (norm + floor)
+                for name, norm in wanted.items())
+    return float(max(outputs)), float(worst)
+
+
+@jax.default_matmul_precision("highest")
+def _golden_output(case: Any, dtype: str) -> np.ndarray:
+    graph, state = _golden_network(case, dtype)
+    return np.asarray(jax.jit(_golden_forward(graph, case))(state, *case.modes()["cond"]), np.float64)
+
+
+@jax.default_matmul_precision("highest")
+def _translation_dice(case: Any, report: Report) -> float:
+    """The overlap of the masks that the forward process gives on this device and on the CPU."""
+    graph, state = _golden_network(case)
+    process = Process(make_schedule("linear", 1000, "50"))
+    settings = ForwardSettings(4 if report.rehearse else 30, modality=(0,))
+    x0 = np.tanh(np.random.default_rng(0).standard_normal((2, *case.x.shape[1:]), np.float32))
+
+    def translate(state, x0, seed):
+        keys = jax.random.split(jax.random.key(seed), len(x0))
+        return forward_process(process, network_denoisers(nnx.merge(graph, state)), x0,
+                               step_noise(keys, x0.shape[1:]), settings).map[..., 0]
+
+    masks = []
+    for device in (jax.devices()[0], jax.devices("cpu")[0]):
+        maps = np.asarray(jax.jit(translate)(*jax.device_put((state, x0, np.uint32(0)), device)))
+        masks.append(maps >= np.quantile(maps, 0.9, axis=(1, 2), keepdims=True))
+    return float(2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum()))
+
+
+def _resume_difference() -> float:
+    """How far the EMA weights of 3 + 3 steps are from those of 6 steps."""
+    from hae_jax.training.checkpoint import load_network
+    from hae_jax.training.loop import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = read_config(str(REPOSITORY / "configs" / "default.py"), [])
+        config = with_model(config, **_SMALL)
+        config.data.root = f"{folder}/store"
+        config.training.update({"batch_size": 8, "log_every": 1, "sample_every": 0, "validate_every": 0,
+                                "ema_rates": (0.9,)})
+        _made_up_store(Path(config.data.root))
+        for name, stops in (("whole", (6,)), ("parts", (3, 6))):
+            for config.training.steps in stops:
+                train(config, Path(folder) / name, jax.devices()[:1])
+        whole, parts = (nnx.state(load_network(f"{folder}/{name}").model, nnx.Param) for name in ("whole", "parts"))
+        return float(max(map(lambda a, b: np.abs(a - b).max(), jax.tree.leaves(whole), jax.tree.leaves(parts))))
+
+
+def _made_up_store(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    root.mkdir()
+    writer = StoreWriter(root)
+    masks = np.zeros((24, 16, 16), np.float32)
+    masks[::2, 4:8, 4:8] = 1
+    writer.add("made_up", "train", CaseSlices(rng.random((24, 16, 16, 4), np.float32), masks, np.arange(24),
+                                              (16, 16, 24)), None)
+    writer.finish({})
+
+
+def _driver() -> str | None:
+    try:
+        out = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
+                             text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None
+
+
+_STEPS: dict[str, Callable[[Report], None]] = {
+    "facts": facts, "numbers": numbers, "training": training, "translation": translation,
+    "blocks": attention_and_noise, "profile": profile, "reference": reference,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one step."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("step", choices=_STEPS)
+    parser.add_argument("--figures", type=Path, required=True)
+    parser.add_argument("--earlier", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    arguments = parser.parse_args(argv)
+    report = Report(arguments.figures, json.loads(arguments.earlier.read_text())["figures"], arguments.output,
+                    time.monotonic() + arguments.seconds, arguments.rehearse)
+    device = jax.devices()[0]
+    report.write({"machine": {"device": device.device_kind, "platform": device.platform, "driver": _driver(),
+                              "cores": os.cpu_count(), "versions": versions()}})
+    _STEPS[arguments.step](report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A trained network as two files: weights in half precision and the config, small enough to share.
+
+`model.safetensors` holds the EMA weights under PyTorch's names, `config.json` the config tree of the training with the
+step. Unlike a run folder it cannot be resumed.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from hae_jax.errors import UserError
+from hae_jax.files import write_json
+from hae_jax.model import load_torch_state, torch_state
+from hae_jax.model.torch_files import read_state_dict, write_state_dict
+from hae_jax.training.checkpoint import Network, load_network
+from hae_jax.training.state import abstract_network, network_config
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def export_weights(run: str | Path, folder: str | Path) -> Network:
+    """Writes the EMA weights of a run's newest sound checkpoint to `folder`, replacing earlier ones.
+
+    Returns:
+      The network that was written.
+
+    Raises:
+      UserError: the run has no sound checkpoint.
+    """
+    network, folder = load_network(run), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    write_state_dict(folder / WEIGHTS, {name: value.astype(np.float16)
+                                        for name, value in torch_state(network.model).items()})
+    write_json(folder / CONFIG, {"step": network.identity["step"], "config": network.config})
+    return network
+
+
+def load_weights(folder: str | Path) -> Network:
+    """Reads what `export_weights` wrote; the parameters are float32 again.
+
+    Raises:
+      UserError: a file is missing or damaged, or the weights do not fit the config.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        described = json.loads(path.read_text())
+        config, step = described["config"], described["step"]
+        graph, params = abstract_network(network_config(config))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy the folder again") from error
+    model = nnx.merge(graph, params)
+    load_torch_state(model, read_state_dict(path.with_name(WEIGHTS)))
+    identity = {"path": str(Path(folder) / WEIGHTS), "step": step,
+                "parameters": f"ema {config['training']['ema_rates'][0]}, half precision"}
+    return Network(config, model, identity)
