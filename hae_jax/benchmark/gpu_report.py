@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 from hae_jax.benchmark.table import number, render
 from hae_jax.errors import UserError
-from hae_jax.files import write_json
+from hae_jax.files import write_json, written_whole
 from hae_jax.provenance import record
 
 RESULTS = "results.json"
@@ -108,6 +109,59 @@ def table(results: dict[str, Any]) -> str:
              for f in results["figures"]]
     cells += [(s["step"], s["status"], "", "") for s in results["steps"] if s["status"] != "finished"]
     return f"{head}\n\n{render(('step', 'figure', 'value', 'wanted'), cells)}"
+
+
+def publish(results: str | Path, folder: str | Path) -> list[Path]:
+    """Adds a report to the pages of measured machines: one page a machine and an index, both newest first.
+
+    Args:
+      results: `results.json` of a report that was no rehearsal.
+      folder: of the pages, `docs/benchmarks`; a copy of the results is kept there.
+
+    Returns:
+      The pages that were written.
+
+    Raises:
+      UserError: the file cannot be read, or holds a rehearsal.
+    """
+    folder, found = Path(folder), _read(Path(results))
+    if found["rehearsal"]:
+        raise UserError(f"{results}: is a rehearsal; publish a report that was made without --rehearse")
+    name = re.sub(r"\W+", "-", found["machine"]["device"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}-{found['created'][:10]}.json", found)
+    return write_pages(folder)
+
+
+def write_pages(folder: str | Path) -> list[Path]:
+    """Writes the pages anew from the results that lie in their folder."""
+    folder, machines = Path(folder), {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-10:], reverse=True):
+        machines.setdefault(path.stem[:-11], []).append((path.stem[-10:], _read(path)))
+    pages = {f"{name}.md": "\n\n".join([f"# {reports[0][1]['machine']['device']}", *(
+        f"## {date}, revision {report['git_revision']}\n\n{table(report)}" for date, report in reports)])
+        for name, reports in machines.items()}
+    has_gpu = any(report["machine"].get("platform") == "gpu" for reports in machines.values() for _, report in reports)
+    pages["README.md"] = "\n\n".join([
+        *([] if has_gpu else ["**No GPU has been measured yet.**"]),
+        "# Measured machines", "Each page holds the reports of one machine, made by `python tools/gpu_report.py "
+        "--seconds 480 --output results/gpu` and added by `python tools/gpu_report.py --publish "
+        "results/gpu/results.json`.",
+        *(f"- [{reports[0][1]['machine']['device']}]({name}.md), {reports[0][0]}"
+          for name, reports in machines.items())])
+    for page, text in pages.items():
+        with written_whole(folder / page) as path:
+            path.write_text(text + "\n")
+    return [folder / page for page in pages]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        found["machine"]["device"], found["figures"], found["steps"], found["rehearsal"], found["created"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no results of a GPU report ({error}); give the results.json that it wrote") from error
+    return found
 
 
 def _verdict(figure: dict[str, Any]) -> str:

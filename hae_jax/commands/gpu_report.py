@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="FOLDER", help="for results.json, log.txt, and the reference network with its log")
     add("--steps", metavar="A,B", help="only these; default: all")
     add("--rehearse", action="store_true", help="do everything in small, on whatever device there is")
+    add("--publish", metavar="RESULTS", help="add a report's results.json to docs/benchmarks and exit")
     add("--requirements", nargs="?", const="", metavar="WHEELS", help="list the packages that a GPU machine with JAX "
         "lacks and exit; with a folder of their wheels, also the sizes")
     return parser
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.requirements is not None:
         print("\n".join(_requirements(arguments.requirements)))
+        return
+    if arguments.publish:
+        from hae_jax.benchmark.gpu_report import publish
+
+        print("\n".join(map(str, publish(arguments.publish, _REPOSITORY / "docs" / "benchmarks"))))
         return
     if not arguments.output:
         raise UserError("--output is missing: name the folder for the results")

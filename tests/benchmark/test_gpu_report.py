@@ -1,0 +1,108 @@
+"""The GPU report: rehearsed in small, with steps that fail and hang, and published."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from hae_jax.benchmark.gpu_report import STEPS, Step, gpu_report, publish, write_pages
+from hae_jax.commands.gpu_report import main
+from hae_jax.errors import UserError
+
+_WRITES = """\
+import json, sys, time
+path = sys.argv[sys.argv.index("--figures") + 1]
+with open(path, "a") as file:
+    file.write(json.dumps({"machine": {"device": "a GPU", "platform": "gpu", "driver": "1.0", "versions": {}}}) + "\\n")
+    file.write(json.dumps({"name": "speed", "value": 3.0, "unit": "m/s", "at_least": 4}) + "\\n")
+"""
+
+
+def step(name: str, code: str, limit: float = 60) -> Step:
+    return Step(name, limit, "", (sys.executable, "-c", code))
+
+
+def test_the_rehearsal_has_finite_figures_from_every_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    results = gpu_report(tmp_path / "report", 900, rehearse=True)
+    assert json.loads((tmp_path / "report" / "results.json").read_text()) == results
+    assert [(s["step"], s["status"]) for s in results["steps"]] == [(s.name, "finished") for s in STEPS]
+    assert {figure["step"] for figure in results["figures"]} == {s.name for s in STEPS}
+    assert all(math.isfinite(figure["value"]) for figure in results["figures"])
+    for figure in results["figures"]:  # the goals that hold on every machine
+        if figure["step"] == "numbers":
+            assert figure["value"] <= figure.get("at_most", math.inf), figure
+            assert figure["value"] >= figure.get("at_least", -math.inf), figure
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"results.json", "log.txt", "model.safetensors", "config.json", "metrics.jsonl", "samples.png"} == files
+    assert results["machine"]["versions"]["jax"]
+    with pytest.raises(UserError, match="rehearsal"):
+        publish(tmp_path / "report" / "results.json", tmp_path / "docs")
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
+    said = []
+    results = gpu_report(tmp_path, 60, say=said.append, steps=[
+        step("fails", _WRITES + "raise ValueError('broken')"),
+        step("hangs", _WRITES + "file.close(); time.sleep(60)", limit=5.5),
+        step("works", _WRITES)])
+    assert [s["status"] for s in results["steps"]] == ["failed: ValueError: broken", "stopped after 6 s", "finished"]
+    assert [figure["step"] for figure in results["figures"]] == ["fails", "hangs", "works"]
+    assert "m/s" in said[-1]
+    assert "NO" in said[-1]
+    assert "failed: ValueError: broken" in said[-1]
+
+
+def test_steps_that_no_time_is_left_for_are_named(tmp_path):
+    results = gpu_report(tmp_path, 6, steps=[step("sleeps", "import time; time.sleep(3)"), step("late", _WRITES)])
+    assert [s["status"] for s in results["steps"]] == ["finished", "not begun, no time left"]
+
+
+def test_reports_are_published_a_page_for_each_machine_newest_first(tmp_path):
+    write_pages(tmp_path / "docs")
+    assert (tmp_path / "docs" / "README.md").read_text().startswith("**No GPU has been measured yet.**")
+    results = gpu_report(tmp_path / "report", 60, steps=[step("works", _WRITES)])
+    for date in ("2026-01-02", "2026-03-04"):
+        (tmp_path / "results.json").write_text(json.dumps(results | {"created": f"{date}T00:00:00"}))
+        publish(tmp_path / "results.json", tmp_path / "docs")
+    page = (tmp_path / "docs" / "a-gpu.md").read_text()
+    assert 0 < page.index("2026-03-04") < page.index("2026-01-02")
+    assert (tmp_path / "docs" / "README.md").read_text().startswith("# Measured machines")
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="no results of a GPU report"):
+        publish(tmp_path / "results.json", tmp_path / "docs")
+
+
+def test_the_pages_in_the_docs_are_those_of_the_results_beside_them(tmp_path):
+    docs = Path(__file__).parents[2] / "docs" / "benchmarks"
+    shutil.copytree(docs, tmp_path / "docs")
+    pages = {path.name: path.read_text() for path in write_pages(tmp_path / "docs")}
+    assert pages == {path.name: path.read_text() for path in docs.glob("*.md")}
+
+
+def test_requirements_are_those_that_a_machine_with_jax_lacks(capsys, tmp_path):
+    main(["--requirements"])
+    names = {line.partition("==")[0] for line in capsys.readouterr().out.split()}
+    assert {"grain", "array_record", "nibabel", "nilearn", "ml_collections", "tensorboardX"} <= names
+    assert not {"jax", "jaxlib", "flax", "numpy", "scipy", "matplotlib"} & names
+    for name in names:
+        (tmp_path / f"{name.replace('-', '_')}-1-py3-none-any.whl").write_bytes(b"0" * 2**20)
+    main(["--requirements", str(tmp_path)])
+    assert f"# {len(names)} wheels, {len(names)}.0 MiB" in capsys.readouterr().out
+    (tmp_path / "grain-1-py3-none-any.whl").unlink()
+    with pytest.raises(SystemExit):
+        main(["--requirements", str(tmp_path)])
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--seconds", "1", "--output", "x"], ["--steps", "nothing", "--output", "x"], []])
+def test_mistakes_are_one_line(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
