@@ -1,4 +1,4 @@
-"""The fields of the network, named as in the PyTorch constructor, checked before anything is built."""
+"""The fields of the network, named as in the PyTorch constructor and with its defaults; checked at once."""
 
 import dataclasses
 import math
@@ -59,7 +59,8 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Hyper-parameters of `hae_jax.model.UNet`.
+    """Hyper-parameters of `hae_jax.model.UNet`. The defaults are those of the PyTorch constructor; what the published
+    networks were trained with stands in `configs/default.py`.
 
     Attributes:
       variant: "fpdm", "hae", "hae_lite", "hae_v2" or "hae_v2c".
@@ -102,13 +103,13 @@ class UNetConfig:
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (4, 8, 16)
     dropout: float = 0.0
-    channel_mult: tuple[float, ...] | None = None
+    channel_mult: tuple[float, ...] | None = (1, 2, 4, 8)
     conv_resample: bool = True
-    num_classes: int | None = 2
-    num_heads: int = 4
+    num_classes: int | None = None
+    num_heads: int = 1
     num_head_channels: int = -1
     num_heads_upsample: int = -1
-    use_scale_shift_norm: bool = True
+    use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     use_hae: bool = True
     bottleneck_ratio: float = 0.25

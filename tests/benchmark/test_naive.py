@@ -17,7 +17,7 @@ from hae_jax.translation import forward_process
 
 # 12 x 12 tokens in the hybrid block, enough to be sparse; two of its four rows see no label.
 NETWORK = {"image_size": 24, "in_channels": 2, "model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1,
-           "attention_resolutions": (2,)}
+           "attention_resolutions": (2,), "num_classes": 2, "num_heads": 4, "use_scale_shift_norm": True}
 STEPS = 4
 
 
@@ -146,7 +146,7 @@ def translation(settings):
 def test_translation_is_the_same(baseline, reference):
     settings = forward_process.ForwardSettings(12, reference=reference)
     ours, x0 = translation(settings)
-    with naive.swapped_in(naive.pieces_of(baseline, UNetConfig(), translation=True)):
+    with naive.swapped_in(naive.pieces_of(baseline, UNetConfig(num_classes=2), translation=True)):
         theirs, _ = translation(settings)
     ours, theirs = ours(x0), theirs(x0)
     assert len(np.unique(ours.t_e)) > 1
@@ -194,12 +194,12 @@ def test_nothing_stays_swapped():
 
 
 def test_pieces_are_those_that_change_something():
-    whole, plain = UNetConfig(), UNetConfig(variant="fpdm")
+    whole, plain = UNetConfig(num_classes=2), UNetConfig(variant="fpdm", num_classes=2)
     assert naive.pieces_of("naive", whole, translation=False) == ("context", "sparse", "convolution", "norm")
     assert naive.pieces_of("naive", whole, translation=True) == naive.PIECES
     assert naive.pieces_of("sparse", plain, translation=False) == ()
     assert naive.pieces_of("passes", whole, translation=False) == ()
-    assert naive.pieces_of("naive", UNetConfig(num_classes=None, sparse_pattern="dense"), translation=False) == (
+    assert naive.pieces_of("naive", UNetConfig(sparse_pattern="dense"), translation=False) == (
         "convolution", "norm")
     with pytest.raises(UserError, match="choose among naive, context"):
         naive.pieces_of("speed", whole, translation=False)

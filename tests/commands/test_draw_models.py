@@ -17,7 +17,7 @@ PIXEL = 1.0
 
 
 def test_no_text_meets_another_or_leaves_its_box():
-    figure = models_figure(UNetConfig())
+    figure = models_figure(UNetConfig(channel_mult=(1, 1, 2, 3, 4), num_classes=2))
     figure.canvas.draw()
     (axes,) = figure.axes
     boxes = [p.get_window_extent() for p in axes.patches if isinstance(p, FancyBboxPatch)]
@@ -36,7 +36,7 @@ def test_no_text_meets_another_or_leaves_its_box():
 
 
 def test_the_drawing_names_the_sizes_of_its_config():
-    figure = models_figure(UNetConfig(image_size=64, channel_mult=(1, 2, 3), attention_resolutions=(4,)))
+    figure = models_figure(UNetConfig(image_size=64, channel_mult=(1, 2, 3), attention_resolutions=(4,), num_classes=2))
     said = "\n".join(text.get_text() for text in figure.axes[0].texts)
     assert "16 x 16 px, 384 channels\n2 x (ResBlock, AttentionBlock)" in said
     assert "32 x 32 px, 256 channels\n2 x ResBlock" in said

@@ -14,7 +14,7 @@ from hae_jax.model import UNet, UNetConfig
 
 # Two levels; the hybrid block has 12 x 12 tokens, enough to be sparse.
 SMALL = {"image_size": 24, "in_channels": 2, "model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1,
-         "attention_resolutions": (2,)}
+         "attention_resolutions": (2,), "num_classes": 2, "num_heads": 4, "use_scale_shift_norm": True}
 
 
 @functools.cache

@@ -20,7 +20,7 @@ PRODUCT = 2 * 4**3
 def test_a_dense_network_counted_by_hand():
     """One level of 8 x 8 pixels: an encoder block, the middle, two decoder blocks, attention everywhere."""
     config = UNetConfig(variant="fpdm", image_size=8, in_channels=2, model_channels=32, channel_mult=(1,),
-                        num_res_blocks=1, attention_resolutions=(1,), num_classes=None)
+                        num_res_blocks=1, attention_resolutions=(1,), use_scale_shift_norm=True)
     pixels, c, e = 64, 32, 128
     embedding = c * e + e * e
 

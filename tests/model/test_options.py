@@ -15,7 +15,8 @@ from hae_jax.model.layers import Randomness
 
 # 36 pixels and three levels: hybrid blocks on 9 x 9 and 18 x 18 tokens, which neither 4 nor 8 divides.
 ODD = {"image_size": 36, "model_channels": 32, "channel_mult": (1, 1, 1), "num_res_blocks": 1,
-       "attention_resolutions": (4,), "dropout": 0.2, "sparse_redraw": True}
+       "attention_resolutions": (4,), "dropout": 0.2, "sparse_redraw": True, "num_classes": 2, "num_heads": 4,
+       "use_scale_shift_norm": True}
 COMBINATIONS = {
     "fpdm": {"in_channels": 1, "num_classes": None},
     "hae": {"in_channels": 3, "out_channels": 6, "num_classes": 3, "conv_resample": False},
@@ -40,7 +41,7 @@ def training_pass(config: UNetConfig) -> Callable:
 
 @pytest.mark.parametrize("variant", list(COMBINATIONS))
 def test_odd_token_grids_train_in_every_variant(variant: str):
-    config = UNetConfig(variant=variant, **ODD, **COMBINATIONS[variant])
+    config = UNetConfig(variant=variant, **ODD | COMBINATIONS[variant])
     state = filled(config)[1]
     run, arrays = training_pass(config), inputs(config, 2)
     (_, out), gradients = run(state, *arrays, jax.random.key(0))

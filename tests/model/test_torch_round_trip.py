@@ -16,7 +16,7 @@ from hae_jax.model.layers import Conditioning, ParameterKeys, conv, group_norm, 
 from hae_jax.model.torch_files import read_state_dict, write_state_dict
 from hae_jax.model.torch_weights import walk
 
-CONFIG = UNetConfig(**SMALL, sparse_pattern="dense", num_heads=4)
+CONFIG = UNetConfig(**SMALL, sparse_pattern="dense")
 C, HEADS, TOLERANCE = 32, 4, 1e-6
 
 

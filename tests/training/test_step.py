@@ -34,7 +34,7 @@ from hae_jax.training.step import StepSettings, draw, make_train_step, state_nor
 STEPS, BATCH, RATES = 4, 16, (0.5, 0.9)
 PROCESS = Process(make_schedule("cosine", STEPS))
 NETWORK = UNetConfig(variant="fpdm", image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,),
-                     attention_resolutions=(), dropout=0.1)
+                     attention_resolutions=(), dropout=0.1, num_classes=2, use_scale_shift_norm=True)
 SETTINGS = StepSettings(7, 0.3, 1, RATES, "simplex", "skip")
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -206,7 +206,7 @@ def test_what_a_row_draws_does_not_depend_on_the_batch(trainer):
 
 def test_an_unconditional_network_is_given_no_labels(monkeypatch):
     network = UNetConfig(image_size=16, model_channels=32, num_res_blocks=1, channel_mult=(1, 1),
-                         attention_resolutions=(2,), num_classes=None)
+                         attention_resolutions=(2,), use_scale_shift_norm=True)
     mesh, state = make_mesh(), abstract_state(network, OPTIMIZER, len(RATES))
     given, call = [], UNet.__call__
 

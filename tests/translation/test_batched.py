@@ -46,7 +46,7 @@ def _assert_close(found, expected):
 def network():
     # One level with attention: it has the rule by which a batch decides whether its rows see the class context.
     model = UNet(UNetConfig(image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,),
-                            attention_resolutions=(1,)), rngs=nnx.Rngs(0))
+                            attention_resolutions=(1,), num_classes=2, use_scale_shift_norm=True), rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)  # an untrained network answers 0 everywhere

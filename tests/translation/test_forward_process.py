@@ -157,7 +157,7 @@ def test_a_bfloat16_network_is_walked_in_float32():
     """Its outputs are rounded, what is summed over the steps is not: results stay near those in float32."""
     def walked(dtype):
         network = UNetConfig(variant="hae_v2c", image_size=16, model_channels=32, channel_mult=(1,), num_res_blocks=1,
-                             attention_resolutions=(), dtype=dtype)
+                             attention_resolutions=(), num_classes=2, use_scale_shift_norm=True, dtype=dtype)
         graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(network, rngs=nnx.Rngs(0))))
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.05, a.shape), jnp.float32), shapes)
