@@ -15,7 +15,7 @@ from hae_jax.benchmark.blocks import blocks, with_gradients
 from hae_jax.benchmark.measure import Compiled, compile_program
 from hae_jax.benchmark.options import tried
 from hae_jax.benchmark.programs import PROGRAMS, check_steps, forms_of, program
-from hae_jax.benchmark.results import write
+from hae_jax.benchmark.results import TORCH, write
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.benchmark.table import number, render, seconds, size
 from hae_jax.benchmark.target import TARGETS, target_device
@@ -109,6 +109,8 @@ def plan(
         if part not in _PARTS:
             raise UserError(f"--target {target}: --part {part} cannot be compiled for it; choose among "
                             f"{', '.join(_PARTS)}")
+    if TORCH in settings.baselines:
+        raise UserError(f"--target {target}: PyTorch (--baseline torch) cannot be compiled for it; leave it out")
     check_steps(config, settings)
     device = target_device(target)
     mesh = make_mesh(devices=[device])

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from hae_jax.benchmark import naive
 from hae_jax.benchmark.floor import least_bytes
-from hae_jax.benchmark.results import OURS
+from hae_jax.benchmark.results import OURS, TORCH
 from hae_jax.benchmark.settings import Settings
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
@@ -175,6 +175,7 @@ class TranslationOfBatch(ForwardPass):
 
 
 PROGRAMS = "train", "forward", "translate"  # parts of the benchmark that `program` makes
+TORCH_PARTS = "train", "forward"  # those of them that `torch_programs` has, too
 
 
 def check_steps(config: ml_collections.ConfigDict, settings: Settings) -> None:
@@ -186,7 +187,7 @@ def check_steps(config: ml_collections.ConfigDict, settings: Settings) -> None:
 class Form(NamedTuple):
     """What a program is measured as."""
 
-    name: str  # "ours"; what of it is naive; "ours, NAME=VALUE"
+    name: str  # "ours"; what of it is naive; "torch"; "ours, NAME=VALUE"
     pieces: tuple[str, ...] = ()  # that are naive
     option: str = ""  # that is tried
 
@@ -199,8 +200,11 @@ def forms_of(part: str, network: UNetConfig, settings: Settings) -> list[Form]:
     """
     if part == "translate" and network.num_classes is None:
         raise UserError("--part translate: the network has no classes (model.num_classes)")
-    found = [(form, naive.pieces_of(form, network, translation=part == "translate")) for form in settings.baselines]
+    found = [(form, naive.pieces_of(form, network, translation=part == "translate")) for form in settings.baselines
+             if form != TORCH]
     baselines = [Form(f"{form} naive" if form in naive.PIECES else form, pieces) for form, pieces in found if pieces]
+    if TORCH in settings.baselines and part in TORCH_PARTS:
+        baselines.append(Form(TORCH))
     return [Form(OURS), *baselines, *(Form(f"{OURS}, {option}", option=option) for option in settings.options)]
 
 
@@ -245,10 +249,14 @@ def _batch(network: UNetConfig, images: int) -> dict[str, jax.Array]:
     return {"image": jnp.zeros(shape), "label": jnp.zeros(images, jnp.int32)}
 
 
-def _sharded_batch(mesh: Mesh, network: UNetConfig, images: int) -> dict[str, jax.Array]:
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: _batch(network, images))
-    return shard_batch(mesh, {
-        "image": rng.uniform(-1, 1, shapes["image"].shape).astype(np.float32),
+def host_batch(network: UNetConfig, images: int) -> dict[str, np.ndarray]:
+    """The images [B, H, W, C] and labels [B] that the programs are called with."""
+    shape = (images, network.image_size, network.image_size, network.in_channels)
+    return {
+        "image": np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32),
         "label": (np.arange(images) % (network.num_classes or 1)).astype(np.int32),
-    })
+    }
+
+
+def _sharded_batch(mesh: Mesh, network: UNetConfig, images: int) -> dict[str, jax.Array]:
+    return shard_batch(mesh, host_batch(network, images))

@@ -14,7 +14,7 @@ from hae_jax.benchmark.table import number, render, seconds, size
 from hae_jax.files import write_json, written_whole
 from hae_jax.provenance import record
 
-OURS, NAIVE = "ours", "naive"
+OURS, NAIVE, TORCH = "ours", "naive", "torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Row:
     Attributes:
       part: which program.
       variant: of the network; for the loader, where its slices come from; for a block, which one.
-      form: "ours", or what of it is naive.
+      form: "ours", or what of it is naive, or "torch", the same network in PyTorch.
       seconds: of a call in each turn.
       images: of a call.
-      flops: of a call, as this program computes.
+      flops: of a call, as this program computes; not counted for PyTorch.
       model_flops: of a call, as our form computes: what counts as work done.
       model_bytes: the least traffic of a call with memory (`floor.least_bytes`); of whole programs only.
       memory: bytes at the peak, of each device by its own statistics; where it has none, or a larger program came
-        before, by XLA's plan, which is that of all cores of a CPU together.
+        before, by XLA's plan, which is that of all cores of a CPU together. For PyTorch, what it allocated on the GPU.
       compile_seconds: tracing and compilation.
       time_ratio: time over that of what it is compared with: ours for a baseline, the first variant for another one,
         the first form of a block; for the loader, slices per second over what the training step needs.
@@ -108,7 +108,7 @@ def _cells(row: Row, result: Result) -> list[str]:
         return ["input", row.variant, row.form, seconds(median), "", number(row.images_per_second), *[""] * 8]
     speed = row.model_flops / median
     return [row.part, row.variant, row.form, seconds(median), seconds(min(row.seconds)),
-            number(row.images_per_second), number(row.flops / row.images / 1e9), number(speed / 1e9),
+            number(row.images_per_second), number(row.flops and row.flops / row.images / 1e9), number(speed / 1e9),
             f"{speed / result.peak_flops:.0%}",
             f"{row.model_bytes / median / result.peak_bytes:.0%}" if row.model_bytes else "",
             size(row.memory), seconds(row.compile_seconds),

@@ -1,7 +1,9 @@
 """The benchmark: parts x variants x (ours, baselines), compiled, then timed in turns."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 import ml_collections
 import numpy as np
@@ -21,9 +23,10 @@ from hae_jax.benchmark.measure import (
 )
 from hae_jax.benchmark.options import tried
 from hae_jax.benchmark.programs import PROGRAMS, Program, check_steps, forms_of, program
-from hae_jax.benchmark.results import OURS, Result, Row, machine
+from hae_jax.benchmark.results import OURS, TORCH, Result, Row, machine
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.benchmark.top import longest, text
+from hae_jax.errors import UserError
 from hae_jax.training.mesh import check_batch_size
 from hae_jax.training.state import network_config
 
@@ -44,6 +47,9 @@ def benchmark(
     """
     check_batch_size(settings.batch, config.training.accumulation, mesh, "--batch")
     check_steps(config, settings)
+    where = machine(mesh)
+    if TORCH in settings.baselines:
+        where += f", {_check_torch(config, settings, mesh)}"
     say("matrix products and copies")
     best = matmul_peak(mesh, config.model.dtype), copy_speed(mesh)
     rows = [row for part in settings.parts if part in PROGRAMS for row in _measure(part, config, settings, mesh, say)]
@@ -52,19 +58,20 @@ def benchmark(
     if "input" in settings.parts:
         say("loader")
         rows.append(_loader_row(config, settings, rows))
-    return Result(rows, *best, machine(mesh), dataclasses.asdict(settings) | {"config": config.to_dict()})
+    return Result(rows, *best, where, dataclasses.asdict(settings) | {"config": config.to_dict()})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A program in one form, compiled."""
+    """A program in one form, ready to be timed."""
 
     program: Program
     variant: str
     form: str
-    flops: int
-    compiled: Compiled
+    call: Callable[[], None]  # runs it once and waits
     memory: int | None
+    flops: int | None = None  # None for PyTorch, as the next one
+    compiled: Compiled | None = None
 
 
 def _measure(
@@ -72,11 +79,11 @@ def _measure(
 ) -> list[Row]:
     entries = list(_compiled(part, config, settings, mesh, say))
     say(f"timing {part}: {settings.repeats} turns of {len(entries)} programs")
-    turns = in_turns([lambda e=entry: e.program.call(e.compiled.executable) for entry in entries], settings.repeats)
+    turns = in_turns([entry.call for entry in entries], settings.repeats)
     first = {entry.variant: i for i, entry in reversed(list(enumerate(entries)))}
     for entry in entries if settings.profile else ():
         if entry.form == OURS:
-            found = longest(entry.compiled.executable, lambda e=entry: e.program.call(e.compiled.executable))
+            found = longest(entry.compiled.executable, entry.call)
             title = f"{part} {entry.variant}: the parts that take longest, on all devices together"
             say(f"\n{text(title, found)}\n")
     return [_row(part, entries, turns, i, first[entry.variant] if entry.form != OURS else 0)
@@ -89,25 +96,63 @@ def _compiled(part, config, settings, mesh, say) -> Iterator[_Entry]:
         network = network_config(tree.to_dict())
         of_part = program(part, tree, mesh, settings)
         for form, pieces, option in forms_of(part, network, settings):
+            if form == TORCH:
+                say(f"building {part} {variant} {form}")
+                yield _torch_entry(part, tree, variant, of_part, mesh)
+                continue
             say(f"compiling {part} {variant} {form}")
             with naive.swapped_in(pieces), tried(option) as of_xla:
                 compiled = compile_program(of_part.lower, sharing_memory(mesh), options=of_xla)
                 flops = of_part.flops()
             of_part.place()
-            used = peak_of_first_call(
-                mesh.devices.flat[0], lambda c=compiled, p=of_part: p.call(c.executable), compiled.arguments)
-            yield _Entry(of_part, variant, form, flops, compiled, used or compiled.memory)
+            call = functools.partial(of_part.call, compiled.executable)
+            used = peak_of_first_call(mesh.devices.flat[0], call, compiled.arguments)
+            yield _Entry(of_part, variant, form, call, used or compiled.memory, flops, compiled)
+
+
+def _torch_entry(
+    part: str, config: ml_collections.ConfigDict, variant: str, ours: Program, mesh: Mesh
+) -> _Entry:
+    """The same part in PyTorch, which computes on the images of ours."""
+    torch_programs = _torch_programs()
+    device = torch_programs.device_for(mesh.devices.flat[0].platform, mesh.size)
+    theirs = torch_programs.PROGRAMS[part](config, ours.images, device)
+    return _Entry(ours, variant, TORCH, theirs.call, theirs.peak_memory())
+
+
+def _check_torch(config: ml_collections.ConfigDict, settings: Settings, mesh: Mesh) -> str:
+    """What PyTorch runs on, in words.
+
+    Raises:
+      UserError: it is not installed, has no such device, or does not do what the config asks for.
+    """
+    torch_programs = _torch_programs()
+    if "train" in settings.parts:
+        torch_programs.check_training(config)
+    return torch_programs.description(torch_programs.device_for(mesh.devices.flat[0].platform, mesh.size))
+
+
+def _torch_programs() -> ModuleType:
+    try:
+        import torch  # noqa: F401  an extra: nothing else of the benchmark needs it
+    except ImportError as error:
+        raise UserError("--baseline torch: needs PyTorch; pip install torch (the extra: pip install '.[torch]')"
+                        ) from error
+    from hae_jax.benchmark import torch_programs
+
+    return torch_programs
 
 
 def _row(part: str, entries: Sequence[_Entry], turns: np.ndarray, i: int, reference: int) -> Row:
     entry, other = entries[i], entries[reference]
     ours = next(e for e in entries if e.variant == entry.variant and e.form == OURS)
     # Of the plans, since the devices' statistics may know of one program and not of the other.
-    plan, other_plan = entry.compiled.memory, other.compiled.memory
+    plan, other_plan = (e.compiled.memory if e.compiled else None for e in (entry, other))
     return Row(
         part, entry.variant, entry.form,
         seconds=turns[i].tolist(), images=entry.program.images, flops=entry.flops, model_flops=ours.flops,
-        model_bytes=entry.program.least_bytes(), memory=entry.memory, compile_seconds=entry.compiled.seconds,
+        model_bytes=entry.program.least_bytes(), memory=entry.memory,
+        compile_seconds=entry.compiled.seconds if entry.compiled else None,
         time_ratio=float(np.median(turns[i] / turns[reference])),
         memory_ratio=plan / other_plan if plan and other_plan else None)
 

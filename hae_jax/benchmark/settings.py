@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from hae_jax.benchmark import naive
-from hae_jax.benchmark.results import NAIVE
+from hae_jax.benchmark.results import NAIVE, TORCH
 from hae_jax.errors import UserError
 from hae_jax.model import VARIANTS
 from hae_jax.model.config import DEFAULT_CHANNEL_MULT
@@ -22,7 +22,7 @@ class Settings:
     Attributes:
       parts: of `PARTS`.
       variants: of the network; the first is what the others are compared with.
-      baselines: what ours is compared with: "naive", or with single pieces naive.
+      baselines: what ours is compared with: "naive", or with single pieces naive, or "torch".
       batch: images in a call, over all devices.
       steps: that a translation walks.
       repeats: turns; each program is timed once in each.
@@ -44,7 +44,7 @@ class Settings:
 
     def __post_init__(self):
         for flag, values, choices in (("--part", self.parts, PARTS), ("--variant", self.variants, tuple(VARIANTS)),
-                                      ("--baseline", self.baselines, (NAIVE, *naive.PIECES))):
+                                      ("--baseline", self.baselines, (NAIVE, *naive.PIECES, TORCH))):
             for value in values:
                 if value not in choices:
                     raise UserError(f"{flag} {value}: choose among {', '.join(choices)}")

@@ -26,6 +26,7 @@ _EPILOG = """\
 examples:
   python tools/benchmark.py                                          # a small network, about 4 minutes on two cores
   python tools/benchmark.py --baseline context,sparse,convolution,norm,passes,stacks # what each saving brings
+  python tools/benchmark.py --part train,forward --baseline torch    # PyTorch, in turns with ours
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
   python tools/benchmark.py --input --config configs/brats_v2c.py    # does the loader keep up with the training step?
@@ -46,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         "step's need: --part train,input")
     add("--variant", type=_names, metavar="A,B", help="fpdm, hae, hae_lite, hae_v2, hae_v2c; default: the config's")
     add("--baseline", type=_names, metavar="A,B", help="naive, or context, sparse, "
-        "convolution, norm, passes, stacks: each alone naive; none; default: naive, with --input none")
+        "convolution, norm, passes, stacks: each alone naive; torch: the same network in PyTorch (train and forward; "
+        "pip install torch); none; default: naive, with --input none")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="try ours with this option of XLA, too, or "
         "with attention=cudnn+pallas, on GPUs; may be repeated, each is tried alone")
     add("--profile", action="store_true", help="also say which parts of the network take longest")
@@ -87,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--output {arguments.output}: is a file; give a folder")
 
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cache would hide the compile times
+    if "torch" in (arguments.baseline or ()):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or no GPU memory is left for PyTorch
+        # PyTorch's threads wait for each other by spinning otherwise. On cores that other work shares, that made a
+        # small network fifty times slower, and the spinning would take time from ours, too.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if arguments.target:
         os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU that is here is not asked
     # Imported after parsing: --help shall not wait for JAX.
