@@ -165,6 +165,29 @@ def _against_naive(
     report.add(f"batch {batch}, naive over ours, memory", other_memory / ours_memory, "x")
 
 
+def pytorch(report: Report) -> None:
+    """The training step beside what a PyTorch user would write, in turns: eager and by torch.compile."""
+    import torch
+
+    from hae_jax.benchmark.torch_programs import Options, TorchTrainingStep, device_for
+
+    config, mesh, batch = report.config(), _one_device(), report.batches[0]
+    device = device_for(mesh.devices.flat[0].platform, 1)
+    step = TrainingStep(config, mesh, batch)
+    ours, memory = _ready(step, mesh)
+    for name, mode in (("eager", None),) if report.rehearse else (("eager", None), ("torch.compile", "default")):
+        theirs = TorchTrainingStep(config, batch, device, Options(compile=mode, channels_last=True))
+        theirs_memory = theirs.peak_memory()
+        turns = in_turns([lambda: step.call(ours.executable), theirs.call], 1 if report.rehearse else 5)
+        report.add(f"{name}, batch {batch}", batch / float(np.median(turns[1])), "images/s")
+        report.add(f"{name} over ours, time", float(np.median(turns[1] / turns[0])), "x", turns=turns.tolist())
+        if theirs_memory:
+            report.add(f"{name} over ours, memory", theirs_memory / memory, "x")
+        del theirs
+        if device != "cpu":
+            torch.cuda.empty_cache()
+
+
 def translation(report: Report) -> None:
     """The published forward process: exact steps of the whole schedule."""
     config, mesh = report.config(), _one_device()
@@ -394,7 +417,7 @@ def _driver() -> str | None:
 
 
 _STEPS: dict[str, Callable[[Report], None]] = {
-    "facts": facts, "numbers": numbers, "training": training, "translation": translation,
+    "facts": facts, "numbers": numbers, "training": training, "torch": pytorch, "translation": translation,
     "blocks": attention_and_noise, "profile": profile, "reference": reference,
 }
 
@@ -411,6 +434,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     report = Report(arguments.figures, json.loads(arguments.earlier.read_text())["figures"], arguments.output,
                     time.monotonic() + arguments.seconds, arguments.rehearse)
+    if arguments.step == "torch":  # PyTorch needs a part of the GPU's memory
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     device = jax.devices()[0]
     report.write({"machine": {"device": device.device_kind, "platform": device.platform, "driver": _driver(),
                               "cores": os.cpu_count(), "versions": versions()}})
