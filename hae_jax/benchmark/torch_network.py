@@ -227,8 +227,8 @@ class JointTransformer(nn.Module):
             self.patch_projections = nn.ModuleList([nn.Linear(size**2 * channels, channels) for size in _REGIONS])
         self.multihead_attn = _multi_head_attention(channels, config)
         self.norm_out = nn.LayerNorm(channels)
-        bottleneck = config.rules.mlp == "bottleneck"
-        self.mlp = _bottleneck_mlp(channels, config) if bottleneck else _mlp(channels, 4 * channels, config)
+        wide = config.rules.mlp == "wide"
+        self.mlp = _mlp(channels, 4 * channels, config) if wide else _bottleneck_mlp(channels, config)
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
         height, width = x.shape[2:]
@@ -325,16 +325,19 @@ def _upsample(channels: int, config: UNetConfig) -> nn.Module:
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
+def _layers(width: int, out: int, config: UNetConfig, level: int, *, decoder: bool) -> list[nn.Module]:
+    attends = 2**level in config.attention_resolutions
+    attention = [AttentionBlock(out, config.heads(out, decoder=decoder), config)] if attends else []
+    return [ResBlock(width, out, config), *attention]
+
+
 def _encoder(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
     """The encoder's blocks, and the channels that each hands to the decoder."""
     width = config.widths[0]
     blocks, skips = [nn.ModuleList([nn.Conv2d(config.in_channels, width, 3, padding=1)])], [width]
     for level, out in enumerate(config.widths):
         for _ in range(config.num_res_blocks):
-            layers = [ResBlock(width, out, config)]
-            if 2**level in config.attention_resolutions:
-                layers.append(AttentionBlock(out, config.heads(out, decoder=False), config))
-            blocks.append(nn.ModuleList(layers))
+            blocks.append(nn.ModuleList(_layers(width, out, config, level, decoder=False)))
             skips.append(width := out)
         if level != len(config.widths) - 1:
             down = (ResBlock(width, width, config, resample=nn.AvgPool2d(2)) if config.resblock_updown
@@ -350,9 +353,7 @@ def _decoder(config: UNetConfig, skips: list[int]) -> nn.ModuleList:
     blocks, skips, width = [], list(skips), config.widths[-1]
     for level, out in reversed(list(enumerate(config.widths))):
         for i in range(config.num_res_blocks + 1):
-            layers = [ResBlock(width + skips.pop(), out, config)]
-            if 2**level in config.attention_resolutions:
-                layers.append(AttentionBlock(out, config.heads(out, decoder=True), config))
+            layers = _layers(width + skips.pop(), out, config, level, decoder=True)
             if level and i == config.num_res_blocks:
                 layers += [hybrid(out, config)] if hybrid else []
                 layers.append(ResBlock(out, out, config, resample=nn.Upsample(scale_factor=2))
