@@ -1,4 +1,8 @@
-"""Shared by all tests: four CPU devices, quick compilation and a cache of it, the golden values."""
+"""Shared by all tests: four CPU devices, quick compilation and a cache of it, the golden values.
+
+Options in XLA_FLAGS are kept. They and the instruction set of the processor are part of the key under which the cache
+has a program, so that none is taken that was compiled for another.
+"""
 
 import os
 from pathlib import Path

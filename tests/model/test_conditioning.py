@@ -87,25 +87,25 @@ def network():
 def test_stacked_passes_equal_separate_ones(network):
     run = network["batch"]
     stacked, conditional, null = run(STACKED), run(), run(ALL)
-    assert_close(stacked[:2], conditional[:2], 1e-6)
-    assert_close(stacked[2:], null[2:], 1e-6)
+    assert_close(stacked[:2], conditional[:2], 1e-5)
+    assert_close(stacked[2:], null[2:], 1e-5)
     assert np.abs(conditional - null).max() > 1e-2
 
 
 def test_dropping_all_rows_is_a_null_pass_and_dropping_some_is_not(network):
     run = network["batch"]
     null = run(ALL)
-    assert_close(run(drop=ALL), null, 1e-6)
+    assert_close(run(drop=ALL), null, 1e-5)
     # Dropped among others: the bias-only context dilutes the row's attention.
     assert np.abs(run(drop=STACKED)[2:] - null[2:]).max() > 1e-4
-    assert_close(run(drop=STACKED)[2:], network["keep"](ALL)[2:], 1e-6)
+    assert_close(run(drop=STACKED)[2:], network["keep"](ALL)[2:], 1e-5)
     assert np.abs(network["keep"](ALL) - null).max() > 1e-4
 
 
 def test_one_timestep_for_all_rows_is_embedded_once():
     (x, t, y), (graph, state) = inputs(CONFIG, 3), filled(CONFIG)
     run = lambda t, **condition: nnx.merge(graph, state)(x, t, **condition)
-    assert_close(jax.jit(run)(t[:1], y=y), jax.jit(run)(np.full(3, t[0]), y=y), 1e-6)
+    assert_close(jax.jit(run)(t[:1], y=y), jax.jit(run)(np.full(3, t[0]), y=y), 1e-5)
     shapes = set(shapes_in(lambda t: run(t, null=True), t[:1]))
     assert (1, CONFIG.embedding_width) in shapes
     assert (3, CONFIG.embedding_width) not in shapes

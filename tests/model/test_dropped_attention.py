@@ -59,7 +59,7 @@ def test_float32(monkeypatch, batch, tokens, heads):
     found = both(drop, *inputs, links)
     monkeypatch.setattr(dropped_attention, "is_chosen", lambda *_: False)
     for own, expected in zip(found, both(drop, *inputs, links), strict=True):
-        np.testing.assert_allclose(own, expected, atol=2e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(own, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_each_device_works_on_its_own_samples(kernel):

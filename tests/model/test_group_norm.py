@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from network_helpers import assert_close
 
 from hae_jax.model.group_norm import GroupNorm
 
@@ -40,6 +41,7 @@ def flax_form(module, x, scale, shift, silu):
 def inputs(side, dtype="float32"):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(2, side, side, CHANNELS)) * rng.uniform(0.5, 2, CHANNELS) + rng.normal(size=CHANNELS)
+    x[1] /= 30  # a variance of 1e-3, beside which an epsilon of 1e-6 in the place of 1e-5 shows
     return tuple(jnp.asarray(a, dtype) for a in (x, *rng.normal(size=(2, 2, CHANNELS))))
 
 
@@ -49,7 +51,7 @@ def inputs(side, dtype="float32"):
 def test_values_and_gradients(side, scaled, silu):
     module, (x, scale, shift) = norm(), inputs(side)
     scale, shift = (scale, shift) if scaled else (None, None)
-    np.testing.assert_allclose(module(x, scale, shift, silu=silu), plain(module, x, scale, shift, silu), atol=3e-6)
+    assert_close(module(x, scale, shift, silu=silu), plain(module, x, scale, shift, silu), 1e-5)
     graph, params = nnx.split(module)
     weight = jnp.asarray(np.random.default_rng(3).normal(size=x.shape), "float32")
 
@@ -61,7 +63,7 @@ def test_values_and_gradients(side, scaled, silu):
 
     ours, theirs = gradients(GroupNorm.__call__), gradients(lambda *a, silu: flax_form(*a, silu))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+        assert_close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("spike", [0, 1], ids=["where the mean is guessed from", "elsewhere"])
@@ -78,12 +80,12 @@ def test_bfloat16_is_rounded_once():
     out = module(x, scale, shift, silu=True)
     assert out.dtype == jnp.bfloat16
     exact = plain(module, *(np.asarray(a, np.float64) for a in (x, scale, shift)), True)
-    np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=2**-8, atol=1e-5 * np.abs(exact).max())
 
 
 def test_a_float32_norm_of_bfloat16_keeps_its_digits():
     module, (x, _, _) = norm(), inputs(6, "bfloat16")
     out = module(x)
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, plain(module, x, None, None, False), atol=3e-6)
+    assert_close(out, plain(module, x, None, None, False), 1e-5)
     assert jax.grad(lambda x: module(x).sum())(x).dtype == jnp.bfloat16

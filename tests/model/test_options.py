@@ -86,10 +86,10 @@ def reference():
 def test_rematerialisation_changes_nothing(reference, remat: str):
     config, state, arrays, ((_, expected), expected_gradients) = reference
     (_, out), gradients = training_pass(dataclasses.replace(config, remat=remat))(state, *arrays)
-    assert_close(out, expected, 1e-6)
+    assert_close(out, expected, 1e-5)
     largest = max(np.abs(a).max() for a in jax.tree.leaves(expected_gradients))
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6 * largest)
+        np.testing.assert_allclose(a, b, atol=1e-5 * largest)
 
 
 def test_rematerialisation_is_in_the_program(reference):

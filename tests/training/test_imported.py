@@ -19,10 +19,11 @@ from hae_jax.training.loop import train
 from hae_jax.training.mesh import make_mesh
 from hae_jax.training.state import (
     abstract_network,
+    abstract_state,
     empty_window,
     make_optimizer,
     network_config,
-    sharded_initial_state,
+    shardings_of,
 )
 
 
@@ -47,14 +48,17 @@ def plain_config(tiny_config):
     return tiny_config
 
 
+def abstract_of(config):
+    """The shapes of a run's state; nothing is initialised, which would take longest here."""
+    return abstract_state(network_config(config.to_dict()), make_optimizer(config.training),
+                          len(config.training.ema_rates))
+
+
 def state_after_three_steps(config):
     """The state of a run, its numbers random, its counts 3."""
     rng = np.random.default_rng(0)
-    state, _ = sharded_initial_state(
-        make_mesh(devices=jax.devices()[:1]), network_config(config.to_dict()), make_optimizer(config.training),
-        len(config.training.ema_rates), 0)
     state = jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.random(leaf.shape, np.float32), leaf.dtype)
-                         if leaf.dtype == jnp.float32 else jnp.full_like(leaf, 3), state)
+                         if leaf.dtype == jnp.float32 else jnp.full(leaf.shape, 3, leaf.dtype), abstract_of(config))
     return state._replace(window=empty_window(), skipped=jnp.zeros((), jnp.int32))
 
 
@@ -65,11 +69,9 @@ def state(settings):
 
 def restored(workdir, config, step):
     """The whole state in a checkpoint."""
-    network, training = network_config(config.to_dict()), config.training
-    mesh = make_mesh(devices=jax.devices()[:1])
-    like, shardings = sharded_initial_state(mesh, network, make_optimizer(training), len(training.ema_rates), 0)
+    like = abstract_of(config)
     checkpoints = Checkpoints(workdir)
-    state = checkpoints.restore(step, like, shardings)
+    state = checkpoints.restore(step, like, shardings_of(make_mesh(devices=jax.devices()[:1]), like))
     checkpoints.close()
     return state
 
@@ -170,8 +172,13 @@ def test_one_more_step_is_the_step_that_pytorch_takes(plain_config, tmp_path):
     gradients = imported._placed({name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
                                   for name, p in zip(params, parameters, strict=True)},
                                  network_config(config.to_dict()))
-    updates, _ = make_optimizer(config.training).update(gradients, state.opt_state, state.params)
-    ours = in_torch(optax.apply_updates(state.params, updates), config)
+
+    @jax.jit  # one program instead of some for every shape
+    def after(gradients, state):
+        updates, _ = make_optimizer(config.training).update(gradients, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates)
+
+    ours = in_torch(after(gradients, state), config)
     for i, (name, parameter) in enumerate(zip(params, parameters, strict=True)):
         if i != unused:  # PyTorch leaves it alone, weight decay included
             np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-6, atol=1e-7, err_msg=name)

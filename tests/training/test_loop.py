@@ -44,29 +44,38 @@ def test_one_device_gives_the_losses_of_four(tiny_config, tmp_path, finished):
     np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
 
 
-def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(tiny_config, tmp_path, finished):
-    tiny_config.training.mesh = (1, -1)
-    tiny_config.training.accumulation = 4
-    train(tiny_config, tmp_path, jax.devices()[:2])
-    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
+@pytest.fixture(scope="module")
+def one_level(one_level_settings, tmp_path_factory):
+    """A run of three steps of the network of one level, on all four devices; not to be changed."""
+    workdir = tmp_path_factory.mktemp("one_level")
+    train(one_level_settings(), workdir)
+    return workdir
 
 
-def test_bfloat16_computes_nearly_the_same_with_float32_parameters(tiny_config, tmp_path, finished):
-    tiny_config.model.dtype = "bfloat16"
-    train(tiny_config, tmp_path)
-    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=0.02)
-    assert losses(tmp_path) != losses(finished)
+def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(one_level_config, tmp_path, one_level):
+    one_level_config.training.mesh = (1, -1)
+    one_level_config.training.accumulation = 4
+    train(one_level_config, tmp_path, jax.devices()[:2])
+    np.testing.assert_allclose(losses(tmp_path), losses(one_level), rtol=1e-5)
+
+
+def test_bfloat16_computes_nearly_the_same_with_float32_parameters(one_level_config, tmp_path, one_level):
+    one_level_config.model.dtype = "bfloat16"
+    train(one_level_config, tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(one_level), rtol=0.02)
+    assert losses(tmp_path) != losses(one_level)
     assert {str(a.dtype) for name, a in saved_state(tmp_path, 3).items() if name.startswith("params")} == {"float32"}
 
 
-def test_six_steps_at_once_equal_three_and_three(tiny_config, tmp_path):
+def test_six_steps_at_once_equal_three_and_three(one_level_config, tmp_path):
     """Bit for bit: parameters, averages, optimiser, step, and every logged number but the speed."""
-    tiny_config.training.log_every = 2  # the restart falls between two lines
-    tiny_config.training.steps = 6
-    train(tiny_config, tmp_path / "whole")
-    tiny_config.training.save_every = 3
-    train_until(tiny_config, tmp_path / "parts", 3)
-    train(tiny_config, tmp_path / "parts")
+    config = one_level_config
+    config.training.log_every = 2  # the restart falls between two lines
+    config.training.steps = 6
+    train(config, tmp_path / "whole")
+    config.training.save_every = 3
+    train_until(config, tmp_path / "parts", 3)
+    train(config, tmp_path / "parts")
     whole, parts = saved_state(tmp_path / "whole", 6), saved_state(tmp_path / "parts", 6)
     assert whole.keys() == parts.keys()
     for name in whole:
@@ -119,15 +128,15 @@ def test_the_network_of_a_run_can_be_loaded_alone(finished):
         np.testing.assert_array_equal(network.model.head_conv.bias[...], arrays[f"{prefix}/head_conv/bias"])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path):
-    tiny_config.training.save_every = 1
-    tiny_config.training.steps = 2
-    train(tiny_config, tmp_path)
-    tiny_config.training.steps = 6
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(one_level_config, tmp_path):
+    one_level_config.training.save_every = 1
+    one_level_config.training.steps = 2
+    train(one_level_config, tmp_path)
+    one_level_config.training.steps = 6
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hae_jax.training.step.gaussian", lambda keys, shape: np.full((len(keys), *shape), np.nan, "f4"))
         with pytest.raises(UserError, match=r"step 3 gave loss nan.*checkpoint 2 is kept"):
-            train(tiny_config, tmp_path)
+            train(one_level_config, tmp_path)
     assert checkpoint.load_network(tmp_path).identity["step"] == 2
     assert len(losses(tmp_path)) == 2
 

@@ -69,7 +69,7 @@ def test_the_initial_state_does_not_depend_on_where_it_lies(tiny_config):
     network = network_config(tiny_config.to_dict())
     whole, _ = sharded_initial_state(make_mesh(devices=jax.devices()[:1]), network, optax.adamw(1e-3), 2, seed=3)
     parts, shardings = sharded_initial_state(make_mesh((1, -1)), network, optax.adamw(1e-3), 2, seed=3)
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
     jax.tree.map(np.testing.assert_array_equal, parts.params, parts.ema[1])
     assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings))
     assert jax.tree.structure(abstract_network(network)[1]) == jax.tree.structure(parts.params)

@@ -12,9 +12,8 @@ from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import SplitReader, open_store
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
-from hae_jax.model import UNet
 from hae_jax.training.mesh import make_mesh, state_shardings
-from hae_jax.training.state import network_config
+from hae_jax.training.state import abstract_network, network_config
 from hae_jax.training.validation import Validation, fixed_samples
 
 STEPS = 50
@@ -26,11 +25,12 @@ def reader(tiny_store):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_settings):
+def trained(one_level_settings):
     """The network and parameters that are not those of the start, whose output is zero."""
-    network = network_config(tiny_settings().to_dict())
-    graph, params = nnx.split(UNet(network, nnx.Rngs(0)))
-    return network, graph, jax.tree.map(lambda a: a + 0.02, params)
+    network = network_config(one_level_settings().to_dict())
+    graph, shapes = abstract_network(network)
+    rng = np.random.default_rng(0)
+    return network, graph, jax.tree.map(lambda a: jnp.asarray(rng.normal(0.02, 0.1, a.shape), a.dtype), shapes)
 
 
 @pytest.fixture(scope="module")

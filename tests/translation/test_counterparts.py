@@ -104,14 +104,14 @@ def test_inversion_then_ddim_returns_the_input_to_first_order(extra):
 def test_permuting_slices_permutes_results(method):
     order, run = jnp.array([2, 0, 3, 1]), jax.jit(lambda x0, keys: method(DENOISERS, x0, keys))
     for whole, permuted in zip(run(X0, KEYS), run(X0[order], KEYS[order]), strict=True):
-        np.testing.assert_array_equal(whole[order], permuted)
+        np.testing.assert_allclose(whole[order], permuted, rtol=0, atol=1e-5)
 
 
 @each_method
 def test_a_slice_does_not_depend_on_its_company(method):
     run = jax.jit(lambda x0, keys: method(DENOISERS, x0, keys))
     for whole, alone in zip(run(X0, KEYS), run(X0[1:2], KEYS[1:2]), strict=True):
-        np.testing.assert_allclose(whole[1:2], alone, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(whole[1:2], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [METHODS[0], METHODS[3]], ids=lambda m: m.name)

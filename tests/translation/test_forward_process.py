@@ -33,6 +33,15 @@ def toy_denoisers(shift=0.05):
     return Denoisers(lambda x, t: toy_eps(x, t, 0), lambda x, t: (toy_eps(x, t, shift), toy_eps(x, t, 0)))
 
 
+def peaked_denoisers():
+    """Healthy and null differ most at a step of each slice's own, and by enough that rounding does not decide which."""
+    def shift(x, t):
+        centre = 30 + 100 * x.mean((1, 2), keepdims=True)
+        return 0.2 * jnp.exp(-jnp.square((t[:, None, None, None] - centre) / 6))
+
+    return Denoisers(lambda x, t: toy_eps(x, t, 0), lambda x, t: (toy_eps(x, t, shift(x, t)), toy_eps(x, t, 0)))
+
+
 @pytest.fixture(scope="module")
 def case(golden):
     data = np.load(golden / "diffusion.npz")
@@ -40,9 +49,9 @@ def case(golden):
     return {k: nhwc(data[k]) for k in data.files if k in ("x0", "noise") or k.startswith("fpdm_xstart")}
 
 
-def run(case, **changes):
-    settings = dataclasses.replace(SETTINGS, **changes)
-    function = lambda x0: forward_process(PROCESS, toy_denoisers(), x0, lambda t: case["noise"], settings)
+def run(case, denoisers=None, **changes):
+    settings, denoisers = dataclasses.replace(SETTINGS, **changes), denoisers or toy_denoisers()
+    function = lambda x0: forward_process(PROCESS, denoisers, x0, lambda t: case["noise"], settings)
     return jax.jit(function)(case["x0"])
 
 
@@ -90,9 +99,11 @@ def test_equals_the_stored_stacks(case, d_reverse, key):
 @pytest.mark.parametrize("d_reverse", [True, False])
 def test_without_guidance_there_is_no_difference_from_the_healthy_reference(case, guidance, d_reverse):
     result = run(case, guidance=guidance, d_reverse=d_reverse)
-    assert not np.any(result.diff)
-    np.testing.assert_array_equal(result.mse, result.ref)
-    assert not np.any(result.t_e)  # nothing is strictly larger than the first step
+    np.testing.assert_allclose(result.diff, 0, atol=1e-10)  # squares
+    np.testing.assert_allclose(result.mse, result.ref, rtol=1e-5)
+    if guidance is None:  # both predictions are one and the same
+        assert not np.any(result.diff)
+        assert not np.any(result.t_e)  # nothing is strictly larger than the first step
 
 
 def test_the_null_reference_is_another_prediction(case):
@@ -101,9 +112,10 @@ def test_the_null_reference_is_another_prediction(case):
 
 def test_permuting_slices_permutes_results(case):
     order = jnp.array([2, 0, 1])
-    permuted = run({k: v[order] for k, v in case.items()})
-    for a, b in zip(run(case), permuted, strict=True):
-        np.testing.assert_array_equal(np.asarray(a)[np.asarray(order)], b)
+    whole, permuted = (run(part, peaked_denoisers()) for part in (case, {k: v[order] for k, v in case.items()}))
+    assert len(np.unique(whole.t_e)) > 3
+    for a, b in zip(whole, permuted, strict=True):
+        np.testing.assert_allclose(a[order], b, rtol=0, atol=1e-5)
 
 
 def test_memory_does_not_grow_with_the_steps():
@@ -131,8 +143,8 @@ def test_the_noise_of_a_slice_is_its_own_at_each_step():
     keys = jax.random.split(jax.random.key(3), 4)
     noise = step_noise(keys, (5, 6, 2))
     expected = [jax.random.normal(jax.random.fold_in(key, 7), (5, 6, 2)) for key in keys]
-    np.testing.assert_array_equal(noise(jnp.int32(7)), jnp.stack(expected))
-    np.testing.assert_array_equal(step_noise(keys[2:], (5, 6, 2))(7), noise(7)[2:])
+    np.testing.assert_allclose(noise(jnp.int32(7)), jnp.stack(expected), atol=1e-5)
+    np.testing.assert_allclose(step_noise(keys[2:], (5, 6, 2))(7), noise(7)[2:], atol=1e-5)
     assert not np.allclose(noise(7), noise(8))
 
 

@@ -154,7 +154,8 @@ def test_a_preset_or_a_file_stands_in_for_a_calibration(run, config, three_cases
         assert "delete" not in str(error.value)
 
 
-def test_shards_share_a_folder(run, three_cases, tmp_path, monkeypatch):
+def test_shards_share_a_folder(run, config, three_cases, tmp_path, monkeypatch):
+    config.translation.batch_size = 7  # one case to a batch, with and without shards: the same to the last bit
     whole = run(three_cases, output=tmp_path / "whole")
     first = run(three_cases, num_shards=2, shard=0)
     assert (first.translated, first.wanted) == (2, 3)
