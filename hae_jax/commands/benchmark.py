@@ -63,8 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N", help="that a translation walks; default: 4 of 600")
     add("--repeats", type=int, metavar="N", help="turns; default: 5")
     add("--devices", choices=("one", "cores"), help="one device, or all (on a CPU, its cores); default: cores")
-    add("--memory", action="store_true", help="plan the memory of training instead, ours and naive, and the largest "
-        "batches for some cards")
+    add("--memory", nargs="?", const="remat", choices=("remat", "context"), help="plan the memory of training instead, "
+        "ours and naive, and the largest batches for some cards; context: with the class context built, skipped and "
+        "as one token")
     add("--target", metavar="GPU", help="compile for this GPU, which need not be here, instead of measuring, and say "
         "what comes of it: h100, a100; needs JAX's CUDA plugin")
     add("--output", metavar="FOLDER", help="also write the table there, as Markdown and JSON")
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{name: value for name in ("steps", "repeats") if (value := getattr(arguments, name)) is not None})
     if arguments.memory:
         device = target_device(arguments.target) if arguments.target else jax.devices()[0]
-        result = memory_of_training(config, batch, make_mesh(devices=[device]))
+        result = memory_of_training(config, batch, make_mesh(devices=[device]), compared=arguments.memory)
     elif arguments.target:
         result = plan(config, settings, arguments.target)
     else:
