@@ -98,7 +98,7 @@ def network_and_config(
     Raises:
       UserError: if there is no such file or network, or an override does not fit.
     """
-    from hae_jax.training.checkpoint import load_network  # here, since --help shall not wait for JAX
+    from hae_jax.training.weights import load_trained  # here, since --help shall not wait for JAX
 
     config = None
     if config_path or not checkpoint:
@@ -108,14 +108,14 @@ def network_and_config(
             return Loaded(None, {"path": "none needed", "parameters": config.translation.method},
                           Path("runs") / Path(config_path).stem), config
         checkpoint = checkpoint or newest_run(config_path, config.data.root)
-    network = load_network(checkpoint)
+    network = load_trained(checkpoint)
     config = with_network(config or trained_config(network.config, overrides), network.config)
     learnt = tuple(network.config.get("data", {}).get("modalities", config.data.modalities))
     if tuple(config.data.modalities) != learnt:
         print(f"warning: the network was trained with the channels {', '.join(learnt)} in this order, "
               f"data.modalities gives it {', '.join(config.data.modalities)}", file=sys.stderr)
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
-        network = load_network(checkpoint, ema=False)
+        network = load_trained(checkpoint, ema=False)
     return Loaded(network.model, network.identity, Path(checkpoint)), config
 
 

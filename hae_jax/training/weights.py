@@ -14,7 +14,8 @@ from hae_jax.errors import UserError
 from hae_jax.files import write_json
 from hae_jax.model import load_torch_state, torch_state
 from hae_jax.model.torch_files import read_state_dict, write_state_dict
-from hae_jax.training.checkpoint import Network, load_network
+from hae_jax.training import checkpoint
+from hae_jax.training.checkpoint import Network
 from hae_jax.training.state import abstract_network, network_config
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -29,13 +30,26 @@ def export_weights(run: str | Path, folder: str | Path) -> Network:
     Raises:
       UserError: the run has no sound checkpoint.
     """
-    network, folder = load_network(run), Path(folder)
+    network, folder = checkpoint.load_network(run), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).unlink(missing_ok=True)
     write_state_dict(folder / WEIGHTS, {name: value.astype(np.float16)
                                         for name, value in torch_state(network.model).items()})
     write_json(folder / CONFIG, {"step": network.identity["step"], "config": network.config})
     return network
+
+
+def load_trained(path: str | Path, *, ema: bool = True) -> Network:
+    """Reads a trained network from a run folder (`load_network`), or from what `export_weights` wrote.
+
+    Raises:
+      UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.
+    """
+    if not (Path(path) / WEIGHTS).is_file():
+        return checkpoint.load_network(path, ema=ema)
+    if not ema:
+        raise UserError(f"{path}: holds EMA weights alone; leave translation.ema as it is")
+    return load_weights(path)
 
 
 def load_weights(folder: str | Path) -> Network:

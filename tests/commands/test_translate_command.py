@@ -103,13 +103,14 @@ def test_settings_come_from_the_checkpoint_with_overrides(calls):
 def test_a_config_gives_settings_and_the_checkpoint_the_network(calls):
     tree = default.get_config().to_dict()
     tree["model"]["model_channels"], tree["diffusion"]["steps"] = 96, 400
-    tree["translation"]["respacing"] = "7"
+    tree["translation"]["respacing"], tree["data"]["scaling"] = "7", "volume"
     _train("a", tree)
     main(["--config", "configs/phantom.py", "--checkpoint", "runs/a", "--config.translation.guidance=1.5"])
     config = calls["config"]
     assert config.translation.respacing == phantom.get_config().translation.respacing
     assert config.translation.guidance == 1.5
     assert (config.model.model_channels, config.diffusion.steps) == (96, 400)
+    assert config.data.scaling == "volume"
 
 
 def test_sigterm_stops_it_as_ctrl_c_does(calls):
@@ -146,6 +147,7 @@ def test_a_failed_case_gives_exit_status_1(calls, capsys, reason, said):
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("--config.model.dropout=0.5", "comes from its checkpoint"),
+    ("--config.data.scaling=volume", "comes from its checkpoint"),
     ("--config.translation.speed=3", "no field translation.speed"),
     ("--config.translation.guidence=2", "no field translation.guidence; did you mean translation.guidance?"),
     ("--config.guidance=2", "did you mean translation.guidance?"),

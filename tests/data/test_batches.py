@@ -55,6 +55,8 @@ def test_a_batch_is_what_the_store_holds(reader):
     assert batch["image"].shape == (6, SIZE, SIZE, 4)
     assert batch["label"].dtype == np.int32
     assert "mask" not in batch
+    by_volume = next(train_batches(reader, batch_size=6, seed=3, scaling="volume"))["image"]
+    np.testing.assert_array_equal(by_volume, to_model_range(rows["image"], "volume"))
 
 
 def test_every_epoch_has_every_slice_once_in_another_order(reader):

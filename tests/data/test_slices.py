@@ -10,6 +10,7 @@ import pytest
 from hae_jax.data.cases import find_cases, read_case
 from hae_jax.data.slices import (
     case_slices,
+    from_model_range,
     normalise_volumes,
     patient_of,
     resize,
@@ -87,6 +88,19 @@ def test_model_range_is_per_slice_and_channel():
     np.testing.assert_allclose(scaled.max((1, 2)), 1, atol=1e-3)
     np.testing.assert_array_equal(to_model_range(images[1:2, ..., 2:3]), scaled[1:2, ..., 2:3])
     np.testing.assert_array_equal(to_model_range(np.full((4, 4, 1), 5.0)), -1)
+
+
+def test_model_range_of_a_volume_is_the_same_for_all_its_slices():
+    images = np.random.default_rng(0).uniform(0, 1.4, (3, 8, 8, 4)).astype(np.float32)
+    brighter = images.copy()
+    brighter[0, 2, 3, 1] = 1.5
+    scaled, other = to_model_range(images, "volume"), to_model_range(brighter, "volume")
+    assert np.count_nonzero(scaled != other) == 1  # a lesion does not darken what is around it
+    assert other[0, 2, 3, 1] == pytest.approx(1)
+    np.testing.assert_array_equal(to_model_range(np.float32([[[0], [9]]]), "volume"), [[[-1], [1]]])
+    np.testing.assert_allclose(from_model_range(scaled, images, "volume"), images, atol=1e-6)
+    with pytest.raises(UserError, match=r"data\.scaling is 'case': choose slice or volume"):
+        to_model_range(images, "case")
 
 
 def test_slices_return_to_their_place(case):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from hae_jax.errors import UserError
 from hae_jax.training import checkpoint
@@ -21,6 +22,7 @@ from hae_jax.training.state import (
     network_config,
     sharded_initial_state,
 )
+from hae_jax.training.weights import export_weights, load_trained
 
 CONFIG = {"training": {"steps": 9, "ema_rates": [0.9]}}
 SIZE = 200_000  # elements of the one parameter
@@ -212,9 +214,28 @@ def test_loading_a_network_takes_the_newest_sound_one_and_changes_nothing(tiny_c
     assert network.identity["step"] == 3
     assert "checkpoint 6 is damaged (ema/" in capsys.readouterr().out
     np.testing.assert_array_equal(network.model.head_conv.bias[...], state.ema[0]["head_conv"]["bias"][...])
+    _assert_exported(tmp_path, network)
     with pytest.raises(UserError, match=r"no sound checkpoint \(6: ema/"):
         load_network(tmp_path, step=6)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def _assert_exported(run, network):
+    """The network's EMA weights go to a folder of their own, in half precision, and come back."""
+    folder = run.parent / f"{run.name}_exported"
+    export_weights(run, folder)
+    export_weights(run, folder)  # replaces the first
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    found = load_trained(folder)
+    assert found.config == network.config
+    assert found.identity["step"] == network.identity["step"]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float16), b),
+                 nnx.state(network.model, nnx.Param), nnx.state(found.model, nnx.Param))
+    with pytest.raises(UserError, match="holds EMA weights alone"):
+        load_trained(folder, ema=False)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        load_trained(folder)
 
 
 def test_what_makes_another_run(tmp_path):
@@ -224,6 +245,8 @@ def test_what_makes_another_run(tmp_path):
             "training": {"batch_size": 8, "mesh": (-1, 2), "accumulation": 4, "timesteps": "uniform",
                          "nonfinite": "skip", "validate_every": 10, "validation_slices": 8, "wandb": "a", "steps": 9}}
     check_same_run(tmp_path, saved, same)
+    with pytest.raises(UserError, match=r"\(data\.scaling was 'slice', is 'volume'\)"):
+        check_same_run(tmp_path, saved, same | {"data": {"scaling": "volume"}})
     other = same | {"seed": 1, "diffusion": {"noise": "simplex"}}
     with pytest.raises(UserError, match=r"\(diffusion\.noise was 'gaussian', is 'simplex'; seed was 0, is 1\)"):
         check_same_run(tmp_path, saved, other)
