@@ -28,7 +28,7 @@ from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.model import VARIANTS, UNetConfig, sparse, torch_state
-from hae_jax.training.state import make_optimizer
+from hae_jax.training.state import make_optimizer, network_config
 
 CASES = ("fpdm_tiny", "hae_tiny", "hae_lite_tiny", "hae_v2_tiny", "hae_v2c_tiny", "fpdm_options", "hae_v2c_options")
 TOLERANCE = 1e-5  # of the output's maximum
@@ -130,8 +130,10 @@ def test_it_equals_ours(variant: str):
 @pytest.mark.parametrize(("variant", "parameters"), [
     ("fpdm", 103082500), ("hae", 158822660), ("hae_lite", 119499780), ("hae_v2", 115808580), ("hae_v2c", 121222980)])
 def test_the_full_networks_have_the_published_sizes(variant: str, parameters: int):
+    config = default.get_config()
+    config.model.variant = variant
     with torch.device("meta"):
-        network = TorchNetwork(UNetConfig(variant=variant))
+        network = TorchNetwork(network_config(config.to_dict()))
     assert sum(p.numel() for p in network.parameters()) == parameters
 
 
@@ -255,7 +257,8 @@ def test_the_benchmark_has_rows_of_it(flags, tmp_path, capsys):
 
 def test_it_has_no_translation():
     settings = Settings(("forward", "translate"), ("fpdm",), ("torch",), batch=2)
-    forms = [[form.name for form in programs.forms_of(part, UNetConfig(), settings)] for part in settings.parts]
+    network = UNetConfig(num_classes=2)
+    forms = [[form.name for form in programs.forms_of(part, network, settings)] for part in settings.parts]
     assert forms == [["ours", "torch"], ["ours"]]
 
 
