@@ -27,7 +27,7 @@ def step(name: str, code: str, limit: float = 60) -> Step:
 
 def test_the_rehearsal_has_finite_figures_from_every_step(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    results = gpu_report(tmp_path / "report", 900, rehearse=True)
+    results = gpu_report(tmp_path / "report", 1800, rehearse=True)
     assert json.loads((tmp_path / "report" / "results.json").read_text()) == results
     assert [(s["step"], s["status"]) for s in results["steps"]] == [(s.name, "finished") for s in STEPS]
     assert {figure["step"] for figure in results["figures"]} == {s.name for s in STEPS}
