@@ -28,7 +28,7 @@ RESULTS = "results.json"
 LOG = "log.txt"  # what the steps print
 _POLL = 1.0  # seconds between two looks at a step
 _GRACE = 5.0  # seconds that a step has to end after SIGTERM
-_PATIENCE = 4  # times a step's limit in a rehearsal: CPUs compile slowly, and may be busy
+_REHEARSAL_FACTOR = 4  # on the limits of steps: a CPU is slower to compile and to compute
 _LEAST = 5.0  # seconds; a step is not begun with less
 
 
@@ -175,7 +175,7 @@ def _verdict(figure: dict[str, Any]) -> str:
 
 def _run(step, output, work, end, rehearse, results, done, log) -> None:
     """Runs one step until it ends or is late, and gathers its figures as they come."""
-    allowed = step.limit * (_PATIENCE if rehearse else 1)
+    allowed = step.limit * (_REHEARSAL_FACTOR if rehearse else 1)
     start, limit = time.monotonic(), min(allowed, end - time.monotonic())
     if limit < _LEAST:
         done["status"] = "not begun, no time left"

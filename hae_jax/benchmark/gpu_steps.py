@@ -435,7 +435,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     report = Report(arguments.figures, json.loads(arguments.earlier.read_text())["figures"], arguments.output,
                     time.monotonic() + arguments.seconds, arguments.rehearse)
-    if arguments.step == "torch":  # PyTorch needs a part of the GPU's memory
+    if arguments.step in ("torch", "reference"):  # PyTorch, or the training that is started, needs the GPU's memory too
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     device = jax.devices()[0]
     report.write({"machine": {"device": device.device_kind, "platform": device.platform, "driver": _driver(),

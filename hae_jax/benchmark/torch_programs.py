@@ -1,7 +1,7 @@
 """A training step and a forward pass in PyTorch, to be timed beside ours. Needs the extra `torch`.
 
 The training step does the work of `hae_jax.training.step`: timesteps, noise, dropped labels, dropout, the loss of the
-predicted noise, gradients and their norm, AdamW, averages. The forward pass is that of `programs.ForwardPass`.
+predicted noise, gradients and their norm, AdamW, EMA weights. The forward pass is that of `programs.ForwardPass`.
 """
 
 import contextlib
