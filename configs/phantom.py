@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
         config.data.phantom = ml_collections.ConfigDict({
             "cases": "data/phantom",  # BraTS-style folders, made if absent
             "subjects": 18,
-            "tumour_share": 0.75,
+            "lesion_share": 0.75,
             "seed": 0,
             "size": 1.0,  # 1: 240 x 240 x 155 voxels of 1 mm
             "train_fraction": 0.67,

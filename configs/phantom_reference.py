@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
         config.data.phantom = ml_collections.ConfigDict({
             "cases": "data/phantom_reference_cases",
             "subjects": 120,
-            "tumour_share": 0.75,
+            "lesion_share": 0.75,
             "seed": 0,
             "size": 1.0,
             "train_fraction": 0.7,

@@ -4,13 +4,15 @@ import argparse
 from collections.abc import Sequence
 
 from hae_jax.commands.common import entry_point
-from hae_jax.data.phantom import make_phantom
+from hae_jax.data.phantom import make_phantom, modalities_of
+from hae_jax.data.phantom_lesion import PHANTOMS
 
 _EXAMPLES = """\
 examples:
   python tools/make_phantom.py --output data/phantom                          # 24 subjects, a minute or two
   python tools/make_phantom.py --output data/small --size 0.25 --subjects 8   # seconds, for trying things out
   python tools/make_phantom.py --output data/phantom --figure docs/phantom.png
+  python tools/make_phantom.py --output data/stroke --kind stroke             # one modality, lesions as dark as fluid
 Running the same command again makes only what is missing. Everything in the folder is a phantom: real anatomy (the MNI
 ICBM152 template in the nilearn package), drawn lesions, no patient.
 """
@@ -23,10 +25,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make_phantom", formatter_class=_Help, epilog=_EXAMPLES,
-        description="Make a phantom: brain MRI subjects in the BraTS 2021 layout, some with tumours, from a seed.")
+        description="Make a phantom: brain MRI subjects in the BraTS 2021 layout, some with lesions, from a seed.")
     parser.add_argument("--output", default="data/phantom", help="folder for the subjects")
     parser.add_argument("--subjects", type=int, default=24, help="number of subjects")
-    parser.add_argument("--tumour-share", type=float, default=0.75, help="share of subjects with a tumour, 0 to 1")
+    parser.add_argument("--kind", choices=PHANTOMS, default="tumour", help="tumour: flair, t1, t1ce and t2; stroke: t1 "
+                        "with old infarcts, as dark as fluid")
+    parser.add_argument("--lesion-share", type=float, default=0.75, help="share of subjects with a lesion, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
     parser.add_argument("--size", type=float, default=1.0,
                         help="scale of the 240 x 240 x 155 grid of 1 mm voxels; 0.25 is 60 x 60 x 39 of 4 mm")
@@ -39,10 +43,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes the folder and, if asked, its figure."""
     args = _parse(argv)
-    folder = make_phantom(args.output, subjects=args.subjects, tumour_share=args.tumour_share, seed=args.seed,
-                          size=args.size, workers=args.workers)
+    folder = make_phantom(args.output, subjects=args.subjects, lesion_share=args.lesion_share, seed=args.seed,
+                          size=args.size, workers=args.workers, kind=args.kind)
     print(f"phantom of {args.subjects} subjects in {folder}")
     if args.figure:
         from hae_jax.data.phantom_figures import draw_phantom  # matplotlib is slow to import
 
-        print(f"phantom figure in {draw_phantom(folder, args.figure)}")
+        print(f"phantom figure in {draw_phantom(folder, args.figure, modalities_of(args.kind))}")

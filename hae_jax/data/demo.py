@@ -24,8 +24,8 @@ def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
     if phantom is None or root.exists():
         return
     print(f"{root} is not there yet: making a phantom of {phantom.subjects} subjects in {phantom.cases}")
-    make_phantom(phantom.cases, subjects=phantom.subjects, tumour_share=phantom.tumour_share, seed=phantom.seed,
-                 size=phantom.size, workers=phantom.workers)
+    make_phantom(phantom.cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,
+                 size=phantom.size, workers=phantom.workers, kind=phantom.get("kind", "tumour"))
     report = prepare(phantom.cases, root, image_size=image_size, train_fraction=phantom.train_fraction,
                      val_fraction=phantom.val_fraction, workers=phantom.workers, modalities=data.modalities)
     print("\n".join(report.lines()))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from hae_jax import provenance
 from hae_jax.data.cases import MODALITIES
-from hae_jax.data.phantom_lesion import plan_lesions
+from hae_jax.data.phantom_lesion import PHANTOMS, plan_lesions
 from hae_jax.data.phantom_subject import make_subject
 from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole, write_json, written_whole
@@ -44,17 +44,16 @@ software package."""
 _README = """\
 # A phantom, not patients
 
-{subjects} made-up subjects, {tumours} of them with tumours, in the layout of BraTS 2021: flair, t1, t1ce, t2 and a
-segmentation with labels 1 (necrotic or non-enhancing core), 2 (oedema) and 4 (enhancing tumour), empty for healthy
+{subjects} made-up subjects, {lesions} of them with lesions, in the layout of BraTS 2021: {content}, empty for healthy
 subjects. Every figure or number that comes from this folder is a **phantom figure** and must be called so: it says
 nothing about patients.
 
 The anatomy is the MNI ICBM152 2009 nonlinear symmetric template (T1, grey- and white-matter maps) that the nilearn
-package carries, warped differently for each subject; contrasts, harmless bright spots (not labelled), tumours, bias
+package carries, warped differently for each subject; contrasts, harmless bright spots (not labelled), lesions, bias
 field and noise are computed.
 
-Made by HAE-JAX's `tools/make_phantom.py` with seed {seed}, tumour share {tumour_share} and size {size} (voxels of
-{voxel:.3g} mm). `{manifest}` records settings, versions and what was planned for each subject.
+Made by HAE-JAX's `tools/make_phantom.py` with kind {kind}, seed {seed}, lesion share {lesion_share} and size {size}
+(voxels of {voxel:.3g} mm). `{manifest}` records settings, versions and what was planned for each subject.
 {notice}
 
 ## Notice of the MNI ICBM152 template
@@ -66,27 +65,40 @@ brain templates from birth to adulthood. NeuroImage 47 (supplement 1), S102.
 """
 
 
+_CONTENT = {
+    "tumour": "flair, t1, t1ce, t2 and a\nsegmentation with labels 1 (necrotic or non-enhancing core), 2 (oedema) and "
+              "4 (enhancing tumour)",
+    "stroke": "t1 and a segmentation with\nlabel 1 (old infarct)",
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a subject's bytes depend on, apart from its index."""
 
     seed: int
-    tumour_share: float
+    lesion_share: float
     size: float
+    kind: str
 
 
 def case_name(index: int) -> str:
     return f"Phantom_{index:05d}"
 
 
-def has_tumour(index: int, share: float) -> bool:
-    """Spreads tumours evenly: of any first n subjects, ceil(n share) have one, however many subjects follow."""
+def modalities_of(kind: str) -> tuple[str, ...]:
+    """The channels of a kind of phantom."""
+    return ("t1",) if kind == "stroke" else MODALITIES
+
+
+def has_lesion(index: int, share: float) -> bool:
+    """Spreads lesions evenly: of any first n subjects, ceil(n share) have one, however many subjects follow."""
     return math.ceil(round((index + 1) * share, 9)) > math.ceil(round(index * share, 9))
 
 
 def make_phantom(
-    output: str | os.PathLike, *, subjects: int = 24, tumour_share: float = 0.75, seed: int = 0, size: float = 1.0,
-    workers: int = 2, progress: bool = True,
+    output: str | os.PathLike, *, subjects: int = 24, lesion_share: float = 0.75, seed: int = 0, size: float = 1.0,
+    workers: int = 2, progress: bool = True, kind: str = "tumour",
 ) -> Path:
     """Makes `subjects` subjects in the folder `output` and returns its path; what is already there is not made again.
 
@@ -94,15 +106,17 @@ def make_phantom(
     are or on the number of workers. Each subject appears whole or not at all.
 
     Args:
-      tumour_share: share of subjects with a tumour, 0 to 1.
+      lesion_share: share of subjects with a lesion, 0 to 1.
       size: scale of the 240 x 240 x 155 grid, 0.1 to 1; the voxels grow accordingly.
       workers: processes; each needs about 1.5 GB at full size.
+      kind: "tumour" (flair, t1, t1ce, t2; tumours of 0.5 to 120 ml) or "stroke" (t1; old infarcts of 0.5 to 100 ml that
+        are as dark as fluid).
 
     Raises:
       UserError: an argument out of range, or `output` holds something else or a phantom with other settings.
     """
-    _check(subjects, tumour_share, seed, size, workers)
-    output, settings = Path(output), Settings(seed, float(tumour_share), float(size))
+    _check(subjects, lesion_share, seed, size, workers, kind)
+    output, settings = Path(output), Settings(seed, float(lesion_share), float(size), kind)
     _claim(output, settings, subjects)
     missing = [i for i in range(subjects) if not (output / case_name(i)).is_dir()]
     with tqdm(total=subjects, initial=subjects - len(missing), desc="phantom", unit="subject",
@@ -113,11 +127,13 @@ def make_phantom(
     return output
 
 
-def _check(subjects: int, tumour_share: float, seed: int, size: float, workers: int) -> None:
+def _check(subjects: int, lesion_share: float, seed: int, size: float, workers: int, kind: str) -> None:
+    if kind not in PHANTOMS:
+        raise UserError(f"kind={kind!r}: not a kind of phantom; choose {' or '.join(PHANTOMS)}")
     if subjects < 1:
         raise UserError(f"subjects={subjects}: a phantom needs at least 1; give a positive number")
-    if not 0 <= tumour_share <= 1:
-        raise UserError(f"tumour_share={tumour_share}: not a share; give a number from 0 to 1")
+    if not 0 <= lesion_share <= 1:
+        raise UserError(f"lesion_share={lesion_share}: not a share; give a number from 0 to 1")
     if seed < 0:
         raise UserError(f"seed={seed}: negative; give 0 or more")
     if not SIZES[0] <= size <= SIZES[1]:
@@ -171,15 +187,18 @@ def _manifest(settings: Settings, subjects: int, *, complete: bool) -> dict[str,
 
 
 def _planned(settings: Settings, index: int) -> dict[str, Any]:
-    foci = plan_lesions(settings.seed, index) if has_tumour(index, settings.tumour_share) else ()
-    tumours = [{"kind": f.kind, "volume_ml": round(f.volume_ml, 2), "core_ml": round(f.core_ml, 2)} for f in foci]
-    return {"name": case_name(index), "tumours": tumours}
+    foci = ()
+    if has_lesion(index, settings.lesion_share):
+        foci = plan_lesions(settings.seed, index, settings.kind)
+    lesions = [{"kind": f.kind, "volume_ml": round(f.volume_ml, 2), "core_ml": round(f.core_ml, 2)} for f in foci]
+    return {"name": case_name(index), "lesions": lesions}
 
 
 def _readme(settings: Settings, subjects: int) -> str:
-    tumours = sum(has_tumour(i, settings.tumour_share) for i in range(subjects))
-    return _README.format(subjects=subjects, tumours=tumours, voxel=1 / settings.size, manifest=MANIFEST,
-                          mni=MNI_NOTICE, notice=provenance.RESEARCH_USE, **asdict(settings))
+    lesions = sum(has_lesion(i, settings.lesion_share) for i in range(subjects))
+    return _README.format(subjects=subjects, lesions=lesions, voxel=1 / settings.size, manifest=MANIFEST,
+                          content=_CONTENT[settings.kind], mni=MNI_NOTICE, notice=provenance.RESEARCH_USE,
+                          **asdict(settings))
 
 
 def _each(settings: Settings, output: Path, indices: list[int], workers: int):
@@ -199,11 +218,13 @@ def _each(settings: Settings, output: Path, indices: list[int], workers: int):
 
 
 def write_subject(settings: Settings, output: Path, index: int) -> None:
-    """Makes one subject and writes its five files as a case folder, whole."""
-    subject = make_subject(settings.seed, index, tumour=has_tumour(index, settings.tumour_share), size=settings.size)
+    """Makes one subject and writes its files as a case folder, whole."""
+    subject = make_subject(settings.seed, index, lesion=has_lesion(index, settings.lesion_share), size=settings.size,
+                           kind=settings.kind)
     name = case_name(index)
     with folder_written_whole(output / name) as folder:
-        for suffix, data in zip((*MODALITIES, "seg"), (*subject.volumes, subject.labels), strict=True):
+        suffixes = (*modalities_of(settings.kind), "seg")
+        for suffix, data in zip(suffixes, (*subject.volumes, subject.labels), strict=True):
             _write_nifti(folder / f"{name}_{suffix}.nii.gz", data, subject.affine)
 
 

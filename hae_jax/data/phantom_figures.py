@@ -1,6 +1,7 @@
-"""What a phantom looks like, and how far one flair threshold gets: the competitor that any method has to beat."""
+"""What a phantom looks like, and how far one intensity threshold gets: the baseline that any method has to beat."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from hae_jax.data.cases import MODALITIES, CaseFiles, find_cases, read_case
 from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
-_BINS, _TOP = 1500, 3.0  # thresholds tried: multiples of 0.002 of the flair volume's 99th percentile
+_BINS, _TOP = 1500, 3.0  # thresholds tried: multiples of 0.002 of the volume's 99th percentile
 
 
 @dataclass(frozen=True)
 class ThresholdScore:
-    """Volume Dice of flair thresholds over the cases with a lesion.
+    """Volume Dice of intensity thresholds over the cases with a lesion.
 
     names, volumes_ml, common_dice, own_dice: one entry per case. common_threshold: the one that is best for the mean
     over all cases; own: each case's best, which needs its segmentation and is an upper bound.
@@ -28,19 +29,24 @@ class ThresholdScore:
     own_dice: np.ndarray
 
 
-def flair_threshold(folder: str | os.PathLike) -> ThresholdScore:
-    """Scores thresholds on flair / (99th percentile of its positive voxels) against any lesion label.
+def best_threshold(folder: str | os.PathLike, modality: str = "flair", dark: bool = False) -> ThresholdScore:
+    """Scores thresholds on a modality / (99th percentile of its positive voxels) against any lesion label.
+
+    Args:
+      folder: of cases.
+      modality: that is thresholded.
+      dark: whether what lies below the threshold is called lesion, rather than what lies above.
 
     Raises:
       UserError: no cases in `folder`, or none with a lesion.
     """
     names, volumes, curves = [], [], []
-    for files in find_cases(folder):
+    for files in find_cases(folder, (modality,)):
         case = read_case(files)
         if case.mask is not None and case.mask.any():
             names.append(case.name)
             volumes.append(case.mask.sum() * abs(np.linalg.det(case.affine[:3, :3])) / 1000)
-            curves.append(_dice_curve(case.volumes[..., MODALITIES.index("flair")], case.mask))
+            curves.append(_dice_curve(case.volumes[..., 0], case.mask, dark))
     if not curves:
         raise UserError(f"{folder}: no case has a segmentation with a lesion; give cases that do")
     dice = np.stack(curves)  # [cases, thresholds]
@@ -48,18 +54,25 @@ def flair_threshold(folder: str | os.PathLike) -> ThresholdScore:
     return ThresholdScore(tuple(names), np.array(volumes), best * _TOP / _BINS, dice[:, best], dice.max(axis=1))
 
 
-def _dice_curve(flair: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Dice of (flair >= threshold) for all thresholds [bins], from the histograms inside and outside the lesion."""
-    positive = flair > 0
-    value = np.clip(flair[positive] / np.percentile(flair[positive], 99), 0, _TOP * (1 - 1e-6))
+def _dice_curve(image: np.ndarray, mask: np.ndarray, dark: bool) -> np.ndarray:
+    """Dice of (image >= threshold) for all thresholds [bins], from the histograms inside and outside the lesion.
+
+    For dark lesions of (image < threshold), among positive voxels.
+    """
+    positive = image > 0
+    value = np.clip(image[positive] / np.percentile(image[positive], 99), 0, _TOP * (1 - 1e-6))
     index = (value * (_BINS / _TOP)).astype(int)
     found = np.cumsum(np.bincount(index, minlength=_BINS)[::-1])[::-1]
     hit = np.cumsum(np.bincount(index[mask[positive]], minlength=_BINS)[::-1])[::-1]
+    if dark:
+        found, hit = found[0] - found, hit[0] - hit
     return 2 * hit / (found + mask.sum())
 
 
-def draw_phantom(folder: str | os.PathLike, output: str | os.PathLike, *, subjects: int = 5) -> Path:
-    """Draws up to `subjects` subjects, one per row: the four modalities on one axial slice, then the outlined lesion.
+def draw_phantom(
+    folder: str | os.PathLike, output: str | os.PathLike, modalities: Sequence[str] = MODALITIES, *, subjects: int = 5
+) -> Path:
+    """Draws up to `subjects` subjects, one per row: the modalities on one axial slice, then the outlined lesion.
 
     The slice is the one with most lesion, in a healthy subject the middle one. The last row is the first healthy
     subject, where there is one.
@@ -69,10 +82,10 @@ def draw_phantom(folder: str | os.PathLike, output: str | os.PathLike, *, subjec
     """
     import matplotlib.pyplot as plt
 
-    rows = _rows(find_cases(folder), subjects)
-    titles = (*MODALITIES, "flair + segmentation")
-    figure, axes = plt.subplots(len(rows), len(titles), figsize=(10, 2.35 * len(rows) + 0.35), facecolor="black",
-                                squeeze=False, layout="constrained")
+    rows = _rows(find_cases(folder, modalities), subjects)
+    titles = (*modalities, f"{modalities[0]} + segmentation")
+    figure, axes = plt.subplots(len(rows), len(titles), figsize=(2 * len(titles), 2.35 * len(rows) + 0.35),
+                                facecolor="black", squeeze=False, layout="constrained")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, color="white", fontsize=9)
     for line, (name, images, mask) in zip(axes, rows, strict=True):
@@ -82,7 +95,7 @@ def draw_phantom(folder: str | os.PathLike, output: str | os.PathLike, *, subjec
         line[0].text(0.01, 0.02, name, color="white", fontsize=7, transform=line[0].transAxes)
         if mask.any():
             line[-1].contour(mask, levels=[0.5], colors=["#ffb000"], linewidths=0.8)
-    figure.suptitle("Phantom figure: template anatomy with drawn lesions, no patient", color="white", fontsize=9)
+    figure.suptitle("Phantom figure: template anatomy,\ndrawn lesions, no patient", color="white", fontsize=9)
     with written_whole(output) as temporary:
         figure.savefig(temporary, dpi=110, facecolor="black")
     plt.close(figure)
@@ -100,7 +113,7 @@ def _rows(cases: list[CaseFiles], count: int) -> list[tuple[str, np.ndarray, np.
 
 
 def _row(files: CaseFiles) -> tuple[str, np.ndarray, np.ndarray]:
-    """Name, images [4, y, x] and lesion mask [y, x] of the slice to show, front of the head up, cropped to the head."""
+    """Name, images [M, y, x] and lesion mask [y, x] of the slice to show, front of the head up, cropped to the head."""
     case = read_case(files)
     mask = case.mask if case.mask is not None else np.zeros(case.volumes.shape[:3], bool)
     area = mask.sum(axis=(0, 1))

@@ -1,7 +1,7 @@
-"""Phantom, second stage: which tumours a subject has, how they push the brain aside, and where they lie in it.
+"""Phantom, second stage: which lesions a subject has, how they push the brain aside, and where they lie in it.
 
 `plan_lesions` draws the plan from (seed, subject) alone. `mass_effect` bends the warp before the tissue maps are
-sampled; `draw_lesion` then grows core and oedema through those maps.
+sampled; `draw_lesion` then grows core and oedema, or `draw_stroke` an old infarct, through those maps.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ KINDS = {  # share of subjects, core's share of the volume
     "cold": (0.22, (0.30, 0.65)),  # a core that does not enhance
     "diffuse": (0.12, (0.02, 0.05)),  # infiltration with hardly a core
 }
+PHANTOMS = ("tumour", "stroke")  # kinds of phantom: four modalities and tumours, or T1 alone and old infarcts
+STROKE_ML = (0.5, 100.0)  # all infarcts of a subject; log-uniform
+STROKE = 1  # label
 _STEP = np.array([0.6180339887498949, 0.4142135623730951])  # irrational, so that a sequence of fractions fills [0, 1)
 _TRAVEL_COST = {"wm": 1.0, "gm": 4.0, "fluid": 15.0}  # oedema creeps along white matter and stops at fluid
 
@@ -62,15 +65,17 @@ class Lesion:
     strength: np.ndarray
 
 
-def plan_lesions(seed: int, index: int) -> tuple[Focus, ...]:
-    """The tumours of subject `index`, a function of its two arguments.
+def plan_lesions(seed: int, index: int, phantom: str = "tumour") -> tuple[Focus, ...]:
+    """The lesions of subject `index`, a function of its arguments.
 
     Volumes and kinds follow low-discrepancy sequences over the subjects, so that any twenty in a row hold small and
-    large tumours and every kind.
+    large lesions and every kind.
     """
     rng = np.random.default_rng((seed, index, 1))
     offset = np.random.default_rng((seed, 0)).random(2)
     u, v = (offset + index * _STEP) % 1
+    if phantom == "stroke":
+        return _plan_strokes(rng, float(np.exp(np.interp(u, (0, 1), np.log(STROKE_ML)))))
     total = float(np.exp(np.interp(u, (0, SMALL_SHARE, 1), np.log(VOLUME_ML))))
     kind = list(KINDS)[int(np.searchsorted(np.cumsum([share for share, _ in KINDS.values()]), v * 0.9999))]
     count = 1 + int(rng.choice(3, p=(0.7, 0.2, 0.1))) if total > 2 else 1
@@ -79,6 +84,25 @@ def plan_lesions(seed: int, index: int) -> tuple[Focus, ...]:
     foci: list[Focus] = []
     for volume in volumes:
         foci.append(_plan_focus(rng, kind, float(volume), foci))
+    return tuple(foci)
+
+
+def _plan_strokes(rng: np.random.Generator, total: float) -> tuple[Focus, ...]:
+    """One to three infarcts anywhere in the cerebrum, cortex included; they take tissue away and push nothing."""
+    shares = np.append(1.0, rng.uniform(0.05, 0.4, int(rng.choice(3, p=(0.65, 0.25, 0.1))) if total > 2 else 0))
+    template, foci = load_template(), []
+    place = np.argwhere((template.wm + template.gm > 0.8) & (template.depth > 5))[::7] - template.centre
+    below = (place[:, 2] < -20) & (place[:, 1] > 10)  # cerebellum
+    stem = (place[:, 2] < -4) & (np.abs(place[:, 0]) < 20)
+    place = place[~below & ~stem & (np.abs(place[:, 0]) > 6)]
+    for volume in total * shares / shares.sum():
+        free = np.ones(len(place), bool)
+        for other in foci:
+            free &= np.linalg.norm(place - other.centre, axis=1) > _radius(volume) + _radius(other.volume_ml)
+        centre = rng.choice(place[free] if free.any() else place)
+        axes, rotation = np.exp(rng.normal(0, 0.25, 3)), rng.uniform(-180, 180, 3)
+        foci.append(Focus("stroke", float(volume), float(volume) * rng.uniform(0.2, 0.4), tuple(centre.tolist()),
+                          tuple(axes.tolist()), tuple(rotation.tolist()), push=0.0))
     return tuple(foci)
 
 
@@ -175,6 +199,26 @@ def draw_lesion(
     width = 1.2 + 0.12 * edge
     strength = 1 / (1 + np.exp(np.clip((travel - edge) / width, -30, 30))) * allowed * np.clip(lateral / 4, 0, 1)
     return Lesion(focus.kind, crop, labels, strength.astype(np.float32))
+
+
+def draw_stroke(
+    rng: np.random.Generator, grid: Grid, focus: Focus, centre: np.ndarray,
+    tissue: np.ndarray,  # [3, x, y, z] shares of fluid, gm, wm; all 0 outside the brain
+    lateral: np.ndarray,  # [x, y, z] mm from the midline, positive to the left
+) -> Lesion:
+    """Grows one infarct at `centre` (mm) through grey and white matter alike, up to the planned volume."""
+    crop = grid.crop(centre, 30 + 1.5 * _radius(focus.volume_ml))
+    part = grid.part(crop)
+    tissue, lateral = tissue[(slice(None), *crop)], lateral[crop] * np.float32(np.sign(focus.centre[0]))
+    allowed = (tissue.sum(axis=0) > 0.5) & (lateral > 0)
+    core = _smallest(_core_coordinate(rng, part, focus, centre, tissue[0]), allowed, focus.core_ml, grid.voxel)
+    matter = np.stack([tissue[0], np.zeros_like(tissue[0]), tissue[1] + tissue[2]])  # grey counts as white
+    travel = _travel(rng, part, core, matter, allowed)
+    travel[core] = 0
+    whole = _smallest(travel, allowed & (tissue[0] < 0.5), focus.volume_ml, grid.voxel)
+    edge = travel[whole].max() if whole.any() else 0.0
+    strength = 1 / (1 + np.exp(np.clip((travel - edge) / (0.6 + 0.03 * edge), -30, 30))) * allowed
+    return Lesion(focus.kind, crop, np.where(whole, STROKE, 0).astype(np.uint8), strength.astype(np.float32))
 
 
 def _core_coordinate(

@@ -10,6 +10,7 @@ from scipy import ndimage
 from scipy.special import expit, softmax
 from threadpoolctl import threadpool_limits
 
+from hae_jax.data.cases import MODALITIES
 from hae_jax.data.phantom_lesion import (
     ENHANCING,
     NECROSIS,
@@ -17,6 +18,7 @@ from hae_jax.data.phantom_lesion import (
     Focus,
     Lesion,
     draw_lesion,
+    draw_stroke,
     mass_effect,
     plan_lesions,
 )
@@ -30,12 +32,15 @@ OEDEMA_LOOK = (1.25, 0.52, 0.53, 0.86)
 NECROSIS_LOOK = (0.75, 0.30, 0.29, 0.92)
 COLD_LOOK = (1.12, 0.40, 0.41, 0.88)  # a core that does not enhance
 ENHANCING_LOOK = (1.05, 0.50, 1.20, 0.70)
+STROKE_LOOK = (0.20, 0.27, 0.28, 0.94)  # a cavity full of fluid
+SCAR_LOOK = (1.15, 0.52, 0.53, 0.85)  # around it
+T1 = MODALITIES.index("t1")
 FULL_SCALE = 1000.0  # int16 units of intensity 1, before the per-volume gain
 
 
 @dataclass(frozen=True)
 class Subject:
-    """volumes: [4, X, Y, Z] int16 (flair, t1, t1ce, t2); labels: [X, Y, Z] int16, 0 1 2 4; affine: [4, 4] to RAS mm."""
+    """volumes: [M, X, Y, Z] int16 (flair, t1, t1ce, t2, or t1 alone); labels: [X, Y, Z] int16; affine: to RAS mm."""
 
     volumes: np.ndarray
     labels: np.ndarray
@@ -60,19 +65,20 @@ class Head:
     front: np.ndarray
 
 
-def make_subject(seed: int, index: int, *, tumour: bool, size: float = 1.0) -> Subject:
+def make_subject(seed: int, index: int, *, lesion: bool, size: float = 1.0, kind: str = "tumour") -> Subject:
     """Subject `index` of the phantom with this seed; a pure function of its arguments.
 
-    With and without `tumour` it is the same head with the same harmless spots.
+    With and without `lesion` it is the same head with the same harmless spots.
 
     Args:
+      kind: "tumour", four modalities with the labels 1, 2 and 4; "stroke", T1 with the label 1.
       size: scale of the grid; 1 is 240 x 240 x 155 voxels of 1 mm, 0.25 is 60 x 60 x 39 voxels of 4 mm.
     """
     with threadpool_limits(1):  # one core per worker, and sums in an order that does not depend on the machine
         rngs = np.random.default_rng((seed, index, 2)).spawn(7)
         grid, template = Grid.of_size(size), load_template()
         warp = random_warp(rngs[0], grid)
-        foci = plan_lesions(seed, index) if tumour else ()
+        foci = plan_lesions(seed, index, kind) if lesion else ()
         bent, centres = mass_effect(warp, grid, template.sample(template.skull, warp.q), foci) if foci else (warp, [])
         head = _anatomy(rngs[1], grid, template, bent)
         images = _contrasts(rngs[2], grid, head)
@@ -80,9 +86,13 @@ def make_subject(seed: int, index: int, *, tumour: bool, size: float = 1.0) -> S
         _add_vessels(rngs[4], grid, head, images)
         labels = np.zeros(grid.box_shape, np.uint8)
         for focus, centre in zip(foci, centres, strict=True):
-            lesion = draw_lesion(rngs[5], grid, focus, centre, head.tissue, head.lateral)
-            _paint(rngs[5], grid, lesion, images, labels)
-        volumes = _scan(rngs[6], grid, head.inside, images)
+            if kind == "stroke":
+                _paint_stroke(rngs[5], grid, draw_stroke(rngs[5], grid, focus, centre, head.tissue, head.lateral),
+                              images, labels)
+            else:
+                _paint(rngs[5], grid, draw_lesion(rngs[5], grid, focus, centre, head.tissue, head.lateral), images,
+                       labels)
+        volumes = _scan(rngs[6], grid, head.inside, images[[T1]] if kind == "stroke" else images)
         return Subject(_in_volume(volumes, grid), _in_volume(labels.astype(np.int16), grid), grid.affine, foci)
 
 
@@ -185,8 +195,19 @@ def _paint(rng: np.random.Generator, grid: Grid, lesion: Lesion, images: np.ndar
     here[new] = lesion.labels[new]
 
 
+def _paint_stroke(rng: np.random.Generator, grid: Grid, lesion: Lesion, images: np.ndarray, labels: np.ndarray) -> None:
+    """Blends one infarct into the images [4, x, y, z] and labels [x, y, z]: a cavity, and a scar around and within."""
+    part, view = grid.part(lesion.crop), images[(slice(None), *lesion.crop)]
+    coarse, fine = smooth_noise(rng, part, 9), smooth_noise(rng, part, 3)
+    cavity = np.array(STROKE_LOOK) * rng.normal(1, 0.06, 4)
+    _blend(view, SCAR_LOOK, np.clip(lesion.strength * (0.9 + 0.1 * coarse), 0, 1))
+    hollow = expit((2 * lesion.strength - 1.1) * 5 + rng.normal(0.6, 0.5) + 0.8 * coarse + 0.3 * fine)
+    _blend(view, cavity, hollow * lesion.strength)
+    labels[lesion.crop] |= lesion.labels
+
+
 def _scan(rng: np.random.Generator, grid: Grid, inside: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """The scanner's part: bias field of 6%, Rician noise, gain; [4, x, y, z] int16.
+    """The scanner's part: bias field of 6%, Rician noise, gain; [M, x, y, z] int16.
 
     The background is exactly 0, the brain at least 1.
     """

@@ -12,7 +12,7 @@ from hae_jax.commands import make_phantom as make_phantom_command
 from hae_jax.commands import phantom_threshold as phantom_threshold_command
 from hae_jax.data import phantom
 from hae_jax.data.cases import MODALITIES, find_cases, read_case
-from hae_jax.data.phantom_figures import flair_threshold
+from hae_jax.data.phantom_figures import best_threshold
 from hae_jax.data.phantom_lesion import ENHANCING, KINDS, NECROSIS, VOLUME_ML, plan_lesions
 from hae_jax.data.phantom_subject import make_subject
 from hae_jax.data.phantom_warp import Grid, load_template, smooth_noise
@@ -74,14 +74,14 @@ def test_same_seed_same_bytes_whatever_the_company(folder, tmp_path):
 
 def test_other_seed_and_other_subject_differ(folder):
     assert len(set(digests(folder).values())) == 5 * 5  # no two files alike, the segmentations included
-    a, b = (make_subject(seed, 0, tumour=False, size=SMALL).volumes for seed in (3, 4))
+    a, b = (make_subject(seed, 0, lesion=False, size=SMALL).volumes for seed in (3, 4))
     assert (a != b).any()
 
 
 def test_tumours_come_with_the_share_and_healthy_subjects_have_none(folder):
     has = [bool(read_case(files).mask.any()) for files in find_cases(folder)]
-    assert has == [phantom.has_tumour(i, 0.75) for i in range(5)] == [True, True, True, False, True]
-    assert [sum(phantom.has_tumour(i, s) for i in range(20)) for s in (0, 0.3, 0.75, 1)] == [0, 6, 15, 20]
+    assert has == [phantom.has_lesion(i, 0.75) for i in range(5)] == [True, True, True, False, True]
+    assert [sum(phantom.has_lesion(i, s) for i in range(20)) for s in (0, 0.3, 0.75, 1)] == [0, 6, 15, 20]
 
 
 def test_rerun_makes_only_what_is_missing(folder, tmp_path):
@@ -97,8 +97,8 @@ def test_rerun_makes_only_what_is_missing(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    ({"seed": 4}, "seed 3 instead of 4"), ({"size": 0.2}, "size"), ({"tumour_share": 0.5}, "tumour_share"),
-    ({"subjects": 4}, "5 subjects"), ({"subjects": 0}, "subjects"), ({"tumour_share": 1.5}, "tumour_share"),
+    ({"seed": 4}, "seed 3 instead of 4"), ({"size": 0.2}, "size"), ({"lesion_share": 0.5}, "lesion_share"),
+    ({"subjects": 4}, "5 subjects"), ({"subjects": 0}, "subjects"), ({"lesion_share": 1.5}, "lesion_share"),
     ({"size": 3.0}, "size"), ({"workers": 0}, "workers"), ({"seed": -1}, "seed"),
 ])
 def test_other_settings_are_refused(folder, change, named):
@@ -120,8 +120,8 @@ def test_the_folder_says_what_it_is(folder):
     assert "phantom figure" in text
     assert "McConnell Brain Imaging Centre" in text
     manifest = json.loads((folder / phantom.MANIFEST).read_text())
-    assert manifest["settings"] == {"seed": 3, "tumour_share": 0.75, "size": SMALL}
-    assert [bool(p["tumours"]) for p in manifest["plan"]] == [True, True, True, False, True]
+    assert manifest["settings"] == {"seed": 3, "lesion_share": 0.75, "size": SMALL, "kind": "tumour"}
+    assert [bool(p["lesions"]) for p in manifest["plan"]] == [True, True, True, False, True]
 
 
 def test_plans_cover_sizes_kinds_and_numbers():
@@ -138,7 +138,7 @@ def test_plans_cover_sizes_kinds_and_numbers():
 def test_planned_volume_is_drawn_at_every_size():
     planned = sum(focus.volume_ml for focus in plan_lesions(3, 1))
     for size in (SMALL, 0.5):
-        labels = make_subject(3, 1, tumour=True, size=size).labels
+        labels = make_subject(3, 1, lesion=True, size=size).labels
         assert (labels > 0).sum() / size**3 / 1000 == pytest.approx(planned, rel=0.1)
 
 
@@ -156,7 +156,7 @@ def test_tumour_pushes_the_brain_and_shows_where_it_should():
     focus, = plan_lesions(0, 2)
     assert focus.kind == "ring"
     assert focus.volume_ml > 40
-    ill, well = (make_subject(0, 2, tumour=t, size=0.5) for t in (True, False))
+    ill, well = (make_subject(0, 2, lesion=t, size=0.5) for t in (True, False))
     head = well.volumes[0] > 0
     assert ((ill.volumes[0] > 0) != head).sum() < 0.01 * head.sum()  # the skull does not give way
     mask = ill.labels > 0
@@ -172,7 +172,7 @@ def test_tumour_pushes_the_brain_and_shows_where_it_should():
 
 def test_core_is_irregular():
     """A ball has 4.84 V^(2/3) of surface; a core must have clearly more."""
-    subject = make_subject(0, 2, tumour=True, size=0.5)
+    subject = make_subject(0, 2, lesion=True, size=0.5)
     core = np.isin(subject.labels, (NECROSIS, ENHANCING))
     components, _ = ndimage.label(core)
     core = components == np.argmax(np.bincount(components.ravel())[1:]) + 1
@@ -183,20 +183,20 @@ def test_core_is_irregular():
 def test_heads_are_asymmetric_although_the_template_is_not():
     template = load_template()
     np.testing.assert_array_equal(template.gm, template.gm[::-1])
-    brain = make_subject(0, 0, tumour=False, size=SMALL).volumes[1] > 0
+    brain = make_subject(0, 0, lesion=False, size=SMALL).volumes[1] > 0
     assert 0.02 < (brain != brain[::-1]).sum() / brain.sum() < 0.25
 
 
 def test_healthy_subjects_have_bright_spots():
     loads = []
     for index in range(3):
-        flair = make_subject(0, index, tumour=False, size=0.5).volumes[0]
+        flair = make_subject(0, index, lesion=False, size=0.5).volumes[0]
         loads.append((flair > 1.5 * np.median(flair[flair > 0])).sum() / 125)
     assert 0.5 < np.median(loads) < 30  # ml
 
 
-def test_one_threshold_is_a_fair_competitor(folder):
-    score = flair_threshold(folder)
+def test_one_threshold_is_a_fair_baseline(folder):
+    score = best_threshold(folder)
     assert len(score.names) == 4
     assert (score.own_dice >= score.common_dice).all()
     assert 0.3 < score.common_dice.mean() < 0.9

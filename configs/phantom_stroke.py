@@ -1,0 +1,33 @@
+"""The stroke phantom: T1 alone, old infarcts as dark as fluid, which no intensity threshold finds.
+
+    python train.py --config configs/phantom_stroke.py --workdir runs/phantom_stroke
+
+makes 160 subjects with voxels of 2 mm and prepares them if they are not there yet: 112 to train on, 24 to validate, 24
+to test.
+"""
+
+import ml_collections
+
+from configs import phantom_reference
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Differences from `configs/phantom_reference.py`."""
+    config = phantom_reference.get_config()
+    with config.unlocked():
+        config.data.root = "data/phantom_stroke"
+        config.data.modalities = ("t1",)
+        config.data.phantom = ml_collections.ConfigDict({
+            "cases": "data/phantom_stroke_cases",
+            "kind": "stroke",
+            "subjects": 160,
+            "lesion_share": 0.75,
+            "seed": 0,
+            "size": 0.5,
+            "train_fraction": 0.7,
+            "val_fraction": 0.15,
+            "workers": 2,
+        })
+        config.model.in_channels = 1
+        config.translation.modality = (0,)
+    return config
