@@ -113,11 +113,24 @@ def _training() -> ml_collections.ConfigDict:
 def _translation() -> ml_collections.ConfigDict:
     """How lesions are found, and the masks (see `hae_jax.translation`)."""
     translation = ml_collections.ConfigDict()
-    translation.method = "hae"  # hae, ddib, anoddpm-simplex, anoddpm-gaussian or threshold
+    # residual (ours), hae (published), ddib, anoddpm-simplex, anoddpm-gaussian or threshold (of intensity)
+    translation.method = "residual"
+    # How the threshold is chosen on validation slices: mixture, healthy_fpr, quantile (published), which see image
+    # labels, or dice, which sees ground truth. None: the method's own: residual mixture, hae quantile, the others dice.
+    translation.rule = config_dict.placeholder(str)
+    translation.healthy_fpr = 5e-4  # share of the healthy slices' head pixels above the threshold; rule healthy_fpr
+    # Of residual. Low noise finds lesions; which timesteps are low depends on the resolution (these suit 64 px).
+    translation.timesteps = (50, 100, 150, 200, 250)
+    translation.draws = 1  # noise draws for each timestep; with more, the map's spread is an uncertainty
+    # One number for each channel: its weight in the map, above 0 where lesions are bright, below where they are dark.
+    # None: flair 1, t1 -0.5, t1ce 0, t2 0.5.
+    translation.weights = config_dict.placeholder(tuple)
+    translation.smoothing = 0.7  # standard deviation of the Gaussian on the map, pixels; 0: none
     translation.forward_steps = 600  # of diffusion.steps; with respacing, those retained among the first 600
     translation.respacing = ""  # "" walks every step; "100" walks a tenth of 1000
     translation.guidance = 2.0  # w
     translation.reference = "healthy"  # healthy (as published) or null (as in the paper)
+    translation.inversion = "published"  # of hae's walk: published (one level off) or exact, for few steps
     translation.d_reverse = True  # walk by DDIM inversion; False: fresh noise at each step
     translation.modality = (0, 3)  # channels that the maps are made of: flair and t2
     translation.clipping = "static"  # of predicted x0: static, dynamic or none
@@ -131,10 +144,14 @@ def _translation() -> ml_collections.ConfigDict:
     translation.calibration = config_dict.placeholder(str)  # None: made on validation data; a file or a preset's name
     translation.batch_size = 32  # slices at once, over all devices
     translation.max_memory_gb = config_dict.placeholder(float)  # choose the batch size by memory; None: batch_size
-    translation.median = True  # 5 x 5 median filter on the maps
-    translation.components = 40  # connected components of at most so many pixels are removed; 0: none
-    translation.filter_dimensions = 2  # of both filters: 2, each slice alone; 3, over the stack of slices (5 x 5 x 5)
-    translation.save_healthy = False  # write the healthy counterparts as NIfTI
+    translation.filters = config_dict.placeholder(str)  # mm or pixels (published); None: residual mm, others pixels
+    translation.head_erosion_mm = 0.0  # mm: lesions are looked for at least so deep below the head's outline
+    translation.median_mm = 0.0  # mm: edge of the cube whose majority decides on a voxel of the mask; 0: off
+    translation.smallest_ml = 0.1  # mm: connected components below this volume are removed; 0: none
+    translation.median = True  # pixels: 5 x 5 median filter on the maps
+    translation.components = 40  # pixels: connected components of at most so many pixels are removed; 0: none
+    translation.filter_dimensions = 2  # pixels: 2, each slice alone; 3, over the stack of slices (5 x 5 x 5)
+    translation.save_healthy = False  # write the pseudo-healthy reconstructions as NIfTI
     translation.ema = True  # use the averaged parameters
     return translation
 

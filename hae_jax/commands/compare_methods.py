@@ -9,7 +9,7 @@ from hae_jax.commands.runs import check_overrides
 from hae_jax.errors import UserError
 
 DEMO_CONFIG = "configs/phantom.py"
-METHODS = "hae,ddib,anoddpm-gaussian,anoddpm-simplex,threshold"
+METHODS = "residual,hae,ddib,anoddpm-gaussian,anoddpm-simplex,threshold"
 _DESCRIPTION = """\
 Run several methods on the same cases and write comparison.csv, .md, .json and .png; with --steps, also the quality of
 the forward process against its number of steps: steps.csv, .md, .json and .png. Each method's masks and maps are kept

@@ -62,6 +62,8 @@ def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from hae_jax.training import imported, torch_run  # after parsing: --help shall not wait for JAX
 
     config, text = read_config(arguments.config or str(_DEFAULTS), overrides), None
+    if not any(override.startswith("--config.translation.method") for override in overrides):
+        config.translation.method = "hae"  # what published weights were tuned for
     weights = torch_run.read_weights(arguments.checkpoint, arguments.optimizer, arguments.ema)
     if not arguments.config:
         settings = torch_run.guessed_settings(weights, config)

@@ -30,13 +30,14 @@ examples:
 cases: BraTS 2021 or 2023 folders, Decathlon or nnU-Net folders with dataset.json, one volume per case for a network of
 one channel; with or without segmentation (docs/data.md)."""
 _SHORTCUTS = {  # flags that stand for one field of config.translation
-    "method": {"metavar": "NAME", "help": "how lesions are found: hae (the forward process; default), ddib, "
-               "anoddpm-simplex, anoddpm-gaussian, or threshold (of intensity; needs no network)"},
+    "method": {"metavar": "NAME", "help": "how lesions are found: residual (at low noise; default), hae (the "
+               "published forward process), ddib, anoddpm-simplex, anoddpm-gaussian, or threshold (of intensity; needs "
+               "no network)"},
     "calibration": {"metavar": "NAME", "help": f"calibration.json of another run, or a preset: {', '.join(PRESETS)} "
                     "(published, for hae); default: made on the validation slices and kept with the checkpoint"},
     "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "choose the batch size by "
                       "memory: the largest that needs no more than this on each device (on a CPU: in all)"},
-    "save_healthy": {"action": "store_true", "default": None, "help": "write the healthy counterparts, too"},
+    "save_healthy": {"action": "store_true", "default": None, "help": "write the pseudo-healthy reconstructions, too"},
 }
 
 

@@ -87,6 +87,18 @@ def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
     return CaseSlices(np.ascontiguousarray(images), masks, index, case.volumes.shape[:3])
 
 
+def slice_spacing(
+    affine: Sequence[Sequence[float]] | np.ndarray | None,  # [4, 4] voxels to mm
+    shape: Sequence[int] | None,  # (X, Y, Z) of the volume
+    size: int,
+) -> tuple[float, float, float] | None:
+    """(x, y, z) mm between the pixels of slices of `size` x `size` and between slices; None where it is not known."""
+    if affine is None or shape is None:
+        return None
+    x, y, z = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
+    return float(x * shape[0] / size), float(y * shape[1] / size), float(z)
+
+
 def resize(
     images: np.ndarray,  # [..., H, W]
     size: int | tuple[int, int],

@@ -153,10 +153,10 @@ def loss_curve(
 
 def comparison_figure(
     path: str | os.PathLike,
-    rows: Sequence[tuple[str, str, Mapping[str, Any], float | None]],  # as for `report.write_comparison`
+    rows: Sequence[Sequence[Any]],  # as for `report.write_comparison`
     title: str,
 ) -> None:
-    """Writes a PNG with a line for each method, and on it a dot each for volume Dice, unhealthy Dice and AUPRC.
+    """Writes a PNG with a line for each method, and on it a dot each for volume Dice, lesion-slice Dice and AUPRC.
 
     A bar is the 95% interval over patients. What a method lacks is not drawn.
     """
@@ -165,7 +165,7 @@ def comparison_figure(
     lines = np.arange(len(rows))
     for offset, (name, marker, colour, *place) in zip((-0.22, 0, 0.22), _COMPARED, strict=True):
         setting, figure_name = place
-        mean, bars = _bars([results.get(setting, {}).get(figure_name) for _, _, results, _ in rows])
+        mean, bars = _bars([results.get(setting, {}).get(figure_name) for _, _, results, *_ in rows])
         axis.errorbar(mean, lines + offset, xerr=bars, fmt=marker, color=colour, markersize=5.5, linewidth=1.4,
                       capsize=3, label=name)
     axis.set_yticks(lines, ["\n".join([method, *textwrap.wrap(settings, 44)]) for method, settings, *_ in rows],
@@ -179,8 +179,8 @@ def comparison_figure(
 
 _COMPARED = (  # name, marker, colour, where it is in a method's results
     ("volume Dice", "o", _BLUE, "volumes", "dice"),
-    ("unhealthy Dice", "s", _ORANGE, "unhealthy", "dice"),
-    ("AUPRC (all slices)", "D", _GREEN, "mixed", "auprc"),
+    ("lesion-slice Dice", "s", _ORANGE, "unhealthy", "dice"),
+    ("lesion-slice AUPRC", "D", _GREEN, "unhealthy", "auprc"),
 )
 
 

@@ -32,6 +32,10 @@ DEFINITIONS = {
     "slice_level": "the predicted label of a slice against its true one; precision and recall are of lesion slices",
     "shares": "number of slices, share of them that is healthy (in 'mixed', an empty mask scores 1 there), and share "
               "that is called a lesion slice",
+    "upper_bound": "mean Dice of the lesion slices at the one threshold on the map that is best for it, chosen with "
+                   "the ground truth of these very slices: what no rule for a single threshold can exceed",
+    "above_threshold": "Dice minus that of the intensity threshold on the same slices or volumes, with the paired 95% "
+                       "interval over patients",
 }
 
 

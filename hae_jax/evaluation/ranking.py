@@ -17,6 +17,7 @@ from hae_jax.evaluation.bootstrap import figure, numbers, share
 _SHIFT = 12  # bits of a float32's mantissa that are left out: 11 of 23 stay, a relative width of 2^-11
 BINS = 1 << (32 - _SHIFT)
 _FINE = 16  # bins that one of a patient's own histogram holds: a relative width of 2^-7
+COARSE_BINS = BINS // _FINE
 
 
 def score_histogram(
@@ -48,6 +49,17 @@ def score_bins(
     bits = scores.view(np.uint32)
     ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     return (ordered >> _SHIFT).astype(np.int64)
+
+
+def dice_by_threshold(
+    scores: np.ndarray,  # [N] float
+    hits: np.ndarray,  # [N] bool
+    lesion: int,  # pixels of the lesion, those outside `scores` included
+) -> np.ndarray:  # [COARSE_BINS]
+    """Dice of the mask of all scores in a coarse bin or above it, for each bin."""
+    bins = score_bins(scores) // _FINE
+    marked, found = (np.cumsum(np.bincount(own, minlength=COARSE_BINS)[::-1])[::-1] for own in (bins, bins[hits]))
+    return 2 * found / np.maximum(marked + lesion, 1)
 
 
 def ranking(

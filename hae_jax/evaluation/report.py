@@ -30,7 +30,7 @@ class CaseResult:
       iou: volume IoU; 1 where both are empty.
       slices: number of slices that were translated.
       lesion_slices: how many of them are flagged, that is, called lesion slices.
-      lowest_similarity: of its slices; the lower, the more certain is a lesion. None without slices.
+      anomaly_score: the highest of its slices; the higher, the more certain is a lesion. None without slices.
       seconds: time that the case took, reading, masks and writing included; counted from when the case before was done.
         Slices of one batch are done together, so of several small cases in it one has the time of all.
       hd95_mm: 95th percentile Hausdorff distance; None where mask or segmentation is empty.
@@ -49,7 +49,7 @@ class CaseResult:
     iou: float | None
     slices: int
     lesion_slices: int
-    lowest_similarity: float | None
+    anomaly_score: float | None
     seconds: float
     hd95_mm: float | None = None
     lesions: int | None = None
@@ -73,7 +73,7 @@ def case_result(
     truth: np.ndarray | None,  # [X, Y, Z] bool
     affine: np.ndarray,  # [4, 4] voxels to mm
     lesion: np.ndarray,  # [S] bool, predicted slice labels
-    score: np.ndarray,  # [S] similarity
+    score: np.ndarray,  # [S] anomaly score
     seconds: float,
     anomaly: np.ndarray | None = None,  # [X, Y, Z] float
 ) -> CaseResult:
@@ -87,7 +87,7 @@ def case_result(
         case=case,
         slices=len(lesion),
         lesion_slices=int(np.sum(lesion)),
-        lowest_similarity=float(np.min(score)) if len(score) else None,
+        anomaly_score=float(np.max(score)) if len(score) else None,
         seconds=seconds,
         **measured,
     )
@@ -144,6 +144,11 @@ _INTERVALS = {
 _COMPARED = {
     **{f"{column}{suffix}": (*place, end) for column, place in _INTERVALS.items()
        for suffix, end in (("", "mean"), ("_low", "low"), ("_high", "high"))},
+    "upper_bound_dice": ("upper_bound", "lesion_slice_dice"),
+    **{f"{name}_above_threshold{suffix}": ("above_threshold", name, end)
+       for name in ("lesion_slice_dice", "volume_dice")
+       for suffix, end in (("", "mean"), ("_low", "low"), ("_high", "high"))},
+    "healthy_volume_median_ml": ("volumes", "healthy_volume_median_ml"),
     "slices": ("shares", "slices"),
     "healthy_share": ("shares", "healthy"),
     "called_lesion_share": ("shares", "called_lesion"),
@@ -151,13 +156,15 @@ _COMPARED = {
 }
 # Columns of comparison.md: where they are, and digits after the point.
 _PRINTED = {
-    "mixed Dice": ("mixed", "dice", 3),
-    "mixed IoU": ("mixed", "iou", 3),
-    "unhealthy Dice": ("unhealthy", "dice", 3),
-    "AUROC": ("mixed", "auroc", 3),
-    "AUPRC": ("mixed", "auprc", 3),
+    "lesion-slice Dice": ("unhealthy", "dice", 3),
+    "best single threshold (upper bound)": ("upper_bound", "lesion_slice_dice", 3),
+    "lesion-slice AUPRC": ("unhealthy", "auprc", 3),
+    "all-slice Dice": ("mixed", "dice", 3),
+    "all-slice AUPRC": ("mixed", "auprc", 3),
     "slice accuracy": ("slice_level", "accuracy", 3),
     "volume Dice": ("volumes", "dice", 3),
+    "volume Dice above the threshold's": ("above_threshold", "volume_dice", 3),
+    "false ml in healthy subjects (median)": ("volumes", "healthy_volume_median_ml", 2),
     "HD95, mm": ("volumes", "hd95_mm", 1),
     "lesion F1": ("volumes", "lesion_f1", 3),
 }
@@ -171,12 +178,16 @@ class ComparedMethod(NamedTuple):
       settings: what distinguishes it from other lines, in words.
       results: those of `running.SliceSums` and "volumes" of `volumes.summarise`; what it lacks stays empty.
       seconds_per_slice: None where it was not measured.
+      labels: that the threshold has seen, "image labels" or "ground truth".
+      passes: network passes for a slice.
     """
 
     method: str
     settings: str
     results: Mapping[str, Any]
     seconds_per_slice: float | None
+    labels: str = ""
+    passes: int | None = None
 
 
 def write_comparison(
@@ -191,29 +202,35 @@ def write_comparison(
       name: of the files.
     """
     rows = [ComparedMethod(*row) for row in rows]
-    with files.written_whole(Path(folder) / f"{name}.csv") as temporary, open(temporary, "w", newline="") as stream:
+    with files.written_whole(Path(folder) / f"{name}.csv") as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["method", "settings", *_COMPARED, "seconds_per_slice", "phantom"])
+        writer.writerow(["method", "settings", "labels", *_COMPARED, "passes_per_slice", "seconds_per_slice",
+                         "phantom"])
         for row in rows:
             figures = [_found(row.results, *place) for place in _COMPARED.values()]
-            writer.writerow([row.method, row.settings, *map(_cell, figures), _cell(row.seconds_per_slice), phantom])
+            passes = "" if row.passes is None else row.passes
+            writer.writerow([row.method, row.settings, row.labels, *map(_cell, figures), passes,
+                             _cell(row.seconds_per_slice), phantom])
     with files.written_whole(Path(folder) / f"{name}.md") as temporary:
         temporary.write_text(_comparison_page(rows, phantom), encoding="utf-8")
 
 
 def _comparison_page(rows: Sequence[ComparedMethod], phantom: bool) -> str:
-    table = [["method", "settings", *_PRINTED, "seconds per slice"]]
+    table = [["method", "settings", "threshold from", *_PRINTED, "passes per slice", "seconds per slice"]]
     for row in rows:
         figures = [_shown(_found(row.results, *place), digits) for *place, digits in _PRINTED.values()]
-        table.append([row.method, row.settings, *figures, _shown(row.seconds_per_slice)])
-    table.insert(1, ["---", "---", *["---:"] * (len(table[0]) - 2)])
+        table.append([row.method, row.settings, row.labels or "-", *figures, _shown(row.passes),
+                      _shown(row.seconds_per_slice)])
+    table.insert(1, ["---", "---", "---", *["---:"] * (len(table[0]) - 3)])
     lines = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in table)
     return "\n".join([
         f"# {'PHANTOM figures' if phantom else 'Figures'} of {_extent(rows)}", "", *lines, "",
-        "Mixed: all slices, where an empty mask of an empty truth scores 1: the more slices are healthy, the higher. "
-        "AUROC and AUPRC are over all slices too. Unhealthy: lesion slices only. Volume Dice and HD95: means over the "
-        "patients with a lesion, HD95 without those whose mask is empty. Lesion F1: a lesion is found if the mask "
-        "touches it. In brackets the 95% interval, bootstrap over patients.", "", provenance.RESEARCH_USE, ""])
+        "Threshold from: what the rule that chose the threshold has seen of the validation slices. The best single "
+        "threshold is chosen with the ground truth of these very slices: no rule for one threshold can exceed it. "
+        "All-slice Dice: an empty mask of an empty truth scores 1, so that it rises with the share of healthy slices. "
+        "Volume Dice and HD95: means over the patients with a lesion, HD95 without those whose mask is empty. Lesion "
+        "F1: a lesion is found if the mask touches it. In brackets the 95% interval, bootstrap over patients.", "",
+        provenance.RESEARCH_USE, ""])
 
 
 def _extent(rows: Sequence[ComparedMethod]) -> str:

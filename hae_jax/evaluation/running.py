@@ -22,6 +22,7 @@ class SliceSums:
         self._labels: list[np.ndarray] = []  # of each case [2, S] bool: predicted and true
         self._scores = np.zeros((2, 2, ranking.BINS), np.int64)  # pixels by label of the slice, truth and score
         self._coarse: list[sparse.csr_array] = []  # of each case the same, [4, coarse bins]
+        self._dice = np.zeros(ranking.COARSE_BINS)  # summed Dice of the lesion slices, by threshold on the map
 
     def add(
         self,
@@ -51,6 +52,8 @@ class SliceSums:
         self._labels.append(np.stack([metrics.as_bool(lesion), sick]))
         self._scores += scores
         self._coarse.append(ranking.coarse(scores))
+        for own, true, inside in zip(map[sick], truth[sick], foreground[sick], strict=True):
+            self._dice += ranking.dice_by_threshold(own[inside], true[inside], np.count_nonzero(true))
 
     def results(self, seed: int = 0) -> dict[str, dict[str, Any]]:
         """The figures with their intervals over patients (`bootstrap.figure`), ready for JSON; "shares" has none.
@@ -70,7 +73,19 @@ class SliceSums:
                          | self._rankings(self._scores[1], of_sick, unhealthy, seed),
             "slice_level": self._figures(metrics.label_shares, self._labels, seed),
             "shares": metrics.slice_shares(np.concatenate(self._labels, axis=-1)),
+            "upper_bound": {"lesion_slice_dice": self._upper_bound()},
         }
+
+    def paired_dice(self, other: "SliceSums", seed: int = 0) -> dict[str, float | int | None]:
+        """By how much the mean Dice of the lesion slices is above another method's on the same cases."""
+        own, others = ([metrics.pixel_shares(counts[1][:, sick])["dice"] for counts, (_, sick)
+                        in zip(sums._counts, sums._labels, strict=True)] for sums in (self, other))
+        return share_of_sums([a - b for (a, _), (b, _) in zip(own, others, strict=True)], [n for _, n in own],
+                             self._patients, seed)
+
+    def _upper_bound(self) -> float | None:
+        slices = sum(int(sick.sum()) for _, sick in self._labels)
+        return float(self._dice.max() / slices) if slices else None
 
     def _figures(
         self,

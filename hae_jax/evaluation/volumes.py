@@ -35,6 +35,7 @@ DEFINITIONS = {
     "lesion_precision": "share of the components of all patients' masks together that are not false",
     "lesion_f1": "2 lesions found / (2 lesions found + lesions not found + false components), all patients together",
     "healthy_volume_ml": "volume of the mask in the healthy cases, all of it false",
+    "healthy_volume_median_ml": "its median",
     "healthy_false_lesions": "components of the mask in the healthy cases",
 }
 
@@ -180,8 +181,17 @@ def summarise(
         "lesion_precision": share_of_sums(components - false, components, patients, seed),
         "lesion_f1": share_of_sums(2 * found, found + lesions + false, patients, seed),
         "healthy_volume_ml": mean(healthy, "volume_ml"),
+        "healthy_volume_median_ml": float(np.median([case.volume_ml for case, _ in healthy])) if healthy else None,
         "healthy_false_lesions": mean(healthy, "lesions_predicted"),
     }
+
+
+def paired_dice(
+    cases: Sequence[VolumeMetrics], others: Sequence[VolumeMetrics], patients: Sequence[str], seed: int = 0
+) -> dict[str, float | int | None]:
+    """By how much the mean volume Dice of the lesion cases is above another method's on the same cases."""
+    ill = [(a.dice - b.dice, patient) for a, b, patient in zip(cases, others, patients, strict=True) if a.lesions]
+    return share_of_sums([value for value, _ in ill], np.ones(len(ill)), [patient for _, patient in ill], seed)
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:

@@ -19,6 +19,7 @@ from hae_jax.errors import UserError
 from hae_jax.evaluation import figures, report
 from hae_jax.files import write_json
 from hae_jax.provenance import record
+from hae_jax.translation import rules
 from hae_jax.translation.methods import make_method
 from hae_jax.translation.plan import calibration_inputs, identified, make_plan
 from hae_jax.translation.run import translate
@@ -148,7 +149,8 @@ def _measured(
         own = _own_config(entry, config)
         print(f"{entry.title}:", flush=True)
         if own.translation.calibration != config.translation.calibration:
-            print(f"calibration: {config.translation.calibration} is for hae alone; {entry.title} takes its own")
+            print(f"calibration: {config.translation.calibration} is for {config.translation.method} alone; "
+                  f"{entry.title} takes its own")
         done = translate(entry.network.model, entry.network.identity, own, mesh, output=output / entry.folder,
                          source=source, calibrations=entry.network.calibrations)
         if done.failed:
@@ -157,9 +159,11 @@ def _measured(
                             "comparison needs the same cases everywhere")
         if not done.results:
             raise UserError(f"{source or config.data.root}: no case has a segmentation to compare with")
+        method = make_method(own)
         settings = ", ".join(f"{field}={value}" for field, value in entry.settings.items() if field != "method")
-        rows.append(report.ComparedMethod(entry.title, settings, done.results[own.translation.method],
-                                          done.seconds_per_slice))
+        rows.append(report.ComparedMethod(
+            entry.title, settings, done.results[own.translation.method], done.seconds_per_slice,
+            rules.LABELS[method.rule], method.passes))
         phantom = done.phantom
     return rows, phantom
 
@@ -167,7 +171,7 @@ def _measured(
 def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of an entry's run: with its settings, and the network and the diffusion of its network's training.
 
-    A calibration that the user names is the forward process's; other methods make their own.
+    A calibration that the user names is that of the config's method; other methods make their own.
 
     Raises:
       UserError: if its network is for other data.
@@ -176,7 +180,7 @@ def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collectio
     with own.unlocked():
         own.translation.update(entry.settings)
         own.evaluation.overlay_slices = 0
-        if own.translation.method != "hae":
+        if entry.settings.get("method", own.translation.method) != config.translation.method:
             own.translation.calibration = None
         if trained is not None:
             _check_same_data(entry.network, config)

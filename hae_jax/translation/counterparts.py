@@ -1,7 +1,7 @@
 """Methods that take a slice to a healthy counterpart and call what has changed a lesion: DDIB and AnoDDPM.
 
-They use the network of the forward process, or its unconditional twin; a fixed threshold (`fixed_threshold.py`) turns
-their maps into masks. One scan each way, in memory that does not grow with the steps.
+They use the network of the forward process, or its unconditional twin; a threshold (`map_threshold.py`) turns their
+maps into masks. One scan each way, in memory that does not grow with the steps.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ import numpy as np
 from hae_jax.diffusion.noise import gaussian, simplex
 from hae_jax.diffusion.process import Denoiser, Prediction, Process
 from hae_jax.errors import UserError
-from hae_jax.translation.fixed_threshold import FixedThresholdMethod
 from hae_jax.translation.forward_process import (
     Denoisers,
     check_choice,
@@ -25,6 +24,8 @@ from hae_jax.translation.forward_process import (
     step_keys,
     step_noise,
 )
+from hae_jax.translation.map_threshold import MapThresholdMethod
+from hae_jax.translation.masks import PUBLISHED_FILTERS, Filters
 
 
 class Counterpart(NamedTuple):
@@ -35,7 +36,7 @@ class Counterpart(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ddib(FixedThresholdMethod):
+class Ddib(MapThresholdMethod):
     """Dual diffusion implicit bridges (Su et al. 2023): inverted without a class, decoded as healthy, both by DDIM.
 
     Attributes:
@@ -45,7 +46,7 @@ class Ddib(FixedThresholdMethod):
       guidance: strength w towards healthy on the way back; None: none.
       start: where the way back begins: "published", at t = N-1, one level below what was reached, or "level", at N.
       modality: channels that the map is made of.
-      median: whether the threshold is chosen on maps after a 5x5 median filter.
+      rule, healthy_fpr, filters: see `MapThresholdMethod`.
 
     Raises:
       UserError: for values that cannot be.
@@ -56,7 +57,9 @@ class Ddib(FixedThresholdMethod):
     guidance: float | None = 2.0
     start: str = "published"
     modality: tuple[int, ...] = (0, 3)
-    median: bool = True
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
 
     name: ClassVar[str] = "ddib"
     network: ClassVar[bool] = True
@@ -70,6 +73,11 @@ class Ddib(FixedThresholdMethod):
         if self.start == "level" and self.steps >= self.process.schedule.steps:
             raise UserError("translation.ddib_start is 'level', but translation.ddib_steps goes to the end of the "
                             "schedule, after which there is no level: take fewer steps, or 'published'")
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice: one for each step there, two for each step back."""
+        return 3 * self.steps
 
     def __call__(
         self,
@@ -92,7 +100,7 @@ class Ddib(FixedThresholdMethod):
 
 
 @dataclasses.dataclass(frozen=True)
-class AnoDdpm(FixedThresholdMethod):
+class AnoDdpm(MapThresholdMethod):
     """AnoDDPM (Wyatt et al. 2022): noised part of the way, then denoised by DDPM without a class.
 
     A network that knows the healthy only is what the method is meant for; one with classes answers under its null
@@ -103,7 +111,7 @@ class AnoDdpm(FixedThresholdMethod):
       steps: N, noising and denoising steps of the (respaced) schedule: noised to t = N-1, then back from there.
       noise: that the slice is noised with: "simplex" or "gaussian". On the way back it is Gaussian.
       modality: channels that the map is made of.
-      median: whether the threshold is chosen on maps after a 5x5 median filter.
+      rule, healthy_fpr, filters: see `MapThresholdMethod`.
 
     Raises:
       UserError: for values that cannot be.
@@ -113,7 +121,9 @@ class AnoDdpm(FixedThresholdMethod):
     steps: int
     noise: str = "simplex"
     modality: tuple[int, ...] = (0, 3)
-    median: bool = True
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
 
     network: ClassVar[bool] = True
 
@@ -123,6 +133,11 @@ class AnoDdpm(FixedThresholdMethod):
         if self.noise not in ("simplex", "gaussian"):
             raise UserError(f"translation.method is 'anoddpm-{self.noise}': choose anoddpm-simplex or anoddpm-gaussian")
         check_modality(self.modality)
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice."""
+        return self.steps
 
     @property
     def name(self) -> str:

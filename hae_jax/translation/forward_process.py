@@ -42,7 +42,7 @@ class Translation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSettings:
-    """How far and how to translate. The last four are ablations; by default they change nothing.
+    """How far and how to translate. `maps` to `every` are ablations; by default they change nothing.
 
     Attributes:
       steps: steps of the (respaced) schedule to walk, from its beginning.
@@ -57,6 +57,8 @@ class ForwardSettings:
         it is 1, the walk is made twice and costs twice the time, in the same memory.
       last_step_only: the map is the step before t_e alone.
       every: k > 1: the map averages the steps 0, k, 2k, ... below t_e, and t_e itself.
+      inversion: of the walk by DDIM inversion. "published": x_{t-1} is taken as if it were at level t, which shifts
+        every step by one level; "exact": as at level t - 1, so that few large steps work as well.
 
     Raises:
       UserError: for values that cannot be.
@@ -71,6 +73,7 @@ class ForwardSettings:
     t_e_ratio: float = 1.0
     last_step_only: bool = False
     every: int = 1
+    inversion: str = "published"
 
     def __post_init__(self):
         object.__setattr__(self, "modality", tuple(self.modality))
@@ -78,6 +81,7 @@ class ForwardSettings:
             raise UserError(f"translation.forward_steps gives {self.steps} steps: it must give at least 1")
         check_choice("reference", self.reference, ("healthy", "null"))
         check_choice("maps", self.maps, _MAPS)
+        check_choice("inversion", self.inversion, ("published", "exact"))
         check_guidance(self.guidance)
         check_modality(self.modality)
         if not (self.t_e_ratio > 0 and math.isfinite(self.t_e_ratio)):
@@ -149,10 +153,10 @@ def forward_process(
 ) -> Translation:
     """Walks `settings.steps` steps of the forward process and compares two predictions of x0 at each.
 
-    x_0 is noised once; x_{t} then comes from x_{t-1} by a DDIM inversion step under the null condition **that takes
-    x_{t-1} as if it were at level t** (network and coefficients at t): an off-by-one of the published code which its
-    results depend on. The map needs no stored steps: the running sum of (G_t - X)^2 is kept whenever diff_t is
-    strictly the largest so far, before step t is added.
+    x_0 is noised once; x_{t} then comes from x_{t-1} by a DDIM inversion step under the null condition. With the
+    inversion "published" **this step takes x_{t-1} as if it were at level t** (network and coefficients at t): an
+    off-by-one of the published code which its results depend on. The map needs no stored steps: the running sum of
+    (G_t - X)^2 is kept whenever diff_t is strictly the largest so far, before step t is added.
     """
 
     def is_largest(t, diff, best):
@@ -256,5 +260,6 @@ def _next(process, denoisers, x, x0, t, noise, settings) -> jax.Array:
     """x at step t, from x at step t - 1 or from x0."""
     if not settings.d_reverse:
         return process.noised(x0, t, noise(t[0]))
-    prediction = process.predict(denoisers.null(x, process.original(t)), x, t)
-    return process.ddim_inversion_step(prediction, t)
+    level = t if settings.inversion == "published" else t - 1
+    prediction = process.predict(denoisers.null(x, process.original(level)), x, level)
+    return process.ddim_inversion_step(prediction, level)

@@ -18,6 +18,7 @@ from hae_jax.files import write_json
 from hae_jax.translation import records
 from hae_jax.translation.methods import IntensityThreshold
 from hae_jax.translation.plan import Plan, case_digest
+from hae_jax.translation.rules import LABELS
 from hae_jax.translation.tally import Tally
 
 MANIFEST = "manifest.json"
@@ -190,7 +191,8 @@ def _write(
     report.write_metrics(
         plan.output / METRICS, own,
         competitors={name: result for name, result in done.results.items() if name != plan.method.name},
-        method=plan.method.name, cases=len(finished), seconds_per_slice=done.seconds_per_slice,
+        method=plan.method.name, rule=plan.method.rule, labels=LABELS[plan.method.rule],
+        cases=len(finished), seconds_per_slice=done.seconds_per_slice,
         phantom=done.phantom, image_size=plan.config.model.image_size,
         **origin, settings=plan.config.translation.to_dict(), seed=plan.config.seed)
     if not done.translated and not done.failed and made_with(plan.output / MANIFEST) == origin["inputs"]:

@@ -164,34 +164,26 @@ def _finish(
 ) -> None:
     """Makes the masks, writes the volumes, the picture and the record."""
     case, method, wanted = done.case, plan.method, plan.config.translation
-    masks = method.masks(done.result, calibrations.method, median=wanted.median, remove_up_to=wanted.components,
-                         positions=_positions(plan, case))
+    masks = method.masks(done.result, calibrations.method, case.heads, case.slice_grid)
     mask, anomaly = in_head(case, masks.mask, masks.map)
     volumes = {"mask": (mask.astype(np.uint8), "lesion mask"), "map": (anomaly, "anomaly map")}
     healthy = method.healthy(done.result)
     if wanted.save_healthy and healthy is not None:
-        for m, channel in enumerate(wanted.modality):
+        for m, channel in enumerate(method.modality):
             modality = plan.config.data.modalities[channel]
             volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
-                                              f"healthy counterpart of {modality}")
+                                              f"pseudo-healthy {modality}")
     shown = plan.config.evaluation.overlay_slices > 0
     written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else [])]
     records.begin(plan.output, case.name, tuple(written))
     for name, (values, description) in zip(written[:len(volumes)], volumes.values(), strict=True):
         write_volume(plan.output / name, values, case.grid, f"{description}, HAE-JAX, research use only")
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, 0.0, anomaly)
-    if not method.similarity:
-        row = dataclasses.replace(row, lowest_similarity=None)
     if shown:
         _draw(plan, done, healthy, masks, row, origin.phantom)
     measured = _measured(plan, case, masks, row, calibrations)
     row = dataclasses.replace(row, seconds=time.monotonic() - before)
     records.write(plan.output, case.name, _record(origin, inputs, files=tuple(written), row=row), measured)
-
-
-def _positions(plan: Plan, case: SlicedCase) -> np.ndarray | None:  # [S]
-    """Where the slices lie, if filters are to work in 3-D."""
-    return case.slices.index if plan.config.translation.filter_dimensions == 3 else None
 
 
 def _measured(
@@ -203,8 +195,7 @@ def _measured(
     answers = {plan.method.name: records.Answer(masks, row.measured)}
     if plan.competitor is not None:
         rival = plan.competitor.masks(plan.competitor.intensity(case.slices.images), calibrations.competitor,
-                                      median=False, remove_up_to=plan.config.translation.components,
-                                      positions=_positions(plan, case))
+                                      case.heads, case.slice_grid)
         mask, anomaly = in_head(case, rival.mask, rival.map)
         answers[plan.competitor.name] = records.Answer(
             rival, volume_metrics(mask, case.truth, case.affine, anomaly))
@@ -232,13 +223,12 @@ def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: M
     title = f"{case.name}{' (phantom figure)' if phantom else ''}: mask {row.volume_ml:.1f} ml"
     if row.dice is not None:
         title += f", truth {row.true_volume_ml:.1f} ml, volume Dice {row.dice:.2f}"
-    modality = plan.config.translation.modality
-    score = "s {:.4f}" if plan.method.similarity else "score {:.4f}"
+    modality = plan.method.modality
     overlay_figure(
         path, case.inputs[shown], case.inputs[shown][..., list(modality)] if healthy is None else healthy[shown],
         masks.map[shown], masks.mask[shown], None if case.truth is None else case.slice_truth[shown],
         channels=plan.config.data.modalities, modality=modality, title=title,
-        row_titles=[f"slice {case.slices.index[s]}, {score.format(masks.score[s])}" for s in shown])
+        row_titles=[f"slice {case.slices.index[s]}, score {masks.score[s]:.4g}" for s in shown])
 
 
 def in_head(
@@ -251,12 +241,12 @@ def in_head(
 
 
 def most_anomalous(
-    score: np.ndarray,  # [S] similarity, low where there is a lesion
+    score: np.ndarray,  # [S] anomaly score
     count: int,
 ) -> list[int]:
-    """Positions of the `count` lowest scores, in order; not too close together, for neighbours look alike."""
+    """Positions of the `count` highest scores, in order; not too close together, for neighbours look alike."""
     gap, chosen = max(1, len(score) // (4 * count)), []
-    for s in np.argsort(score, kind="stable"):
+    for s in np.argsort(-score, kind="stable"):
         if len(chosen) < count and all(abs(s - other) >= gap for other in chosen):
             chosen.append(int(s))
     return sorted(chosen)

@@ -25,8 +25,14 @@ from hae_jax.translation.methods import IntensityThreshold, Method, make_method
 from hae_jax.translation.records import FOLDER, digest
 from hae_jax.translation.validation import calibration_path
 
-_NOT_IN_CURVES = ("median", "components", "filter_dimensions", "save_healthy", "batch_size", "max_memory_gb",
-                  "calibration", "ema")
+_NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy", "batch_size",
+                       "max_memory_gb", "calibration", "ema")
+_OWN = {  # settings that one method alone, or those with this beginning, look at
+    "residual": ("timesteps", "draws", "weights", "smoothing"),
+    "hae": ("forward_steps", "reference", "d_reverse", "inversion", "maps", "t_e_ratio", "last_step_only", "every"),
+    "ddib": ("ddib_steps", "ddib_start"),
+    "anoddpm": ("anoddpm_steps",),
+}
 _WITHOUT_INFLUENCE = ("batch_size", "max_memory_gb")  # on any result
 
 
@@ -147,11 +153,17 @@ def calibration_inputs(plan: Plan, method: Method, identity: Mapping[str, Any]) 
     if plan.store is not None:
         data["manifest_sha256"] = hashlib.sha256((plan.store.root / MANIFEST).read_bytes()).hexdigest()
     wanted = {name: value for name, value in plan.config.translation.to_dict().items()
-              if name not in _NOT_IN_CURVES and not _is_of_another_method(name, method.name)}
+              if name not in _NOT_IN_CALIBRATION and not _is_of_another_method(name, method.name)}
+    wanted["rule"] = method.rule
+    if method.rule != "healthy_fpr":
+        del wanted["healthy_fpr"]
+    if method.name == "hae" and method.rule == "quantile":  # curves alone, which no filter changes
+        for name in ("filters", "median", "head_erosion_mm"):
+            del wanted[name]
     if not method.network:
-        return {"settings": {"method": method.name}, "data": data}
-    if method.name != "hae":  # a fixed threshold on filtered maps
-        wanted["median"] = plan.config.translation.median
+        settings = {name: wanted[name] for name in ("rule", "healthy_fpr", "filters", "head_erosion_mm", "weights")
+                    if name in wanted}
+        return {"settings": {"method": method.name, **settings}, "data": data}
     return {"checkpoint": _without_path(identity), "settings": wanted, "seed": plan.config.seed, "data": data}
 
 
@@ -175,8 +187,7 @@ def run_inputs(plan: Plan, identity: Mapping[str, Any], kept: Path) -> dict[str,
         "translation": {name: value for name, value in config.translation.to_dict().items()
                         if name not in _WITHOUT_INFLUENCE},
         "calibration": dataclasses.asdict(calibration) if dataclasses.is_dataclass(calibration) else calibration,
-        "competitor": plan.competitor is not None,
-        "rules": {method.name: method.rule for method in (plan.method, plan.competitor) if hasattr(method, "rule")}}))
+        "competitor": plan.competitor is not None}))
 
 
 def case_digest(inputs: Mapping[str, Any], case: CaseFiles) -> str:
@@ -196,9 +207,8 @@ def _state(path: Path) -> list[Any]:
 
 
 def _is_of_another_method(field: str, method: str) -> bool:
-    """Whether a field of the configuration, such as "ddib_steps", is another method's own."""
-    own = field.split("_")[0]
-    return own in ("ddib", "anoddpm") and not method.startswith(own)
+    """Whether a field of `config.translation` is looked at by another method alone."""
+    return any(field in own and not method.startswith(name) for name, own in _OWN.items())
 
 
 def _without_path(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,12 +220,14 @@ def _given_calibration(config: ml_collections.ConfigDict, method: Method) -> Cal
     name = config.translation.calibration
     if name is None:
         return None
-    if (name in PRESETS or _is_of_hae(Path(name))) != (method.name == "hae") and (
-            name in PRESETS or Path(name).is_file()):
-        raise UserError(f"--calibration {name}: is not for the method {method.name}; leave it out, or take one that "
-                        "this method has made")
+    published = method.name == "hae" and method.rule == "quantile"
+    of_published = name in PRESETS or _is_published(Path(name))
+    if of_published != published and (name in PRESETS or Path(name).is_file()):
+        of_this = "--method hae and its own rule" if of_published else "another method or rule"
+        raise UserError(f"--calibration {name}: is for {of_this}, and this run has the method {method.name} with the "
+                        f"rule {method.rule}; leave it out, or take one that this method has made")
     found = preset(name) if name in PRESETS else _users_calibration(name, method)
-    if method.name == "hae" and found.modality != tuple(config.translation.modality):
+    if published and found.modality != tuple(config.translation.modality):
         raise UserError(f"--calibration {name}: made for the modalities {found.modality}, but translation.modality is "
                         f"{tuple(config.translation.modality)}")
     made_with = found.made_with.get("settings", found.made_with)
@@ -236,7 +248,7 @@ def _users_calibration(name: str, method: Method) -> Calibration:
         raise UserError(f"--calibration {what}; give another{presets}, or leave --calibration out") from error
 
 
-def _is_of_hae(path: Path) -> bool:
+def _is_published(path: Path) -> bool:
     """Whether a calibration's file is the forward process's own; what cannot be read is for `load` to complain of."""
     try:
         fields = json.loads(path.read_text())

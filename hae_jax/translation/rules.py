@@ -13,7 +13,8 @@ from hae_jax.errors import UserError
 from hae_jax.evaluation.metrics import dice
 
 IMAGE_LABELS, GROUND_TRUTH = "image labels", "ground truth"
-LABELS = {"mixture": IMAGE_LABELS, "healthy_fpr": IMAGE_LABELS, "dice": GROUND_TRUTH}  # that each rule sees
+LABELS = {  # that each rule sees
+    "mixture": IMAGE_LABELS, "healthy_fpr": IMAGE_LABELS, "quantile": IMAGE_LABELS, "dice": GROUND_TRUTH}
 _HEIGHTS = 10  # bins of a slice's height in the head
 _CANDIDATES = 400  # thresholds, more of them where few pixels lie above
 _ENOUGH = 50  # lesion-slice pixels above a threshold at which the lesion share is read off
@@ -50,7 +51,12 @@ class Threshold(NamedTuple):
 
 
 def anomaly_score(values: np.ndarray) -> float:  # [N]
-    """A slice's score: the mean of the highest hundredth of the map's values in the head, at least one of them."""
+    """A slice's score: the mean of the highest hundredth of the map's values in the head, at least one of them.
+
+    0 where nothing is left of the head.
+    """
+    if not values.size:
+        return 0.0
     count = max(1, round(_SCORE_SHARE * values.size))
     return float(np.partition(values, values.size - count)[-count:].mean())
 
@@ -88,7 +94,7 @@ def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
     Raises:
       UserError: one class of slices is missing, or U - H is not above chance (95 %, over patients).
     """
-    _require_both(samples)
+    require_both(samples)
     levels = _levels(samples)
     counts = _Counts.of(samples, levels)
     u, h = counts.shares()
@@ -119,7 +125,7 @@ def healthy_fpr(samples: Sequence[Sample], share: float) -> Threshold:
     """
     if not 0 < share < 1:
         raise UserError(f"translation.healthy_fpr is {share}: give a share of pixels between 0 and 1")
-    _require_both(samples)
+    require_both(samples)
     weights = _height_weights(samples)
     healthy = [s for s in samples if not s.label]
     values = np.concatenate([s.values for s in healthy])
@@ -215,7 +221,8 @@ def _bin(height: float) -> int:
     return min(int(height * _HEIGHTS), _HEIGHTS - 1)
 
 
-def _require_both(samples: Sequence[Sample]) -> None:
+def require_both(samples: Sequence[Sample]) -> None:
+    """Raises a UserError unless there are slices with and without a lesion."""
     lesion = sum(s.label > 0 for s in samples)
     if not 0 < lesion < len(samples):
         raise UserError(f"validation slices: {len(samples) - lesion} healthy and {lesion} with a lesion; the rule "

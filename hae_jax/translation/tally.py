@@ -12,8 +12,10 @@ from hae_jax.evaluation.running import SliceSums
 from hae_jax.evaluation.volumes import VolumeMetrics
 from hae_jax.translation.records import Measured
 
+_BASELINE = "threshold"
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(eq=False)
 class _Method:
     slices: SliceSums = dataclasses.field(default_factory=SliceSums)
     volumes: list[VolumeMetrics] = dataclasses.field(default_factory=list)  # of each case that it answered for
@@ -56,6 +58,14 @@ class Tally:
             method.patients.append(patient)
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each method that answered for every case: `running.SliceSums`'s, and "volumes". Empty without cases."""
+        """For each method that answered for every case: `running.SliceSums`'s, and "volumes". Empty without cases.
+
+        Where the intensity threshold has answered as well, the others have "above_threshold".
+        """
+        complete = {name: method for name, method in self._methods.items() if len(method.volumes) == self.cases}
+        baseline = complete.get(_BASELINE)
         return {name: method.slices.results() | {"volumes": volumes.summarise(method.volumes, method.patients)}
-                for name, method in self._methods.items() if len(method.volumes) == self.cases}
+                | ({} if baseline in (None, method) else {"above_threshold": {
+                    "lesion_slice_dice": method.slices.paired_dice(baseline.slices),
+                    "volume_dice": volumes.paired_dice(method.volumes, baseline.volumes, method.patients)}})
+                for name, method in complete.items()}

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hae_jax.data.slices import to_model_range
+from hae_jax.data.slices import patient_of, slice_spacing, to_model_range
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
 from hae_jax.files import one_at_a_time
 from hae_jax.translation.batched import Slice
 from hae_jax.translation.calibration import PRESETS
+from hae_jax.translation.map_threshold import ValidationSlice
 from hae_jax.translation.records import digest
 
 _SPLIT = "val"
@@ -41,14 +42,13 @@ def calibrated(
       store: the prepared dataset, of which the validation slices are used, with what of their labels and masks the
         method asks for.
       folder: where calibrations are kept, made if absent.
-      made_with: everything that the result depends on, ready for JSON: "checkpoint", "settings", "seed", "data". The
-        method's rule is added.
+      made_with: everything that the result depends on, ready for JSON: "checkpoint", "settings", "seed", "data".
       scaling: of the slices, the network's (`to_model_range`).
 
     Raises:
       UserError: if there is no validation data, not both kinds of slices in it, or the file is damaged.
     """
-    made_with = _with_rule(method, made_with)
+    made_with = json.loads(json.dumps(made_with))  # as it is read back: tuples become lists
     path = calibration_path(method, store, folder, made_with)
     if not path.exists():
         with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: print(
@@ -56,9 +56,15 @@ def calibrated(
             if not path.exists():
                 made = method.calibrate(_results(translator, store, scaling), made_with)
                 made.save(path)
-                return made
+                return _said(made)
     print(f"calibration: {path} is used again")
-    return method.load_calibration(path)
+    return _said(method.load_calibration(path))
+
+
+def _said(made: Any) -> Any:
+    if hasattr(made, "described"):
+        print(f"calibration: {made.method}, {made.described()}")
+    return made
 
 
 def calibration_path(method: Any, store: Store | None, folder: Path, made_with: Mapping[str, Any]) -> Path:
@@ -67,7 +73,7 @@ def calibration_path(method: Any, store: Store | None, folder: Path, made_with: 
     Raises:
       UserError: if there is neither a fitting calibration nor validation data to make one.
     """
-    made_with = _with_rule(method, made_with)
+    made_with = json.loads(json.dumps(made_with))
     if store is None:
         return _same_but_for_data(method, folder, made_with)
     path = folder / f"{method.name}_{digest(made_with)[:12]}.json"
@@ -75,12 +81,6 @@ def calibration_path(method: Any, store: Store | None, folder: Path, made_with: 
         raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
                         "prepare the data with a larger --val-fraction")
     return path
-
-
-def _with_rule(method: Any, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """What a calibration is kept under, as it will be read back from JSON: tuples become lists."""
-    rule = getattr(method, "rule", None)  # the forward process has but one
-    return json.loads(json.dumps({**made_with, **({} if rule is None else {"rule": rule})}))
 
 
 def _same_but_for_data(method: Any, folder: Path, made_with: Mapping[str, Any]) -> Path:
@@ -105,20 +105,37 @@ def _fitting_presets(method: Any, made_with: Mapping[str, Any]) -> str:
     return ", ".join(name for name, preset in PRESETS.items() if preset.modality == modality)
 
 
-def _results(translator: Translator, store: Store, scaling: str) -> Iterator[tuple[Any, int, np.ndarray]]:
-    """The method's result, the label and the mask of each validation slice, in stored order."""
-    known = collections.deque()
+def _results(translator: Translator, store: Store, scaling: str) -> Iterator[tuple[Any, ValidationSlice]]:
+    """The method's result of each validation slice, and what is known of the slice, in stored order."""
+    known, reader = collections.deque(), store.split(_SPLIT)
+    heights = heights_in_head(reader.rows["cases"], reader.rows["slices"])
 
     def slices() -> Iterator[Slice]:
-        reader = store.split(_SPLIT)
         for start in range(0, len(reader), _READ_AT_ONCE):
             rows = reader.read(np.arange(start, min(start + _READ_AT_ONCE, len(reader))))
             images = to_model_range(rows["image"], scaling)
-            for i, case in enumerate(rows["case"]):
-                known.append((int(rows["label"][i]), rows["mask"][i] > 0))
-                yield Slice(images[i], store.cases[case]["name"], int(rows["slice"][i]), rows["image"][i])
+            for i, number in enumerate(rows["case"]):
+                case = store.cases[number]
+                known.append(ValidationSlice(
+                    int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1),
+                    float(heights[start + i]), patient_of(case["name"]),
+                    slice_spacing(case["affine"], case["shape"], images.shape[1])))
+                yield Slice(images[i], case["name"], int(rows["slice"][i]), rows["image"][i])
 
     with tqdm(total=len(store.split(_SPLIT)), desc="calibrating", unit="slice") as bar:
         for _, result in translator(slices()):
-            yield result, *known.popleft()
+            yield result, known.popleft()
             bar.update()
+
+
+def heights_in_head(
+    cases: np.ndarray,  # [N] number of each slice's case
+    slices: np.ndarray,  # [N] its position in the volume
+) -> np.ndarray:  # [N]
+    """Where slices lie in their heads: 0 the lowest one of a case, 1 the highest."""
+    heights = np.zeros(len(cases))
+    for case in np.unique(cases):
+        own = cases == case
+        low, high = slices[own].min(), slices[own].max()
+        heights[own] = (slices[own] - low) / max(high - low, 1)
+    return heights

@@ -17,11 +17,13 @@ from hae_jax.data.slices import (
     case_slices,
     from_model_range,
     intensity_scales,
+    slice_spacing,
     slices_to_volume,
     to_model_range,
 )
 from hae_jax.errors import UserError
 from hae_jax.files import written_whole
+from hae_jax.translation.masks import SliceGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,16 @@ class SlicedCase:
     head: np.ndarray
     truth: np.ndarray | None
     warnings: tuple[str, ...]
+
+    @property
+    def heads(self) -> np.ndarray:  # [S, H, W] bool
+        """Where each slice shows anything."""
+        return self.slices.images.any(axis=-1)
+
+    @property
+    def slice_grid(self) -> SliceGrid:
+        """Where the slices lie."""
+        return SliceGrid(self.slices.index, slice_spacing(self.affine, self.slices.shape, self.inputs.shape[1]))
 
     @property
     def slice_truth(self) -> np.ndarray | None:  # [S, H, W] bool
@@ -113,7 +125,7 @@ def healthy_volume(
     case: SlicedCase,
     channel: int,
 ) -> np.ndarray:  # [X, Y, Z] float32
-    """The healthy counterpart of one modality in the file's own intensities; zero where there is no head."""
+    """The pseudo-healthy reconstruction of one modality in the file's own intensities; zero where there is no head."""
     images = case.slices.images[..., channel:channel + 1]
     normalised = from_model_range(healthy[..., None], images, case.scaling)[..., 0]
     return map_volume(normalised * case.scales[channel], case.slices) * case.head

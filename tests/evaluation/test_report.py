@@ -24,14 +24,14 @@ def _result(truth, anomaly=None):
 def test_case_result():
     found = _result(_cube(5))
     assert (found.volume_ml, found.true_volume_ml) == (2.0, 0.25)
-    assert (found.slices, found.lesion_slices, found.lowest_similarity) == (3, 2, 0.7)
+    assert (found.slices, found.lesion_slices, found.anomaly_score) == (3, 2, 0.99)
     np.testing.assert_allclose([found.dice, found.iou], [2 * 125 / 1125, 125 / 1000])
     unknown = _result(None, _cube(5) * 0.5)
     assert unknown.true_volume_ml is unknown.dice is unknown.iou is unknown.hd95_mm is unknown.best_dice is None
     assert unknown.lesions is unknown.lesions_found is unknown.false_lesions is unknown.measured is None
     assert unknown.lesions_predicted == 1
     empty = report.case_result("x", _cube(0), None, np.eye(4), np.array([], bool), np.array([]), 0.0)
-    assert (empty.slices, empty.lesion_slices, empty.lowest_similarity) == (0, 0, None)
+    assert (empty.slices, empty.lesion_slices, empty.anomaly_score) == (0, 0, None)
 
 
 def test_case_result_measures_the_volume():
@@ -55,7 +55,7 @@ def test_write_cases(tmp_path):
     assert rows[1]["true_volume_ml"] == rows[1]["hd95_mm"] == rows[0]["best_dice"] == ""
     assert rows[0]["lesions_found"] == "1"
     assert list(rows[0])[:9] == ["case", "volume_ml", "true_volume_ml", "dice", "iou", "slices", "lesion_slices",
-                                 "lowest_similarity", "seconds"]  # what was there stays where it was
+                                 "anomaly_score", "seconds"]  # what was there stays where it was
     assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
 
 
@@ -115,7 +115,7 @@ def test_comparison_reads_back_from_csv(tmp_path, compared):
     with open(tmp_path / "new" / "comparison.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["method"], row["settings"]) for row in rows] == [("HAE", "w = 2, |x0|"), ("threshold", "")]
-    for row, (_, _, results, _) in zip(rows, compared, strict=True):
+    for row, (_, _, results, *_) in zip(rows, compared, strict=True):
         found = {
             "mixed_dice": results["mixed"]["dice"]["mean"], "mixed_iou": results["mixed"]["iou"]["mean"],
             "mixed_auprc": 0.8, "mixed_auprc_low": 0.79, "mixed_auprc_high": 0.81,
@@ -166,7 +166,7 @@ def test_comparison_reads_back_from_markdown(tmp_path, compared):
     assert {len(row) for row in table} == {len(header)}
     first = dict(zip(header, rows[0], strict=True))
     assert first["settings"] == "w = 2, /x0/"
-    assert (first["mixed Dice"], first["unhealthy Dice"], first["seconds per slice"]) == (
+    assert (first["all-slice Dice"], first["lesion-slice Dice"], first["seconds per slice"]) == (
         "0.600 [0.590, 0.610]", "0.150 [0.140, 0.160]", "0.250")
     ends = compared[0].results["volumes"]["dice"]
     assert first["volume Dice"] == f"0.600 [{ends['low']:.3f}, {ends['high']:.3f}]"

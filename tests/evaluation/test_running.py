@@ -36,6 +36,12 @@ def test_patients_add_up_to_the_figures_of_all_slices_together():
     patients = [_slices(seed, count) for seed, count in enumerate((7, 1, 12, 4))]
     found, expected = _sums(patients).results(), metrics.slice_metrics(**_together(patients))
     assert found.pop("shares") == expected.pop("shares")
+    bound, together = found.pop("upper_bound")["lesion_slice_dice"], _together(patients)
+    rows = together["labels"] > 0
+    maps, truth, inside = (together[name][rows] for name in ("map", "truth", "foreground"))
+    tried = np.geomspace(0.005, 0.5, 2000)
+    best = max(metrics.dice((maps >= level) & inside, truth).mean() for level in tried)
+    assert bound == pytest.approx(best, abs=2e-3)
     assert found.keys() == expected.keys()
     for setting, figures in found.items():
         assert figures.keys() == expected[setting].keys()
@@ -99,6 +105,7 @@ def test_visits_of_a_patient_are_drawn_together():
     visits = _sums(cases, ["a", "b", "c", "a", "b", "c"]).results()
     together = _sums([_together(cases[k::3]) for k in range(3)]).results()
     assert visits.pop("shares") == together.pop("shares")
+    assert visits.pop("upper_bound") == pytest.approx(together.pop("upper_bound"))
     for setting, figures in visits.items():
         for name, value in figures.items():
             for end in ("mean", "low", "high"):
@@ -106,6 +113,18 @@ def test_visits_of_a_patient_are_drawn_together():
     assert (visits["mixed"]["dice"]["cases"], together["mixed"]["dice"]["cases"]) == (6, 3)
     alone = _sums(cases, ["a"] * 6).results()["mixed"]["dice"]
     assert (alone["low"], alone["high"], alone["cases"]) == (None, None, 6)
+
+
+def test_a_method_is_above_another_by_pairs():
+    """Two methods on the same patients: the interval of the difference is that of paired draws."""
+    cases = [_slices(seed, 8, sick=0.8) for seed in range(6)]
+    better = [case | {"mask_all": case["mask_all"] | case["truth"]} for case in cases]
+    found = _sums(better).paired_dice(_sums(cases))
+    own, other = (_sums(of).results()["unhealthy"]["dice"]["mean"] for of in (better, cases))
+    assert found["mean"] == pytest.approx(own - other)
+    assert 0 < found["low"] < found["mean"] < found["high"]
+    same = _sums(cases).paired_dice(_sums(cases))
+    assert (same["mean"], same["low"], same["high"]) == (0, 0, 0)
 
 
 def test_a_soft_mask_is_refused():

@@ -69,6 +69,8 @@ def config(prepared):
     config.data.root = str(prepared / "store")
     config.model.image_size = 16
     config.diffusion.steps = 50
+    config.translation.method = "hae"
+    config.translation.timesteps = (3, 6)
     config.translation.forward_steps = 5
     config.translation.batch_size = 4
     config.translation.components = 3

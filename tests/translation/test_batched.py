@@ -15,7 +15,7 @@ from hae_jax.translation import batched
 from hae_jax.translation.batched import Slice, SliceTranslator, stacked
 from hae_jax.translation.calibration import Calibration
 from hae_jax.translation.forward_process import ForwardSettings
-from hae_jax.translation.masks import make_masks
+from hae_jax.translation.masks import NO_FILTERS, make_masks
 from hae_jax.translation.methods import Hae
 
 PROCESS = Process(make_schedule("linear", 50))
@@ -70,7 +70,7 @@ def test_slices_of_all_cases_need_one_compilation(network, mesh_of, monkeypatch)
 def test_one_and_four_devices_agree(network, mesh_of, on_one):
     on_four = _translate(network, mesh_of(4), _slices(6))
     _assert_close(on_four, on_one)
-    masks = [make_masks(r.mse, r.ref, r.diff, r.map, CALIBRATION, median=False) for r in (on_one, on_four)]
+    masks = [make_masks(r.mse, r.ref, r.diff, r.map, CALIBRATION, NO_FILTERS) for r in (on_one, on_four)]
     np.testing.assert_array_equal(masks[0].mask_all, masks[1].mask_all)
     assert masks[0].mask_all.any()
 

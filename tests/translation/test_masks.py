@@ -7,7 +7,18 @@ import pytest
 
 from hae_jax.errors import UserError
 from hae_jax.translation.calibration import Calibration, calibrate
-from hae_jax.translation.masks import make_masks, median_filtered, quantile_thresholds, remove_small_components
+from hae_jax.translation.masks import (
+    NO_FILTERS,
+    PhysicalFilters,
+    PixelFilters,
+    SliceGrid,
+    make_masks,
+    median_filtered,
+    quantile_thresholds,
+    remove_small_components,
+)
+
+WITH_COMPONENTS = PixelFilters(median=True, remove_up_to=40)
 
 
 def running_maps(mse, diff):
@@ -33,7 +44,7 @@ def inputs(golden):
 @pytest.mark.parametrize(("median", "suffix"), [(True, ""), (False, "_nomedian")])
 def test_masks_golden(golden, inputs, median, suffix):
     z = np.load(golden / "masks.npz")
-    found = make_masks(*inputs, median=median)
+    found = make_masks(*inputs, PixelFilters(median=median))
     np.testing.assert_allclose(found.map, z[f"map{suffix}"][:, 0], atol=1e-7)
     np.testing.assert_array_equal(found.mask_all, z[f"mask_all{suffix}"][:, 0] > 0)
     np.testing.assert_array_equal(found.mask, z[f"mask_mixed{suffix}"][:, 0] > 0)
@@ -44,7 +55,7 @@ def test_masks_golden(golden, inputs, median, suffix):
 
 def test_component_filter_golden_after_the_median(golden, inputs):
     z = np.load(golden / "masks.npz")
-    found = make_masks(*inputs, remove_up_to=40)
+    found = make_masks(*inputs, WITH_COMPONENTS)
     np.testing.assert_array_equal(found.mask_all, z["mask_all_cc_filtered"][:, 0] > 0)
 
 
@@ -92,8 +103,8 @@ def test_median_in_3d():
 def test_masks_filtered_in_3d(inputs):
     *arrays, calibration = inputs
     where = np.arange(len(arrays[0]))
-    found = make_masks(*inputs, remove_up_to=40, positions=where)
-    plain = make_masks(*inputs, median=False)
+    found = make_masks(*inputs, dataclasses.replace(WITH_COMPONENTS, dimensions=3), SliceGrid(where))
+    plain = make_masks(*inputs, NO_FILTERS)
     thresholds = quantile_thresholds(arrays[3], arrays[2].max(axis=1), np.array(calibration.diff_max)).mean(axis=1)
     expected = median_filtered(arrays[3].mean(axis=-1), where) >= thresholds[:, None, None]
     np.testing.assert_array_equal(found.mask_all, remove_small_components(expected, 40, where))
@@ -144,15 +155,15 @@ def test_mask_is_gated_by_the_score(inputs):
         assert (found.lesion == lesion).all()
         np.testing.assert_array_equal(found.mask_all, plain.mask_all)
         np.testing.assert_array_equal(found.mask, plain.mask_all & lesion)
-    at_score = make_masks(*arrays, dataclasses.replace(calibration, threshold=float(plain.score[2])))
+    at_score = make_masks(*arrays, dataclasses.replace(calibration, threshold=1 - float(plain.score[2])))
     assert at_score.lesion[2]  # at most the threshold
 
 
 def test_a_slice_does_not_depend_on_its_company(inputs):
     *arrays, calibration = inputs
     order = np.array([4, 2, 0])
-    whole = make_masks(*inputs, remove_up_to=40)
-    part = make_masks(*(a[order] for a in arrays), calibration, remove_up_to=40)
+    whole = make_masks(*inputs, WITH_COMPONENTS)
+    part = make_masks(*(a[order] for a in arrays), calibration, WITH_COMPONENTS)
     for name in whole._fields:
         np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[order], err_msg=name)
 
@@ -163,7 +174,42 @@ def test_single_modality_and_flat_map():
     found = make_masks(curve, curve, curve, np.zeros((1, 8, 8, 1)), calibration)
     assert found.mask_all.all()  # everything is at least the quantile of a constant map
     assert not found.mask.any()  # and the slice is healthy: both curves agree
-    assert found.score[0] == pytest.approx(1)
+    assert found.score[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_filters_in_mm_mean_the_same_at_every_resolution():
+    """A ball of 8 mm and a speck on a grid of 2 mm and on one of 1 mm x 1 mm x 2 mm."""
+    found = []
+    for step in (2.0, 1.0):
+        x, y = np.meshgrid(*[np.arange(0, 40, step) + step / 2] * 2, indexing="ij")
+        z = np.arange(0, 40, 2.0)[:, None, None]
+        ball = (x - 20) ** 2 + (y - 20) ** 2 + (z - 20) ** 2 < 64
+        speck = (abs(x - 5) < 3) & (abs(y - 5) < 3) & (z == 4)
+        grid = SliceGrid(np.arange(20), (step, step, 2.0))
+        kept = PhysicalFilters(smallest_ml=0.1).masks(ball | speck, grid)
+        np.testing.assert_array_equal(kept, ball)
+        assert PhysicalFilters(smallest_ml=0.01).masks(ball | speck, grid)[speck].all()
+        smooth = PhysicalFilters(median_mm=6.0).masks(ball | speck, grid)
+        assert not smooth[speck].any()
+        found.append(smooth.sum() * step * step * 2 / 1000)
+        head = ((x - 20) ** 2 + (y - 20) ** 2 < 225)[None]
+        eroded = PhysicalFilters(head_erosion_mm=5.0).heads(head, grid)
+        assert eroded.sum() * step * step == pytest.approx(np.pi * 100, rel=0.15)
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+
+
+def test_slices_left_out_count_in_mm():
+    masks = np.ones((2, 4, 4), bool)
+    grid = SliceGrid(np.array([0, 2]), (1.0, 1.0, 1.0))  # apart: 16 voxels each
+    assert not PhysicalFilters(smallest_ml=0.02).masks(masks, grid).any()
+    assert PhysicalFilters(smallest_ml=0.02).masks(masks, grid._replace(positions=np.array([0, 1]))).all()
+
+
+def test_unknown_spacing_is_said():
+    with pytest.raises(UserError, match=r"translation\.filters is 'mm'"):
+        PhysicalFilters(smallest_ml=0.1).masks(np.ones((1, 4, 4), bool), SliceGrid())
+    with pytest.raises(UserError, match=r"translation\.smallest_ml is -1"):
+        PhysicalFilters(smallest_ml=-1)
 
 
 def test_wrong_number_of_modalities_is_said(inputs):

@@ -79,6 +79,7 @@ def test_case_by_case_is_as_all_slices_at_once():
             labels=truth.any((1, 2)), foreground=foreground)
         assert found.pop("volumes")["cases"] == 5
         assert found.pop("shares") == expected.pop("shares")
+        assert found.pop("upper_bound")["lesion_slice_dice"] > 0
         assert found.keys() == expected.keys()
         for setting, figures in found.items():
             for name, value in figures.items():
