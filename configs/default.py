@@ -103,6 +103,10 @@ def _training() -> ml_collections.ConfigDict:
     training.keep = 3  # newest checkpoints that are kept
     training.validate_every = 1_000  # steps; 0: no validation loss
     training.validation_slices = 64  # of the validation split; the same ones each time
+    # How well lesions are found on validation slices (method residual, image labels): steps; 0, or a network without
+    # classes: not. The EMA weights with the best expected Dice times AUC of slices are kept in best/.
+    training.localization_every = 5_000
+    training.localization_slices = 512  # of the validation split, evenly spread
     training.sample_every = 5_000  # steps; 0: no sample grids
     training.sample_steps = 50  # DDIM steps of the sample grids
     training.sample_guidance = (0.0, 1.0, 2.0, 4.0)  # strengths w shown side by side

@@ -40,6 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
         config.training.ema_rates = (0.995,)
         config.training.log_every = 50
         config.training.save_every = 500
+        config.training.localization_every = 1_000
+        config.training.localization_slices = 128
         config.training.sample_every = 1_000
         config.training.sample_steps = 25
         config.translation.respacing = "20"  # 12 steps up to forward_steps

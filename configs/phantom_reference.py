@@ -46,6 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
         config.training.log_every = 50
         config.training.save_every = 500
         config.training.validate_every = 500
+        config.training.localization_every = 1_000
+        config.training.localization_slices = 256
         config.training.sample_every = 2_000
         config.training.sample_steps = 25
         config.translation.respacing = "20"  # of hae: 12 steps up to forward_steps

@@ -30,7 +30,7 @@ from hae_jax.training.state import TrainState, abstract_network, network_config
 _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "data.prefetch", "data.phantom",
                 "model.remat", "training.steps", "training.log_every", "training.save_every", "training.keep",
                 "training.sample_", "training.mesh", "training.fsdp", "training.accumulation", "training.nonfinite",
-                "training.validat", "training.wandb")
+                "training.validat", "training.localization", "training.wandb")
 # What a checkpoint means that was written before these fields existed.
 _BEFORE = {"data.modalities": ["flair", "t1", "t1ce", "t2"], "data.balance": False, "data.scaling": "slice",
            "diffusion.noise": "gaussian",

@@ -46,6 +46,10 @@ class RunLog:
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
+    def lines(self) -> list[dict[str, float | None]]:
+        """The lines that are there."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends the line of a step, on disk when this returns; a value that is not finite is null there."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}

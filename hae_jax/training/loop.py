@@ -23,10 +23,11 @@ from hae_jax.provenance import record
 from hae_jax.training.checkpoint import Checkpoints, check_same_run, checkpoint_bytes
 from hae_jax.training.guard import Guard, RunLock, check_workdir
 from hae_jax.training.hosts import describe
+from hae_jax.training.localization import Localization
 from hae_jax.training.mesh import check_batch_size, make_mesh, shard_batch, sharding_table
 from hae_jax.training.profile import Profiler, Span
 from hae_jax.training.samples import make_sampler
-from hae_jax.training.settings import check_settings
+from hae_jax.training.settings import check_settings, measures_localization
 from hae_jax.training.state import (
     TrainState,
     abstract_network,
@@ -68,8 +69,9 @@ def train(
 ) -> None:
     """Trains a network, going on from the newest sound checkpoint in `workdir` if there is one.
 
-    Writes checkpoints, metrics.jsonl, tensorboard/, samples/, config.json, run.json and loss.png to `workdir`. The same
-    call after an interruption continues the run as if it had never stopped. With several processes, each makes it.
+    Writes checkpoints, best/, metrics.jsonl, tensorboard/, samples/, config.json, run.json and loss.png to `workdir`.
+    The same call after an interruption continues the run as if it had never stopped. With several processes, each makes
+    it.
 
     Args:
       config: the config tree (`configs/default.py`).
@@ -136,11 +138,11 @@ def _check(
 
 def _checked_store(config: ml_collections.ConfigDict, network: UNetConfig) -> Store:
     store = open_store(config.data.root)
-    needed = ["train", *(["val"] if config.training.validate_every else [])]
+    needed = ["train", *(["val"] if config.training.validate_every or measures_localization(config) else [])]
     for split in needed:
         if len(store.split(split)) == 0:
-            raise UserError(f"{config.data.root}: its {split} split is empty; prepare it with another split"
-                            + (", or set training.validate_every to 0" if split == "val" else ""))
+            off = ", or set training.validate_every and training.localization_every to 0" if split == "val" else ""
+            raise UserError(f"{config.data.root}: its {split} split is empty; prepare it with another split{off}")
     shape = store.split("train").read(0)["image"].shape
     expected = (network.image_size, network.image_size, network.in_channels)
     if shape != expected:
@@ -166,7 +168,7 @@ def _begin(run: Run, checkpoints: Checkpoints, guard: Guard, latest: int | None)
         state = checkpoints.restore(latest, state, shardings)
     start = int(state.step)
     report = Report(run.workdir, run.config, run.network, run.mesh, start, sampler=_sampler(run, graph),
-                    validation=_validation(run, graph, shardings))
+                    validation=_validation(run, graph, shardings), localization=_localization(run, graph, shardings))
     with contextlib.closing(report), Profiler(run.workdir, run.profile, start, training.steps) as profiler:
         _loop(run, step, state, checkpoints, guard, report, profiler)
 
@@ -224,6 +226,14 @@ def _validation(run: Run, graph: nnx.GraphDef, shardings: TrainState) -> Validat
     return Validation(run.mesh, shardings.params, graph, run.network, run.process, run.store.split("val"),
                       slices=training.validation_slices, batch_size=training.batch_size // training.accumulation,
                       noise=run.config.diffusion.noise, scaling=run.config.data.scaling)
+
+
+def _localization(run: Run, graph: nnx.GraphDef, shardings: TrainState) -> Localization | None:
+    training = run.config.training
+    if not measures_localization(run.config):
+        return None
+    return Localization(run.mesh, shardings.params, graph, run.config, run.store,
+                        batch_size=training.batch_size // training.accumulation)
 
 
 def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]) -> None:

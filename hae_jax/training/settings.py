@@ -6,6 +6,12 @@ from hae_jax.data.slices import SCALINGS
 from hae_jax.errors import UserError
 from hae_jax.training.log import import_wandb
 from hae_jax.training.step import step_settings
+from hae_jax.translation.methods import residual_method
+
+
+def measures_localization(config: ml_collections.ConfigDict) -> bool:
+    """Whether the training measures how well lesions are found, which needs a network with classes."""
+    return bool(config.training.localization_every) and config.model.num_classes is not None
 
 
 def check_settings(config: ml_collections.ConfigDict) -> None:
@@ -23,12 +29,20 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     for name in ("steps", "log_every", "save_every", "keep", "accumulation"):
         if training[name] < 1:
             raise UserError(f"training.{name} is {training[name]}: it must be at least 1")
-    for name in ("validate_every", "sample_every", "warmup_steps"):
+    for name in ("validate_every", "localization_every", "sample_every", "warmup_steps"):
         if training[name] < 0:
             raise UserError(f"training.{name} is {training[name]}: it must not be negative")
     if training.validate_every and training.validation_slices < 1:
         raise UserError(f"training.validation_slices is {training.validation_slices}: it must be at least 1, or set "
                         "training.validate_every to 0")
+    if measures_localization(config):
+        if training.localization_slices < 1:
+            raise UserError(f"training.localization_slices is {training.localization_slices}: it must be at least 1, "
+                            "or set training.localization_every to 0")
+        try:
+            residual_method(config)
+        except UserError as error:
+            raise UserError(f"{error}; or set training.localization_every to 0") from error
     if not 0 <= training.p_uncond <= 1:
         raise UserError(f"training.p_uncond is {training.p_uncond}: it must be in [0, 1]")
     if not training.ema_rates or not all(0 <= rate < 1 for rate in training.ema_rates):

@@ -5,7 +5,7 @@ The loop hands over each step; what is due at it is done here. All processes tak
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -22,12 +22,17 @@ from hae_jax.model.flops import device_peak_flops, training_flops
 from hae_jax.training.log import RunLog, window_means
 from hae_jax.training.mesh import replicated
 from hae_jax.training.samples import draw_samples, write_samples
-from hae_jax.training.state import TrainState, learning_rate
+from hae_jax.training.state import TrainState, abstract_network, learning_rate
 from hae_jax.training.step import state_norms
+from hae_jax.training.weights import write_weights
 
 # What two runs of the same numbers may differ in, such as a run and the same one interrupted. No other field may.
 TIMING_FIELDS = frozenset({"images_per_second", "model_flops_per_second", "peak_share", "device_memory_gib",
                            "input_wait_seconds", "input_wait_share"})
+
+
+_IN_BAR = ("loss", "validation_loss", "localization_expected_dice")
+_REGULAR = ("log_every", "validate_every", "localization_every", "sample_every")
 
 
 class Report:
@@ -44,7 +49,9 @@ class Report:
     input_wait_share of its time, which is the most that a faster input could save. Compilation, validation and
     samples are not in these times. The line of a first step alone has no speeds.
 
-    A step with a validation (`training.validate_every`) has validation_loss and validation_loss_null in its line.
+    A step with a validation (`training.validate_every`) has validation_loss and validation_loss_null in its line, one
+    with `training.localization_every` what `localization.Localization` gives. The EMA weights with the largest
+    expected Dice times AUC of slices so far are in best/.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class Report:
         *,
         sampler: Callable[..., jax.Array] | None,
         validation: Callable[[nnx.State], dict[str, float]] | None,
+        localization: Callable[[nnx.State], dict[str, float]] | None = None,
     ):
         """Opens the log.
 
@@ -65,12 +73,16 @@ class Report:
           start: steps done so far.
           sampler: made by `make_sampler`; None: no sample grids.
           validation: a `Validation`; None: none.
+          localization: a `Localization`; None: none.
         """
         self._workdir, self._config, self._network, self._mesh = workdir, config, network, mesh
-        self._sampler, self._validation = sampler, validation
+        self._sampler, self._validation, self._localization = sampler, validation, localization
         self._speaks = jax.process_index() == 0
         self._log = RunLog(workdir, start, config.training.wandb, config.to_dict()) if self._speaks else None
         self._rate = learning_rate(config.training)
+        self._graph = abstract_network(network)[0]
+        lines = self._log.lines() if self._log else []  # the other processes never write the best weights
+        self._best = max((score for line in lines if (score := localization_score(line)) > 0), default=0.0)
         self._clock = _Clock(config.training.batch_size, network, mesh)
         self._empty = jax.jit(lambda window: jax.tree.map(jnp.zeros_like, window), out_shardings=replicated(mesh))
         self._bar = tqdm(total=config.training.steps, initial=start, unit="step", desc="training",
@@ -90,7 +102,7 @@ class Report:
 
     def due(self, done: int) -> bool:
         """Whether `write` has anything to do at this step."""
-        return any(self._due(done, every) for every in ("log_every", "validate_every", "sample_every"))
+        return any(self._due(done, every) for every in _REGULAR)
 
     def write(self, done: int, state: TrainState) -> TrainState:
         """Writes what is due at a step, which must be done before the step's checkpoint is begun.
@@ -108,10 +120,13 @@ class Report:
                 state = state._replace(window=self._empty(state.window))
             if self._due(done, "validate_every"):
                 values |= self._validation(state.ema[0])
+            if self._due(done, "localization_every"):
+                values |= self._localization(state.ema[0])
+                self._keep_best(done, state, values)
             if values and self._speaks:
                 self._log.write(done, values)
-                self._bar.set_postfix({name: f"{values[name]:.4f}" for name in ("loss", "validation_loss")
-                                       if name in values}, refresh=False)
+                self._bar.set_postfix({name: f"{values[name]:.4f}" for name in _IN_BAR if name in values},
+                                      refresh=False)
             if self._due(done, "sample_every"):
                 self._sample(done, state)
         return state
@@ -123,10 +138,22 @@ class Report:
             self._log.close()
 
     def _due(self, done: int, every: str) -> bool:
-        needed = {"log_every": True, "validate_every": self._validation, "sample_every": self._sampler}[every]
+        needed = {"log_every": True, "validate_every": self._validation, "localization_every": self._localization,
+                  "sample_every": self._sampler}[every]
         training = self._config.training
         return bool(needed is not None and training[every]
                     and (done == training.steps or done % training[every] == 0))
+
+    def _keep_best(self, done: int, state: TrainState, values: dict[str, float]) -> None:
+        """Exports the EMA weights if lesions are found better than ever in this run."""
+        params = jax.jit(lambda p: p, out_shardings=replicated(self._mesh))(state.ema[0])  # by all processes
+        score = localization_score(values)
+        if self._speaks and score > self._best:  # NaN, where nothing is found, is not above it
+            self._best = score
+            self._export(done, params)
+
+    def _export(self, done: int, params: nnx.State) -> None:
+        write_weights(self._workdir / "best", nnx.merge(self._graph, params), self._config.to_dict(), done)
 
     def _state_of(self, done: int, state: TrainState) -> dict[str, float]:
         norms = {name: float(value) for name, value in state_norms(state).items()}
@@ -139,6 +166,12 @@ class Report:
         if self._speaks:
             path = self._workdir / "samples" / f"step_{done:07d}.png"
             write_samples(path, images, strengths, self._network.num_classes, self._config.data.modalities)
+
+
+def localization_score(values: Mapping[str, float | None]) -> float:
+    """Expected Dice times AUC of slices, by which the best network is kept; NaN where one is missing."""
+    expected, auc = (values.get(f"localization_{name}") for name in ("expected_dice", "auc"))
+    return float("nan") if expected is None or auc is None else expected * auc
 
 
 class _Clock:

@@ -5,7 +5,9 @@ step. Unlike a run folder it cannot be resumed.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -30,13 +32,19 @@ def export_weights(run: str | Path, folder: str | Path) -> Network:
     Raises:
       UserError: the run has no sound checkpoint.
     """
-    network, folder = checkpoint.load_network(run), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).unlink(missing_ok=True)
-    write_state_dict(folder / WEIGHTS, {name: value.astype(np.float16)
-                                        for name, value in torch_state(network.model).items()})
-    write_json(folder / CONFIG, {"step": network.identity["step"], "config": network.config})
+    network = checkpoint.load_network(run)
+    write_weights(folder, network.model, network.config, network.identity["step"])
     return network
+
+
+def write_weights(folder: str | Path, model: nnx.Module, config: Mapping[str, Any], step: int) -> None:
+    """Writes a network's parameters in half precision and its config to `folder`, replacing earlier ones."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # without it, half-written weights are not taken for a network
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    write_state_dict(folder / WEIGHTS, {name: value.astype(np.float16) for name, value in torch_state(model).items()})
+    write_json(folder / CONFIG, {"step": step, "config": config})
 
 
 def load_trained(path: str | Path, *, ema: bool = True) -> Network:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from hae_jax import files
 from hae_jax.errors import UserError
@@ -151,6 +150,19 @@ class MapThresholdMethod:
         Raises:
           UserError: the slices are not what the rule needs, or a map is not finite.
         """
+        samples, scores, labels = self.samples(results)
+        chosen = self._chosen(samples, scores, labels)
+        cut, errors = rules.slice_threshold(scores, labels)
+        auc = rules.slice_auc(scores, labels)
+        return MapThreshold(
+            self.name, self.rule, rules.LABELS[self.rule], chosen.value, cut, errors, None if math.isnan(auc) else auc,
+            int((~labels).sum()), int(labels.sum()), chosen.expected_dice, chosen.interval or (), chosen.lesion_share,
+            dict(made_with))
+
+    def samples(
+        self, results: Iterable[tuple[NamedTuple, ValidationSlice]]
+    ) -> tuple[list[rules.Sample], np.ndarray, np.ndarray]:
+        """What rules look at: the map's values in each slice's head, its anomaly score [S], its label [S] bool."""
         samples, scores, labels = [], [], []
         for result, item in results:
             grid = SliceGrid(None, item.spacing)
@@ -159,14 +171,7 @@ class MapThresholdMethod:
             samples.append(rules.Sample(values, item.truth[head], item.label, item.height, item.patient))
             scores.append(rules.anomaly_score(values))
             labels.append(item.label > 0)
-        scores, labels = np.array(scores), np.array(labels, bool)
-        chosen = self._chosen(samples, scores, labels)
-        both = labels.any() and not labels.all()
-        cut, errors = rules.slice_threshold(scores, labels)
-        return MapThreshold(
-            self.name, self.rule, rules.LABELS[self.rule], chosen.value, cut, errors,
-            float(roc_auc_score(labels, scores)) if both else None, int((~labels).sum()), int(labels.sum()),
-            chosen.expected_dice, chosen.interval or (), chosen.lesion_share, dict(made_with))
+        return samples, np.array(scores), np.array(labels, bool)
 
     def _chosen(self, samples: list[rules.Sample], scores: np.ndarray, labels: np.ndarray) -> rules.Threshold:
         if self.rule == "quantile":

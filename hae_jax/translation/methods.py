@@ -314,7 +314,12 @@ def channel_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
     return tuple(given)
 
 
-def _residual(config: ml_collections.ConfigDict) -> Residual:
+def residual_method(config: ml_collections.ConfigDict) -> Residual:
+    """The method `residual` of `config.translation`, whatever method that names.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
     wanted, diffusion = config.translation, config.diffusion
     weights = channel_weights(config)
     modality = tuple(i for i, weight in enumerate(weights) if weight)
@@ -366,7 +371,7 @@ def _walk(config: ml_collections.ConfigDict, field: str) -> tuple[Process, int]:
 
 _NEED_CLASSES = ("residual", "hae", "ddib")
 _MAKERS: dict[str, Callable[[ml_collections.ConfigDict], Method]] = {
-    "residual": _residual,
+    "residual": residual_method,
     "hae": _hae,
     "ddib": _ddib,
     "anoddpm-simplex": _anoddpm("simplex"),

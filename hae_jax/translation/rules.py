@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from hae_jax.errors import UserError
 from hae_jax.evaluation.metrics import dice
@@ -72,6 +73,12 @@ def slice_threshold(scores: np.ndarray, labels: np.ndarray) -> tuple[float, int]
     best = np.flatnonzero(errors == errors.min())
     chosen = best[len(best) // 2]
     return float(candidates[chosen]), int(errors[chosen])
+
+
+def slice_auc(scores: np.ndarray, labels: np.ndarray) -> float:  # [S], [S]
+    """Area under the ROC curve of anomaly scores; NaN with one class of slices alone."""
+    lesion = np.asarray(labels) > 0
+    return float(roc_auc_score(lesion, scores)) if lesion.any() and not lesion.all() else float("nan")
 
 
 def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:

@@ -66,6 +66,7 @@ def _tiny_config(store):
     config.training.save_every = 100
     config.training.sample_every = 0
     config.training.validate_every = 0
+    config.training.localization_every = 0
     config.training.learning_rate = 1e-3
     config.training.ema_rates = (0.9,)
     return config

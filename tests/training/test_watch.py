@@ -44,7 +44,7 @@ def state_of(step, loss):
     return state._replace(window=window, skipped=jnp.int32(1))
 
 
-def run(config, workdir, clock, start=0, validation_seconds=0.0):
+def run(config, workdir, clock, start=0, validation_seconds=0.0, localization=None):
     """A loop in which a batch takes 1 s and a step 3 s; the last state."""
 
     def validation(params):
@@ -58,7 +58,7 @@ def run(config, workdir, clock, start=0, validation_seconds=0.0):
 
     mesh = make_mesh(devices=jax.devices()[:2])
     report = watch.Report(workdir, config, network_config(config.to_dict()), mesh, start, sampler=None,
-                          validation=validation)
+                          validation=validation, localization=localization)
     source, state = batches(), None
     for done in range(start + 1, config.training.steps + 1):
         assert report.next(source)["image"][0] == done - start - 1
@@ -69,6 +69,37 @@ def run(config, workdir, clock, start=0, validation_seconds=0.0):
             state = report.write(done, state)
     report.close()
     return state
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """Steps whose weights were kept as the best."""
+    steps = []
+    monkeypatch.setattr(watch.Report, "_export", lambda self, done, params: steps.append(done))
+    return steps
+
+
+def test_the_weights_that_find_most_lesions_are_kept_also_after_a_restart(config, tmp_path, clock, exported):
+    """By expected Dice times AUC of slices; a run that goes on knows the best of its lines."""
+    config.training.localization_every = 1
+    values = dict(enumerate([(np.nan, 0.5), (0.4, 0.9), (0.6, 0.5), (0.5, 0.9), (0.5, 0.9), (0.4, 0.9), (0.9, 0.9)], 1))
+
+    def localization_from(start):
+        steps = itertools.count(start + 1)
+
+        def localization(params):
+            expected, auc = values[next(steps)]
+            return {"localization_expected_dice": expected, "localization_auc": auc}
+
+        return localization
+
+    run(config, tmp_path, clock, localization=localization_from(0))
+    assert exported == [2, 4, 7]
+    assert read(tmp_path)[1]["localization_expected_dice"] is None
+    assert read(tmp_path)[4]["localization_auc"] == 0.9
+    exported.clear()
+    run(config, tmp_path, clock, start=4, localization=localization_from(4))
+    assert exported == [7]
 
 
 def read(workdir):

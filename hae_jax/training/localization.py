@@ -1,0 +1,126 @@
+"""How well a network finds lesions while it is trained: the method `residual` on slices of the validation split.
+
+The training loss does not tell: networks of the same loss differ widely in the lesions that they find. The measures
+below need image labels alone; where the dataset has ground truth, the true Dice stands beside them.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hae_jax.data.slices import patient_of, slice_spacing, to_model_range
+from hae_jax.data.store import Store
+from hae_jax.errors import UserError
+from hae_jax.evaluation.metrics import dice
+from hae_jax.training.mesh import batch_sharding, replicated
+from hae_jax.translation import rules
+from hae_jax.translation.forward_process import network_denoisers
+from hae_jax.translation.map_threshold import ValidationSlice
+from hae_jax.translation.masks import SliceGrid
+from hae_jax.translation.methods import Residual, residual_method
+from hae_jax.translation.residual import ResidualMap
+from hae_jax.translation.validation import heights_in_head
+
+_SEED = 0  # of the noise
+
+
+class Localization:
+    """Calls give the measures; every process must make them, and all get the same."""
+
+    def __init__(
+        self, mesh: Mesh, shardings: nnx.State, graph: nnx.GraphDef, config: ml_collections.ConfigDict, store: Store,
+        *, batch_size: int,
+    ):
+        """Chooses the slices; the first call compiles.
+
+        Args:
+          shardings: of the parameters.
+          config: the config tree; `training.localization_slices` are taken, evenly spread over the split.
+          store: of which the validation split is used, not empty.
+          batch_size: slices at once over all devices, which must divide it; does not change the result.
+        """
+        self._mesh, self._store, self._scaling = mesh, store, config.data.scaling
+        self._method: Residual = residual_method(config)
+        self._reader = store.split("val")
+        count = min(config.training.localization_slices, len(self._reader))
+        self._rows = ((np.arange(count) + 0.5) * len(self._reader) / count).astype(int)
+        self._shape = (batch_size, *store.manifest["slice_shape"])
+        rows = batch_sharding(mesh)
+        self._maps = jax.jit(_maps(graph, self._method), in_shardings=(shardings, rows, rows),
+                             out_shardings=replicated(mesh))
+
+    def __call__(self, params: nnx.State) -> dict[str, float]:
+        """Measures a network.
+
+        Returns:
+          localization_expected_dice: of all lesion slices' pixels together, by the rule `mixture`; NaN where the rule
+            finds no lesion. localization_auc: of the slices' anomaly scores; NaN with one class of slices.
+            localization_dice: the true mean Dice of the lesion slices at that rule's threshold; absent without ground
+            truth. reconstruction_error: mean absolute difference of pseudo-healthy reconstructions from healthy slices
+            in the head, in the network's range.
+        """
+        results, items, inputs = self._translated(params)
+        samples, scores, labels = self._method.samples(
+            (ResidualMap(map, None, None), item) for map, item in zip(results.map, items, strict=True))
+        values = {"localization_expected_dice": np.nan, "localization_auc": rules.slice_auc(scores, labels)}
+        try:
+            found = rules.mixture(samples)
+        except UserError:  # nothing is found yet
+            found = None
+        lesion = [item for item in items if item.label]
+        if found is not None:
+            values["localization_expected_dice"] = found.expected_dice
+        if any(item.truth.any() for item in lesion):
+            values["localization_dice"] = 0.0 if found is None else float(np.mean([
+                dice((map >= found.value)[None] & self._head(item), item.truth[None])[0]
+                for map, item in zip(results.map, items, strict=True) if item.label]))
+        errors = [np.abs(image[..., list(self._method.modality)] - healthy)[item.head].mean()
+                  for image, healthy, item in zip(inputs, results.healthy, items, strict=True)
+                  if not item.label and item.head.any()]
+        values["reconstruction_error"] = float(np.mean(errors)) if errors else np.nan
+        return values
+
+    def _head(self, item: ValidationSlice) -> np.ndarray:  # [1, H, W] bool
+        return self._method.filters.heads(item.head[None], SliceGrid(None, item.spacing))
+
+    def _translated(self, params: nnx.State) -> tuple[ResidualMap, list[ValidationSlice], np.ndarray]:
+        """The results of all chosen slices, what is known of each, and the network's inputs [S, H, W, C]."""
+        results = [jax.tree.map(np.asarray, self._maps(params, *batch)) for batch in self._batches()]
+        count = len(self._rows)
+        stacked = ResidualMap(*(np.concatenate(parts)[:count] for parts in zip(*results, strict=True)))
+        rows, everything = self._reader.read(self._rows), self._reader.rows
+        heights = heights_in_head(everything["cases"], everything["slices"])[self._rows]
+        items = []
+        for i, number in enumerate(rows["case"]):
+            case = self._store.cases[number]
+            items.append(ValidationSlice(
+                int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1), float(heights[i]),
+                patient_of(case["name"]), slice_spacing(case["affine"], case["shape"], self._shape[1])))
+        return stacked, items, to_model_range(rows["image"], self._scaling)
+
+    def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
+        """Batches of one shape, the last one filled up; a host reads only its devices' rows."""
+        size = self._shape[0]
+        for start in range(0, len(self._rows), size):
+            rows = self._rows[np.minimum(np.arange(start, start + size), len(self._rows) - 1)]
+            yield (self._on_devices(self._shape, functools.partial(self._read, rows)),
+                   self._on_devices((size,), rows.astype(np.uint32).__getitem__))
+
+    def _read(self, rows: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:  # [b, H, W, C]
+        return to_model_range(self._reader.read(rows[index[0]])["image"], self._scaling)
+
+    def _on_devices(self, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+        return jax.make_array_from_callback(shape, batch_sharding(self._mesh), part)
+
+
+def _maps(graph: nnx.GraphDef, method: Residual) -> Callable[..., ResidualMap]:
+    def maps(params, images, rows):
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(_SEED), row))(rows)
+        return method(network_denoisers(nnx.merge(graph, params)), images, keys)
+
+    return maps
