@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
 def _model() -> ml_collections.ConfigDict:
     """The network; each field is explained in `hae_jax.model.UNetConfig`."""
     model = ml_collections.ConfigDict()
+    model.task = "denoise"  # or classify: a classifier of noised slices (configs/classifier.py)
     model.variant = "hae_v2c"  # fpdm, hae, hae_lite, hae_v2 or hae_v2c
     model.image_size = 128  # pixels
     model.in_channels = 4  # flair, t1, t1ce, t2
@@ -56,11 +57,11 @@ def _model() -> ml_collections.ConfigDict:
 def _diffusion() -> ml_collections.ConfigDict:
     """The diffusion process."""
     diffusion = ml_collections.ConfigDict()
-    diffusion.schedule = "linear"  # linear or cosine
+    diffusion.schedule = "linear"  # linear or cosine; single: one step, of a denoising autoencoder (configs/dae.py)
     diffusion.steps = 1000  # T
     diffusion.predicts = "eps"  # eps or x0: what the network gives
     diffusion.variance = "fixed_large"  # fixed_large, fixed_small or learned_range (doubles the output channels)
-    diffusion.noise = "gaussian"  # gaussian, or simplex as in AnoDDPM
+    diffusion.noise = "gaussian"  # gaussian, simplex as in AnoDDPM, or coarse as in the denoising autoencoder
     diffusion.clipping = "static"  # of predicted x0: static ([-1, 1]), dynamic or none
     return diffusion
 
@@ -74,6 +75,7 @@ def _data() -> ml_collections.ConfigDict:
     # alike, so that a bright lesion does not darken the rest of its slice).
     data.scaling = "slice"
     data.balance = False  # draw healthy and lesion slices equally often
+    data.healthy_only = False  # train on healthy slices alone
     data.workers = 0  # processes that read slices; 0: threads of the training process
     data.prefetch = 4  # batches read ahead
     data.phantom = config_dict.placeholder(ml_collections.ConfigDict)  # None: data.root must exist (see phantom.py)
@@ -117,10 +119,11 @@ def _training() -> ml_collections.ConfigDict:
 def _translation() -> ml_collections.ConfigDict:
     """How lesions are found, and the masks (see `hae_jax.translation`)."""
     translation = ml_collections.ConfigDict()
-    # residual (ours), hae (published), ddib, anoddpm-simplex, anoddpm-gaussian or threshold (of intensity)
+    # residual (ours), hae (published), ddib, anoddpm-simplex, anoddpm-gaussian, classifier, dae, or threshold (of
+    # intensity)
     translation.method = "residual"
     # How the threshold is chosen on validation slices: mixture, healthy_fpr, quantile (published), which see image
-    # labels, or dice, which sees ground truth. None: the method's own: residual mixture, hae quantile, the others dice.
+    # labels, or dice, which sees ground truth. None: the method's own: residual mixture, hae quantile, baselines dice.
     translation.rule = config_dict.placeholder(str)
     translation.healthy_fpr = 5e-4  # share of the healthy slices' head pixels above the threshold; rule healthy_fpr
     # Of residual. Low noise finds lesions; which timesteps are low depends on the resolution (these suit 64 px).
@@ -145,6 +148,8 @@ def _translation() -> ml_collections.ConfigDict:
     translation.ddib_steps = 600  # of diffusion.steps: how far DDIB goes
     translation.ddib_start = "published"  # of DDIB's way back: published (one step below), or level (where it got)
     translation.anoddpm_steps = 250  # of diffusion.steps: how far AnoDDPM goes
+    translation.classifier_steps = 500  # of diffusion.steps: how far classifier guidance goes
+    translation.classifier_scale = 100.0  # strength of the classifier's gradient
     translation.calibration = config_dict.placeholder(str)  # None: made on validation data; a file or a preset's name
     translation.batch_size = 32  # slices at once, over all devices
     translation.max_memory_gb = config_dict.placeholder(float)  # choose the batch size by memory; None: batch_size

@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
                         "run in runs/ that was trained on the config's data")
     parser.add_argument("--unconditional", metavar="RUN", help="run of an unconditional network for AnoDDPM (configs/"
                         "anoddpm.py); default: the null condition of --checkpoint")
+    parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py; for the method classifier")
+    parser.add_argument("--dae", metavar="RUN", help="run of configs/dae.py; for the method dae")
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases with segmentations; default: the test split "
                         "of the config's data")
     parser.add_argument("--output", metavar="FOLDER", help="where the tables go; default: RUN/comparison")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import use_all_cores
-    from hae_jax.commands.runs import Loaded, network_and_config
+    from hae_jax.commands.runs import Loaded, network_and_config, with_classifier
     from hae_jax.data.demo import ensure_phantom
     from hae_jax.training.mesh import make_mesh
     from hae_jax.translation.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
@@ -65,15 +67,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     def network(loaded: Loaded, trained_with=None) -> Network:
         return Network(loaded.model, loaded.identity, loaded.run / "calibrations", trained_with)
 
-    twin = None
-    if arguments.unconditional:
-        ema = f"--config.translation.ema={config.translation.ema}"  # the one setting that decides on its parameters
-        other, its_config = network_and_config(None, DEMO_CONFIG, arguments.unconditional, [ema])
-        twin = network(other, its_config)
+    others = {}
+    for names, run in ((("anoddpm-simplex", "anoddpm-gaussian"), arguments.unconditional), (("dae",), arguments.dae)):
+        if run:
+            ema = f"--config.translation.ema={config.translation.ema}"  # the one setting that decides on its parameters
+            other, its_config = network_and_config(None, DEMO_CONFIG, run, [ema])
+            others |= dict.fromkeys(names, network(other, its_config))
+    if arguments.classifier:
+        others["classifier"] = network(with_classifier(loaded, config, arguments.classifier))
     where = {"output": arguments.output or loaded.run / "comparison", "source": arguments.input}
     if counts:  # the methods' own are checked by `compare`, before the first of them runs; so are these
         check(steps_entries(counts, network(loaded)), config, **where)
-    written = compare(method_entries(methods, network(loaded), twin), config, make_mesh(), **where) if methods else []
+    written = compare(method_entries(methods, network(loaded), others), config, make_mesh(), **where) if methods else []
     if counts:
         written += compare_steps(counts, network(loaded), config, make_mesh(), **where)
     print("\n".join(["written:", *(f"  {path}" for path in written)]))

@@ -109,6 +109,9 @@ def network_and_config(
                           Path("runs") / Path(config_path).stem), config
         checkpoint = checkpoint or newest_run(config_path, config.data.root)
     network = load_trained(checkpoint)
+    if network.config["model"].get("task") == "classify":
+        raise UserError(f"{checkpoint}: is a classifier, which finds no lesions alone; name the network that it guides "
+                        f"with --checkpoint, and give --classifier {checkpoint} --method classifier")
     config = with_network(config or trained_config(network.config, overrides), network.config)
     learnt = tuple(network.config.get("data", {}).get("modalities", config.data.modalities))
     if tuple(config.data.modalities) != learnt:
@@ -117,6 +120,31 @@ def network_and_config(
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
         network = load_trained(checkpoint, ema=False)
     return Loaded(network.model, network.identity, Path(checkpoint)), config
+
+
+def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str) -> Loaded:
+    """The network together with the classifier of a run that guides it.
+
+    Raises:
+      UserError: if there is no network to guide, the run holds no classifier, or its data or diffusion differ.
+    """
+    from hae_jax.model.classifier import GuidedNetwork
+    from hae_jax.training.weights import load_trained
+
+    if loaded.model is None:
+        raise UserError(f"--classifier {run}: the method {config.translation.method} needs no network; leave it out")
+    found = load_trained(run)
+    if found.config["model"].get("task") != "classify":
+        raise UserError(f"--classifier {run}: is no classifier; name a run of configs/classifier.py")
+    wanted = config.to_dict()
+    for section, name in (("model", "image_size"), ("model", "in_channels"), ("data", "modalities"),
+                          ("data", "scaling"), ("diffusion", "schedule"), ("diffusion", "steps")):
+        its, ours = found.config[section].get(name), wanted[section][name]
+        if json.dumps(its) != json.dumps(ours):
+            raise UserError(f"--classifier {run}: was trained with {section}.{name} {its}, the network with {ours}; "
+                            "train one with the network's settings")
+    return loaded._replace(model=GuidedNetwork(loaded.model, found.model),
+                           identity={**loaded.identity, "classifier": {**found.identity, "path": str(run)}})
 
 
 def _overridden(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:

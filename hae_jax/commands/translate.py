@@ -31,8 +31,8 @@ cases: BraTS 2021 or 2023 folders, Decathlon or nnU-Net folders with dataset.jso
 one channel; with or without segmentation (docs/data.md)."""
 _SHORTCUTS = {  # flags that stand for one field of config.translation
     "method": {"metavar": "NAME", "help": "how lesions are found: residual (at low noise; default), hae (the "
-               "published forward process), ddib, anoddpm-simplex, anoddpm-gaussian, or threshold (of intensity; needs "
-               "no network)"},
+               "published forward process), ddib, anoddpm-simplex, anoddpm-gaussian, classifier, dae, or threshold (of "
+               "intensity; needs no network)"},
     "calibration": {"metavar": "NAME", "help": f"calibration.json of another run, or a preset: {', '.join(PRESETS)} "
                     "(published, for hae); default: made on the validation slices and kept with the checkpoint"},
     "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "choose the batch size by "
@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
                         f"{DEMO_CONFIG} where no checkpoint is given. The network always comes from the checkpoint")
     parser.add_argument("--checkpoint", metavar="RUN", help="folder that train.py --workdir wrote; default: the "
                         "newest run in runs/ that was trained on the config's data")
+    parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py that guides the network; for "
+                        "--method classifier")
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases, or one case; default: the test split of "
                         "the config's data")
     parser.add_argument("--output", metavar="FOLDER", help="where the results go; default: RUN/translation, with the "
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import choose_attention, use_all_cores
-    from hae_jax.commands.runs import network_and_config
+    from hae_jax.commands.runs import network_and_config, with_classifier
     from hae_jax.data.demo import ensure_phantom
     from hae_jax.training.mesh import make_mesh
     from hae_jax.translation.run import translate
@@ -90,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _stop_when_told()
     use_all_cores()
     network, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    if arguments.classifier:
+        network = with_classifier(network, config, arguments.classifier)
     if not (arguments.input and config.translation.calibration):  # else no prepared data are needed
         ensure_phantom(config.data, config.model.image_size)
     if network.model is not None:

@@ -26,6 +26,7 @@ def train_batches(
     workers: int = 0,
     prefetch: int = 4,
     balance: bool = False,
+    healthy_only: bool = False,
     scaling: str = "slice",
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches in random order; every slice once per epoch, each epoch in another order.
@@ -45,6 +46,7 @@ def train_batches(
       workers: processes that read and scale; 0 does so in threads of this process, which is enough for most disks.
       prefetch: batches to read ahead (per worker); 0 reads when asked.
       balance: draw healthy and lesion slices equally often, whatever their numbers.
+      healthy_only: leave out slices with a lesion.
       scaling: see `to_model_range`.
 
     Returns:
@@ -62,7 +64,7 @@ def train_batches(
         if value < 0:
             raise UserError(f"{name} {value}: must not be negative")
     # Indices are batched before anything is read, so that a batch is one request to TensorStore.
-    order = _balanced_order(reader, seed) if balance else _reshuffled(np.arange(len(reader)), seed, stream=0)
+    order = _balanced_order(reader, seed) if balance else _reshuffled(_chosen(reader, healthy_only), seed, stream=0)
     shares = order.batch(batch_size // process_count)
     batches = shares[start_step * process_count + process_index::process_count].map(_TrainBatch(reader, scaling))
     dataset = batches.to_iter_dataset(_read_ahead(prefetch))
@@ -84,6 +86,16 @@ def eval_batches(
     _check_batch_size(batch_size, reader)
     batches = grain.MapDataset.range(math.ceil(len(reader) / batch_size)).map(_EvalBatch(reader, batch_size))
     return iter(batches.to_iter_dataset(_read_ahead(prefetch)))
+
+
+def _chosen(reader: SplitReader, healthy_only: bool) -> np.ndarray:  # [n] indices
+    if not healthy_only:
+        return np.arange(len(reader))
+    healthy = np.flatnonzero(reader.rows["labels"] == 0)
+    if not len(healthy):
+        raise UserError(f"data.healthy_only: {reader.folder} has no healthy slices; set it to False, or prepare other "
+                        "data")
+    return healthy
 
 
 def _reshuffled(indices: np.ndarray, seed: int, stream: int) -> grain.MapDataset[np.int64]:

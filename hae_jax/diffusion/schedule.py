@@ -7,6 +7,8 @@ import numpy as np
 
 from hae_jax.errors import UserError
 
+DAE_NOISE = 0.4  # 0.2 of intensities in [0, 1], which are [-1, 1] here
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
@@ -72,7 +74,8 @@ def make_schedule(name: str = "linear", steps: int = 1000, respacing: str = "") 
     """Builds a schedule, respaced on request.
 
     Args:
-      name: "linear" (Ho et al. 2020, scaled to the number of steps) or "cosine" (Nichol & Dhariwal 2021, eq. 17).
+      name: "linear" (Ho et al. 2020, scaled to the number of steps), "cosine" (Nichol & Dhariwal 2021, eq. 17), or
+        "single": one step, after which noise has `DAE_NOISE` times the slice's own scale (Kascenas et al. 2022).
       steps: T of the original process, that the network was trained with.
       respacing: "" for every step; "20" or "10,15,20" for that many steps in each of as many equal sections;
         "ddimN" for N steps at a fixed stride.
@@ -91,8 +94,12 @@ def make_schedule(name: str = "linear", steps: int = 1000, respacing: str = "") 
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
         betas = np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)])
+    elif name == "single":
+        if steps != 1:
+            raise UserError(f"diffusion.steps is {steps}: the schedule single has 1")
+        betas = np.array([1 - 1 / (1 + DAE_NOISE**2)])
     else:
-        raise UserError(f"diffusion.schedule is {name!r}: choose linear or cosine")
+        raise UserError(f"diffusion.schedule is {name!r}: choose linear, cosine or single")
     kept = retained_timesteps(steps, respacing) if respacing else np.arange(steps)
     # Also without respacing, as the published code does: it changes the last bits.
     kept_alpha_bar = np.cumprod(1 - betas)[kept]

@@ -38,6 +38,7 @@ VARIANTS = {
     "hae_v2c": Variant("per_scale", None, "bottleneck", unfused_silu=True, skips_zero_context=True),
 }
 _CHOICES = {
+    "task": ("denoise", "classify"),
     "variant": tuple(VARIANTS),
     "null_context": ("batch", "sample", "keep"),
     "sparse_pattern": ("blocks", "trained", "dense"),
@@ -63,6 +64,7 @@ class UNetConfig:
     networks were trained with stands in `configs/default.py`.
 
     Attributes:
+      task: "denoise"; or "classify", the encoder with a head for the classes instead of the decoder.
       variant: "fpdm", "hae", "hae_lite", "hae_v2" or "hae_v2c".
       image_size: height and width of the input, pixels.
       in_channels: image channels (modalities).
@@ -121,6 +123,7 @@ class UNetConfig:
     sparse_redraw: bool = False
     remat: str = "none"
     dtype: str = "float32"
+    task: str = "denoise"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hae_jax.model.classifier import make_network
 from hae_jax.model.config import UNetConfig
-from hae_jax.model.unet import UNet
 
 TRAINING_FACTOR = 3  # the backward pass takes two products for each one of the forward pass
 
@@ -48,9 +48,11 @@ _PEAKS = (
 @functools.cache
 def forward_flops(config: UNetConfig) -> int:
     """Operations of the forward pass of one image with its label, at the config's image size."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    graph, params = nnx.split(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.in_channels), jnp.float32)
     row = jax.ShapeDtypeStruct((1,), jnp.int32)
+    if config.task == "classify":
+        return count_flops(lambda params, x, t: nnx.merge(graph, params)(x, t), params, image, row)
     return count_flops(lambda params, x, t, y: nnx.merge(graph, params)(x, t, y), params, image, row, row)
 
 

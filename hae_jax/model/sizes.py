@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from hae_jax.model.classifier import make_network
 from hae_jax.model.config import UNetConfig
 from hae_jax.model.hybrid import JointHybrid, PerScaleHybrid
-from hae_jax.model.unet import UNet
 
 # The last column: without labels and scale-shift norm, four levels.
 _UNCONDITIONAL = {"channel_mult": (1, 2, 4, 8), "use_scale_shift_norm": False, "num_classes": None}
@@ -26,7 +26,7 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(config: UNetConfig) -> ParameterCount:
     """Counts without allocating a parameter."""
-    model = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0)))
     hybrids = [module for _, module in nnx.iter_modules(model) if isinstance(module, JointHybrid | PerScaleHybrid)]
     return ParameterCount(_count(model), sum(map(_count, hybrids)))
 

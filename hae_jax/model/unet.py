@@ -44,7 +44,7 @@ class UNet(nnx.Module):
             self.label_emb = nnx.Embed(config.num_classes, config.model_channels, rngs=rngs,
                                        embedding_init=standard_normal())
             self.class_emb = EmbeddingMLP(config, rngs)
-        self.input_blocks, skips = _encoder(config, rngs)
+        self.input_blocks, skips = encoder(config, rngs)
         width, heads = config.widths[-1], config.heads(config.widths[-1], decoder=False)
         self.middle_block = nnx.List([
             ResBlock(width, width, config, rngs),
@@ -144,7 +144,7 @@ class UNet(nnx.Module):
         skips, masks = [], list(cond.sparse_masks or ())
         cond = cond._replace(sparse_masks=None)
         # With "full" a block is recomputed, and each of its layers again within it: kept are the blocks' outputs alone.
-        run = nnx.remat(_run, static_argnums=(4,)) if self.config.remat == "full" else _run
+        run = nnx.remat(run_block, static_argnums=(4,)) if self.config.remat == "full" else run_block
         remat, h = self.config.remat != "none", x
         for block in self.input_blocks:
             h = run(block, (h,), cond, (), remat)
@@ -158,7 +158,7 @@ class UNet(nnx.Module):
         return h
 
 
-def _run(
+def run_block(
     block: nnx.List, inputs: tuple[jax.Array, ...], cond: Conditioning, masks: tuple[jax.Array, ...], remat: bool
 ) -> jax.Array:
     """One of the U-Net's blocks on its inputs, joined along their channels; masks are those of its hybrid layer."""
@@ -178,7 +178,7 @@ def _masked(block: nnx.List, height: int, width: int) -> int:
     return sum(len(layer.masked_tokens(height, width)) for layer in block if isinstance(layer, _HYBRID_LAYERS))
 
 
-def _encoder(config: UNetConfig, rngs: nnx.Rngs) -> tuple[nnx.List, list[int]]:
+def encoder(config: UNetConfig, rngs: nnx.Rngs) -> tuple[nnx.List, list[int]]:
     """The encoder's blocks, and the channels that each hands to the decoder."""
     width = config.widths[0]
     blocks = [nnx.List([conv(config.in_channels, width, 3, rngs, dtype=config.dtype)])]

@@ -32,7 +32,8 @@ _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "dat
                 "training.sample_", "training.mesh", "training.fsdp", "training.accumulation", "training.nonfinite",
                 "training.validat", "training.localization", "training.wandb")
 # What a checkpoint means that was written before these fields existed.
-_BEFORE = {"data.modalities": ["flair", "t1", "t1ce", "t2"], "data.balance": False, "data.scaling": "slice",
+_BEFORE = {"data.modalities": ["flair", "t1", "t1ce", "t2"], "data.balance": False, "data.healthy_only": False,
+           "data.scaling": "slice", "model.task": "denoise",
            "diffusion.noise": "gaussian",
            "training.timesteps": "uniform"}
 # Field of the state -> its item; the other fields make up the item "progress".

@@ -181,7 +181,8 @@ def _loop(
     batches = train_batches(
         run.reader, batch_size=training.batch_size, seed=run.config.seed, start_step=start,
         process_index=jax.process_index(), process_count=jax.process_count(), workers=run.config.data.workers,
-        prefetch=run.config.data.prefetch, balance=run.config.data.balance, scaling=run.config.data.scaling)
+        prefetch=run.config.data.prefetch, balance=run.config.data.balance,
+        healthy_only=run.config.data.healthy_only, scaling=run.config.data.scaling)
     pending, stopping = None, False
     for done in range(start + 1, training.steps + 1):
         profiler.before(done)

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from hae_jax.diffusion.noise import gaussian, simplex
+from hae_jax.diffusion.noise import coarse, gaussian, simplex
 from hae_jax.diffusion.process import Process
 
 
 def draw_noise(
-    kind: str,  # "gaussian" or "simplex" (diffusion.noise)
+    kind: str,  # "gaussian", "simplex" or "coarse" (diffusion.noise)
     process: Process,
     keys: jax.Array,  # [B] keys, one per sample
     shape: tuple[int, int, int],  # (H, W, C) of one sample
@@ -17,4 +17,4 @@ def draw_noise(
     """Noise fields, each a function of its own key, and of t where it is simplex noise."""
     if kind == "simplex":
         return simplex(keys, shape, process.original(t).astype(jnp.float32))
-    return gaussian(keys, shape)
+    return coarse(keys, shape) if kind == "coarse" else gaussian(keys, shape)

@@ -11,7 +11,8 @@ from hae_jax.translation.methods import residual_method
 
 def measures_localization(config: ml_collections.ConfigDict) -> bool:
     """Whether the training measures how well lesions are found, which needs a network with classes."""
-    return bool(config.training.localization_every) and config.model.num_classes is not None
+    return (bool(config.training.localization_every) and config.model.num_classes is not None
+            and config.model.task == "denoise")
 
 
 def check_settings(config: ml_collections.ConfigDict) -> None:
@@ -45,6 +46,13 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"{error}; or set training.localization_every to 0") from error
     if not 0 <= training.p_uncond <= 1:
         raise UserError(f"training.p_uncond is {training.p_uncond}: it must be in [0, 1]")
+    if config.model.task == "classify" and training.sample_every:
+        raise UserError(f"training.sample_every is {training.sample_every}, but model.task is 'classify': a classifier "
+                        "draws no samples; set it to 0")
+    if config.model.task == "classify" and config.data.healthy_only:
+        raise UserError("data.healthy_only is True, but model.task is 'classify': a classifier needs both classes")
+    if config.data.healthy_only and config.data.balance:
+        raise UserError("data.healthy_only and data.balance are both True: choose one of the two")
     if not training.ema_rates or not all(0 <= rate < 1 for rate in training.ema_rates):
         raise UserError(f"training.ema_rates is {training.ema_rates}: give at least one rate in [0, 1)")
     if training.wandb is not None:

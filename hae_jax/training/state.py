@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from hae_jax.diffusion.loss import empty_history
 from hae_jax.errors import UserError
-from hae_jax.model import UNet, UNetConfig
+from hae_jax.model import UNetConfig
+from hae_jax.model.classifier import make_network
 from hae_jax.training.mesh import replicated, state_shardings
 
 LOSS_BINS = 4  # quartiles of the timesteps
@@ -109,7 +110,7 @@ def make_optimizer(training: Any) -> optax.GradientTransformation:
 
 def abstract_network(config: UNetConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The network's structure and the shapes of its parameters, without allocating any."""
-    return nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
 
 
 def abstract_state(
@@ -143,7 +144,7 @@ def sharded_initial_state(
       The state, and a tree of its shardings.
     """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        host_params = nnx.state(UNet(config, rngs=nnx.Rngs(seed)), nnx.Param)
+        host_params = nnx.state(make_network(config, nnx.Rngs(seed)), nnx.Param)
     shardings = shardings_of(mesh, _abstract_around(host_params, optimizer, rates, history_steps))
     params = jax.tree.map(
         lambda value, sharding: jax.make_array_from_callback(value.shape, sharding, np.asarray(value).__getitem__),

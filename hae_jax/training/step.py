@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.diffusion.loss import remember_losses, second_moment_weights, training_loss
-from hae_jax.diffusion.noise import gaussian, simplex
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
@@ -19,12 +18,13 @@ from hae_jax.model.conditioning import context_rule
 from hae_jax.model.layers import Randomness
 from hae_jax.model.platform import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated
+from hae_jax.training.noise import draw_noise
 from hae_jax.training.state import LOSS_BINS, LossHistory, TrainState, Window
 
 _CHOICES = {
     "training.timesteps": ("uniform", "loss-second-moment"),
     "training.nonfinite": ("stop", "skip"),
-    "diffusion.noise": ("gaussian", "simplex"),
+    "diffusion.noise": ("gaussian", "simplex", "coarse"),
 }
 
 
@@ -35,7 +35,7 @@ class StepSettings(NamedTuple):
     p_uncond: float
     accumulation: int
     ema_rates: tuple[float, ...]
-    noise: str = "gaussian"  # or "simplex"
+    noise: str = "gaussian"  # "simplex" or "coarse"
     nonfinite: str = "stop"  # or "skip": gradients that are not finite change nothing
 
 
@@ -79,10 +79,7 @@ def draw(
     key = _step_key(settings, step)
     rows = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4))(jnp.arange(shape[0]))
     t, weight = _draw_timesteps(rows[:, 0], process.schedule.steps, history)
-    if settings.noise == "simplex":
-        noise = simplex(rows[:, 1], shape[1:], process.original(t).astype(jnp.float32))
-    else:
-        noise = gaussian(rows[:, 1], shape[1:])
+    noise = draw_noise(settings.noise, process, rows[:, 1], shape[1:], t)
     drop = jax.vmap(lambda k: jax.random.bernoulli(k, settings.p_uncond))(rows[:, 2])
     return Draws(t, weight, noise, drop, rows[:, 3])
 
@@ -163,8 +160,12 @@ def _loss_function(graph: nnx.GraphDef, config: UNetConfig, process: Process, sh
 
     def loss_of_part(params: nnx.State, part: tuple) -> tuple[jax.Array, jax.Array]:
         images, labels, draws, seen = part
-        condition = {} if config.num_classes is None else {"y": labels, "drop": draws.drop, "context_seen": seen}
         x_t = process.noised(images, draws.t, draws.noise)
+        if config.task == "classify":
+            logits = nnx.merge(graph, params)(x_t, process.original(draws.t), rngs=Randomness(draws.keys, shared))
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return (draws.weight * losses).mean(), losses
+        condition = {} if config.num_classes is None else {"y": labels, "drop": draws.drop, "context_seen": seen}
         output = nnx.merge(graph, params)(
             x_t, process.original(draws.t), rngs=Randomness(draws.keys, shared), **condition)
         losses = training_loss(process, output, images, x_t, draws.t, draws.noise).loss

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -81,7 +82,7 @@ class Validation:
         self._mesh, self._reader, self._scaling = mesh, reader, scaling
         self._image_shape = (batch_size, network.image_size, network.image_size, network.in_channels)
         self._samples = fixed_samples(reader, slices, process.schedule.steps,
-                                      conditional=network.num_classes is not None)
+                                      conditional=network.num_classes is not None and network.task == "denoise")
         rows = batch_sharding(mesh)
         self._losses = jax.jit(_sample_losses(graph, network, process, noise), in_shardings=(shardings, *(rows,) * 5),
                                out_shardings=replicated(mesh))
@@ -119,6 +120,9 @@ def _sample_losses(graph: nnx.GraphDef, network: UNetConfig, process: Process, n
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(number)
         eps = draw_noise(noise, process, keys, image.shape[1:], t)
         x_t = process.noised(image, t, eps)
+        if network.task == "classify":
+            logits = nnx.merge(graph, params)(x_t, process.original(t))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, label)
         condition = {} if network.num_classes is None else {"y": label, "null": null}
         output = nnx.merge(graph, params)(x_t, process.original(t), **condition)
         return training_loss(process, output, image, x_t, t, eps).loss.astype(jnp.float32)

@@ -56,10 +56,9 @@ class Entry:
     network: Network
 
 
-def method_entries(names: Sequence[str], network: Network, unconditional: Network | None = None) -> list[Entry]:
-    """One entry for each method; AnoDDPM takes the unconditional network where there is one."""
-    return [Entry(name, name, {"method": name},
-                  unconditional if unconditional and name.startswith("anoddpm") else network) for name in names]
+def method_entries(names: Sequence[str], network: Network, others: Mapping[str, Network] | None = None) -> list[Entry]:
+    """One entry for each method, with the network of its own in `others` where there is one."""
+    return [Entry(name, name, {"method": name}, (others or {}).get(name, network)) for name in names]
 
 
 def steps_entries(counts: Sequence[int], network: Network) -> list[Entry]:
@@ -195,7 +194,7 @@ def _check_same_data(network: Network, config: ml_collections.ConfigDict) -> Non
         its, ours = network.config[section][name], config[section][name]
         if its != ours:
             raise UserError(f"{network.identity['path']}: was trained with {field} {its}, the comparison has {ours}; "
-                            "name one that was trained on the same data, with --unconditional")
+                            "name one that was trained on the same data")
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
-"""Methods that take a slice to a healthy counterpart and call what has changed a lesion: DDIB and AnoDDPM.
+"""Baselines that take a slice to a pseudo-healthy one and call what has changed a lesion.
 
 They use the network of the forward process, or its unconditional twin; a threshold (`map_threshold.py`) turns their
 maps into masks. One scan each way, in memory that does not grow with the steps.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -16,6 +17,7 @@ from hae_jax.diffusion.noise import gaussian, simplex
 from hae_jax.diffusion.process import Denoiser, Prediction, Process
 from hae_jax.errors import UserError
 from hae_jax.translation.forward_process import (
+    HEALTHY,
     Denoisers,
     check_choice,
     check_guidance,
@@ -31,7 +33,7 @@ from hae_jax.translation.masks import PUBLISHED_FILTERS, Filters
 class Counterpart(NamedTuple):
     """What one batch of slices gives; M are the chosen modalities."""
 
-    map: jax.Array  # [B, H, W] squared difference from the input, averaged over the modalities
+    map: jax.Array  # [B, H, W] squared or absolute difference from the input, averaged over the modalities
     healthy: jax.Array  # [B, H, W, M] the healthy counterpart
 
 
@@ -168,6 +170,126 @@ class AnoDdpm(MapThresholdMethod):
         return results.healthy
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassifierGuidance(MapThresholdMethod):
+    """Diffusion with classifier guidance (Wolleb et al. 2022): inverted by DDIM, then decoded towards "healthy".
+
+    On the way back eps becomes eps - s sqrt(1 - alpha_bar_t) grad_x log p(healthy | x_t), with p of a classifier that
+    was trained on noised slices (Dhariwal and Nichol 2021, eq. 14 and algorithm 2).
+
+    Attributes:
+      process: the diffusion process; its network predicts the noise.
+      steps: N, inversion steps t = 0..N-1, and as many back.
+      scale: s, strength of the gradient.
+      modality: channels that the map is made of.
+      rule, healthy_fpr, filters: see `MapThresholdMethod`.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
+
+    process: Process
+    steps: int
+    scale: float = 100.0
+    modality: tuple[int, ...] = (0, 3)
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
+
+    name: ClassVar[str] = "classifier"
+    network: ClassVar[bool] = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "modality", tuple(self.modality))
+        _check_steps("classifier_steps", self.steps)
+        check_modality(self.modality)
+        if not 0 <= self.scale < math.inf:
+            raise UserError(f"translation.classifier_scale is {self.scale}: give a strength of at least 0")
+        if self.process.predicts != "eps":
+            raise UserError("translation.method is 'classifier': it needs a network with diffusion.predicts 'eps'")
+
+    @property
+    def passes(self) -> int:
+        """Passes of the denoising network for a slice; the classifier's gradients come beside them."""
+        return 2 * self.steps
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], not used: nothing here is random
+    ) -> Counterpart:
+        """The pseudo-healthy slices of a batch."""
+        schedule, channels = self.process.schedule, x0.shape[-1]
+        noise_scale = np.zeros(int(schedule.timesteps.max()) + 1)  # by original timestep
+        noise_scale[schedule.timesteps] = np.sqrt(1 - schedule.alpha_bar)
+
+        def log_healthy(x, t):
+            return jax.nn.log_softmax(denoisers.classifier(x, t))[:, HEALTHY].sum()  # each slice's term is its own
+
+        def guided(x, t):
+            output = denoisers.null(x, t)
+            strength = self.scale * jnp.asarray(noise_scale, jnp.float32)[t][:, None, None, None]
+            return output.at[..., :channels].add(-strength * jax.grad(log_healthy)(x, t))
+
+        x = inverted(self.process, denoisers.null, x0, self.steps)
+        healthy = decoded(self.process, guided, x, self.steps)
+        return _absolute(healthy, x0, self.modality)
+
+    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
+        """The pseudo-healthy slices."""
+        return results.healthy
+
+
+@dataclasses.dataclass(frozen=True)
+class Dae(MapThresholdMethod):
+    """Denoising autoencoder (Kascenas et al. 2022): trained on healthy slices to take coarse noise away.
+
+    What it takes away from a slice without noise is called a lesion. It is a process of one step here
+    (`make_schedule`, "single") whose network predicts x0.
+
+    Attributes:
+      process: the process of one step.
+      modality: channels that the map is made of.
+      rule, healthy_fpr, filters: see `MapThresholdMethod`.
+
+    Raises:
+      UserError: for a network that is no denoising autoencoder.
+    """
+
+    process: Process
+    modality: tuple[int, ...] = (0, 3)
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
+
+    name: ClassVar[str] = "dae"
+    network: ClassVar[bool] = True
+    passes: ClassVar[int] = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "modality", tuple(self.modality))
+        check_modality(self.modality)
+        if self.process.schedule.steps != 1 or self.process.predicts != "x0":
+            raise UserError("translation.method is 'dae': it needs a denoising autoencoder (diffusion.schedule single, "
+                            "diffusion.predicts x0; see configs/dae.py)")
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], not used: nothing here is random
+    ) -> Counterpart:
+        """The pseudo-healthy slices of a batch."""
+        t = jnp.zeros(len(x0), jnp.int32)
+        x = self.process.noised(x0, t, jnp.zeros_like(x0))
+        return _absolute(self.process.predict(denoisers.null(x, self.process.original(t)), x, t).x0, x0, self.modality)
+
+    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
+        """The pseudo-healthy slices."""
+        return results.healthy
+
+
 def inverted(process: Process, denoise: Denoiser, x0: jax.Array, steps: int) -> jax.Array:  # [B, H, W, C]
     """x at level `steps` by DDIM inversion steps t -> t+1, of an x0 that counts as being at level 0."""
 
@@ -198,6 +320,12 @@ def _counterpart(healthy: jax.Array, x0: jax.Array, modality: tuple[int, ...]) -
     chosen = jnp.asarray(modality)
     healthy, x_m = healthy[..., chosen], x0[..., chosen]
     return Counterpart(jnp.square(healthy - x_m).mean(-1), healthy)
+
+
+def _absolute(healthy: jax.Array, x0: jax.Array, modality: tuple[int, ...]) -> Counterpart:
+    """With the mean absolute difference as the map."""
+    chosen = jnp.asarray(modality)
+    return Counterpart(jnp.abs(healthy[..., chosen] - x0[..., chosen]).mean(-1), healthy[..., chosen])
 
 
 def _check_steps(field: str, steps: int) -> None:

@@ -27,6 +27,7 @@ class Denoisers(NamedTuple):
     null: Denoiser  # (x, t) -> output under the null condition
     # (x, t) -> both outputs, from one stacked pass; None for a network without classes
     healthy_and_null: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None
+    classifier: Callable[[jax.Array, jax.Array], jax.Array] | None = None  # (x, t) -> logits [B, classes]
 
 
 class Translation(NamedTuple):
@@ -112,9 +113,13 @@ def check_modality(modality: tuple[int, ...]) -> None:
 
 
 def network_denoisers(model: Callable[..., jax.Array], conditional: bool = True) -> Denoisers:
-    """The denoisers of a network: `model(x, t, y, null=...)`, or `model(x, t)` where it is not class-conditional."""
+    """The denoisers of a network: `model(x, t, y, null=...)`, or `model(x, t)` where it is not class-conditional.
+
+    That of a `hae_jax.model.classifier.GuidedNetwork` come with its classifier.
+    """
+    classifier = getattr(model, "classifier", None)
     if not conditional:
-        return Denoisers(model, None)
+        return Denoisers(model, None, classifier)
 
     def healthy_and_null(x, t):
         y = jnp.full(2 * len(x), HEALTHY)
@@ -123,7 +128,7 @@ def network_denoisers(model: Callable[..., jax.Array], conditional: bool = True)
         out = model(jnp.concatenate([x, x]), both, y, null=null)
         return out[:len(x)], out[len(x):]
 
-    return Denoisers(lambda x, t: model(x, t, null=True), healthy_and_null)
+    return Denoisers(lambda x, t: model(x, t, null=True), healthy_and_null, classifier)
 
 
 def step_noise(

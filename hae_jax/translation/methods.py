@@ -19,7 +19,7 @@ from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.translation import residual, rules
 from hae_jax.translation.calibration import Calibration, calibrate
-from hae_jax.translation.counterparts import AnoDdpm, Ddib
+from hae_jax.translation.counterparts import AnoDdpm, ClassifierGuidance, Dae, Ddib
 from hae_jax.translation.forward_process import (
     Denoisers,
     ForwardSettings,
@@ -255,8 +255,8 @@ class IntensityThreshold(MapThresholdMethod):
 def make_method(config: ml_collections.ConfigDict) -> Method:
     """The method that `config.translation` describes, for the network of `config.model` and `config.diffusion`.
 
-    `forward_steps`, `ddib_steps` and `anoddpm_steps` count original steps: of a respaced schedule, those retained below
-    them are walked.
+    `forward_steps`, `ddib_steps`, `anoddpm_steps` and `classifier_steps` count original steps: of a respaced schedule,
+    those retained below them are walked.
 
     Raises:
       UserError: for values that cannot be, or a network that does not fit the method.
@@ -359,6 +359,19 @@ def _anoddpm(noise: str) -> Callable[[ml_collections.ConfigDict], AnoDdpm]:
     return make
 
 
+def _classifier(config: ml_collections.ConfigDict) -> ClassifierGuidance:
+    process, steps = _walk(config, "classifier_steps")
+    return ClassifierGuidance(process, steps, config.translation.classifier_scale, tuple(config.translation.modality),
+                              **_of_every_method(config, "dice", "pixels"))
+
+
+def _dae(config: ml_collections.ConfigDict) -> Dae:
+    diffusion = config.diffusion
+    process = Process(make_schedule(diffusion.schedule, diffusion.steps), diffusion.predicts, diffusion.variance,
+                      config.translation.clipping)
+    return Dae(process, tuple(config.translation.modality), **_of_every_method(config, "dice", "pixels"))
+
+
 def _walk(config: ml_collections.ConfigDict, field: str) -> tuple[Process, int]:
     """The process, respaced for translation, and how many of its steps lie below `translation.<field>`."""
     diffusion, wanted = config.diffusion, config.translation
@@ -376,6 +389,8 @@ _MAKERS: dict[str, Callable[[ml_collections.ConfigDict], Method]] = {
     "ddib": _ddib,
     "anoddpm-simplex": _anoddpm("simplex"),
     "anoddpm-gaussian": _anoddpm("gaussian"),
+    "classifier": _classifier,
+    "dae": _dae,
     "threshold": IntensityThreshold.of,
 }
 METHODS = tuple(_MAKERS)

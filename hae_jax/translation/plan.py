@@ -32,6 +32,7 @@ _OWN = {  # settings that one method alone, or those with this beginning, look a
     "hae": ("forward_steps", "reference", "d_reverse", "inversion", "maps", "t_e_ratio", "last_step_only", "every"),
     "ddib": ("ddib_steps", "ddib_start"),
     "anoddpm": ("anoddpm_steps",),
+    "classifier": ("classifier_steps", "classifier_scale"),
 }
 _WITHOUT_INFLUENCE = ("batch_size", "max_memory_gb")  # on any result
 

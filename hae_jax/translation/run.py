@@ -73,6 +73,8 @@ def translate(
     """
     clock = time.monotonic()
     plan = make_plan(config, Path(output), source, shard, num_shards)
+    if plan.method.name == "classifier" and not hasattr(model, "classifier"):
+        raise UserError("translation.method is 'classifier': it needs a classifier; name its run with --classifier")
     identity = identified(identity, model, config)
     _check_network(plan, identity)
     kept = _writable(calibrations, plan.output)

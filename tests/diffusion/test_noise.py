@@ -13,7 +13,7 @@ from opensimplex.internals import _init as seeded_permutation
 from opensimplex.internals import _noise3 as original_noise
 from opensimplex.internals import _noise3a as original_grid
 
-from hae_jax.diffusion.noise import _permutations, gaussian, simplex
+from hae_jax.diffusion.noise import _permutations, coarse, gaussian, simplex
 from hae_jax.diffusion.simplex import open_simplex
 
 PERMUTATION, GRADIENT_INDEX = seeded_permutation(7)
@@ -144,3 +144,16 @@ def test_spectrum_falls_as_its_octaves(slices):
     ring = [np.log2(power[np.abs(q / centre - 1) < 0.1].mean()) for centre in (8, 8 * 2**0.5, 16, 16 * 2**0.5)]
     slope = (ring[2] - ring[0] + ring[3] - ring[1]) / 2
     assert slope == pytest.approx(math.log2(0.16), abs=0.2)
+
+
+def test_coarse_noise_is_smooth_and_has_no_seam_at_a_fixed_place():
+    """Interpolated from a grid eight times as coarse; shifted anew for each key."""
+    keys = jax.random.split(jax.random.key(0), 200)
+    fields = np.asarray(jax.jit(lambda k: coarse(k, (32, 32, 2)))(keys))
+    assert abs(fields.mean()) < 0.05
+    assert 0.4 < fields.var(axis=0).mean() < 0.9  # less than 1 between the grid's points
+    assert np.ptp(fields.var(axis=0)) < 0.6  # no place is always a grid's point
+    steps = np.abs(np.diff(fields, axis=1))
+    assert np.median(steps) < 0.15  # of independent pixels, 0.95
+    alone = coarse(keys[7:8], (32, 32, 2))[0]
+    np.testing.assert_allclose(alone, fields[7], atol=1e-6)

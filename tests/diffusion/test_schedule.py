@@ -59,5 +59,13 @@ def test_impossible_respacing_names_the_field(respacing):
 
 
 def test_unknown_schedule_names_the_choices():
-    with pytest.raises(UserError, match="linear or cosine"):
+    with pytest.raises(UserError, match="linear, cosine or single"):
         make_schedule("sigmoid")
+
+
+def test_the_single_step_of_a_denoising_autoencoder():
+    """Noise of 0.4 times the slice's own scale: 0.2 where intensities lie in [0, 1]."""
+    schedule = make_schedule("single", 1)
+    assert np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar) == pytest.approx(0.4)
+    with pytest.raises(UserError, match=r"diffusion\.steps is 2: the schedule single has 1"):
+        make_schedule("single", 2)

@@ -34,7 +34,7 @@ def _rows(path):
 
 def test_methods_side_by_side(network, toy_network, short, mesh_of, tmp_path):
     twin = Network(toy_network(1), {"path": "runs/b/1", "step": 1, "parameters": "params"}, tmp_path / "twin")
-    entries = method_entries(["hae", "anoddpm-gaussian", "threshold"], network, twin)
+    entries = method_entries(["hae", "anoddpm-gaussian", "threshold"], network, {"anoddpm-gaussian": twin})
     written = compare(entries, short, mesh_of(1), output=tmp_path / "out")
     assert {path.name for path in written} == {"comparison.csv", "comparison.md", "comparison.json", "comparison.png"}
     assert all(path.stat().st_size > 100 for path in written)
@@ -59,7 +59,7 @@ def twin(toy_network, config, tmp_path):
 
 
 def test_a_twin_is_sampled_with_the_process_of_its_own_training(network, twin, short, mesh_of, tmp_path):
-    entries = method_entries(["anoddpm-gaussian", "threshold"], network, twin)
+    entries = method_entries(["anoddpm-gaussian", "threshold"], network, {"anoddpm-gaussian": twin})
     compare(entries, short, mesh_of(1), output=tmp_path / "out")
     alone = copy.deepcopy(short)
     alone.model, alone.diffusion = twin.config.model, twin.config.diffusion
@@ -78,7 +78,7 @@ def test_a_twin_is_sampled_with_the_process_of_its_own_training(network, twin, s
     ("data", "modalities", ("t1", "t1ce", "t2", "flair")), ("model", "image_size", 32), ("model", "in_channels", 3)])
 def test_a_twin_for_other_data_is_refused(network, twin, short, mesh_of, tmp_path, section, field, value):
     twin.config[section][field] = value
-    entries = method_entries(["hae", "anoddpm-gaussian"], network, twin)
+    entries = method_entries(["hae", "anoddpm-gaussian"], network, {"anoddpm-gaussian": twin})
     with pytest.raises(UserError, match=rf"runs/b/1: was trained with {section}\.{field} ") as caught:
         compare(entries, short, mesh_of(1), output=tmp_path / "out")
     assert "\n" not in str(caught.value)

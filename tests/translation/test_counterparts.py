@@ -11,7 +11,7 @@ from hae_jax.diffusion.noise import simplex
 from hae_jax.diffusion.process import Process, guide
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.translation.counterparts import AnoDdpm, Ddib, decoded, inverted
+from hae_jax.translation.counterparts import AnoDdpm, ClassifierGuidance, Dae, Ddib, decoded, inverted
 from hae_jax.translation.forward_process import Denoisers
 
 PROCESS = Process(make_schedule("linear", 100, "50"))
@@ -146,3 +146,47 @@ def test_only_the_noise_is_random():
 def test_impossible_settings_name_the_field(make, field):
     with pytest.raises(UserError, match=rf"translation\.{field} "):
         make()
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_classifier_guidance_step_by_step(scale):
+    """eps - s sqrt(1 - alpha_bar) grad log p(healthy), with a classifier whose gradient is known."""
+    process = Process(make_schedule("linear", 50))
+    rng = np.random.default_rng(0)
+    x0, weight = rng.uniform(-0.5, 0.5, (2, 4, 4, 2)), rng.normal(size=(4, 4, 2))
+
+    def logits(x, t):
+        healthy = (x * jnp.asarray(weight, jnp.float32)).sum((1, 2, 3))
+        return jnp.stack([healthy, -healthy], axis=-1)
+
+    eps = lambda x, t: 0.3 * x
+    method = ClassifierGuidance(process, 6, scale, (0, 1))
+    found = method(Denoisers(eps, None, logits), jnp.asarray(x0, jnp.float32), None)
+    alpha_bar = process.schedule.alpha_bar
+    level = lambda t: alpha_bar[t] if t >= 0 else 1.0
+
+    def moved(x, output, t, to):  # DDIM, with the predicted x0 clipped
+        x0_t = np.clip((x - np.sqrt(1 - alpha_bar[t]) * output) / np.sqrt(alpha_bar[t]), -1, 1)
+        output = (x - np.sqrt(alpha_bar[t]) * x0_t) / np.sqrt(1 - alpha_bar[t])
+        return np.sqrt(to) * x0_t + np.sqrt(1 - to) * output
+
+    x = x0.copy()
+    for t in range(6):
+        x = moved(x, 0.3 * x, t, alpha_bar[t + 1])
+    for t in range(5, -1, -1):
+        p_lesion = 1 / (1 + np.exp(2 * (x * weight).sum((1, 2, 3))))
+        gradient = 2 * p_lesion[:, None, None, None] * weight
+        x = moved(x, 0.3 * x - scale * np.sqrt(1 - alpha_bar[t]) * gradient, t, level(t - 1))
+    np.testing.assert_allclose(found.healthy, x, atol=2e-5)
+    np.testing.assert_allclose(found.map, np.abs(x - x0).mean(-1), atol=2e-5)
+    assert method.passes == 12
+
+
+def test_a_denoising_autoencoder_is_asked_once_without_noise():
+    process = Process(make_schedule("single", 1), "x0")
+    x0 = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 4, 4, 2)).astype(np.float32)
+    scale = np.sqrt(process.schedule.alpha_bar[0])
+    method = Dae(process, (1,))
+    found = method(Denoisers(lambda x, t: 0.5 * x / scale, None), jnp.asarray(x0), None)
+    np.testing.assert_allclose(found.healthy, 0.5 * x0[..., 1:], rtol=1e-5)
+    np.testing.assert_allclose(found.map, np.abs(0.5 * x0[..., 1]), rtol=1e-5)

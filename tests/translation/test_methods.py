@@ -14,7 +14,7 @@ from hae_jax.data.store import open_store
 from hae_jax.errors import UserError
 from hae_jax.evaluation.metrics import dice
 from hae_jax.translation.calibration import calibrate
-from hae_jax.translation.counterparts import AnoDdpm, Counterpart, Ddib
+from hae_jax.translation.counterparts import AnoDdpm, ClassifierGuidance, Counterpart, Ddib
 from hae_jax.translation.forward_process import Denoisers, forward_process, step_noise
 from hae_jax.translation.map_threshold import MapThreshold, ValidationSlice
 from hae_jax.translation.masks import (
@@ -37,7 +37,7 @@ def made(**settings):
 @pytest.mark.parametrize(("name", "kind", "steps"), [
     ("residual", Residual, None), ("hae", Hae, 600),
     ("ddib", Ddib, 600), ("anoddpm-simplex", AnoDdpm, 250), ("anoddpm-gaussian", AnoDdpm, 250),
-    ("threshold", IntensityThreshold, None)])
+    ("classifier", ClassifierGuidance, 500), ("threshold", IntensityThreshold, None)])
 def test_every_method_can_be_made(name, kind, steps):
     method = made(method=name)
     assert isinstance(method, kind)
@@ -97,6 +97,9 @@ def test_steps_are_original_steps(config, method, field, respacing, forward_step
     ({"weights": (1.0, 0.0)}, r"translation\.weights is \(1\.0, 0\.0\): give 4 numbers, one for each of flair, t1"),
     ({"weights": (0.0, 0.0, 0.0, 0.0)}, r"translation\.weights .* not all 0"),
     ({"smallest_ml": -0.1}, r"translation\.smallest_ml is -0\.1"),
+    ({"method": "dae"}, r"translation\.method is 'dae': it needs a denoising autoencoder"),
+    ({"method": "classifier", "classifier_scale": -1.0}, r"translation\.classifier_scale is -1"),
+    ({"method": "classifier", "classifier_steps": 0}, r"translation\.classifier_steps is 0"),
     ({"method": "hae", "inversion": "no"}, r"translation\.inversion is 'no'"),
     ({"method": "hae", "forward_steps": 0}, r"translation\.forward_steps is 0: it must be in 1\.\.1000"),
     ({"method": "ddib", "ddib_steps": 1001}, r"translation\.ddib_steps is 1001"),
@@ -119,6 +122,8 @@ def test_methods_that_need_classes_say_so(name):
     config = default.get_config()
     config.model.num_classes = None
     config.translation.method = name
+    if name == "dae":
+        config.diffusion.update({"schedule": "single", "steps": 1, "predicts": "x0"})
     if name in ("residual", "hae", "ddib"):
         with pytest.raises(UserError, match=r"translation\.method is .*model\.num_classes is None"):
             make_method(config)

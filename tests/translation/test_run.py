@@ -15,9 +15,11 @@ from run_helpers import IDENTITY, read_json, read_volume
 
 from hae_jax.data import phantom
 from hae_jax.data.prepare import prepare
+from hae_jax.errors import UserError
 from hae_jax.evaluation import metrics
 from hae_jax.translation import per_case
 from hae_jax.translation.per_case import most_anomalous
+from hae_jax.translation.run import translate
 
 
 def test_a_run_writes_everything(run, config, prepared, tmp_path):
@@ -190,6 +192,18 @@ def test_other_methods_have_the_same_door(run, config, three_cases, tmp_path, me
         scores = {row["case"]: float(row["anomaly_score"]) for row in csv.DictReader(stream)}
     assert scores["a"] > scores["b"] or method.startswith("anoddpm")  # only a has a lesion; the toy sees no noise
     assert run(three_cases).translated == 0
+
+
+def test_classifier_guidance_has_the_same_door(config, toy_network, mesh_of, three_cases, tmp_path):
+    class Guided(type(toy_network(0))):
+        def classifier(self, x, t):
+            return x.mean((1, 2)) @ self.kernel[...][:, :2]
+
+    config.translation.update({"method": "classifier", "classifier_steps": 3})
+    report = translate(Guided(0), IDENTITY, config, mesh_of(1), output=tmp_path / "out", source=three_cases)
+    assert report.results.keys() == {"classifier", "threshold"}
+    with pytest.raises(UserError, match="name its run with --classifier"):
+        translate(toy_network(0), IDENTITY, config, mesh_of(1), output=tmp_path / "out", source=three_cases)
 
 
 @pytest.mark.parametrize("method", ["residual", "hae", "ddib", "threshold"])

@@ -1,0 +1,27 @@
+"""The classifier of noised slices that guides a diffusion network towards "healthy" (Wolleb et al. 2022), a baseline.
+
+    python train.py --config configs/classifier.py --workdir runs/classifier
+    python translate.py --checkpoint runs/brats_v2c --classifier runs/classifier --method classifier
+
+The encoder of the U-Net with a head for the two classes. It guides a network of the same diffusion process, such as
+that of `configs/brats_v2c.py` under its null condition. This project has not measured how long the training takes or
+how well the method then does.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Differences from `configs/default.py`; bfloat16 computation for GPUs."""
+    config = default.get_config()
+    config.model.task = "classify"
+    config.model.variant = "fpdm"
+    config.model.dtype = "bfloat16"
+    config.data.balance = True
+    config.training.steps = 60_000
+    config.training.p_uncond = 0.0
+    config.training.sample_every = 0  # a classifier draws no samples
+    config.translation.method = "classifier"
+    return config
