@@ -132,6 +132,7 @@ def _translation() -> ml_collections.ConfigDict:
     # One number for each channel: its weight in the map, above 0 where lesions are bright, below where they are dark.
     # None: flair 1, t1 -0.5, t1ce 0, t2 0.5.
     translation.weights = config_dict.placeholder(tuple)
+    translation.rectify = "after"  # positive part after the mean over timesteps; ablations: before, never (absolute)
     translation.smoothing = 0.7  # standard deviation of the Gaussian on the map, pixels; 0: none
     translation.forward_steps = 600  # of diffusion.steps; with respacing, those retained among the first 600
     translation.respacing = ""  # "" walks every step; "100" walks a tenth of 1000

@@ -5,6 +5,7 @@ below need image labels alone; where the dataset has ground truth, the true Dice
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,13 +16,10 @@ from jax.sharding import Mesh
 
 from hae_jax.data.slices import patient_of, slice_spacing, to_model_range
 from hae_jax.data.store import Store
-from hae_jax.errors import UserError
-from hae_jax.evaluation.metrics import dice
 from hae_jax.training.mesh import batch_sharding, replicated
-from hae_jax.translation import rules
 from hae_jax.translation.forward_process import network_denoisers
 from hae_jax.translation.map_threshold import ValidationSlice
-from hae_jax.translation.masks import SliceGrid
+from hae_jax.translation.measures import measure
 from hae_jax.translation.methods import Residual, residual_method
 from hae_jax.translation.residual import ResidualMap
 from hae_jax.translation.validation import heights_in_head
@@ -65,28 +63,16 @@ class Localization:
             in the head, in the network's range.
         """
         results, items, inputs = self._translated(params)
-        samples, scores, labels = self._method.samples(
-            (ResidualMap(map, None, None), item) for map, item in zip(results.map, items, strict=True))
-        values = {"localization_expected_dice": np.nan, "localization_auc": rules.slice_auc(scores, labels)}
-        try:
-            found = rules.mixture(samples)
-        except UserError:  # nothing is found yet
-            found = None
-        lesion = [item for item in items if item.label]
-        if found is not None:
-            values["localization_expected_dice"] = found.expected_dice
-        if any(item.truth.any() for item in lesion):
-            values["localization_dice"] = 0.0 if found is None else float(np.mean([
-                dice((map >= found.value)[None] & self._head(item), item.truth[None])[0]
-                for map, item in zip(results.map, items, strict=True) if item.label]))
+        found = measure(self._method, (
+            (ResidualMap(map, None, None), item) for map, item in zip(results.map, items, strict=True)))
+        values = {"localization_expected_dice": found.expected_dice, "localization_auc": found.slice_auc}
+        if not math.isnan(found.auprc):
+            values["localization_dice"] = found.mixture_dice
         errors = [np.abs(image[..., list(self._method.modality)] - healthy)[item.head].mean()
                   for image, healthy, item in zip(inputs, results.healthy, items, strict=True)
                   if not item.label and item.head.any()]
         values["reconstruction_error"] = float(np.mean(errors)) if errors else np.nan
         return values
-
-    def _head(self, item: ValidationSlice) -> np.ndarray:  # [1, H, W] bool
-        return self._method.filters.heads(item.head[None], SliceGrid(None, item.spacing))
 
     def _translated(self, params: nnx.State) -> tuple[ResidualMap, list[ValidationSlice], np.ndarray]:
         """The results of all chosen slices, what is known of each, and the network's inputs [S, H, W, C]."""

@@ -330,7 +330,8 @@ def residual_method(config: ml_collections.ConfigDict) -> Residual:
     process = Process(make_schedule(diffusion.schedule, diffusion.steps), diffusion.predicts, diffusion.variance,
                       wanted.clipping)
     settings = ResidualSettings(wanted.timesteps, wanted.guidance, wanted.draws, modality,
-                                tuple(weights[i] for i in modality), wanted.smoothing)
+                                tuple(weights[i] for i in modality), wanted.smoothing,
+                                wanted.rectify)
     return Residual(process, settings, **_of_every_method(config, "mixture", "mm"))
 
 

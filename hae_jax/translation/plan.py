@@ -28,7 +28,7 @@ from hae_jax.translation.validation import calibration_path
 _NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy", "batch_size",
                        "max_memory_gb", "calibration", "ema")
 _OWN = {  # settings that one method alone, or those with this beginning, look at
-    "residual": ("timesteps", "draws", "weights", "smoothing"),
+    "residual": ("timesteps", "draws", "weights", "smoothing", "rectify"),
     "hae": ("forward_steps", "reference", "d_reverse", "inversion", "maps", "t_e_ratio", "last_step_only", "every"),
     "ddib": ("ddib_steps", "ddib_start"),
     "anoddpm": ("anoddpm_steps",),

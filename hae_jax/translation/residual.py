@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
-from hae_jax.translation.forward_process import Denoisers, check_guidance, check_modality, guided_output
+from hae_jax.translation.forward_process import Denoisers, check_choice, check_guidance, check_modality, guided_output
 
 
 class ResidualMap(NamedTuple):
@@ -37,6 +37,8 @@ class ResidualSettings:
       modality: channels that take part.
       weights: of each of these channels, with the sign that a lesion has in it: 1 where it is bright, -1 where dark.
       smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0 leaves it as it is.
+      rectify: where the sign of the residual goes: "after" the mean over timesteps the positive part is taken; as
+        ablations "before" it, or "never", the mean absolute residual.
 
     Raises:
       UserError: for values that cannot be.
@@ -48,6 +50,7 @@ class ResidualSettings:
     modality: tuple[int, ...] = (0,)
     weights: tuple[float, ...] = (1.0,)
     smoothing: float = 0.7
+    rectify: str = "after"
 
     def __post_init__(self):
         for name in ("timesteps", "modality", "weights"):
@@ -58,6 +61,7 @@ class ResidualSettings:
             raise UserError(f"translation.draws is {self.draws}: it must be at least 1")
         check_guidance(self.guidance)
         check_modality(self.modality)
+        check_choice("rectify", self.rectify, ("after", "before", "never"))
         if len(self.weights) != len(self.modality) or not any(self.weights):
             raise UserError(f"translation.weights is {self.weights}: give one number for each channel of "
                             f"translation.modality {self.modality}, not all 0")
@@ -87,19 +91,29 @@ def residual(
     timesteps = jnp.asarray(settings.timesteps)
     count = len(settings.timesteps)
 
-    def step(total, i):
+    x_m = x0[..., modality]
+
+    def rectified(signed):  # [B, H, W]
+        return signed if settings.rectify == "after" else jnp.maximum(signed, 0)
+
+    def step(totals, i):
+        residual, healthy = totals
         t = timesteps[i % count][None]  # one timestep for all slices: embedded once
         x = process.noised(x0, t, noise(i))
-        healthy, null = denoisers.healthy_and_null(x, process.original(t))
-        guided = process.predict(guided_output(healthy, null, settings.guidance), x, t).x0
-        return total + guided[..., modality], None
+        output = guided_output(*denoisers.healthy_and_null(x, process.original(t)), settings.guidance)
+        guided = process.predict(output, x, t).x0[..., modality]
+        difference = x_m - guided
+        term = (jnp.abs(difference) * jnp.abs(weights) if settings.rectify == "never" else difference * weights).sum(-1)
+        return (residual + rectified(term), healthy + guided), None
 
     def draw(first):
-        zero = jnp.zeros((*x0.shape[:3], len(settings.modality)), jnp.float32)
-        return jax.lax.scan(step, zero, first + jnp.arange(count))[0] / count
+        zeros = jnp.zeros(x0.shape[:3], jnp.float32), jnp.zeros(x_m.shape, jnp.float32)
+        totals, _ = jax.lax.scan(step, zeros, first + jnp.arange(count))
+        return jax.tree.map(lambda total: total / count, totals)
 
-    healthy = jax.lax.map(draw, count * jnp.arange(settings.draws))  # [draws, B, H, W, M]
-    signed = _smoothed(((x0[..., modality] - healthy) * weights).sum(-1), settings.smoothing)
+    # [draws, B, H, W], [draws, B, H, W, M]
+    residuals, healthy = jax.lax.map(draw, count * jnp.arange(settings.draws))
+    signed = _smoothed(residuals, settings.smoothing)
     return ResidualMap(jnp.maximum(signed.mean(0), 0), signed.std(0), healthy.mean(0))
 
 

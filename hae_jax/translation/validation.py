@@ -54,7 +54,7 @@ def calibrated(
         with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: print(
                 f"calibration: another process is making {path}; waiting for it", flush=True)):
             if not path.exists():
-                made = method.calibrate(_results(translator, store, scaling), made_with)
+                made = method.calibrate(validation_results(translator, store, scaling), made_with)
                 made.save(path)
                 return _said(made)
     print(f"calibration: {path} is used again")
@@ -105,24 +105,33 @@ def _fitting_presets(method: Any, made_with: Mapping[str, Any]) -> str:
     return ", ".join(name for name, preset in PRESETS.items() if preset.modality == modality)
 
 
-def _results(translator: Translator, store: Store, scaling: str) -> Iterator[tuple[Any, ValidationSlice]]:
-    """The method's result of each validation slice, and what is known of the slice, in stored order."""
+def validation_results(
+    translator: Translator, store: Store, scaling: str, chosen: np.ndarray | None = None, doing: str = "calibrating"
+) -> Iterator[tuple[Any, ValidationSlice]]:
+    """The method's result of each validation slice, and what is known of the slice, in stored order.
+
+    Args:
+      chosen: rows of the split, rising; None: all.
+      doing: what the progress bar says.
+    """
     known, reader = collections.deque(), store.split(_SPLIT)
+    chosen = np.arange(len(reader)) if chosen is None else chosen
     heights = heights_in_head(reader.rows["cases"], reader.rows["slices"])
 
     def slices() -> Iterator[Slice]:
-        for start in range(0, len(reader), _READ_AT_ONCE):
-            rows = reader.read(np.arange(start, min(start + _READ_AT_ONCE, len(reader))))
+        for start in range(0, len(chosen), _READ_AT_ONCE):
+            own = chosen[start:start + _READ_AT_ONCE]
+            rows = reader.read(own)
             images = to_model_range(rows["image"], scaling)
             for i, number in enumerate(rows["case"]):
                 case = store.cases[number]
                 known.append(ValidationSlice(
                     int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1),
-                    float(heights[start + i]), patient_of(case["name"]),
+                    float(heights[own[i]]), patient_of(case["name"]),
                     slice_spacing(case["affine"], case["shape"], images.shape[1])))
                 yield Slice(images[i], case["name"], int(rows["slice"][i]), rows["image"][i])
 
-    with tqdm(total=len(store.split(_SPLIT)), desc="calibrating", unit="slice") as bar:
+    with tqdm(total=len(chosen), desc=doing, unit="slice") as bar:
         for _, result in translator(slices()):
             yield result, known.popleft()
             bar.update()

@@ -65,7 +65,8 @@ def test_settings_arrive():
                                "smoothing": 1.5, "rule": "healthy_fpr", "healthy_fpr": 0.01, "smallest_ml": 0.3})
     method = make_method(config)
     assert vars(method.settings) == {
-        "timesteps": (10, 30), "guidance": 1.5, "draws": 2, "modality": (1, 3), "weights": (-1, 2), "smoothing": 1.5}
+        "timesteps": (10, 30), "guidance": 1.5, "draws": 2, "modality": (1, 3), "weights": (-1, 2), "smoothing": 1.5,
+        "rectify": "after"}
     assert (method.rule, method.healthy_fpr, method.passes) == ("healthy_fpr", 0.01, 8)
     assert method.filters == PhysicalFilters(0, 0, 0.3)
     config.translation.filters = "pixels"
@@ -93,6 +94,7 @@ def test_steps_are_original_steps(config, method, field, respacing, forward_step
     ({"timesteps": (5, 1000)}, r"translation\.timesteps is \(5, 1000\): they must be below diffusion\.steps, 1000"),
     ({"timesteps": ()}, r"translation\.timesteps is \(\)"),
     ({"draws": 0}, r"translation\.draws is 0"),
+    ({"rectify": "no"}, r"translation\.rectify is 'no'"),
     ({"smoothing": -1.0}, r"translation\.smoothing is -1"),
     ({"weights": (1.0, 0.0)}, r"translation\.weights is \(1\.0, 0\.0\): give 4 numbers, one for each of flair, t1"),
     ({"weights": (0.0, 0.0, 0.0, 0.0)}, r"translation\.weights .* not all 0"),

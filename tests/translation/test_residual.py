@@ -60,6 +60,18 @@ def test_the_mean_comes_before_the_positive_part_and_draws_give_a_spread(images)
     assert float(found.spread.mean()) == pytest.approx(deviation, rel=0.1)
 
 
+@pytest.mark.parametrize(("rectify", "expected"), [("after", 0), ("before", 0.1), ("never", 0.2)])
+def test_where_the_sign_goes(rectify, expected):
+    """A residual of 0.2 at one timestep and of -0.2 at the other."""
+    level = lambda t: jnp.where(t == 50, -0.2, 0.2)[:, None, None, None]
+    eps = lambda x, t: PROCESS.eps_from_x0(x, t, jnp.broadcast_to(level(t), x.shape))
+    zero = jnp.zeros((1, 6, 6, 2))
+    settings = ResidualSettings((50, 150), modality=(1,), weights=(1.0,), smoothing=0.5, rectify=rectify)
+    found = residual(PROCESS, Denoisers(None, lambda x, t: (eps(x, t), eps(x, t))), zero, noise(zero), settings)
+    np.testing.assert_allclose(found.map, np.full((1, 6, 6), expected), atol=1e-4)
+    np.testing.assert_allclose(found.healthy, np.zeros((1, 6, 6, 1)), atol=1e-4)
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     ({"timesteps": ()}, r"translation\.timesteps is \(\)"), ({"draws": 0}, r"translation\.draws is 0"),
     ({"weights": (1, 2)}, "one number for each channel"), ({"weights": (0,)}, "not all 0"),

@@ -34,7 +34,7 @@ def test_slices_are_described_to_the_method(prepared):
     """Height, head, patient and pixel size of each validation slice, beside its label and mask."""
     store = open_store(prepared / "store")
     rows = store.split("val").read(np.arange(len(store.split("val"))))
-    found = list(validation._results(IntensityReader(IntensityThreshold().intensity), store, "slice"))
+    found = list(validation.validation_results(IntensityReader(IntensityThreshold().intensity), store, "slice"))
     heights = [item.height for _, item in found]
     assert heights == sorted(heights)
     assert (heights[0], heights[-1]) == (0, 1)

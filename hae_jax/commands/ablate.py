@@ -1,0 +1,46 @@
+"""`tools/ablate.py`: which settings of the method `residual` matter, on validation slices."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hae_jax.commands.common import check_fields, entry_point
+from hae_jax.commands.runs import check_overrides
+
+DEMO_CONFIG = "configs/phantom_reference.py"
+_DESCRIPTION = """\
+Compare settings of the method residual on slices of the validation split and write ablation.md and ablation.json. The
+settings of the config come first, then each of them changed alone. Test subjects are not looked at."""
+_EPILOG = """\
+examples:
+  python tools/ablate.py --checkpoint runs/a
+  python tools/ablate.py --checkpoint runs/a --slices 1000 --config.translation.timesteps="(100, 200, 300)\""""
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, loads the network, compares."""
+    parser = argparse.ArgumentParser(prog="ablate.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="RUN", help="a run, or a folder of exported weights; default: the "
+                        "newest run in runs/ that was trained on the reference phantom")
+    parser.add_argument("--slices", type=int, default=256, metavar="N", help="validation slices; default: 256")
+    parser.add_argument("--output", metavar="FOLDER", help="default: RUN/ablation")
+    arguments, overrides = parser.parse_known_args(argv)
+    check_overrides(overrides)
+    check_fields(overrides)
+
+    # Imported after parsing: --help shall not wait for JAX.
+    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.commands.runs import network_and_config
+    from hae_jax.data.demo import ensure_phantom
+    from hae_jax.data.store import open_store
+    from hae_jax.training.mesh import make_mesh
+    from hae_jax.translation.ablation import ablate, variations
+
+    use_all_cores()
+    loaded, config = network_and_config(None, DEMO_CONFIG, arguments.checkpoint, overrides)
+    ensure_phantom(config.data, config.model.image_size)
+    page = ablate(loaded.model, config, make_mesh(), open_store(config.data.root), variations(config),
+                  slices=arguments.slices, output=Path(arguments.output or loaded.run / "ablation"))
+    print(f"{page.read_text()}\nwritten: {page}")
