@@ -155,6 +155,7 @@ def _translation() -> ml_collections.ConfigDict:
     translation.batch_size = 32  # slices at once, over all devices
     translation.max_memory_gb = config_dict.placeholder(float)  # choose the batch size by memory; None: batch_size
     translation.filters = config_dict.placeholder(str)  # mm or pixels (published); None: residual mm, others pixels
+    translation.across_mm = 2.0  # mm: standard deviation of a Gaussian across the slices of a map; 0: none
     translation.head_erosion_mm = 0.0  # mm: lesions are looked for at least so deep below the head's outline
     translation.median_mm = 0.0  # mm: edge of the cube whose majority decides on a voxel of the mask; 0: off
     translation.smallest_ml = 0.1  # mm: connected components below this volume are removed; 0: none

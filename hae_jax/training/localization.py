@@ -86,7 +86,8 @@ class Localization:
             case = self._store.cases[number]
             items.append(ValidationSlice(
                 int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1), float(heights[i]),
-                patient_of(case["name"]), slice_spacing(case["affine"], case["shape"], self._shape[1])))
+                patient_of(case["name"]), case["name"], int(rows["slice"][i]),
+                slice_spacing(case["affine"], case["shape"], self._shape[1])))
         return stacked, items, to_model_range(rows["image"], self._scaling)
 
     def _batches(self) -> Iterator[tuple[jax.Array, ...]]:

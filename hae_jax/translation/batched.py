@@ -207,12 +207,6 @@ class IntensityReader:
             yield item, type(rows)(*(values[0] for values in rows))
 
 
-def stacked(results: Iterable[NamedTuple]) -> NamedTuple:
-    """Results of single slices as those of a batch."""
-    results = list(results)
-    return type(results[0])(*map(np.stack, zip(*results, strict=True)))
-
-
 def _slice_keys(seed: int, names: jax.Array, indices: jax.Array) -> jax.Array:  # [B], [B] -> [B] keys
     def key(name, index):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), index)

@@ -6,6 +6,7 @@ lesion; its threshold comes from image labels, whatever the rule for pixels has 
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,8 @@ class ValidationSlice(NamedTuple):
     head: np.ndarray  # [H, W] bool
     height: float  # where the slice lies in its head, 0 (bottom) to 1 (top)
     patient: str
+    case: str = ""  # slices of one case follow one another
+    position: int = 0  # in the volume, rising within a case
     spacing: tuple[float, float, float] | None = None  # mm between pixels and slices; None where it is not known
 
 
@@ -163,15 +166,16 @@ class MapThresholdMethod:
         self, results: Iterable[tuple[NamedTuple, ValidationSlice]]
     ) -> tuple[list[rules.Sample], np.ndarray, np.ndarray]:
         """What rules look at: the map's values in each slice's head, its anomaly score [S], its label [S] bool."""
-        samples, scores, labels = [], [], []
-        for result, item in results:
-            grid = SliceGrid(None, item.spacing)
-            head = self.filters.heads(item.head[None], grid)[0]
-            values = self._maps(_batch_of_one(result), grid)[0][head]
-            samples.append(rules.Sample(values, item.truth[head], item.label, item.height, item.patient))
-            scores.append(rules.anomaly_score(values))
-            labels.append(item.label > 0)
-        return samples, np.array(scores), np.array(labels, bool)
+        samples: list[rules.Sample] = []
+        for _, slices in itertools.groupby(results, key=lambda pair: pair[1].case):
+            found, items = zip(*slices, strict=True)
+            grid = SliceGrid(np.array([item.position for item in items]), items[0].spacing)
+            maps = self._maps(stacked(found), grid)
+            heads = self.filters.heads(np.stack([item.head for item in items]), grid)
+            samples += [rules.Sample(own[head], item.truth[head], item.label, item.height, item.patient)
+                        for own, head, item in zip(maps, heads, items, strict=True)]
+        scores = np.array([rules.anomaly_score(sample.values) for sample in samples])
+        return samples, scores, np.array([sample.label > 0 for sample in samples], bool)
 
     def _chosen(self, samples: list[rules.Sample], scores: np.ndarray, labels: np.ndarray) -> rules.Threshold:
         if self.rule == "quantile":
@@ -230,8 +234,11 @@ class MapThresholdMethod:
         return self.filters.maps(maps, grid)
 
 
-def _batch_of_one(result: NamedTuple) -> NamedTuple:
-    return type(result)(*(None if values is None else np.asarray(values)[None] for values in result))
+def stacked(results: Iterable[NamedTuple]) -> NamedTuple:
+    """Results of single slices as those of a batch."""
+    results = list(results)
+    return type(results[0])(*(None if values[0] is None else np.stack(values)
+                              for values in zip(*results, strict=True)))
 
 
 def quantile_thresholds(

@@ -97,6 +97,7 @@ class PhysicalFilters:
     """Filters in mm and ml, in 3-D, so that they mean the same at every resolution.
 
     Attributes:
+      across_mm: standard deviation of a Gaussian across the slices of a map; 0: none.
       head_erosion_mm: depth below the head's outline in the slice at which lesions begin to be looked for; 0: at it.
       median_mm: edge of the cube over which a mask's median (the majority) is taken; 0: none.
       smallest_ml: connected components below this volume are taken out; 0 keeps all.
@@ -105,6 +106,7 @@ class PhysicalFilters:
       UserError: for negative numbers.
     """
 
+    across_mm: float = 0.0
     head_erosion_mm: float = 0.0
     median_mm: float = 0.0
     smallest_ml: float = 0.0
@@ -123,8 +125,16 @@ class PhysicalFilters:
         return np.stack(depth) > self.head_erosion_mm
 
     def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
-        """As they are: the median of a mask is the mask of the median map."""
-        return maps
+        """Smoothed across slices: what lies in one slice alone is mostly noise.
+
+        The median comes later: that of a mask is the mask of the median map.
+        """
+        if not self.across_mm or grid.positions is None or len(maps) < 2:
+            return maps
+        apart = (grid.positions[:, None] - grid.positions) * self._spacing(grid)[2]
+        weights = np.exp(-0.5 * (apart / self.across_mm) ** 2) * (np.abs(apart) <= 4 * self.across_mm)
+        weights /= weights.sum(axis=1, keepdims=True)  # fewer neighbours at the ends, and where slices are left out
+        return np.einsum("st,thw->shw", weights, maps)
 
     def masks(self, masks: np.ndarray, grid: SliceGrid) -> np.ndarray:
         """The majority filter, then without small components."""

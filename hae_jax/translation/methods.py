@@ -118,6 +118,9 @@ class Residual(MapThresholdMethod):
         """The mean guided predictions."""
         return results.healthy
 
+    def _maps(self, results: ResidualMap, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
+        return np.maximum(super()._maps(results, grid), 0)
+
 
 
 
@@ -287,7 +290,7 @@ def _filters(config: ml_collections.ConfigDict, own: str) -> Filters:
     kind = wanted.filters or own
     check_choice("filters", kind, ("pixels", "mm"))
     if kind == "mm":
-        return PhysicalFilters(wanted.head_erosion_mm, wanted.median_mm, wanted.smallest_ml)
+        return PhysicalFilters(wanted.across_mm, wanted.head_erosion_mm, wanted.median_mm, wanted.smallest_ml)
     return PixelFilters(wanted.median, wanted.components, wanted.filter_dimensions)
 
 

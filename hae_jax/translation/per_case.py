@@ -22,7 +22,8 @@ from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
 from hae_jax.translation import records
-from hae_jax.translation.batched import Slice, stacked
+from hae_jax.translation.batched import Slice
+from hae_jax.translation.map_threshold import stacked
 from hae_jax.translation.masks import Masks
 from hae_jax.translation.plan import Plan, case_digest, of_phantom
 from hae_jax.translation.validation import Translator

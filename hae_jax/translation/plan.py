@@ -159,11 +159,11 @@ def calibration_inputs(plan: Plan, method: Method, identity: Mapping[str, Any]) 
     if method.rule != "healthy_fpr":
         del wanted["healthy_fpr"]
     if method.name == "hae" and method.rule == "quantile":  # curves alone, which no filter changes
-        for name in ("filters", "median", "head_erosion_mm"):
+        for name in ("filters", "median", "across_mm", "head_erosion_mm"):
             del wanted[name]
     if not method.network:
-        settings = {name: wanted[name] for name in ("rule", "healthy_fpr", "filters", "head_erosion_mm", "weights")
-                    if name in wanted}
+        looked_at = ("rule", "healthy_fpr", "filters", "across_mm", "head_erosion_mm", "weights")
+        settings = {name: wanted[name] for name in looked_at if name in wanted}
         return {"settings": {"method": method.name, **settings}, "data": data}
     return {"checkpoint": _without_path(identity), "settings": wanted, "seed": plan.config.seed, "data": data}
 

@@ -20,7 +20,7 @@ from hae_jax.translation.forward_process import Denoisers, check_choice, check_g
 class ResidualMap(NamedTuple):
     """What one batch of slices gives."""
 
-    map: jax.Array  # [B, H, W] intensity in the network's range, at least 0; high where there is a lesion
+    map: jax.Array  # [B, H, W] signed, in intensity of the network's range; high where there is a lesion
     spread: jax.Array  # [B, H, W] standard deviation of the map over noise draws; 0 with one draw
     healthy: jax.Array  # [B, H, W, M] mean of G over timesteps and draws: the pseudo-healthy reconstruction
 
@@ -37,8 +37,8 @@ class ResidualSettings:
       modality: channels that take part.
       weights: of each of these channels, with the sign that a lesion has in it: 1 where it is bright, -1 where dark.
       smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0 leaves it as it is.
-      rectify: where the sign of the residual goes: "after" the mean over timesteps the positive part is taken; as
-        ablations "before" it, or "never", the mean absolute residual.
+      rectify: where the sign of the residual goes: the positive part is taken "after" all means; as ablations "before"
+        the mean over timesteps, or "never", the mean absolute residual.
 
     Raises:
       UserError: for values that cannot be.
@@ -81,11 +81,12 @@ def residual(
     noise: Callable[[jax.Array], jax.Array],  # step () -> [B, H, W, C]
     settings: ResidualSettings,
 ) -> ResidualMap:
-    """The positive part of the weighted mean of x0 - G over timesteps and noise draws.
+    """The weighted mean of x0 - G over timesteps and noise draws, of which the positive part is the anomaly map.
 
-    map = max(0, K * sum_m a_m mean_{t, draw} (x0 - G_t)_m): G_t is the prediction of x0 from x_t (Ho et al. 2020, eq.
+    map = K * sum_m a_m mean_{t, draw} (x0 - G_t)_m: G_t is the prediction of x0 from x_t (Ho et al. 2020, eq.
     9 and 15), guided to the class "healthy" (Ho and Salimans 2022, eq. 6), x_t is x0 noised to t, a_m the weight of
-    modality m, K a Gaussian. The mean comes before the positive part: noise then cancels instead of adding up.
+    modality m, K a Gaussian. The positive part is taken last, after filters across slices: noise
+    then cancels instead of adding up.
     """
     modality, weights = jnp.asarray(settings.modality), jnp.asarray(settings.weights, jnp.float32)
     timesteps = jnp.asarray(settings.timesteps)
@@ -114,7 +115,7 @@ def residual(
     # [draws, B, H, W], [draws, B, H, W, M]
     residuals, healthy = jax.lax.map(draw, count * jnp.arange(settings.draws))
     signed = _smoothed(residuals, settings.smoothing)
-    return ResidualMap(jnp.maximum(signed.mean(0), 0), signed.std(0), healthy.mean(0))
+    return ResidualMap(signed.mean(0), signed.std(0), healthy.mean(0))
 
 
 def _smoothed(

@@ -127,7 +127,7 @@ def validation_results(
                 case = store.cases[number]
                 known.append(ValidationSlice(
                     int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1),
-                    float(heights[own[i]]), patient_of(case["name"]),
+                    float(heights[own[i]]), patient_of(case["name"]), case["name"], int(rows["slice"][i]),
                     slice_spacing(case["affine"], case["shape"], images.shape[1])))
                 yield Slice(images[i], case["name"], int(rows["slice"][i]), rows["image"][i])
 

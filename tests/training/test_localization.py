@@ -33,7 +33,7 @@ class Knower(nnx.Module):
 def settings(tiny_config):
     tiny_config.data.scaling = "volume"
     tiny_config.training.update({"localization_every": 2, "localization_slices": 6})
-    tiny_config.translation.update({"weights": (1.0, 1.0, 1.0, 1.0), "smoothing": 0.0})
+    tiny_config.translation.update({"weights": (1.0, 1.0, 1.0, 1.0), "smoothing": 0.0, "across_mm": 0.0})
     return tiny_config
 
 

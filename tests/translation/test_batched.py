@@ -12,9 +12,10 @@ from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.model import UNet, UNetConfig
 from hae_jax.translation import batched
-from hae_jax.translation.batched import Slice, SliceTranslator, stacked
+from hae_jax.translation.batched import Slice, SliceTranslator
 from hae_jax.translation.calibration import Calibration
 from hae_jax.translation.forward_process import ForwardSettings
+from hae_jax.translation.map_threshold import stacked
 from hae_jax.translation.masks import NO_FILTERS, make_masks
 from hae_jax.translation.methods import Hae
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from hae_jax.errors import UserError
 from hae_jax.translation.calibration import Calibration, calibrate
@@ -196,6 +197,21 @@ def test_filters_in_mm_mean_the_same_at_every_resolution():
         eroded = PhysicalFilters(head_erosion_mm=5.0).heads(head, grid)
         assert eroded.sum() * step * step == pytest.approx(np.pi * 100, rel=0.15)
     assert found[0] == pytest.approx(found[1], rel=0.1)
+
+
+def test_maps_are_smoothed_across_slices_in_mm():
+    """As SciPy's Gaussian in the middle of a stack; a slice that was left out has no weight."""
+    maps = np.random.default_rng(0).normal(size=(40, 3, 3))
+    grid = SliceGrid(np.arange(40), (1.0, 1.0, 2.0))
+    found = PhysicalFilters(across_mm=3.0).maps(maps, grid)
+    expected = ndimage.gaussian_filter1d(maps, 1.5, axis=0, truncate=4)
+    np.testing.assert_allclose(found[8:-8], expected[8:-8], atol=1e-4)
+    np.testing.assert_allclose(PhysicalFilters(across_mm=3.0).maps(np.ones((40, 3, 3)), grid), 1)
+    kept = np.array([0, 1, 3, 30])
+    apart = PhysicalFilters(across_mm=1.0).maps(maps[kept], SliceGrid(kept, (1.0, 1.0, 1.0)))
+    np.testing.assert_array_equal(apart[3], maps[30])
+    weights = np.exp(-0.5 * np.array([0, 1, 3]) ** 2)
+    np.testing.assert_allclose(apart[0], np.tensordot(weights / weights.sum(), maps[[0, 1, 3]], 1))
 
 
 def test_slices_left_out_count_in_mm():

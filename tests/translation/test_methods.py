@@ -68,7 +68,7 @@ def test_settings_arrive():
         "timesteps": (10, 30), "guidance": 1.5, "draws": 2, "modality": (1, 3), "weights": (-1, 2), "smoothing": 1.5,
         "rectify": "after"}
     assert (method.rule, method.healthy_fpr, method.passes) == ("healthy_fpr", 0.01, 8)
-    assert method.filters == PhysicalFilters(0, 0, 0.3)
+    assert method.filters == PhysicalFilters(2.0, 0, 0, 0.3)
     config.translation.filters = "pixels"
     assert make_method(config).filters == PixelFilters(False, 40)
 
@@ -154,7 +154,7 @@ def rows_of(results, labels, truth, heads=None) -> Iterator:
     for i, label in enumerate(labels):
         head = np.ones(truth[i].shape, bool) if heads is None else heads[i]
         yield type(results)(*(None if values is None else values[i] for values in results)), ValidationSlice(
-            int(label), truth[i], head, i / max(len(labels) - 1, 1), f"patient {i % 2}", (1.0, 1.0, 1.0))
+            int(label), truth[i], head, i / max(len(labels) - 1, 1), f"patient {i % 2}", "case", i, (1.0, 1.0, 1.0))
 
 
 def everywhere(truth):
