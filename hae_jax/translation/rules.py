@@ -116,7 +116,7 @@ def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
         u_b, h_b = drawn.shares()
         excess.append(u_b[best] - h_b[best])
         draws.append(_expected_dice(u_b, h_b, _lesion_share(u_b, h_b, drawn.above()))[best])
-    if not excess or np.quantile(excess, _INTERVAL[0]) <= 0:
+    if not excess or share == 0 or np.quantile(excess, _INTERVAL[0]) <= 0:
         raise UserError("rule mixture: in lesion slices no more head pixels lie above the threshold than in healthy "
                         "slices, beyond chance; train longer, choose other channels, or use the rule dice, "
                         "which needs ground truth")
@@ -212,7 +212,8 @@ def _lesion_share(u: np.ndarray, h: np.ndarray, above: np.ndarray) -> float:
 
 
 def _expected_dice(u: np.ndarray, h: np.ndarray, share: float) -> np.ndarray:  # [V]
-    return np.divide(2 * (u - (1 - share) * h), u + share, out=np.zeros_like(u), where=u + share > 0)
+    found = np.clip(u - (1 - share) * h, 0, share)  # pi T, and T is at most 1
+    return np.divide(2 * found, u + share, out=np.zeros_like(u), where=u + share > 0)
 
 
 def _height_weights(samples: Sequence[Sample]) -> np.ndarray:  # [heights]

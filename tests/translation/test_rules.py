@@ -80,3 +80,13 @@ def test_slices_are_told_apart_with_the_fewest_errors():
 def test_the_score_is_the_mean_of_the_highest_hundredth():
     assert anomaly_score(np.arange(200.0)) == 198.5
     assert anomaly_score(np.array([3.0, 1.0])) == 3.0
+
+
+def test_a_few_pixels_alone_are_no_lesion():
+    """Three bright pixels of 3000: too few for a lesion share, so that no Dice above 1 comes out."""
+    rng = np.random.default_rng(0)
+    slices = [Sample(rng.random(100) * (0 if i % 2 else 1e-3), np.zeros(100, bool), i % 2, i / 30, f"p{i % 5}")
+              for i in range(30)]
+    slices[1].values[:3] = 5.0
+    with pytest.raises(UserError, match="beyond chance"):
+        mixture(slices)
