@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hae_jax.commands.common import check_fields, entry_point
-from hae_jax.commands.runs import check_overrides
+from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 
-DEMO_CONFIG = "configs/phantom_reference.py"
 _DESCRIPTION = """\
 Compare settings of the method residual on slices of the validation split and write ablation.md and ablation.json. The
 settings of the config come first, then each of them changed alone. Test subjects are not looked at."""
@@ -22,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, compares."""
     parser = argparse.ArgumentParser(prog="ablate.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="RUN", help="a run, or a folder of exported weights; default: the "
-                        "newest run in runs/ that was trained on the reference phantom")
+    parser.add_argument("--checkpoint", metavar="RUN", help="a run, a folder of exported weights, or the name of "
+                        "shipped ones; default: the shipped weights of the phantom")
     parser.add_argument("--slices", type=int, default=256, metavar="N", help="validation slices; default: 256")
     parser.add_argument("--output", metavar="FOLDER", help="default: RUN/ablation")
     arguments, overrides = parser.parse_known_args(argv)
@@ -42,5 +41,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded, config = network_and_config(None, DEMO_CONFIG, arguments.checkpoint, overrides)
     ensure_phantom(config.data, config.model.image_size)
     page = ablate(loaded.model, config, make_mesh(), open_store(config.data.root), variations(config),
-                  slices=arguments.slices, output=Path(arguments.output or loaded.run / "ablation"))
+                  slices=arguments.slices, output=Path(arguments.output or loaded.results / "ablation"))
     print(f"{page.read_text()}\nwritten: {page}")

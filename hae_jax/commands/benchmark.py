@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hae_jax.commands.common import check_fields, entry_point
-from hae_jax.commands.config import CONFIG_HELP, read_config
+from hae_jax.commands.config import CONFIG_HELP, DEFAULTS, read_config
 from hae_jax.errors import UserError
 
-_DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "default.py")
 _SMALL = ("image_size=64", "model_channels=32", "num_res_blocks=1", "channel_mult=(1,2,2)",
           "attention_resolutions=(2,4)")
 _DESCRIPTION = """\
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_used(arguments)
     planned = arguments.memory or arguments.target
     small = arguments.config is None and not planned
-    config = read_config(arguments.config or _DEFAULT_CONFIG,
+    config = read_config(arguments.config or DEFAULTS,
                          [*(f"--config.model.{field}" for field in _SMALL if small), *overrides])
     if planned:
         arguments.dtype = arguments.dtype or "bfloat16"

@@ -6,15 +6,13 @@ import functools
 import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from hae_jax.commands.config import read_config
+from hae_jax.commands.config import DEFAULTS, read_config
 from hae_jax.errors import UserError
 
-_DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
 _PREFIX = "--config."
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -53,7 +51,7 @@ def check_fields(overrides: Sequence[str]) -> None:
       UserError: naming the first one whose field does not exist, with those that it may mean, or whose value is of a
         wrong kind.
     """
-    config = read_config(str(_DEFAULTS), [])
+    config = read_config(DEFAULTS, [])
     fields = _fields(config)
     for argument in overrides:
         field = argument.removeprefix(_PREFIX).partition("=")[0]
@@ -63,7 +61,7 @@ def check_fields(overrides: Sequence[str]) -> None:
         if field not in fields:
             raise UserError(f"{argument}: there is no field {field}; {_meant(field, fields)}")
         try:
-            read_config(str(_DEFAULTS), [argument])
+            read_config(DEFAULTS, [argument])
         except UserError as error:
             *sections, name = field.split(".")
             kind = functools.reduce(lambda inner, section: inner[section], sections, config).get_type(name)

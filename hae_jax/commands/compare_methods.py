@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 from hae_jax.commands.common import check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP
-from hae_jax.commands.runs import check_overrides
+from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 from hae_jax.errors import UserError
 
-DEMO_CONFIG = "configs/phantom.py"
 METHODS = "residual,hae,ddib,anoddpm-gaussian,anoddpm-simplex,threshold"
 _DESCRIPTION = """\
 Run several methods on the same cases and write comparison.csv, .md, .json and .png; with --steps, also the quality of
@@ -16,9 +15,10 @@ the forward process against its number of steps: steps.csv, .md, .json and .png.
 in a folder of its own, and are not computed again by the next call."""
 _EPILOG = """\
 examples:
-  python tools/compare_methods.py                                  # the phantom's test cases, newest network
+  python tools/compare_methods.py                                  # the phantom's test cases, shipped weights
   python tools/compare_methods.py --checkpoint runs/a --methods hae,ddib --output results/methods
   python tools/compare_methods.py --checkpoint runs/a --unconditional runs/b       # AnoDDPM with a network of its own
+  python tools/compare_methods.py --methods residual,threshold --phantom-seed 1 --subjects 20
   python tools/compare_methods.py --checkpoint runs/a --methods "" --steps 10,20,50,100,200"""
 
 
@@ -28,8 +28,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: that of the checkpoint, or "
                         f"{DEMO_CONFIG}")
-    parser.add_argument("--checkpoint", metavar="RUN", help="folder that train.py --workdir wrote; default: the newest "
-                        "run in runs/ that was trained on the config's data")
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder that train.py --workdir wrote, folder of exported "
+                        "weights, or name of shipped ones; default: as of translate.py")
     parser.add_argument("--unconditional", metavar="RUN", help="run of an unconditional network for AnoDDPM (configs/"
                         "anoddpm.py); default: the null condition of --checkpoint")
     parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py; for the method classifier")
@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases with segmentations; default: the test split "
                         "of the config's data")
     parser.add_argument("--output", metavar="FOLDER", help="where the tables go; default: RUN/comparison")
+    parser.add_argument("--phantom-seed", type=int, metavar="N", help="compare on a new phantom of this seed, made in "
+                        "data/ like the one of the network's training; its own validation subjects calibrate what has "
+                        "no calibration yet")
+    parser.add_argument("--subjects", type=int, default=20, metavar="N", help="test subjects of --phantom-seed; "
+                        "default: 20")
     parser.add_argument("--methods", default=METHODS, metavar="A,B", help=f"which; default: {METHODS}")
     parser.add_argument("--steps", default="", metavar="N,M", help="numbers of steps to respace the whole schedule to")
     return parser
@@ -56,12 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import use_all_cores
     from hae_jax.commands.runs import Loaded, network_and_config, with_classifier
-    from hae_jax.data.demo import ensure_phantom
+    from hae_jax.data.demo import ensure_phantom, new_phantom
     from hae_jax.training.mesh import make_mesh
     from hae_jax.translation.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
 
     use_all_cores()
     loaded, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    if arguments.phantom_seed is not None:
+        if arguments.input:
+            raise UserError("--phantom-seed and --input name two sets of cases; leave one of them out")
+        new_phantom(config.data, arguments.phantom_seed, arguments.subjects)
     ensure_phantom(config.data, config.model.image_size)
 
     def network(loaded: Loaded, trained_with=None) -> Network:
@@ -75,13 +84,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             others |= dict.fromkeys(names, network(other, its_config))
     if arguments.classifier:
         others["classifier"] = network(with_classifier(loaded, config, arguments.classifier))
-    where = {"output": arguments.output or loaded.run / "comparison", "source": arguments.input}
+    where = {"output": arguments.output or loaded.results / _name(arguments), "source": arguments.input}
     if counts:  # the methods' own are checked by `compare`, before the first of them runs; so are these
         check(steps_entries(counts, network(loaded)), config, **where)
     written = compare(method_entries(methods, network(loaded), others), config, make_mesh(), **where) if methods else []
     if counts:
         written += compare_steps(counts, network(loaded), config, make_mesh(), **where)
     print("\n".join(["written:", *(f"  {path}" for path in written)]))
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    return "comparison" if arguments.phantom_seed is None else f"comparison_seed_{arguments.phantom_seed}"
 
 
 def _counts(text: str) -> list[int]:

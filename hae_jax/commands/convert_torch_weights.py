@@ -2,10 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from hae_jax.commands.common import entry_point
-from hae_jax.commands.config import CONFIG_HELP, read_config
+from hae_jax.commands.config import CONFIG_HELP, DEFAULTS, read_config
 
 _DESCRIPTION = """\
 Import the weights of a PyTorch run. The folder that is written is a run like any other: translate.py --checkpoint takes
@@ -18,7 +17,6 @@ examples:
   python train.py --config configs/brats_v2c.py --workdir runs/imported --config.training.steps=250000
   python tools/convert_torch_weights.py --checkpoint ema_0.9999_210000.pt --output runs/imported
   python tools/convert_torch_weights.py --to-torch runs/imported model.pt"""
-_DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from hae_jax.training import imported, torch_run  # after parsing: --help shall not wait for JAX
 
-    config, text = read_config(arguments.config or str(_DEFAULTS), overrides), None
+    config, text = read_config(arguments.config or DEFAULTS, overrides), None
     if not any(override.startswith("--config.translation.method") for override in overrides):
         config.translation.method = "hae"  # what published weights were tuned for
     weights = torch_run.read_weights(arguments.checkpoint, arguments.optimizer, arguments.ema)

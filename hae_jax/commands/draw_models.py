@@ -7,7 +7,6 @@ from pathlib import Path
 from hae_jax.commands.common import entry_point
 from hae_jax.commands.config import read_config
 
-_CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 _NETWORKS = ("brats_fpdm", "brats_hae", "brats_hae_lite", "brats_v2", "brats_v2c")
 _EPILOG = """\
 examples:
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from hae_jax.model import UNetConfig  # after parsing: --help shall not wait for JAX
 
-    configs = [UNetConfig.from_mapping(read_config(str(_CONFIGS / f"{name}.py"), []).model) for name in _NETWORKS]
+    configs = [UNetConfig.from_mapping(read_config(name, []).model) for name in _NETWORKS]
     if arguments.table:
         from hae_jax.model.sizes import parameter_table
 

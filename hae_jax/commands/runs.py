@@ -10,19 +10,26 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from hae_jax.commands.config import read_config
+from hae_jax.commands.config import DEFAULTS, read_config
 from hae_jax.errors import UserError
 
 
 class Loaded(NamedTuple):
-    """A trained network with the run that it comes from."""
+    """A trained network with the run, or the folder of exported weights, that it comes from."""
 
     model: Any  # nnx.Module; None where the method needs no network
     identity: dict[str, Any]
     run: Path
 
+    @property
+    def results(self) -> Path:
+        """Where results go by default: into the run, but not into a shipped network's folder."""
+        from hae_jax.training.weights import SHIPPED
 
-_DEFAULTS = Path(__file__).resolve().parents[2] / "configs" / "default.py"
+        return Path("results") / self.run.name if self.run.parent == SHIPPED else self.run
+
+
+DEMO_CONFIG, DEMO_WEIGHTS = "phantom", "phantom"  # of commands that are told neither
 _FIXED = ("--config.model.", "--config.diffusion.", "--config.training.", "--config.data.scaling")
 
 
@@ -69,7 +76,7 @@ def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_coll
     Raises:
       UserError: if an override names no field or has the wrong type.
     """
-    config = read_config(str(_DEFAULTS), [])
+    config = read_config(DEFAULTS, [])
     with config.unlocked():
         config.update(_as_config(tree))
     return _overridden(config, overrides)
@@ -92,22 +99,23 @@ def network_and_config(
     Args:
       config_path: a configuration file; None: that of the checkpoint, or `default_config` without one.
       default_config: what stands in for both.
-      checkpoint: a run's folder; None: the newest run that was trained on the configuration's data.
+      checkpoint: a run's folder, or a folder or the shipped name of exported weights; None: the newest run that was
+        trained on the data of `config_path`, or the shipped weights of the phantom where that is None.
       overrides: of single fields.
 
     Raises:
       UserError: if there is no such file or network, or an override does not fit.
     """
-    from hae_jax.training.weights import load_trained  # here, since --help shall not wait for JAX
+    from hae_jax.training.weights import load_trained, trained_folder  # here, since --help shall not wait for JAX
 
     config = None
     if config_path or not checkpoint:
-        config_path = config_path or default_config
+        named, config_path = config_path is not None, config_path or default_config
         config = read_config(config_path, overrides)
         if not checkpoint and config.translation.method == "threshold":
             return Loaded(None, {"path": "none needed", "parameters": config.translation.method},
                           Path("runs") / Path(config_path).stem), config
-        checkpoint = checkpoint or newest_run(config_path, config.data.root)
+        checkpoint = checkpoint or (newest_run(config_path, config.data.root) if named else DEMO_WEIGHTS)
     network = load_trained(checkpoint)
     if network.config["model"].get("task") == "classify":
         raise UserError(f"{checkpoint}: is a classifier, which finds no lesions alone; name the network that it guides "
@@ -119,7 +127,7 @@ def network_and_config(
               f"data.modalities gives it {', '.join(config.data.modalities)}", file=sys.stderr)
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
         network = load_trained(checkpoint, ema=False)
-    return Loaded(network.model, network.identity, Path(checkpoint)), config
+    return Loaded(network.model, network.identity, trained_folder(checkpoint)), config
 
 
 def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str) -> Loaded:

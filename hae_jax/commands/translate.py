@@ -9,19 +9,18 @@ from pathlib import Path
 
 from hae_jax.commands.common import check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP
-from hae_jax.commands.runs import check_overrides
+from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 from hae_jax.errors import UserError
 from hae_jax.translation.calibration import PRESETS
 
-DEMO_CONFIG = "configs/phantom.py"
 _DESCRIPTION = """\
 Translate cases towards "healthy" with a trained network and write, for each, a lesion mask and an anomaly map as NIfTI
 on the case's own grid, and a picture; for all together cases.csv and metrics.json. With nothing given it runs on the
-phantom (made if absent) with the newest network trained on it. Cases that are finished are not done again. Exit status
-1 if a case of this job failed."""
+phantom (made if absent) with the weights that come with the program. Cases that are finished are not done again. Exit
+status 1 if a case of this job failed."""
 _EPILOG = """\
 examples:
-  python translate.py                                            # the phantom's test cases
+  python translate.py                                            # the phantom's test cases, shipped weights
   python translate.py --checkpoint runs/a                        # the test cases of the data that runs/a learnt from
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --config.translation.respacing=100
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --calibration brats_600 --save-healthy
@@ -47,8 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: that of the checkpoint, or "
                         f"{DEMO_CONFIG} where no checkpoint is given. The network always comes from the checkpoint")
-    parser.add_argument("--checkpoint", metavar="RUN", help="folder that train.py --workdir wrote; default: the "
-                        "newest run in runs/ that was trained on the config's data")
+    parser.add_argument("--checkpoint", metavar="RUN", help="folder that train.py --workdir wrote, folder of exported "
+                        "weights, or name of shipped ones; default: the newest run in runs/ that was trained on the "
+                        "config's data, or without --config the shipped weights of the phantom")
     parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py that guides the network; for "
                         "--method classifier")
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases, or one case; default: the test split of "
@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.commands.runs import network_and_config, with_classifier
     from hae_jax.data.demo import ensure_phantom
     from hae_jax.training.mesh import make_mesh
+    from hae_jax.training.weights import CALIBRATION
     from hae_jax.translation.run import translate
 
     _stop_when_told()
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     network, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     if arguments.classifier:
         network = with_classifier(network, config, arguments.classifier)
-    if not (arguments.input and config.translation.calibration):  # else no prepared data are needed
+    calibrated = config.translation.calibration or (network.run / CALIBRATION).is_file()
+    if not (arguments.input and calibrated):  # else no prepared data are needed
         ensure_phantom(config.data, config.model.image_size)
     if network.model is not None:
         choose_attention(config.model.dtype, gradients=False)
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = ["translation", *([Path(arguments.input).resolve().name] if arguments.input else []),
             *([arguments.method] if arguments.method else [])]
     report = translate(network.model, network.identity, config, make_mesh(), source=arguments.input,
-                       output=arguments.output or network.run / "_".join(name), overwrite=arguments.overwrite,
+                       output=arguments.output or network.results / "_".join(name), overwrite=arguments.overwrite,
                        shard=arguments.shard, num_shards=arguments.num_shards,
                        calibrations=network.run / "calibrations")
     print("\n".join(report.lines()))

@@ -6,6 +6,26 @@ import ml_collections
 
 from hae_jax.data.phantom import make_phantom
 from hae_jax.data.prepare import prepare
+from hae_jax.errors import UserError
+
+_TRAINING, _VALIDATION = 2, 6  # subjects of a phantom that methods are compared on
+
+
+def new_phantom(data: ml_collections.ConfigDict, seed: int, subjects: int) -> None:
+    """Points the config's `data` to a phantom like its own, of another seed and with this many test subjects.
+
+    Raises:
+      UserError: if the data are not a phantom's, or there is no test subject.
+    """
+    if data.phantom is None:
+        raise UserError("--phantom-seed: the network was not trained on a phantom; give cases with --input")
+    if subjects < 1:
+        raise UserError(f"--subjects {subjects}: give at least 1")
+    total = subjects + _TRAINING + _VALIDATION
+    name = f"{data.phantom.get('kind', 'tumour')}_seed_{seed}_{subjects}"
+    data.root = f"data/phantom_{name}"
+    data.phantom.update({"cases": f"data/phantom_{name}_cases", "seed": seed, "subjects": total,
+                         "train_fraction": (_TRAINING + 0.5) / total, "val_fraction": (_VALIDATION + 0.5) / total})
 
 
 def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:

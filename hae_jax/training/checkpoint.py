@@ -33,7 +33,7 @@ _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "dat
                 "training.validat", "training.localization", "training.wandb")
 # What a checkpoint means that was written before these fields existed.
 _BEFORE = {"data.modalities": ["flair", "t1", "t1ce", "t2"], "data.balance": False, "data.healthy_only": False,
-           "data.scaling": "slice", "model.task": "denoise",
+           "data.scaling": "slice", "model.task": "denoise", "training.initial_weights": None,
            "diffusion.noise": "gaussian",
            "training.timesteps": "uniform"}
 # Field of the state -> its item; the other fields make up the item "progress".

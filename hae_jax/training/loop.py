@@ -1,11 +1,13 @@
 """The training loop: mesh, data, model, state, step, restore, loop."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -41,6 +43,10 @@ from hae_jax.training.state import (
 from hae_jax.training.step import make_train_step, step_settings
 from hae_jax.training.validation import Validation
 from hae_jax.training.watch import Report
+from hae_jax.training.weights import load_trained
+
+# Fields of the network that say how it computes, not what its parameters are.
+_FREE_OF_WEIGHTS = ("dropout", "remat", "dtype", "sparse_pattern", "sparse_seed", "sparse_redraw")
 
 
 class Run(NamedTuple):
@@ -162,15 +168,38 @@ def _begin(run: Run, checkpoints: Checkpoints, guard: Guard, latest: int | None)
                                              run.config.seed, remembered_timesteps(run.config))
     step = make_train_step(run.mesh, shardings, graph, run.network, run.process, run.optimizer,
                            step_settings(run.config))
-    # Where the state comes from: 1. the newest sound checkpoint of this workdir; 2. the seed.
+    # Where the state comes from: 1. the newest sound checkpoint of this workdir; 2. exported weights; 3. the seed.
     if latest is not None:
         _say(f"resuming {run.workdir} at step {latest}")
         state = checkpoints.restore(latest, state, shardings)
+    elif training.initial_weights is not None:
+        state = _with_initial_weights(run, state, shardings)
     start = int(state.step)
     report = Report(run.workdir, run.config, run.network, run.mesh, start, sampler=_sampler(run, graph),
                     validation=_validation(run, graph, shardings), localization=_localization(run, graph, shardings))
     with contextlib.closing(report), Profiler(run.workdir, run.profile, start, training.steps) as profiler:
         _loop(run, step, state, checkpoints, guard, report, profiler)
+
+
+def _with_initial_weights(run: Run, state: TrainState, shardings: TrainState) -> TrainState:
+    """The state before the first step, with parameters and EMA from `training.initial_weights`.
+
+    Raises:
+      UserError: if these are of another network.
+    """
+    name = run.config.training.initial_weights
+    found = load_trained(name)
+    theirs = network_config(found.config)
+    differing = [field.name for field in dataclasses.fields(theirs) if field.name not in _FREE_OF_WEIGHTS
+                 and getattr(theirs, field.name) != getattr(run.network, field.name)]
+    if differing:
+        raise UserError(f"training.initial_weights {name}: its network has another model.{', model.'.join(differing)}; "
+                        "give the config of its training, or other weights")
+    _say(f"beginning with the weights of {found.identity['path']}")
+    params = jax.tree.map(lambda value, sharding: jax.make_array_from_callback(
+        value.shape, sharding, np.asarray(value).__getitem__), nnx.state(found.model, nnx.Param), shardings.params)
+    ema = tuple(jax.tree.map(jnp.copy, params) for _ in state.ema)  # donated buffers must not be shared
+    return state._replace(params=params, ema=ema)
 
 
 def _loop(

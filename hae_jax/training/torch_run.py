@@ -106,7 +106,7 @@ def config_file(settings: Mapping[str, Any], weights: Weights) -> str:
     """A configuration file, as in configs/, with the guessed settings."""
     head = f'"""The network of {weights.params.path.name}; what its weights do not tell is as in configs/default.py."""'
     lines = [f"    config.{name} = {value!r}" for name, value in settings.items()]
-    return "\n".join([head, "", "from configs import default", "", "", "def get_config():",
+    return "\n".join([head, "", "from hae_jax.configs import default", "", "", "def get_config():",
                       "    config = default.get_config()", *lines, "    return config", ""])
 
 

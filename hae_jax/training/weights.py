@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from hae_jax import weights
 from hae_jax.errors import UserError
 from hae_jax.files import write_json
 from hae_jax.model import load_torch_state, torch_state
@@ -20,7 +21,8 @@ from hae_jax.training import checkpoint
 from hae_jax.training.checkpoint import Network
 from hae_jax.training.state import abstract_network, network_config
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CALIBRATION = "model.safetensors", "config.json", "calibration.json"
+SHIPPED = Path(weights.__file__).parent  # with a folder for each shipped network
 
 
 def export_weights(run: str | Path, folder: str | Path) -> Network:
@@ -47,13 +49,24 @@ def write_weights(folder: str | Path, model: nnx.Module, config: Mapping[str, An
     write_json(folder / CONFIG, {"step": step, "config": config})
 
 
+def trained_folder(path: str | Path) -> Path:
+    """The folder itself, or that of the shipped weights of this name where there is no such folder."""
+    shipped = SHIPPED / Path(path).name
+    return shipped if not Path(path).exists() and str(path) == shipped.name and shipped.is_dir() else Path(path)
+
+
 def load_trained(path: str | Path, *, ema: bool = True) -> Network:
     """Reads a trained network from a run folder (`load_network`), or from what `export_weights` wrote.
+
+    Args:
+      path: the folder, or the name of shipped weights, such as "phantom".
+      ema: the EMA weights instead of the last ones.
 
     Raises:
       UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.
     """
-    if not (Path(path) / WEIGHTS).is_file():
+    path = trained_folder(path)
+    if not (path / WEIGHTS).is_file():
         return checkpoint.load_network(path, ema=ema)
     if not ema:
         raise UserError(f"{path}: holds EMA weights alone; leave translation.ema as it is")

@@ -4,6 +4,7 @@ Joins the other files of this room in the order of the data; `hae_jax.commands.t
 """
 
 import contextlib
+import json
 import shutil
 import tempfile
 import time
@@ -73,6 +74,8 @@ def translate(
     """
     clock = time.monotonic()
     plan = make_plan(config, Path(output), source, shard, num_shards)
+    if plan.calibration is None:
+        plan = plan._replace(calibration=_shipped(plan, identified(identity, model, config), calibrations))
     if plan.method.name == "classifier" and not hasattr(model, "classifier"):
         raise UserError("translation.method is 'classifier': it needs a classifier; name its run with --classifier")
     identity = identified(identity, model, config)
@@ -122,6 +125,22 @@ def _check_namesakes(plan: Plan, cases: Sequence[CaseFiles]) -> None:
         if folder not in ("", own):
             raise UserError(f"{plan.output}: holds results of another case {case.name}, from {folder}; give another "
                             f"folder with --output, or --overwrite to replace them by those of {own}")
+
+
+def _shipped(plan: Plan, identity: Mapping[str, Any], calibrations: str | Path | None) -> Any | None:
+    """The calibration beside exported weights, if it was made with this network, method and settings."""
+    path = Path(calibrations).parent / CALIBRATION if calibrations else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = plan.method.load_calibration(path)
+    except UserError:  # of another method or rule
+        return None
+    wanted = json.loads(json.dumps(calibration_inputs(plan, plan.method, identity)))
+    same = all(found.made_with.get(name) == value for name, value in wanted.items() if name != "data")
+    if same:
+        print(f"calibration: {path} came with the weights")
+    return found if same else None
 
 
 def _check_network(plan: Plan, identity: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ import json
 import jax
 import pytest
 
-from configs import default
 from hae_jax.benchmark import memory, run
 from hae_jax.benchmark.measure import Compiled
 from hae_jax.benchmark.memory import largest_batch, memory_of_training
@@ -13,6 +12,7 @@ from hae_jax.benchmark.results import Result, Row
 from hae_jax.benchmark.run import benchmark
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.commands.benchmark import main
+from hae_jax.configs import default
 from hae_jax.errors import UserError
 from hae_jax.training.mesh import make_mesh
 

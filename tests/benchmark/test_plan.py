@@ -5,12 +5,12 @@ import json
 import jax
 import pytest
 
-from configs import default
 from hae_jax.benchmark import plan as plan_module
 from hae_jax.benchmark import target
 from hae_jax.benchmark.plan import plan
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.commands.benchmark import main
+from hae_jax.configs import default
 from hae_jax.errors import UserError
 from hae_jax.model.platform import attention_kernels
 

@@ -16,13 +16,13 @@ from golden_weights import GoldenCase, read_case
 from network_helpers import SMALL, assert_close, filled, inputs
 from torch_modules import tensors
 
-from configs import default
 from hae_jax.benchmark import programs, torch_programs
 from hae_jax.benchmark.plan import plan
 from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.benchmark.torch_network import TorchNetwork, published_mask
 from hae_jax.benchmark.torch_programs import Options, TorchForwardPass, TorchTrainingStep
 from hae_jax.commands.benchmark import main
+from hae_jax.configs import default
 from hae_jax.diffusion.loss import training_loss
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule

@@ -87,7 +87,7 @@ def test_a_dry_run_and_the_sharding_are_said_and_nothing_is_written(tmp_path, ca
     monkeypatch.chdir(tmp_path)
     main(["--config", PHANTOM, "--dry-run", "--print-sharding", "--config.training.mesh=(1,-1)"])
     said = capsys.readouterr().out
-    assert "parameters: 1,162,204" in said
+    assert "parameters: 4,029,372" in said
     assert "model" in said
     assert list(tmp_path.iterdir()) == []
 

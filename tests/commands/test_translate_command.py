@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import default, phantom
 from hae_jax.commands import runs
 from hae_jax.commands.translate import main
+from hae_jax.configs import default, phantom
 from hae_jax.data import demo
 from hae_jax.errors import UserError
 from hae_jax.training import checkpoint
@@ -45,7 +45,7 @@ def calls(monkeypatch):
         return checkpoint.Network(tree, "model", {"path": str(workdir), "step": 10, "parameters": "ema"})
 
     def translate(model, identity, config, mesh, **places):
-        found.update(config=config, **places)
+        found.update(config=config, identity=identity, **places)
         return run.Report(Path(places["output"]), 1, 1, 1, found["failed"], {}, "a table", [], 1.0, None)
 
     monkeypatch.setattr(checkpoint, "load_network", load)
@@ -61,10 +61,10 @@ def _exit(argv, capsys):
 
 
 def test_without_a_checkpoint_one_line_says_what_to_do(capsys):
-    status, lines = _exit([], capsys)
+    status, lines = _exit(["--config", "configs/phantom_reference.py"], capsys)
     assert status == 2
     assert len(lines) == 1
-    assert "train.py --config configs/phantom.py --workdir runs/phantom" in lines[0]
+    assert "train.py --config configs/phantom_reference.py --workdir runs/phantom_reference" in lines[0]
 
 
 def test_a_folder_without_checkpoint_is_named(capsys):
@@ -73,18 +73,29 @@ def test_a_folder_without_checkpoint_is_named(capsys):
     assert "runs/nothing" in lines[0]
 
 
-def test_with_nothing_given_the_newest_phantom_run(calls, capsys):
+def test_a_config_alone_means_the_newest_run_on_its_data(calls, capsys):
     demo_tree = phantom.get_config().to_dict()
     _train("old", demo_tree, age=100)
     _train("phantom", demo_tree, age=50)
     _train("other_data", default.get_config().to_dict())
     (Path("runs/unfinished/checkpoints")).mkdir(parents=True)
     (Path("runs/unfinished/config.json")).write_text(json.dumps(demo_tree))
-    main([])
+    main(["--config", "phantom"])
     assert calls["loaded"] == [("runs/phantom", True)]
     assert calls["ensured"] == (demo_tree["data"]["root"], demo_tree["model"]["image_size"])
     assert (calls["output"], calls["source"]) == (Path("runs/phantom/translation"), None)
     assert "a table" in capsys.readouterr().out
+
+
+def test_with_nothing_given_the_shipped_network_on_the_demo_phantom(calls):
+    _train("phantom", phantom.get_config().to_dict())  # is not taken
+    main([])
+    assert calls["loaded"] == []
+    assert calls["ensured"] == ("data/phantom_demo", 64)
+    assert (calls["output"], calls["source"]) == (Path("results/phantom/translation"), None)
+    assert calls["config"].translation.method == "residual"
+    assert calls["config"].data.scaling == "volume"
+    assert calls["identity"]["parameters"] == "ema 0.999, half precision"
 
 
 def test_settings_come_from_the_checkpoint_with_overrides(calls):

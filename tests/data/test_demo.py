@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import phantom
+from hae_jax.configs import phantom
 from hae_jax.data import demo
 from hae_jax.data.store import open_store
 

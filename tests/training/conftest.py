@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs import default
+from hae_jax.configs import default
 from hae_jax.data.slices import CaseSlices
 from hae_jax.data.store import StoreWriter
 

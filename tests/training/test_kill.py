@@ -26,7 +26,7 @@ DISTURBANCES = [("begins", 3, SIGKILL), ("save 1", 0.03, SIGKILL), ("line", 0.4,
                 ("line", 0.2, SIGKILL), ("save 1", 0, SIGKILL), ("line", 0.2, SIGUSR1), ("line", 0.8, SIGKILL)]
 SCRIPT = f"""
 import sys
-from configs import default
+from hae_jax.configs import default
 from hae_jax.training import log, loop
 
 write = log.RunLog.write

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from hae_jax.errors import UserError
+from hae_jax.model import torch_state
 from hae_jax.training import checkpoint
 from hae_jax.training.loop import train
+from hae_jax.training.weights import export_weights
 
 
 def losses(workdir):
@@ -57,6 +59,22 @@ def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(one_level
     one_level_config.training.accumulation = 4
     train(one_level_config, tmp_path, jax.devices()[:2])
     np.testing.assert_allclose(losses(tmp_path), losses(one_level), rtol=1e-5)
+
+
+def test_a_run_begins_with_exported_weights(one_level_config, tmp_path, one_level):
+    """Parameters and EMA alike; afterwards it is a run like any other, and those of another network are refused."""
+    exported = export_weights(one_level, tmp_path / "weights")
+    config = one_level_config
+    config.training.update({"initial_weights": str(tmp_path / "weights"), "learning_rate": 0.0, "steps": 1})
+    train(config, tmp_path / "run")
+    ours, theirs = (torch_state(checkpoint.load_network(path, ema=ema).model)
+                    for path, ema in ((tmp_path / "run", False), (one_level, True)))
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value.astype(np.float16), err_msg=name)
+    assert exported.identity["step"] == 3
+    config.model.num_res_blocks = 2
+    with pytest.raises(UserError, match=r"initial_weights .* its network has another model\.num_res_blocks; give"):
+        train(config, tmp_path / "other")
 
 
 def test_bfloat16_computes_nearly_the_same_with_float32_parameters(one_level_config, tmp_path, one_level):
@@ -134,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     train(one_level_config, tmp_path)
     one_level_config.training.steps = 6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hae_jax.training.step.gaussian", lambda keys, shape: np.full((len(keys), *shape), np.nan, "f4"))
+        patch.setattr("hae_jax.training.noise.gaussian", lambda keys, shape: np.full((len(keys), *shape), np.nan, "f4"))
         with pytest.raises(UserError, match=r"step 3 gave loss nan.*checkpoint 2 is kept"):
             train(one_level_config, tmp_path)
     assert checkpoint.load_network(tmp_path).identity["step"] == 2

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from run_helpers import IDENTITY
 
-from configs import default
+from hae_jax.configs import default
 from hae_jax.data.cases import MODALITIES
 from hae_jax.data.prepare import prepare
 from hae_jax.translation.run import translate

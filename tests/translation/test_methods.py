@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default
+from hae_jax.configs import default
 from hae_jax.data.store import open_store
 from hae_jax.errors import UserError
 from hae_jax.evaluation.metrics import dice

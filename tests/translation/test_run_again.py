@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import types
 
 import nibabel as nib
@@ -261,3 +262,28 @@ def test_fingerprint(toy_network, config):
     before = fingerprint(toy_network(0), config)
     config.model.num_heads = 2
     assert fingerprint(toy_network(0), config) != before
+
+
+def test_a_calibration_that_came_with_the_weights_is_used(run, config, prepared, three_cases, tmp_path, capsys):
+    """Without prepared data, and only for the network, the method and the settings that it was made for."""
+    config.translation.update({"method": "residual", "weights": (1.0, 0.0, 0.0, 0.0), "across_mm": 0.0,
+                               "rule": "healthy_fpr", "healthy_fpr": 0.01})
+    run(three_cases, output=tmp_path / "first")
+    shutil.copy(tmp_path / "first" / "calibration.json", tmp_path / "calibration.json")
+    capsys.readouterr()
+    run(three_cases, output=tmp_path / "second", calibrations=tmp_path / "calibrations")
+    assert f"calibration: {tmp_path / 'calibration.json'} came with the weights" in capsys.readouterr().out
+    config.data.root = str(tmp_path / "gone")
+    report = run(three_cases, output=tmp_path / "third", calibrations=tmp_path / "calibrations")
+    assert report.finished == 3
+    for name in ("a_mask.nii.gz", "b_map.nii.gz"):
+        volumes = [read_volume(tmp_path / folder / name) for folder in ("first", "second", "third")]
+        np.testing.assert_array_equal(volumes[0], volumes[1])
+        np.testing.assert_array_equal(volumes[0], volumes[2])
+    for changes in ({"guidance": 1.0}, {"method": "hae"}):
+        config.translation.update(changes)
+        with pytest.raises(UserError, match=r"neither data\.root"):
+            run(three_cases, output=tmp_path / "other", calibrations=tmp_path / "calibrations")
+    config.translation.update({"method": "residual", "guidance": 2.0})
+    with pytest.raises(UserError, match=r"neither data\.root"):
+        run(three_cases, output=tmp_path / "other", seed=1, calibrations=tmp_path / "calibrations")

@@ -10,7 +10,7 @@ work.
 
 import ml_collections
 
-from configs import default
+from hae_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -13,7 +13,7 @@ PyTorch code. ATLAS_2/Testing comes without lesion masks.
 
 import ml_collections
 
-from configs import default
+from hae_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

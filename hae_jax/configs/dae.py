@@ -11,7 +11,7 @@ does.
 
 import ml_collections
 
-from configs import default
+from hae_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,21 +1,21 @@
-"""HAE on BraTS 2021: joint multi-scale attention with a projection for each patch size.
+"""FPDM on BraTS 2021: the plain conditional U-Net, without hybrid blocks.
 
     python tools/prepare_data.py --source /path/to/BraTS2021 --output data/brats
-    python train.py --config configs/brats_hae.py --workdir runs/brats_hae
+    python train.py --config configs/brats_fpdm.py --workdir runs/brats_fpdm
 
-158.8 million parameters, the largest of the five. The training settings are those of the published run of
+103.1 million parameters, the smallest of the five. The training settings are those of the published run of
 `brats_v2c.py` (210 000 steps at a global batch of 28); this project has not measured how long that takes or how well
 the network then does.
 """
 
 import ml_collections
 
-from configs import default
+from hae_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Differences from `configs/default.py`; bfloat16 computation for GPUs."""
     config = default.get_config()
-    config.model.variant = "hae"
+    config.model.variant = "fpdm"
     config.model.dtype = "bfloat16"
     return config

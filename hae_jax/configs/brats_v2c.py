@@ -8,7 +8,7 @@ The published run takes 210 000 steps at a global batch of 28.
 
 import ml_collections
 
-from configs import default
+from hae_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ to test.
 
 import ml_collections
 
-from configs import phantom_reference
+from hae_jax.configs import phantom_reference
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -13,7 +13,7 @@ global batch of 28); this project has not measured how long that takes or how we
 
 import ml_collections
 
-from configs import default
+from hae_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

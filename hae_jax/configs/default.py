@@ -85,6 +85,8 @@ def _data() -> ml_collections.ConfigDict:
 def _training() -> ml_collections.ConfigDict:
     """Optimisation, logging, saving."""
     training = ml_collections.ConfigDict()
+    # Where the parameters and their EMA begin: a folder of exported weights or a shipped name; None: random.
+    training.initial_weights = config_dict.placeholder(str)
     training.steps = 210_000
     training.batch_size = 28  # global, over all devices
     training.accumulation = 1  # parts that a batch is cut into, one after the other; must divide batch_size
