@@ -125,11 +125,11 @@ def _translation() -> ml_collections.ConfigDict:
     # intensity)
     translation.method = "residual"
     # How the threshold is chosen on validation slices: mixture, healthy_fpr, quantile (published), which see image
-    # labels, or dice, which sees ground truth. None: the method's own: residual mixture, hae quantile, baselines dice.
+    # labels, or dice, which sees ground truth. None: residual healthy_fpr, hae quantile, baselines dice.
     translation.rule = config_dict.placeholder(str)
     translation.healthy_fpr = 5e-4  # share of the healthy slices' head pixels above the threshold; rule healthy_fpr
     # Of residual. Low noise finds lesions; which timesteps are low depends on the resolution (these suit 64 px).
-    translation.timesteps = (50, 100, 150, 200, 250)
+    translation.timesteps = (50, 100, 150, 200, 250, 300)
     translation.draws = 1  # noise draws for each timestep; with more, the map's spread is an uncertainty
     # One number for each channel: its weight in the map, above 0 where lesions are bright, below where they are dark.
     # None: flair 1, t1 -0.5, t1ce 0, t2 0.5.

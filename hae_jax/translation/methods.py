@@ -88,7 +88,7 @@ class Residual(MapThresholdMethod):
 
     process: Process
     settings: ResidualSettings
-    rule: str = "mixture"
+    rule: str = "healthy_fpr"
     healthy_fpr: float = 5e-4
     filters: Filters = OWN_FILTERS
 
@@ -335,7 +335,7 @@ def residual_method(config: ml_collections.ConfigDict) -> Residual:
     settings = ResidualSettings(wanted.timesteps, wanted.guidance, wanted.draws, modality,
                                 tuple(weights[i] for i in modality), wanted.smoothing,
                                 wanted.rectify)
-    return Residual(process, settings, **_of_every_method(config, "mixture", "mm"))
+    return Residual(process, settings, **_of_every_method(config, "healthy_fpr", "mm"))
 
 
 def _hae(config: ml_collections.ConfigDict) -> Hae:

@@ -44,7 +44,7 @@ class ResidualSettings:
       UserError: for values that cannot be.
     """
 
-    timesteps: tuple[int, ...] = (50, 100, 150, 200, 250)
+    timesteps: tuple[int, ...] = (50, 100, 150, 200, 250, 300)
     guidance: float = 2.0
     draws: int = 1
     modality: tuple[int, ...] = (0,)
