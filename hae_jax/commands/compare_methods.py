@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.commands.runs import Loaded, network_and_config, with_classifier
     from hae_jax.data.demo import ensure_phantom, new_phantom
     from hae_jax.training.mesh import make_mesh
+    from hae_jax.training.weights import CALIBRATION
     from hae_jax.translation.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
 
     use_all_cores()
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ensure_phantom(config.data, config.model.image_size)
 
     def network(loaded: Loaded, trained_with=None) -> Network:
-        return Network(loaded.model, loaded.identity, loaded.run / "calibrations", trained_with)
+        return Network(loaded.model, loaded.identity, loaded.results / "calibrations", trained_with,
+                       loaded.run / CALIBRATION)
 
     others = {}
     for names, run in ((("anoddpm-simplex", "anoddpm-gaussian"), arguments.unconditional), (("dae",), arguments.dae)):

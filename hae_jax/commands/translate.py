@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = translate(network.model, network.identity, config, make_mesh(), source=arguments.input,
                        output=arguments.output or network.results / "_".join(name), overwrite=arguments.overwrite,
                        shard=arguments.shard, num_shards=arguments.num_shards,
-                       calibrations=network.run / "calibrations")
+                       calibrations=network.results / "calibrations", shipped=network.run / CALIBRATION)
     print("\n".join(report.lines()))
     if report.failed_here:
         sys.exit(1)

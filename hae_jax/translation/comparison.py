@@ -22,7 +22,7 @@ from hae_jax.provenance import record
 from hae_jax.translation import rules
 from hae_jax.translation.methods import make_method
 from hae_jax.translation.plan import calibration_inputs, identified, make_plan
-from hae_jax.translation.run import translate
+from hae_jax.translation.run import shipped_calibration, translate
 from hae_jax.translation.validation import calibration_path
 
 _STEPS_SHOWN = {"mixed Dice": ("mixed", "dice"), "lesion-slice Dice": ("unhealthy", "dice"),
@@ -38,12 +38,14 @@ class Network:
       identity: its checkpoint, ready for JSON.
       calibrations: folder in which its calibrations are kept.
       config: of its training, of which network and diffusion count; None: those of the comparison's config.
+      shipped: the file of a calibration that came with it.
     """
 
     model: nnx.Module | None
     identity: Mapping[str, Any]
     calibrations: Path
     config: ml_collections.ConfigDict | None = None
+    shipped: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,8 @@ def check(
         # What a plan has to say besides is said when its turn has come.
         with _named(entry), contextlib.redirect_stdout(io.StringIO()):
             plan = make_plan(its_config, Path(output) / entry.folder, source)
-            if plan.calibration is None:
-                identity = identified(entry.network.identity, entry.network.model, its_config)
+            identity = identified(entry.network.identity, entry.network.model, its_config)
+            if (plan.calibration or shipped_calibration(plan, identity, entry.network.shipped)) is None:
                 calibration_path(plan.method, plan.store, entry.network.calibrations,
                                  calibration_inputs(plan, plan.method, identity))
 
@@ -151,7 +153,7 @@ def _measured(
             print(f"calibration: {config.translation.calibration} is for {config.translation.method} alone; "
                   f"{entry.title} takes its own")
         done = translate(entry.network.model, entry.network.identity, own, mesh, output=output / entry.folder,
-                         source=source, calibrations=entry.network.calibrations)
+                         source=source, calibrations=entry.network.calibrations, shipped=entry.network.shipped)
         if done.failed:
             name, reason = next(iter(done.failed.items()))
             raise UserError(f"{output / entry.folder}: {len(done.failed)} cases failed, the first, {name}: {reason}; a "

@@ -50,6 +50,7 @@ def translate(
     shard: int = 0,
     num_shards: int = 1,
     calibrations: str | Path | None = None,
+    shipped: str | Path | None = None,
 ) -> Report:
     """Calibrates a method on the validation slices and translates cases.
 
@@ -68,17 +69,18 @@ def translate(
       shard: which part of the cases to work on.
       num_shards: how many parts there are.
       calibrations: folder in which calibrations are kept from run to run; None, or one that cannot be written: output.
+      shipped: the file of a calibration that came with the weights, used if it was made with this network, method and
+        settings; it need not exist.
 
     Raises:
       UserError: for settings or data that do not fit.
     """
     clock = time.monotonic()
     plan = make_plan(config, Path(output), source, shard, num_shards)
-    if plan.calibration is None:
-        plan = plan._replace(calibration=_shipped(plan, identified(identity, model, config), calibrations))
+    identity = identified(identity, model, config)
+    plan = plan._replace(calibration=plan.calibration or shipped_calibration(plan, identity, shipped))
     if plan.method.name == "classifier" and not hasattr(model, "classifier"):
         raise UserError("translation.method is 'classifier': it needs a classifier; name its run with --classifier")
-    identity = identified(identity, model, config)
     _check_network(plan, identity)
     kept = _writable(calibrations, plan.output)
     # Two runs that write the same case's files at once could mix them.
@@ -127,10 +129,9 @@ def _check_namesakes(plan: Plan, cases: Sequence[CaseFiles]) -> None:
                             f"folder with --output, or --overwrite to replace them by those of {own}")
 
 
-def _shipped(plan: Plan, identity: Mapping[str, Any], calibrations: str | Path | None) -> Any | None:
-    """The calibration beside exported weights, if it was made with this network, method and settings."""
-    path = Path(calibrations).parent / CALIBRATION if calibrations else None
-    if path is None or not path.is_file():
+def shipped_calibration(plan: Plan, identity: Mapping[str, Any], path: str | Path | None) -> Any | None:
+    """The calibration that came with the weights, if it was made with this network, method and settings."""
+    if path is None or not Path(path).is_file():
         return None
     try:
         found = plan.method.load_calibration(path)

@@ -182,7 +182,7 @@ def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkey
     made = types.SimpleNamespace(save=lambda path: path.write_text("own"))
     method = types.SimpleNamespace(name="toy", load_calibration=lambda path: path.read_text(),
                                    calibrate=lambda *_: made)
-    monkeypatch.setattr(validation, "_results", lambda *_: None)
+    monkeypatch.setattr(validation, "validation_results", lambda *_: None)
     path = tmp_path / f"toy_{records.digest({})[:12]}.json"
     other = (tmp_path / f".{path.name}.lock").open("a")
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -271,10 +271,10 @@ def test_a_calibration_that_came_with_the_weights_is_used(run, config, prepared,
     run(three_cases, output=tmp_path / "first")
     shutil.copy(tmp_path / "first" / "calibration.json", tmp_path / "calibration.json")
     capsys.readouterr()
-    run(three_cases, output=tmp_path / "second", calibrations=tmp_path / "calibrations")
+    run(three_cases, output=tmp_path / "second", shipped=tmp_path / "calibration.json")
     assert f"calibration: {tmp_path / 'calibration.json'} came with the weights" in capsys.readouterr().out
     config.data.root = str(tmp_path / "gone")
-    report = run(three_cases, output=tmp_path / "third", calibrations=tmp_path / "calibrations")
+    report = run(three_cases, output=tmp_path / "third", shipped=tmp_path / "calibration.json")
     assert report.finished == 3
     for name in ("a_mask.nii.gz", "b_map.nii.gz"):
         volumes = [read_volume(tmp_path / folder / name) for folder in ("first", "second", "third")]
@@ -283,7 +283,7 @@ def test_a_calibration_that_came_with_the_weights_is_used(run, config, prepared,
     for changes in ({"guidance": 1.0}, {"method": "hae"}):
         config.translation.update(changes)
         with pytest.raises(UserError, match=r"neither data\.root"):
-            run(three_cases, output=tmp_path / "other", calibrations=tmp_path / "calibrations")
+            run(three_cases, output=tmp_path / "other", shipped=tmp_path / "calibration.json")
     config.translation.update({"method": "residual", "guidance": 2.0})
     with pytest.raises(UserError, match=r"neither data\.root"):
-        run(three_cases, output=tmp_path / "other", seed=1, calibrations=tmp_path / "calibrations")
+        run(three_cases, output=tmp_path / "other", seed=1, shipped=tmp_path / "calibration.json")
