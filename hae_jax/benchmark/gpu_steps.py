@@ -258,7 +258,8 @@ def _reference_config(report: Report, work: Path) -> tuple[ml_collections.Config
     if report.rehearse:
         fields |= {f"model.{name}": value for name, value in _SMALL.items()}
         fields |= {"data.phantom.size": 0.1, "data.phantom.subjects": 8, "data.phantom.train_fraction": 0.5,
-                   "training.batch_size": 8, "training.validate_every": 0, "training.sample_every": 4,
+                   "training.batch_size": 8, "training.validate_every": 0, "training.localization_every": 0,
+                   "training.sample_every": 4,
                    "training.sample_steps": 2, "training.log_every": 1}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return read_config(str(REPOSITORY / _REFERENCE), overrides), overrides
@@ -388,7 +389,7 @@ def _resume_difference() -> float:
         config = with_model(config, **_SMALL)
         config.data.root = f"{folder}/store"
         config.training.update({"batch_size": 8, "log_every": 1, "sample_every": 0, "validate_every": 0,
-                                "ema_rates": (0.9,)})
+                                "localization_every": 0, "ema_rates": (0.9,)})
         _made_up_store(Path(config.data.root))
         for name, stops in (("whole", (6,)), ("parts", (3, 6))):
             for config.training.steps in stops:

@@ -24,6 +24,7 @@ from hae_jax.translation.measures import Measures, measure
 from hae_jax.translation.methods import IntensityThreshold, make_method
 from hae_jax.translation.validation import validation_results
 
+_BLOCK = 8  # neighbouring slices
 _HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "slice_auc": "AUC of slices",
           "slice_accuracy": "slice accuracy", "auprc": "AUPRC", "best_dice": "best single threshold (upper bound)",
           "mixture_dice": "Dice, rule mixture", "fpr_dice": "Dice, rule healthy_fpr"}
@@ -47,7 +48,8 @@ def variations(config: ml_collections.ConfigDict) -> list[tuple[str, dict[str, A
     if len(names) > 1:
         rows += [(f"{name} alone", {"weights": tuple(float(other == name) * (-1 if name == "t1" else 1)
                                                      for other in names)}) for name in names if name != "t1ce"]
-    rows += [("head eroded by 4 mm", {"filters": "mm", "head_erosion_mm": 4.0})]
+    rows += [("not smoothed across slices", {"filters": "mm", "across_mm": 0.0}),
+             ("head eroded by 4 mm", {"filters": "mm", "head_erosion_mm": 4.0})]
     return rows
 
 
@@ -55,7 +57,7 @@ def ablate(
     model: nnx.Module, config: ml_collections.ConfigDict, mesh: Mesh, store: Store, rows: Sequence[tuple[str, Mapping]],
     *, slices: int, output: Path,
 ) -> Path:
-    """Measures each row on evenly spread validation slices and writes ablation.md and ablation.json to `output`.
+    """Measures each row on validation slices and writes ablation.md and ablation.json to `output`.
 
     Args:
       model: a network with classes.
@@ -63,7 +65,7 @@ def ablate(
       mesh: the devices.
       store: of which the validation split is used.
       rows: names, each with the fields of `config.translation` that it changes.
-      slices: how many.
+      slices: how many, in blocks of 8 neighbours.
       output: folder, made if absent.
 
     Returns:
@@ -73,8 +75,7 @@ def ablate(
       UserError: if the validation split has not both classes of slices, or settings do not fit.
     """
     output.mkdir(parents=True, exist_ok=True)
-    total = len(store.split("val"))
-    chosen = ((np.arange(min(slices, total)) + 0.5) * total / min(slices, total)).astype(int)
+    chosen = _blocks(len(store.split("val")), slices)
     if len(set(store.split("val").rows["labels"][chosen] > 0)) < 2:
         raise UserError(f"{store.root}: the chosen validation slices are of one class; prepare data with both, or take "
                         "more slices")
@@ -94,6 +95,13 @@ def ablate(
         found.append((name, method.passes, values, (time.monotonic() - start) / len(chosen)))
         _write(output, config, found, len(chosen))
     return output / "ablation.md"
+
+
+def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
+    """Rows of a split in blocks of neighbours, so that smoothing across slices has something to work on."""
+    count = max(1, min(wanted, total) // _BLOCK)
+    starts = (np.arange(count) * total / count).astype(int)
+    return np.unique(np.minimum(starts[:, None] + np.arange(_BLOCK), total - 1))
 
 
 def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[tuple[str, int, Measures, float]],
