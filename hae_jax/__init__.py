@@ -1,0 +1,26 @@
+"""Weakly supervised lesion localisation in brain MRI, in JAX and Flax.
+
+    from hae_jax import Localizer
+    Localizer.load("runs/a")(volume, affine).mask
+
+Research use only. Not a medical device; not for diagnosis or treatment.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["Localizer", "UNet", "UNetConfig", "__version__", "forward_process", "load_run"]
+
+_HOMES = {"Localizer": "hae_jax.translation.localizer", "UNet": "hae_jax.model", "UNetConfig": "hae_jax.model",
+          "forward_process": "hae_jax.translation.forward_process", "load_run": "hae_jax.runs"}
+
+
+def __getattr__(name: str):
+    """Imports a public name when it is first asked for: JAX takes seconds, and `--help` needs none of it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hae_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -10,7 +10,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from hae_jax.commands.config import DEFAULTS, read_config
+from hae_jax.commands.config import read_config
 from hae_jax.errors import UserError
 
 
@@ -24,9 +24,9 @@ class Loaded(NamedTuple):
     @property
     def results(self) -> Path:
         """Where results go by default: into the run, but not into a shipped network's folder."""
-        from hae_jax.training.weights import SHIPPED
+        from hae_jax.runs import results_folder
 
-        return Path("results") / self.run.name if self.run.parent == SHIPPED else self.run
+        return results_folder(self.run)
 
 
 DEMO_CONFIG, DEMO_WEIGHTS = "phantom", "phantom"  # of commands that are told neither
@@ -76,17 +76,18 @@ def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_coll
     Raises:
       UserError: if an override names no field or has the wrong type.
     """
-    config = read_config(DEFAULTS, [])
-    with config.unlocked():
-        config.update(_as_config(tree))
-    return _overridden(config, overrides)
+    from hae_jax.runs import completed_config
+
+    return _overridden(completed_config(tree), overrides)
 
 
 def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """`config` with the network, the diffusion and the scaling of slices of the training that `tree` describes."""
+    from hae_jax.runs import as_config
+
     with config.unlocked():
         config.model, config.diffusion, config.training = (
-            _as_config(tree[part]) for part in ("model", "diffusion", "training"))
+            as_config(tree[part]) for part in ("model", "diffusion", "training"))
         config.data.scaling = tree.get("data", {}).get("scaling", "slice")
     return config
 
@@ -164,10 +165,3 @@ def _overridden(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> 
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{' '.join(overrides)}: {error}; see configs/default.py for the fields") from error
     return holder.value
-
-
-def _as_config(value: Any) -> Any:
-    """Plain JSON values as a config has them: dictionaries as ConfigDict, lists as tuples."""
-    if isinstance(value, Mapping):
-        return ml_collections.ConfigDict({name: _as_config(item) for name, item in value.items()})
-    return tuple(map(_as_config, value)) if isinstance(value, list | tuple) else value

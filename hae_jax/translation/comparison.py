@@ -92,7 +92,7 @@ def check(
             identity = identified(entry.network.identity, entry.network.model, its_config)
             if (plan.calibration or shipped_calibration(plan, identity, entry.network.shipped)) is None:
                 calibration_path(plan.method, plan.store, entry.network.calibrations,
-                                 calibration_inputs(plan, plan.method, identity))
+                                 calibration_inputs(its_config, plan.store, plan.method, identity))
 
 
 def compare(

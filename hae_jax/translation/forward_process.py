@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from hae_jax.diffusion.noise import gaussian
 from hae_jax.diffusion.process import Denoiser, Process, guide
@@ -112,11 +113,20 @@ def check_modality(modality: tuple[int, ...]) -> None:
         raise UserError(f"translation.modality is {modality}: give different channel numbers from 0")
 
 
+class GivenDenoisers(nnx.Module):
+    """Denoisers without parameters of their own, in the place of a network."""
+
+    def __init__(self, denoisers: Denoisers):
+        self.denoisers = nnx.static(denoisers) if hasattr(nnx, "static") else denoisers
+
+
 def network_denoisers(model: Callable[..., jax.Array], conditional: bool = True) -> Denoisers:
     """The denoisers of a network: `model(x, t, y, null=...)`, or `model(x, t)` where it is not class-conditional.
 
     That of a `hae_jax.model.classifier.GuidedNetwork` come with its classifier.
     """
+    if isinstance(model, GivenDenoisers):
+        return model.denoisers
     classifier = getattr(model, "classifier", None)
     if not conditional:
         return Denoisers(model, None, classifier)

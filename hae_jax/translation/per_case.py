@@ -27,7 +27,7 @@ from hae_jax.translation.map_threshold import stacked
 from hae_jax.translation.masks import Masks
 from hae_jax.translation.plan import Plan, case_digest, of_phantom
 from hae_jax.translation.validation import Translator
-from hae_jax.translation.volume import SlicedCase, healthy_volume, map_volume, mask_volume, read_slices, write_volume
+from hae_jax.translation.volume import SlicedCase, healthy_volume, in_head, read_slices, write_volume
 
 _CASE_FAULTS = (UserError, OSError, MemoryError)  # what concerns one case; everything else is a bug and ends the run
 _READ_AHEAD = 2  # cases, while the devices work on those before
@@ -230,15 +230,6 @@ def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: M
         masks.map[shown], masks.mask[shown], None if case.truth is None else case.slice_truth[shown],
         channels=plan.config.data.modalities, modality=modality, title=title,
         row_titles=[f"slice {case.slices.index[s]}, score {masks.score[s]:.4g}" for s in shown])
-
-
-def in_head(
-    case: SlicedCase,
-    masks: np.ndarray,  # [S, h, w] bool
-    maps: np.ndarray,  # [S, h, w]
-) -> tuple[np.ndarray, np.ndarray]:  # [X, Y, Z] bool and float32
-    """Mask and map on the case's grid, as they are written and measured: empty where the images show nothing."""
-    return mask_volume(masks, case.slices) & case.head, map_volume(maps, case.slices) * case.head
 
 
 def most_anomalous(

@@ -142,18 +142,21 @@ def identified(
     return {**identity, **({} if model is None else {"sha256": fingerprint(model, config)})}
 
 
-def calibration_inputs(plan: Plan, method: Method, identity: Mapping[str, Any]) -> dict[str, Any]:
+def calibration_inputs(
+    config: ml_collections.ConfigDict, store: Store | None, method: Method, identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything that a calibration of a method depends on, ready for JSON.
 
     Args:
-      plan: the run.
+      config: the config tree.
+      store: the prepared dataset, where there is one.
       method: the run's, or its competitor.
       identity: the network's; a method without network has none.
     """
-    data = {"root": plan.config.data.root}
-    if plan.store is not None:
-        data["manifest_sha256"] = hashlib.sha256((plan.store.root / MANIFEST).read_bytes()).hexdigest()
-    wanted = {name: value for name, value in plan.config.translation.to_dict().items()
+    data = {"root": config.data.root}
+    if store is not None:
+        data["manifest_sha256"] = hashlib.sha256((store.root / MANIFEST).read_bytes()).hexdigest()
+    wanted = {name: value for name, value in config.translation.to_dict().items()
               if name not in _NOT_IN_CALIBRATION and not _is_of_another_method(name, method.name)}
     wanted["rule"] = method.rule
     if method.rule != "healthy_fpr":
@@ -165,7 +168,7 @@ def calibration_inputs(plan: Plan, method: Method, identity: Mapping[str, Any]) 
         looked_at = ("rule", "healthy_fpr", "filters", "across_mm", "head_erosion_mm", "weights")
         settings = {name: wanted[name] for name in looked_at if name in wanted}
         return {"settings": {"method": method.name, **settings}, "data": data}
-    return {"checkpoint": _without_path(identity), "settings": wanted, "seed": plan.config.seed, "data": data}
+    return {"checkpoint": _without_path(identity), "settings": wanted, "seed": config.seed, "data": data}
 
 
 def run_inputs(plan: Plan, identity: Mapping[str, Any], kept: Path) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def run_inputs(plan: Plan, identity: Mapping[str, Any], kept: Path) -> dict[str,
       kept: folder of calibrations; without a prepared dataset, what lies there decides.
     """
     config = plan.config
-    calibration = plan.calibration or calibration_inputs(plan, plan.method, identity)
+    calibration = plan.calibration or calibration_inputs(config, plan.store, plan.method, identity)
     if plan.calibration is None and plan.store is None:
         with contextlib.suppress(UserError):  # there is none: said when one is needed
             calibration["used"] = hashlib.sha256(

@@ -4,7 +4,6 @@ Joins the other files of this room in the order of the data; `hae_jax.commands.t
 """
 
 import contextlib
-import json
 import shutil
 import tempfile
 import time
@@ -35,7 +34,7 @@ from hae_jax.translation.gathering import (
 )
 from hae_jax.translation.per_case import Calibrations, process_cases
 from hae_jax.translation.plan import Plan, calibration_inputs, identified, make_plan, run_inputs
-from hae_jax.translation.validation import calibrated
+from hae_jax.translation.validation import calibrated, fits
 
 
 def translate(
@@ -137,11 +136,10 @@ def shipped_calibration(plan: Plan, identity: Mapping[str, Any], path: str | Pat
         found = plan.method.load_calibration(path)
     except UserError:  # of another method or rule
         return None
-    wanted = json.loads(json.dumps(calibration_inputs(plan, plan.method, identity)))
-    same = all(found.made_with.get(name) == value for name, value in wanted.items() if name != "data")
-    if same:
-        print(f"calibration: {path} came with the weights")
-    return found if same else None
+    if not fits(found, calibration_inputs(plan.config, plan.store, plan.method, identity)):
+        return None
+    print(f"calibration: {path} came with the weights")
+    return found
 
 
 def _check_network(plan: Plan, identity: Mapping[str, Any]) -> None:
@@ -165,11 +163,11 @@ def _calibrations(
 ) -> Calibrations:
     """Those of the method and its competitor: given, or kept in `folder`, or made and kept there."""
     rival = plan.competitor
+    inputs = calibration_inputs(plan.config, plan.store, plan.method, identity)
     return Calibrations(
-        plan.calibration or calibrated(translator, plan.method, plan.store, folder,
-                                       calibration_inputs(plan, plan.method, identity), plan.config.data.scaling),
+        plan.calibration or calibrated(translator, plan.method, plan.store, folder, inputs, plan.config.data.scaling),
         rival and calibrated(IntensityReader(rival.intensity), rival, plan.store, folder,
-                             calibration_inputs(plan, rival, identity)))
+                             calibration_inputs(plan.config, plan.store, rival, identity)))
 
 
 def _save(made: Calibrations, output: Path) -> None:

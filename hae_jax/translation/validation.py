@@ -75,7 +75,7 @@ def calibration_path(method: Any, store: Store | None, folder: Path, made_with: 
     """
     made_with = json.loads(json.dumps(made_with))
     if store is None:
-        return _same_but_for_data(method, folder, made_with)
+        return same_but_for_data(method, folder, made_with)
     path = folder / f"{method.name}_{digest(made_with)[:12]}.json"
     if not path.exists() and len(store.split(_SPLIT)) == 0:
         raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
@@ -83,18 +83,23 @@ def calibration_path(method: Any, store: Store | None, folder: Path, made_with: 
     return path
 
 
-def _same_but_for_data(method: Any, folder: Path, made_with: Mapping[str, Any]) -> Path:
+def same_but_for_data(method: Any, folder: Path, made_with: Mapping[str, Any]) -> Path:
     """The newest calibration in `folder` that differs from the wanted one in its data alone."""
-    wanted = {name: value for name, value in made_with.items() if name != "data"}
     for path in sorted(folder.glob(f"{method.name}_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        found = method.load_calibration(path).made_with
-        if {name: value for name, value in found.items() if name != "data"} == wanted:
+        if fits(method.load_calibration(path), made_with):
             return path
     fitting = _fitting_presets(method, made_with)
     raise UserError(
         f"calibration: neither data.root ({made_with['data']['root']}) holds a prepared dataset, whose validation "
         f"slices would be needed, nor {folder} a calibration of this network with these settings; prepare data, or "
         f"name a calibration.json{f' or a preset ({fitting})' if fitting else ''} with --calibration")
+
+
+def fits(calibration: Any, made_with: Mapping[str, Any]) -> bool:
+    """Whether a calibration was made with this network and these settings, on whatever data."""
+    found, wanted = ({name: value for name, value in json.loads(json.dumps(own)).items() if name != "data"}
+                     for own in (calibration.made_with, made_with))
+    return found == wanted
 
 
 def _fitting_presets(method: Any, made_with: Mapping[str, Any]) -> str:

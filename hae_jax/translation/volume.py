@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from hae_jax.data.cases import CaseFiles, Grid, read_case
+from hae_jax.data.cases import Case, CaseFiles, Grid, read_case
 from hae_jax.data.slices import (
     CaseSlices,
     case_slices,
@@ -76,10 +76,18 @@ def read_slices(files: CaseFiles, image_size: int, scaling: str = "slice") -> Sl
     Raises:
       UserError: if the case cannot be used.
     """
-    case = read_case(files)
+    return sliced(read_case(files), image_size, scaling, str(files.folder))
+
+
+def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "images") -> SlicedCase:
+    """Slices a case that is in memory; `where` it comes from is for errors.
+
+    Raises:
+      UserError: if it cannot be used.
+    """
     slices = _shown(case_slices(case, image_size))
     if not len(slices.index):
-        raise UserError(f"{files.folder}: what the images of {case.name} show is lost when its slices are made "
+        raise UserError(f"{where}: what the images of {case.name} show is lost when its slices are made "
                         f"{image_size} x {image_size} px; check them, or remove the case")
     return SlicedCase(case.name, to_model_range(slices.images, scaling), slices, scaling, case.affine, case.grid,
                       intensity_scales(case.volumes), head(case.volumes), case.mask, tuple(case.warnings))
@@ -102,6 +110,15 @@ def _shown(slices: CaseSlices) -> CaseSlices:
     keep = slices.images.any(axis=(1, 2, 3))
     masks = None if slices.masks is None else slices.masks[keep]
     return dataclasses.replace(slices, images=slices.images[keep], masks=masks, index=slices.index[keep])
+
+
+def in_head(
+    case: SlicedCase,
+    masks: np.ndarray,  # [S, h, w] bool
+    maps: np.ndarray,  # [S, h, w]
+) -> tuple[np.ndarray, np.ndarray]:  # [X, Y, Z] bool and float32
+    """Mask and map on the case's grid, as they are written and measured: empty where the images show nothing."""
+    return mask_volume(masks, case.slices) & case.head, map_volume(maps, case.slices) * case.head
 
 
 def map_volume(

@@ -8,8 +8,7 @@ import SimpleITK as sitk
 from hae_jax.data.cases import find_cases, read_case
 from hae_jax.data.orientation import Grid
 from hae_jax.data.slices import CaseSlices, case_slices
-from hae_jax.translation.per_case import in_head
-from hae_jax.translation.volume import head, healthy_volume, map_volume, mask_volume, read_slices, write_volume
+from hae_jax.translation.volume import head, healthy_volume, in_head, map_volume, mask_volume, read_slices, write_volume
 
 BRATS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
 OBLIQUE = np.array([[0.1, -0.2, 3.9, -7], [0.69, 0.05, -0.3, 11], [0.02, 0.93, 0.4, -80.25], [0, 0, 0, 1]])

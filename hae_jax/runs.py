@@ -1,0 +1,89 @@
+"""A trained network in a folder: its config, its model, its identity, and the calibrations that were made with it."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+from flax import nnx
+
+from hae_jax.configs import default
+from hae_jax.errors import UserError
+from hae_jax.training.weights import CALIBRATION, SHIPPED, load_trained, trained_folder
+from hae_jax.translation.methods import Method, make_method
+from hae_jax.translation.plan import calibration_inputs, identified
+from hae_jax.translation.validation import fits, same_but_for_data
+
+
+class TrainedRun(NamedTuple):
+    """A trained network.
+
+    Attributes:
+      model: the network.
+      config: of its training, with today's defaults where it does not know a field.
+      identity: path, step, which parameters, and the SHA-256 of the weights with their use.
+      folder: where it lies.
+    """
+
+    model: nnx.Module
+    config: ml_collections.ConfigDict
+    identity: dict[str, Any]
+    folder: Path
+
+    @property
+    def method(self) -> Method:
+        """The method that `config.translation` describes."""
+        return make_method(self.config)
+
+    def calibration(self) -> Any | None:
+        """The calibration that came with the weights, or the newest one of this run with the same settings."""
+        method = self.method
+        wanted = calibration_inputs(self.config, None, method, self.identity)
+        for find in (lambda: method.load_calibration(self.folder / CALIBRATION),
+                     lambda: method.load_calibration(same_but_for_data(method, self.folder / "calibrations", wanted))):
+            with contextlib.suppress(UserError):
+                found = find()
+                if fits(found, wanted):
+                    return found
+        return None
+
+
+def load_run(run: str | Path, settings: Mapping[str, Any] | None = None, *, ema: bool = True) -> TrainedRun:
+    """Reads a trained network.
+
+    Args:
+      run: folder that `train.py` wrote, folder of exported weights, or the name of shipped ones ("phantom").
+      settings: fields of `config.translation` to change.
+      ema: the EMA weights instead of the last ones.
+
+    Raises:
+      UserError: there is no network, it is damaged, or a setting does not exist.
+    """
+    network = load_trained(run, ema=ema)
+    config = completed_config(network.config)
+    for name, value in (settings or {}).items():
+        if name not in config.translation:
+            raise UserError(f"translation.{name}: no such setting; see configs/default.py for the fields")
+        config.translation[name] = value
+    return TrainedRun(network.model, config, identified(network.identity, network.model, config), trained_folder(run))
+
+
+def completed_config(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The config that a network was saved with; fields it does not know yet have their defaults."""
+    config = default.get_config()
+    with config.unlocked():
+        config.update(as_config(tree))
+    return config
+
+
+def as_config(value: Any) -> Any:
+    """Plain JSON values as a config has them: dictionaries as ConfigDict, lists as tuples."""
+    if isinstance(value, Mapping):
+        return ml_collections.ConfigDict({name: as_config(item) for name, item in value.items()})
+    return tuple(map(as_config, value)) if isinstance(value, list | tuple) else value
+
+
+def results_folder(folder: Path) -> Path:
+    """Where results go by default: into the run, but not into a shipped network's folder."""
+    return Path("results") / folder.name if folder.parent == SHIPPED else folder
