@@ -11,8 +11,8 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["Localizer", "UNet", "UNetConfig", "__version__", "forward_process", "load_run"]
 
-_HOMES = {"Localizer": "hae_jax.translation.localizer", "UNet": "hae_jax.model", "UNetConfig": "hae_jax.model",
-          "forward_process": "hae_jax.translation.forward_process", "load_run": "hae_jax.runs"}
+_HOMES = {"Localizer": "hae_jax.localization.localizer", "UNet": "hae_jax.model", "UNetConfig": "hae_jax.model",
+          "forward_process": "hae_jax.localization.forward_process", "load_run": "hae_jax.runs"}
 
 
 def __getattr__(name: str):

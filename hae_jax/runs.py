@@ -10,10 +10,10 @@ from flax import nnx
 
 from hae_jax.configs import default
 from hae_jax.errors import UserError
+from hae_jax.localization.methods import Method, make_method
+from hae_jax.localization.validation import fits, same_but_for_data
+from hae_jax.pipeline.plan import calibration_inputs, identified
 from hae_jax.training.weights import CALIBRATION, SHIPPED, load_trained, trained_folder
-from hae_jax.translation.methods import Method, make_method
-from hae_jax.translation.plan import calibration_inputs, identified
-from hae_jax.translation.validation import fits, same_but_for_data
 
 
 class TrainedRun(NamedTuple):

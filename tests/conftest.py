@@ -29,3 +29,6 @@ jax.devices()  # from here on their number is settled, whatever a command under 
 def golden() -> Path:
     """The folder with the reference numbers."""
     return Path(__file__).parent / "golden"
+
+
+pytest_plugins = ["translated_cases"]  # small cases, a prepared dataset, a toy network

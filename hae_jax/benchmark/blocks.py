@@ -13,11 +13,12 @@ from hae_jax.benchmark import naive
 from hae_jax.benchmark.measure import compile_program, in_turns, sharing_memory
 from hae_jax.benchmark.results import NAIVE, OURS, Row
 from hae_jax.diffusion.noise import gaussian, simplex
-from hae_jax.model import UNetConfig, attention, group_norm, layers, sparse
+from hae_jax.model import UNetConfig, attention, layers, sparse
 from hae_jax.model.conditioning import Context
 from hae_jax.model.config import HYBRID_HEADS, NORM_GROUPS
 from hae_jax.model.flops import TRAINING_FACTOR, count_flops
 from hae_jax.model.hybrid import MultiHeadAttention
+from hae_jax.ops import group_norm
 from hae_jax.training.mesh import batch_sharding, make_mesh, replicated
 
 _HEADS = 4  # of the attention block

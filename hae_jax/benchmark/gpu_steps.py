@@ -43,12 +43,13 @@ from hae_jax.data.slices import CaseSlices
 from hae_jax.data.store import StoreWriter
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
-from hae_jax.model import UNet, UNetConfig, load_torch_state, torch_state
-from hae_jax.model.platform import XLA, attention_by
+from hae_jax.localization.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
+from hae_jax.model import UNet, UNetConfig
+from hae_jax.ops.platform import XLA, attention_by
 from hae_jax.provenance import versions
+from hae_jax.torch_interop.weights import load_torch_state, torch_state
 from hae_jax.training.mesh import make_mesh
 from hae_jax.training.state import network_config
-from hae_jax.translation.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _BATCH = 28  # of the published training
@@ -239,7 +240,7 @@ def reference(report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work, start = Path(folder), time.monotonic()
         config, overrides = _reference_config(report, work)
-        from hae_jax.data.demo import ensure_phantom
+        from hae_jax.phantom.on_demand import ensure_phantom
 
         ensure_phantom(config.data, config.model.image_size)
         report.add("phantom", time.monotonic() - start, "s", subjects=config.data.phantom.subjects)

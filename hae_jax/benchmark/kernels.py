@@ -8,7 +8,7 @@ import numpy as np
 from hae_jax.benchmark.blocks import Block, attention_block, smallest_patches, with_gradients
 from hae_jax.benchmark.measure import in_turns
 from hae_jax.benchmark.results import OURS
-from hae_jax.model.platform import KERNELS, XLA, attention_by
+from hae_jax.ops.platform import KERNELS, XLA, attention_by
 from hae_jax.training.mesh import make_mesh
 
 _BATCH = 8

@@ -15,7 +15,7 @@ from hae_jax.benchmark.results import NAIVE, OURS, machine, write
 from hae_jax.benchmark.settings import with_model
 from hae_jax.benchmark.table import render, size
 from hae_jax.errors import UserError
-from hae_jax.model.platform import accelerator_forms
+from hae_jax.ops.platform import accelerator_forms
 from hae_jax.training.dry_run import activation_bytes
 from hae_jax.training.state import network_config
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from hae_jax.diffusion.process import Denoiser, Process
 from hae_jax.errors import UserError
-from hae_jax.model import UNetConfig, attention, group_norm, layers, sparse
+from hae_jax.localization import forward_process
+from hae_jax.localization.forward_process import HEALTHY, ForwardSettings, Translation
+from hae_jax.model import UNetConfig, attention, layers, sparse
 from hae_jax.model.conditioning import Context
-from hae_jax.translation import forward_process
-from hae_jax.translation.forward_process import HEALTHY, ForwardSettings, Translation
+from hae_jax.ops import group_norm
 
 
 def attend_with_context(

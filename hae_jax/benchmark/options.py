@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax
 
 from hae_jax.errors import UserError
-from hae_jax.model import platform
+from hae_jax.ops import platform
 
 _ATTENTION = "attention"
 _BOOLEANS = {"true": True, "false": False}

@@ -21,7 +21,7 @@ from hae_jax.benchmark.table import number, render, seconds, size
 from hae_jax.benchmark.target import TARGETS, target_device
 from hae_jax.errors import UserError
 from hae_jax.model.flops import TRAINING_FACTOR, count_flops, device_peak_flops
-from hae_jax.model.platform import accelerator_forms
+from hae_jax.ops.platform import accelerator_forms
 from hae_jax.training.mesh import batch_sharding, make_mesh, replicated
 from hae_jax.training.state import network_config
 

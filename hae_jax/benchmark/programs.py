@@ -21,9 +21,11 @@ from hae_jax.benchmark.settings import Settings
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
+from hae_jax.localization import forward_process
+from hae_jax.localization.forward_process import ForwardSettings
 from hae_jax.model import UNet, UNetConfig
 from hae_jax.model.flops import TRAINING_FACTOR, count_flops
-from hae_jax.model.platform import compiler_options
+from hae_jax.ops.platform import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated, shard_batch
 from hae_jax.training.state import (
     abstract_network,
@@ -35,8 +37,6 @@ from hae_jax.training.state import (
     shardings_of,
 )
 from hae_jax.training.step import make_train_step, step_settings
-from hae_jax.translation import forward_process
-from hae_jax.translation.forward_process import ForwardSettings
 
 
 class Program(Protocol):

@@ -19,7 +19,8 @@ from hae_jax.benchmark.programs import host_batch
 from hae_jax.benchmark.torch_network import TorchNetwork
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.model import UNet, torch_state
+from hae_jax.model import UNet
+from hae_jax.torch_interop.weights import torch_state
 from hae_jax.training.state import network_config
 
 # What the training step here can do, by field of the config. With anything else it would not do the same work as ours.

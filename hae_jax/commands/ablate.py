@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import use_all_cores
     from hae_jax.commands.runs import network_and_config
-    from hae_jax.data.demo import ensure_phantom
     from hae_jax.data.store import open_store
+    from hae_jax.phantom.on_demand import ensure_phantom
+    from hae_jax.pipeline.ablation import ablate, variations
     from hae_jax.training.mesh import make_mesh
-    from hae_jax.translation.ablation import ablate, variations
 
     use_all_cores()
     loaded, config = network_and_config(None, DEMO_CONFIG, arguments.checkpoint, overrides)

@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import use_all_cores
     from hae_jax.commands.runs import Loaded, network_and_config, with_classifier
-    from hae_jax.data.demo import ensure_phantom, new_phantom
+    from hae_jax.phantom.on_demand import ensure_phantom, new_phantom
+    from hae_jax.pipeline.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
     from hae_jax.training.mesh import make_mesh
     from hae_jax.training.weights import CALIBRATION
-    from hae_jax.translation.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
 
     use_all_cores()
     loaded, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)

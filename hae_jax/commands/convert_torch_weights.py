@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from hae_jax.training import imported, torch_run  # after parsing: --help shall not wait for JAX
+    from hae_jax.torch_interop import imported  # after parsing: --help shall not wait for JAX
+    from hae_jax.torch_interop import run as torch_run
 
     config, text = read_config(arguments.config or DEFAULTS, overrides), None
     if not any(override.startswith("--config.translation.method") for override in overrides):
@@ -77,8 +78,8 @@ def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _export(run: str, file: str, ema: bool) -> None:
-    from hae_jax.model import torch_state
-    from hae_jax.model.torch_files import write_state_dict
+    from hae_jax.torch_interop.files import write_state_dict
+    from hae_jax.torch_interop.weights import torch_state
     from hae_jax.training.checkpoint import load_network
 
     network = load_network(run, ema=ema)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hae_jax.model import platform
-from hae_jax.model.platform import KERNELS, XLA
+from hae_jax.ops import platform
+from hae_jax.ops.platform import KERNELS, XLA
 
 _CHOICES = [XLA, *("+".join(some) for n in range(len(KERNELS)) for some in itertools.combinations(KERNELS, n + 1))]
 

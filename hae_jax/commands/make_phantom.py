@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from hae_jax.commands.common import entry_point
-from hae_jax.data.phantom import make_phantom, modalities_of
-from hae_jax.data.phantom_lesion import PHANTOMS
+from hae_jax.phantom.cohort import make_phantom, modalities_of
+from hae_jax.phantom.lesion import PHANTOMS
 
 _EXAMPLES = """\
 examples:
@@ -47,6 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                           size=args.size, workers=args.workers, kind=args.kind)
     print(f"phantom of {args.subjects} subjects in {folder}")
     if args.figure:
-        from hae_jax.data.phantom_figures import draw_phantom  # matplotlib is slow to import
+        from hae_jax.phantom.figures import draw_phantom  # matplotlib is slow to import
 
         print(f"phantom figure in {draw_phantom(folder, args.figure, modalities_of(args.kind))}")

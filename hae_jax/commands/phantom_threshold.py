@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hae_jax.commands.common import entry_point
-from hae_jax.data.phantom import MANIFEST
-from hae_jax.data.phantom_figures import ThresholdScore, best_threshold
+from hae_jax.phantom.cohort import MANIFEST
+from hae_jax.phantom.figures import ThresholdScore, best_threshold
 
 _DESCRIPTION = """\
 Print the volume Dice of the best intensity threshold (normalised by the 99th percentile), for one threshold common to

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
     from hae_jax.commands.devices import choose_attention, use_all_cores
-    from hae_jax.data.demo import ensure_phantom
+    from hae_jax.phantom.on_demand import ensure_phantom
     from hae_jax.training import dry_run, hosts, loop
     from hae_jax.training.profile import parse_span
 

@@ -11,7 +11,7 @@ from hae_jax.commands.common import check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP
 from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 from hae_jax.errors import UserError
-from hae_jax.translation.calibration import PRESETS
+from hae_jax.localization.calibration import PRESETS
 
 _DESCRIPTION = """\
 Translate cases towards "healthy" with a trained network and write, for each, a lesion mask and an anomaly map as NIfTI
@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import choose_attention, use_all_cores
     from hae_jax.commands.runs import network_and_config, with_classifier
-    from hae_jax.data.demo import ensure_phantom
+    from hae_jax.phantom.on_demand import ensure_phantom
+    from hae_jax.pipeline.translate import translate
     from hae_jax.training.mesh import make_mesh
     from hae_jax.training.weights import CALIBRATION
-    from hae_jax.translation.run import translate
 
     _stop_when_told()
     use_all_cores()

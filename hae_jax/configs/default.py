@@ -119,7 +119,7 @@ def _training() -> ml_collections.ConfigDict:
 
 
 def _translation() -> ml_collections.ConfigDict:
-    """How lesions are found, and the masks (see `hae_jax.translation`)."""
+    """How lesions are found, and the masks (see `hae_jax.localization`)."""
     translation = ml_collections.ConfigDict()
     # residual (ours), hae (published), ddib, anoddpm-simplex, anoddpm-gaussian, classifier, dae, or threshold (of
     # intensity)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hae_jax.model import fused_attention
 from hae_jax.model.conditioning import Context
 from hae_jax.model.config import UNetConfig
 from hae_jax.model.layers import Conditioning, group_norm, linear
-from hae_jax.model.log_sum_exp import log_sum_exp
-from hae_jax.model.pixel_attention import attention
+from hae_jax.ops import fused_attention
+from hae_jax.ops.log_sum_exp import log_sum_exp
+from hae_jax.ops.pixel_attention import attention
 
 
 class AttentionBlock(nnx.Module):

@@ -1,7 +1,7 @@
 """The plain parts of the U-Net: convolutions, norms, resampling, dropout, ResBlock. NHWC throughout."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from hae_jax.model.config import NORM_GROUPS, UNetConfig
-from hae_jax.model.convolution import conv2d
-from hae_jax.model.group_norm import GroupNorm
+from hae_jax.ops.convolution import conv2d
+from hae_jax.ops.dropped_attention import kept_bound
+from hae_jax.ops.group_norm import GroupNorm
 
 EPSILON = 1e-5  # of every norm, as in PyTorch; Flax's default is 1e-6
 
@@ -180,11 +181,6 @@ def kept(
     return jnp.concatenate(halves, axis=-1)[..., :last], bound / 2**16
 
 
-def kept_bound(rate: float) -> int:
-    """Below which 16 random bits say that dropout keeps a number; at least one number in 2^16 is kept."""
-    return max(1, round((1 - rate) * 2**16))
-
-
 def pool(
     x: jax.Array,  # [B, H, W, C]
     size: int,
@@ -264,3 +260,21 @@ class ResBlock(nnx.Module):
             h = self.out_norm(h + emb[:, None, None], silu=self.activate)
         h = self.out_conv(self.dropout(h, cond.randomness))
         return h + (x if self.skip is None else self.skip(x))
+
+
+_KINDS = ("kernel", "scale", "embedding", "bias")  # weights before biases, as PyTorch registers them
+
+
+def walk(module: nnx.Module | nnx.List, prefix: str = "") -> Iterator[tuple[str, nnx.Param]]:
+    """Every parameter with its path such as "input_blocks.0.0.kernel", in the order of the modules' attributes."""
+    if isinstance(module, nnx.List):
+        children = [(str(i), child) for i, child in enumerate(module)]
+    else:
+        children = [(name, child) for name, child in vars(module).items() if not name.startswith("_")]
+        children.sort(key=lambda item: _KINDS.index(item[0]) if item[0] in _KINDS else -1)
+    for name, child in children:
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, nnx.Param):
+            yield path, child
+        elif isinstance(child, nnx.Module | nnx.List):
+            yield from walk(child, path)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hae_jax.model import dropped_attention, fused_attention
 from hae_jax.model.layers import HeadDropout
-from hae_jax.model.platform import is_cpu
+from hae_jax.ops import dropped_attention, fused_attention
+from hae_jax.ops.platform import is_cpu
 
 Drop = Callable[[jax.Array], jax.Array]  # attention weights [B, ...] -> the same with dropout
 

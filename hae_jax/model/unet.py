@@ -21,8 +21,8 @@ from hae_jax.model.layers import (
     conv,
     group_norm,
     standard_normal,
+    walk,
 )
-from hae_jax.model.torch_weights import walk
 
 _HYBRIDS = {"joint": JointHybrid, "per_scale": PerScaleHybrid}
 _HYBRID_LAYERS = tuple(_HYBRIDS.values())

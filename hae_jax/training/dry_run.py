@@ -18,7 +18,7 @@ from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
 from hae_jax.model.flops import TRAINING_FACTOR, device_peak_flops, forward_flops, training_flops
 from hae_jax.model.layers import Randomness
-from hae_jax.model.platform import accelerator_forms
+from hae_jax.ops.platform import accelerator_forms
 from hae_jax.training.mesh import bytes_per_device, check_batch_size, make_mesh
 from hae_jax.training.settings import check_settings
 from hae_jax.training.state import (
@@ -63,7 +63,7 @@ def activation_bytes(network: UNetConfig, rows: int) -> int:
 
     Where the network recomputes (remat), what the largest recomputed part needs is added, since it is there at once.
     XLA may need less, by computing again what costs little, or more, for its own workspaces. Counted are the forms of
-    accelerators (`hae_jax.model.platform`), which on CPUs are an upper bound.
+    accelerators (`hae_jax.ops.platform`), which on CPUs are an upper bound.
 
     Args:
       rows: images on one device at once.

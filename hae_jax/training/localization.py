@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from hae_jax.data.slices import patient_of, slice_spacing, to_model_range
 from hae_jax.data.store import Store
+from hae_jax.localization.forward_process import network_denoisers
+from hae_jax.localization.map_threshold import ValidationSlice
+from hae_jax.localization.measures import measure
+from hae_jax.localization.methods import Residual, residual_method
+from hae_jax.localization.residual import ResidualMap
+from hae_jax.localization.validation import heights_in_head
 from hae_jax.training.mesh import batch_sharding, replicated
-from hae_jax.translation.forward_process import network_denoisers
-from hae_jax.translation.map_threshold import ValidationSlice
-from hae_jax.translation.measures import measure
-from hae_jax.translation.methods import Residual, residual_method
-from hae_jax.translation.residual import ResidualMap
-from hae_jax.translation.validation import heights_in_head
 
 _SEED = 0  # of the noise
 

@@ -4,9 +4,9 @@ import ml_collections
 
 from hae_jax.data.slices import SCALINGS
 from hae_jax.errors import UserError
+from hae_jax.localization.methods import residual_method
 from hae_jax.training.log import import_wandb
 from hae_jax.training.step import step_settings
-from hae_jax.translation.methods import residual_method
 
 
 def measures_localization(config: ml_collections.ConfigDict) -> bool:

@@ -15,8 +15,8 @@ from flax import nnx
 from hae_jax import weights
 from hae_jax.errors import UserError
 from hae_jax.files import write_json
-from hae_jax.model import load_torch_state, torch_state
-from hae_jax.model.torch_files import read_state_dict, write_state_dict
+from hae_jax.torch_interop.files import read_state_dict, write_state_dict
+from hae_jax.torch_interop.weights import load_torch_state, torch_state
 from hae_jax.training import checkpoint
 from hae_jax.training.checkpoint import Network
 from hae_jax.training.state import abstract_network, network_config

@@ -11,8 +11,8 @@ from hae_jax.benchmark import blocks, kernels
 from hae_jax.benchmark.kernels import fastest_attention
 from hae_jax.commands import devices
 from hae_jax.errors import UserError
-from hae_jax.model import dropped_attention, fused_attention
-from hae_jax.model.platform import ATTENTION, attention_kernels
+from hae_jax.ops import dropped_attention, fused_attention
+from hae_jax.ops.platform import ATTENTION, attention_kernels
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from hae_jax.benchmark.measure import (
     sharing_memory,
 )
 from hae_jax.benchmark.table import number, render, seconds, size
-from hae_jax.model.convolution import conv2d
+from hae_jax.ops.convolution import conv2d
 from hae_jax.training.mesh import make_mesh
 
 

@@ -10,10 +10,11 @@ from hae_jax.benchmark import naive
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.model import UNet, UNetConfig, attention, group_norm, layers, sparse
+from hae_jax.localization import forward_process
+from hae_jax.model import UNet, UNetConfig, attention, layers, sparse
 from hae_jax.model.conditioning import Context
 from hae_jax.model.flops import count_flops
-from hae_jax.translation import forward_process
+from hae_jax.ops import group_norm
 
 # 12 x 12 tokens in the hybrid block, enough to be sparse; two of its four rows see no label.
 NETWORK = {"image_size": 24, "in_channels": 2, "model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1,

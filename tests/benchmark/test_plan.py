@@ -12,7 +12,7 @@ from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.commands.benchmark import main
 from hae_jax.configs import default
 from hae_jax.errors import UserError
-from hae_jax.model.platform import attention_kernels
+from hae_jax.ops.platform import attention_kernels
 
 OPTION = "xla_cpu_prefer_vector_width=512"
 

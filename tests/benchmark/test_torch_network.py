@@ -27,7 +27,8 @@ from hae_jax.diffusion.loss import training_loss
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.model import VARIANTS, UNetConfig, sparse, torch_state
+from hae_jax.model import VARIANTS, UNetConfig, sparse
+from hae_jax.torch_interop.weights import torch_state
 from hae_jax.training.state import make_optimizer, network_config
 
 CASES = ("fpdm_tiny", "hae_tiny", "hae_lite_tiny", "hae_v2_tiny", "hae_v2c_tiny", "fpdm_options", "hae_v2c_options")

@@ -13,7 +13,7 @@ import torch
 
 from hae_jax.commands.config import read_config
 from hae_jax.commands.convert_torch_weights import main
-from hae_jax.model import torch_state
+from hae_jax.torch_interop.weights import torch_state
 from hae_jax.training.checkpoint import check_same_run, load_network
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,10 +11,10 @@ import pytest
 from hae_jax.commands import runs
 from hae_jax.commands.translate import main
 from hae_jax.configs import default, phantom
-from hae_jax.data import demo
 from hae_jax.errors import UserError
+from hae_jax.phantom import on_demand
+from hae_jax.pipeline import translate as run
 from hae_jax.training import checkpoint
-from hae_jax.translation import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -50,7 +50,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(checkpoint, "load_network", load)
     monkeypatch.setattr(run, "translate", translate)
-    monkeypatch.setattr(demo, "ensure_phantom", lambda data, size: found.update(ensured=(data.root, size)))
+    monkeypatch.setattr(on_demand, "ensure_phantom", lambda data, size: found.update(ensured=(data.root, size)))
     return found
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from hae_jax.configs import phantom
-from hae_jax.data import demo
 from hae_jax.data.store import open_store
+from hae_jax.phantom import on_demand as demo
 
 
 @pytest.fixture

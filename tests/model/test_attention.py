@@ -11,7 +11,7 @@ from network_helpers import assert_close, shapes_in
 
 from hae_jax.model.attention import attend_with_context
 from hae_jax.model.conditioning import Context
-from hae_jax.model.pixel_attention import CPU_ROWS
+from hae_jax.ops.pixel_attention import CPU_ROWS
 
 T, E, HEADS, DEPTH = 300, 40, 2, 8
 ROWS = ("class", "null", "class unseen", "null unseen")

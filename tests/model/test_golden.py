@@ -16,7 +16,8 @@ from flax import nnx
 from golden_weights import GoldenCase, read_case
 from network_helpers import abstract, assert_close
 
-from hae_jax.model import UNet, load_torch_state, torch_state
+from hae_jax.model import UNet
+from hae_jax.torch_interop.weights import load_torch_state, torch_state
 
 CASES = ("fpdm_tiny", "hae_tiny", "hae_lite_tiny", "hae_v2_tiny", "hae_v2c_tiny", "fpdm_options", "hae_v2c_options")
 TOLERANCE = 1e-5  # of the output's maximum

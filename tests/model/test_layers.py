@@ -8,9 +8,10 @@ from flax import nnx
 from network_helpers import SMALL, abstract, assert_close, inputs
 from scipy import signal
 
-from hae_jax.model import UNet, UNetConfig, torch_state
+from hae_jax.model import UNet, UNetConfig
 from hae_jax.model.hybrid import MultiHeadAttention
 from hae_jax.model.layers import Downsample, Dropout, Randomness, Upsample, group_norm, kept, layer_norm, pool
+from hae_jax.torch_interop.weights import torch_state
 
 CONFIG = UNetConfig(**SMALL)
 

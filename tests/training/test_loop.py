@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hae_jax.errors import UserError
-from hae_jax.model import torch_state
+from hae_jax.torch_interop.weights import torch_state
 from hae_jax.training import checkpoint
 from hae_jax.training.loop import train
 from hae_jax.training.weights import export_weights

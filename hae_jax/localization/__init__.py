@@ -1,0 +1,1 @@
+"""Lesions in arrays: methods, maps, calibrations, masks."""

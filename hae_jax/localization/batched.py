@@ -1,0 +1,214 @@
+"""Slices of any cases through a method, in batches of one fixed shape over all devices.
+
+Stands between `volume.py`, which gives slices, and the methods' calibrations and masks, which read what comes out. A
+slice's result depends neither on the slices that share its batch nor on the number of devices.
+"""
+
+import contextlib
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from hae_jax.errors import UserError
+from hae_jax.localization.forward_process import network_denoisers
+from hae_jax.ops.platform import compiler_options
+
+LARGEST_BATCH = 256  # slices; a device is busy long before
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_GB = 1e9
+
+
+class Slice(NamedTuple):
+    """One slice to translate."""
+
+    image: np.ndarray  # [H, W, C] float32 in [-1, 1]
+    case: str
+    index: int  # position along the volume's axis 2
+    intensity: np.ndarray  # [H, W, C] float32, normalised by volume: 1 is the 99th percentile
+
+
+class SliceTranslator:
+    """A method for a stream of slices; compiled once, for one shape.
+
+    Attributes:
+      batch_size: slices in a batch, over all devices. Becomes smaller when the devices run out of memory.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        method: Callable[..., NamedTuple],
+        *,
+        batch_size: int,
+        seed: int,
+        mesh: Mesh,
+        conditional: bool = True,
+        max_memory_gb: float | None = None,
+        say: Callable[[str], None] = tqdm.write,
+    ):
+        """Places the parameters on the devices.
+
+        Args:
+          model: a network, called as `hae_jax.model.UNet`.
+          method: what to do with a batch of slices: (denoisers, images, keys) -> a NamedTuple of arrays [B, ...].
+          batch_size: rounded up to a multiple of the number of devices.
+          seed: of the noise; that of a slice is a function of this, its case's name and its position.
+          mesh: the devices; rows lie over all of them, parameters on each.
+          conditional: whether the network takes class labels.
+          max_memory_gb: choose the batch size by memory instead, the largest one up to `LARGEST_BATCH` that needs no
+            more than this: on each device, or, where the devices are cores of one CPU, on all of them together.
+          say: what is called with news for the user.
+
+        Raises:
+          UserError: if the batch size is not positive.
+        """
+        if batch_size < 1:
+            raise UserError(f"translation.batch_size is {batch_size}: it must be at least 1")
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._mesh, self._say, self._max_memory_gb = mesh, say, max_memory_gb
+        replicated, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (mesh.axis_names,)))
+        graph, params = nnx.split(model)
+        self._params = jax.device_put(params, replicated)
+        self._compiled: dict[int, Any] = {}  # by batch size
+
+        def run(params, images, names, indices):
+            return method(network_denoisers(nnx.merge(graph, params), conditional), images,
+                          _slice_keys(seed, names, indices))
+
+        self._run = jax.jit(run, in_shardings=(replicated, rows, rows, rows), out_shardings=rows,
+                            compiler_options=compiler_options())
+
+    def prepare(self, shape: tuple[int, int, int]) -> None:
+        """Chooses the batch size, where memory shall decide, and compiles: once, for slices of one shape (H, W, C).
+
+        Raises:
+          UserError: if not even one slice on each device fits into the memory that is allowed.
+        """
+        if self._max_memory_gb is not None:
+            self.batch_size, self._max_memory_gb = self._chosen_by_memory(shape), None
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # what does not fit is met again with the first batch
+            self._executable(self.batch_size, shape)
+
+    def __call__(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, NamedTuple]]:
+        """Translates slices and yields each with its result (NumPy arrays without the batch axis), in order.
+
+        The next batch is read and started before the results of the last one are waited for. If the devices run out of
+        memory, what was in flight is done again in smaller batches.
+
+        Raises:
+          UserError: if not even one slice on each device fits into memory.
+        """
+        slices, waiting = iter(slices), None
+        if (first := next(slices, None)) is None:
+            return
+        self.prepare(first.image.shape)
+        slices = itertools.chain([first], slices)
+        while batch := list(itertools.islice(slices, self.batch_size)):
+            started = self._start(batch)
+            if waiting:
+                yield from self._rows(*waiting)
+            waiting = batch, started
+        if waiting:
+            yield from self._rows(*waiting)
+
+    def _start(self, batch: list[Slice]) -> tuple[int, Any]:
+        """The batch size it was started with, and its results to come, or the error if it could not be started."""
+        size = self.batch_size
+        full = batch + batch[-1:] * (size - len(batch))  # padding; `_rows` never looks at it
+        images = np.stack([item.image for item in full])
+        names = np.array([zlib.crc32(item.case.encode()) for item in full], np.uint32)
+        indices = np.array([item.index for item in full], np.uint32)
+        try:
+            return size, self._executable(size, images.shape[1:])(self._params, images, names, indices)
+        except jax.errors.JaxRuntimeError as error:
+            return size, error
+
+    def _rows(self, batch: list[Slice], started: tuple[int, Any]) -> Iterator[tuple[Slice, NamedTuple]]:
+        size, results = started
+        try:
+            if isinstance(results, Exception):
+                raise results
+            fetched = [np.asarray(values) for values in results]
+        except jax.errors.JaxRuntimeError as error:
+            del results, started  # their memory is needed
+            self._shrink(size, error)
+            while batch:
+                part, batch = batch[:self.batch_size], batch[self.batch_size:]
+                yield from self._rows(part, self._start(part))
+            return
+        for i, item in enumerate(batch):
+            # Copies: a view would keep the whole batch for as long as one of its cases is unfinished.
+            yield item, type(results)(*(values[i].copy() for values in fetched))
+
+    def _shrink(self, size: int, error: Exception) -> None:
+        """Halves the batch size after a batch of `size` did not fit, unless that has been done since."""
+        if _OUT_OF_MEMORY not in str(error):
+            raise error
+        if size > self.batch_size:
+            return
+        if size == self._mesh.size:
+            raise UserError("translation: one slice on each device does not fit into its memory; use bfloat16, a "
+                            "smaller network, or a larger device") from error
+        self.batch_size = max(size // 2 // self._mesh.size, 1) * self._mesh.size
+        self._compiled.clear()
+        self._say(f"out of memory with batches of {size} slices: going on with {self.batch_size} "
+                  f"(--config.translation.batch_size={self.batch_size} avoids the first try)")
+
+    def _executable(self, size: int, shape: tuple[int, ...]) -> Any:
+        if size not in self._compiled:
+            rows = [jax.ShapeDtypeStruct((size, *shape), np.float32), *[jax.ShapeDtypeStruct((size,), np.uint32)] * 2]
+            self._compiled[size] = self._run.lower(self._params, *rows).compile()
+        return self._compiled[size]
+
+    def _chosen_by_memory(self, shape: tuple[int, ...]) -> int:
+        """The largest batch size that needs at most `max_memory_gb`, by what XLA plans to allocate."""
+        unit, limit = self._mesh.size, self._max_memory_gb
+        one, two = (self._planned_gb(n * unit, shape) for n in (1, 2))
+        if one > limit:
+            raise UserError(f"--max-memory {limit:g}: a batch of {unit} slices, one on each device, needs {one:.2f} GB")
+        # Linear in the batch, nearly; the plan for the chosen size has the last word.
+        count = min(int(1 + (limit - one) / max(two - one, 1e-9)), LARGEST_BATCH // unit or 1)
+        while count > 1 and self._planned_gb(count * unit, shape) > limit:
+            count = max(count * 9 // 10, 1)
+        planned = self._planned_gb(count * unit, shape)
+        self._compiled = {count * unit: self._compiled[count * unit]}
+        self._say(f"batches of {count * unit} slices: {planned:.2f} GB of the {limit:g} GB allowed")
+        return count * unit
+
+    def _planned_gb(self, size: int, shape: tuple[int, ...]) -> float:
+        plan = self._executable(size, shape).memory_analysis()
+        device = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+        shares_memory = self._mesh.devices.flat[0].platform == "cpu"
+        return device * (self._mesh.size if shares_memory else 1) / _GB
+
+
+class IntensityReader:
+    """The counterpart of `SliceTranslator` for methods that need no network: slice after slice."""
+
+    def __init__(self, intensity: Callable[[np.ndarray], NamedTuple]):
+        """Takes a function from normalised slices [S, H, W, C] to a NamedTuple of arrays [S, ...]."""
+        self._intensity = intensity
+
+    def prepare(self, shape: tuple[int, int, int]) -> None:
+        """There is nothing to prepare."""
+
+    def __call__(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, NamedTuple]]:
+        """Yields each slice with its result, in order."""
+        for item in slices:
+            rows = self._intensity(item.intensity[None])
+            yield item, type(rows)(*(values[0] for values in rows))
+
+
+def _slice_keys(seed: int, names: jax.Array, indices: jax.Array) -> jax.Array:  # [B], [B] -> [B] keys
+    def key(name, index):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), index)
+
+    return jax.vmap(key)(jnp.asarray(names), jnp.asarray(indices))

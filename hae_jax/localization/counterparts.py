@@ -1,0 +1,333 @@
+"""Baselines that take a slice to a pseudo-healthy one and call what has changed a lesion.
+
+They use the network of the forward process, or its unconditional twin; a threshold (`map_threshold.py`) turns their
+maps into masks. One scan each way, in memory that does not grow with the steps.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hae_jax.diffusion.noise import gaussian, simplex
+from hae_jax.diffusion.process import Denoiser, Prediction, Process
+from hae_jax.errors import UserError
+from hae_jax.localization.forward_process import (
+    HEALTHY,
+    Denoisers,
+    check_choice,
+    check_guidance,
+    check_modality,
+    guided_output,
+    step_keys,
+    step_noise,
+)
+from hae_jax.localization.map_threshold import MapThresholdMethod
+from hae_jax.localization.masks import PUBLISHED_FILTERS, Filters
+
+
+class Counterpart(NamedTuple):
+    """What one batch of slices gives; M are the chosen modalities."""
+
+    map: jax.Array  # [B, H, W] squared or absolute difference from the input, averaged over the modalities
+    healthy: jax.Array  # [B, H, W, M] the healthy counterpart
+
+
+@dataclasses.dataclass(frozen=True)
+class Ddib(MapThresholdMethod):
+    """Dual diffusion implicit bridges (Su et al. 2023): inverted without a class, decoded as healthy, both by DDIM.
+
+    Attributes:
+      process: the diffusion process.
+      steps: N, inversion steps t = 0..N-1 of the (respaced) schedule; the slice counts as being at level 0 before them
+        and is at level N after them.
+      guidance: strength w towards healthy on the way back; None: none.
+      start: where the way back begins: "published", at t = N-1, one level below what was reached, or "level", at N.
+      modality: channels that the map is made of.
+      rule, healthy_fpr, filters: see `MapThresholdMethod`.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
+
+    process: Process
+    steps: int
+    guidance: float | None = 2.0
+    start: str = "published"
+    modality: tuple[int, ...] = (0, 3)
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
+
+    name: ClassVar[str] = "ddib"
+    network: ClassVar[bool] = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "modality", tuple(self.modality))
+        _check_steps("ddib_steps", self.steps)
+        check_choice("ddib_start", self.start, ("published", "level"))
+        check_guidance(self.guidance)
+        check_modality(self.modality)
+        if self.start == "level" and self.steps >= self.process.schedule.steps:
+            raise UserError("translation.ddib_start is 'level', but translation.ddib_steps goes to the end of the "
+                            "schedule, after which there is no level: take fewer steps, or 'published'")
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice: one for each step there, two for each step back."""
+        return 3 * self.steps
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], not used: nothing here is random
+    ) -> Counterpart:
+        """The healthy counterparts of a batch."""
+
+        def towards_healthy(x, t):
+            return guided_output(*denoisers.healthy_and_null(x, t), self.guidance)
+
+        x = inverted(self.process, denoisers.null, x0, self.steps)
+        back = self.steps + 1 if self.start == "level" else self.steps
+        return _counterpart(decoded(self.process, towards_healthy, x, back), x0, self.modality)
+
+    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
+        """The healthy counterparts."""
+        return results.healthy
+
+
+@dataclasses.dataclass(frozen=True)
+class AnoDdpm(MapThresholdMethod):
+    """AnoDDPM (Wyatt et al. 2022): noised part of the way, then denoised by DDPM without a class.
+
+    A network that knows the healthy only is what the method is meant for; one with classes answers under its null
+    condition.
+
+    Attributes:
+      process: the diffusion process.
+      steps: N, noising and denoising steps of the (respaced) schedule: noised to t = N-1, then back from there.
+      noise: that the slice is noised with: "simplex" or "gaussian". On the way back it is Gaussian.
+      modality: channels that the map is made of.
+      rule, healthy_fpr, filters: see `MapThresholdMethod`.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
+
+    process: Process
+    steps: int
+    noise: str = "simplex"
+    modality: tuple[int, ...] = (0, 3)
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
+
+    network: ClassVar[bool] = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "modality", tuple(self.modality))
+        _check_steps("anoddpm_steps", self.steps)
+        if self.noise not in ("simplex", "gaussian"):
+            raise UserError(f"translation.method is 'anoddpm-{self.noise}': choose anoddpm-simplex or anoddpm-gaussian")
+        check_modality(self.modality)
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice."""
+        return self.steps
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        return f"anoddpm-{self.noise}"
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], of each slice's noise
+    ) -> Counterpart:
+        """The healthy counterparts of a batch."""
+        t = jnp.full(x0.shape[0], self.steps - 1)
+        first, later = step_keys(keys, self.steps), step_noise(keys, x0.shape[1:])  # step t = 0..N-1 takes key t
+        noise = gaussian(first, x0.shape[1:])
+        if self.noise == "simplex":
+            noise = simplex(first, x0.shape[1:], self.process.original(t).astype(jnp.float32))
+
+        def ddpm_step(prediction, x, t):
+            return self.process.ddpm_step(prediction, x, t, later(t[0]))
+
+        x = _walked_back(self.process, denoisers.null, self.process.noised(x0, t, noise), self.steps, ddpm_step)
+        return _counterpart(x, x0, self.modality)
+
+    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
+        """The healthy counterparts."""
+        return results.healthy
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierGuidance(MapThresholdMethod):
+    """Diffusion with classifier guidance (Wolleb et al. 2022): inverted by DDIM, then decoded towards "healthy".
+
+    On the way back eps becomes eps - s sqrt(1 - alpha_bar_t) grad_x log p(healthy | x_t), with p of a classifier that
+    was trained on noised slices (Dhariwal and Nichol 2021, eq. 14 and algorithm 2).
+
+    Attributes:
+      process: the diffusion process; its network predicts the noise.
+      steps: N, inversion steps t = 0..N-1, and as many back.
+      scale: s, strength of the gradient.
+      modality: channels that the map is made of.
+      rule, healthy_fpr, filters: see `MapThresholdMethod`.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
+
+    process: Process
+    steps: int
+    scale: float = 100.0
+    modality: tuple[int, ...] = (0, 3)
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
+
+    name: ClassVar[str] = "classifier"
+    network: ClassVar[bool] = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "modality", tuple(self.modality))
+        _check_steps("classifier_steps", self.steps)
+        check_modality(self.modality)
+        if not 0 <= self.scale < math.inf:
+            raise UserError(f"translation.classifier_scale is {self.scale}: give a strength of at least 0")
+        if self.process.predicts != "eps":
+            raise UserError("translation.method is 'classifier': it needs a network with diffusion.predicts 'eps'")
+
+    @property
+    def passes(self) -> int:
+        """Passes of the denoising network for a slice; the classifier's gradients come beside them."""
+        return 2 * self.steps
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], not used: nothing here is random
+    ) -> Counterpart:
+        """The pseudo-healthy slices of a batch."""
+        schedule, channels = self.process.schedule, x0.shape[-1]
+        noise_scale = np.zeros(int(schedule.timesteps.max()) + 1)  # by original timestep
+        noise_scale[schedule.timesteps] = np.sqrt(1 - schedule.alpha_bar)
+
+        def log_healthy(x, t):
+            return jax.nn.log_softmax(denoisers.classifier(x, t))[:, HEALTHY].sum()  # each slice's term is its own
+
+        def guided(x, t):
+            output = denoisers.null(x, t)
+            strength = self.scale * jnp.asarray(noise_scale, jnp.float32)[t][:, None, None, None]
+            return output.at[..., :channels].add(-strength * jax.grad(log_healthy)(x, t))
+
+        x = inverted(self.process, denoisers.null, x0, self.steps)
+        healthy = decoded(self.process, guided, x, self.steps)
+        return _absolute(healthy, x0, self.modality)
+
+    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
+        """The pseudo-healthy slices."""
+        return results.healthy
+
+
+@dataclasses.dataclass(frozen=True)
+class Dae(MapThresholdMethod):
+    """Denoising autoencoder (Kascenas et al. 2022): trained on healthy slices to take coarse noise away.
+
+    What it takes away from a slice without noise is called a lesion. It is a process of one step here
+    (`make_schedule`, "single") whose network predicts x0.
+
+    Attributes:
+      process: the process of one step.
+      modality: channels that the map is made of.
+      rule, healthy_fpr, filters: see `MapThresholdMethod`.
+
+    Raises:
+      UserError: for a network that is no denoising autoencoder.
+    """
+
+    process: Process
+    modality: tuple[int, ...] = (0, 3)
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
+
+    name: ClassVar[str] = "dae"
+    network: ClassVar[bool] = True
+    passes: ClassVar[int] = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "modality", tuple(self.modality))
+        check_modality(self.modality)
+        if self.process.schedule.steps != 1 or self.process.predicts != "x0":
+            raise UserError("translation.method is 'dae': it needs a denoising autoencoder (diffusion.schedule single, "
+                            "diffusion.predicts x0; see configs/dae.py)")
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], not used: nothing here is random
+    ) -> Counterpart:
+        """The pseudo-healthy slices of a batch."""
+        t = jnp.zeros(len(x0), jnp.int32)
+        x = self.process.noised(x0, t, jnp.zeros_like(x0))
+        return _absolute(self.process.predict(denoisers.null(x, self.process.original(t)), x, t).x0, x0, self.modality)
+
+    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
+        """The pseudo-healthy slices."""
+        return results.healthy
+
+
+def inverted(process: Process, denoise: Denoiser, x0: jax.Array, steps: int) -> jax.Array:  # [B, H, W, C]
+    """x at level `steps` by DDIM inversion steps t -> t+1, of an x0 that counts as being at level 0."""
+
+    def step(x, t):
+        t = jnp.full(x.shape[:1], t)
+        return process.ddim_inversion_step(process.predict(denoise(x, process.original(t)), x, t), t), None
+
+    return jax.lax.scan(step, x0, jnp.arange(steps))[0]
+
+
+def decoded(process: Process, denoise: Denoiser, x: jax.Array, steps: int) -> jax.Array:  # [B, H, W, C]
+    """x0 by deterministic DDIM steps t = steps-1..0, of an x that counts as being at level steps-1."""
+    return _walked_back(process, denoise, x, steps, lambda prediction, x, t: process.ddim_step(prediction, t))
+
+
+def _walked_back(
+    process: Process, denoise: Denoiser, x: jax.Array, steps: int,
+    advance: Callable[[Prediction, jax.Array, jax.Array], jax.Array],  # prediction, x_t, t [B] -> x at t - 1
+) -> jax.Array:  # [B, H, W, C]
+    def step(x, t):
+        t = jnp.full(x.shape[:1], t)
+        return advance(process.predict(denoise(x, process.original(t)), x, t), x, t), None
+
+    return jax.lax.scan(step, x, jnp.arange(steps - 1, -1, -1))[0]
+
+
+def _counterpart(healthy: jax.Array, x0: jax.Array, modality: tuple[int, ...]) -> Counterpart:
+    chosen = jnp.asarray(modality)
+    healthy, x_m = healthy[..., chosen], x0[..., chosen]
+    return Counterpart(jnp.square(healthy - x_m).mean(-1), healthy)
+
+
+def _absolute(healthy: jax.Array, x0: jax.Array, modality: tuple[int, ...]) -> Counterpart:
+    """With the mean absolute difference as the map."""
+    chosen = jnp.asarray(modality)
+    return Counterpart(jnp.abs(healthy[..., chosen] - x0[..., chosen]).mean(-1), healthy[..., chosen])
+
+
+def _check_steps(field: str, steps: int) -> None:
+    if steps < 1:
+        raise UserError(f"translation.{field} gives {steps} steps: it must give at least 1")

@@ -1,0 +1,311 @@
+"""Arrays in, lesions out: the whole method for one volume or stack of slices, without a file.
+
+`translate.py` gives the same numbers for NIfTI folders. A case passes the same functions there and here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hae_jax.data.cases import Case
+from hae_jax.data.orientation import Grid
+from hae_jax.data.slices import (
+    from_model_range,
+    intensity_scales,
+    normalise_volumes,
+    resize,
+    slices_to_volume,
+    to_model_range,
+)
+from hae_jax.diffusion.process import Process
+from hae_jax.errors import UserError
+from hae_jax.localization.batched import IntensityReader, Slice, SliceTranslator
+from hae_jax.localization.forward_process import Denoisers, GivenDenoisers
+from hae_jax.localization.map_threshold import MapThreshold, ValidationSlice, stacked
+from hae_jax.localization.masks import NO_FILTERS, Masks, SliceGrid
+from hae_jax.localization.methods import Method, Residual
+from hae_jax.localization.residual import ResidualSettings
+from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, sliced
+
+
+class Localized(NamedTuple):
+    """What is found in a volume [X, Y, Z, C] or in slices [S, H, W, C]; arrays lie on the input's grid.
+
+    Attributes:
+      mask: [X, Y, Z] or [S, H, W] bool, the lesion.
+      anomaly_map: the same shape, float32; high where there is a lesion.
+      pseudo_healthy: the same with a last axis of M channels, in the input's intensities; None for methods without one.
+      slice_scores: [N] float64, the anomaly score of each axial slice, or of each of the S slices.
+      lesion_slices: [N] bool, whether the slice is called a lesion slice.
+      slice_index: [N] int, where these slices lie: along the volume's axis from inferior to superior, or 0 .. S-1.
+      modality: the M channels of `pseudo_healthy`.
+    """
+
+    mask: np.ndarray
+    anomaly_map: np.ndarray
+    pseudo_healthy: np.ndarray | None
+    slice_scores: np.ndarray
+    lesion_slices: np.ndarray
+    slice_index: np.ndarray
+    modality: tuple[int, ...]
+
+
+class Localizer:
+    """Finds lesions in arrays with a trained network.
+
+    Example:
+      >>> import numpy as np
+      >>> from hae_jax import Localizer
+      >>> localizer = Localizer.load("phantom")  # a run folder, a folder of exported weights, or a shipped name
+      >>> volume = np.zeros((64, 64, 4, 4), np.float32)  # X, Y, Z; flair, t1, t1ce, t2
+      >>> volume[8:56, 8:56] = 400 + 100 * np.random.default_rng(0).random((48, 48, 4, 4))
+      >>> found = localizer(volume, affine=np.diag([-3.0, -3.0, 3.0, 1.0]))
+      >>> found.mask.shape, found.slice_scores.shape
+      ((64, 64, 4), (4,))
+
+    Attributes:
+      method: how lesions are found.
+      calibration: what turns maps into masks; None until `calibrate`.
+    """
+
+    def __init__(
+        self,
+        denoisers: Denoisers | nnx.Module,
+        process: Process,
+        calibration: MapThreshold | None = None,
+        settings: ResidualSettings | None = None,
+        *,
+        image_size: int,
+        channels: int,
+        scaling: str = "volume",
+        method: Method | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+    ):
+        """Takes anybody's network.
+
+        Args:
+          denoisers: the network's two faces (`Denoisers`; `numpy_denoisers` for a network outside JAX), or a module
+            that is called as `hae_jax.UNet`.
+          process: the diffusion process that it was trained with.
+          calibration: made earlier; None: call `calibrate` first.
+          settings: of the method `residual`; None: its defaults, with the first channel bright where there is a lesion.
+          image_size: height and width of the network's input, pixels.
+          channels: of its input.
+          scaling: how slices came into [-1, 1] in its training, "slice" or "volume" (`to_model_range`).
+          method: another method than `residual`; `process` and `settings` then do not count.
+          seed: of the noise.
+          batch_size: slices at once.
+        """
+        self.method = method or Residual(process, settings or ResidualSettings())
+        self.calibration = calibration
+        self._image_size, self._channels, self._scaling = image_size, channels, scaling
+        if not self.method.network:
+            self._translator = IntensityReader(self.method.intensity)
+            return
+        model = GivenDenoisers(denoisers) if isinstance(denoisers, Denoisers) else denoisers
+        conditional = getattr(getattr(model, "config", None), "num_classes", 2) is not None
+        mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
+        self._translator = SliceTranslator(model, self.method, batch_size=batch_size, seed=seed, mesh=mesh,
+                                           conditional=conditional)
+
+    @classmethod
+    def load(cls, run: str | Path, **settings: Any) -> "Localizer":
+        """Takes a trained network with its settings and, where there is one, its calibration.
+
+        Args:
+          run: folder that `train.py` wrote, folder of exported weights, or the name of shipped ones ("phantom").
+          settings: fields of `config.translation` to change, such as guidance=3.0.
+
+        Raises:
+          UserError: there is no network, or a setting does not exist or does not fit.
+        """
+        from hae_jax.runs import load_run  # here, since runs know localizers' methods
+
+        loaded = load_run(run, settings)
+        config = loaded.config
+        return cls(loaded.model, None, loaded.calibration(), image_size=config.model.image_size,
+                   channels=config.model.in_channels, scaling=config.data.scaling, method=loaded.method,
+                   seed=config.seed, batch_size=config.translation.batch_size)
+
+    def __call__(
+        self,
+        images: np.ndarray | Sequence[np.ndarray],  # [X, Y, Z, C], C times [X, Y, Z], or [S, H, W, C]
+        affine: np.ndarray | None = None,  # [4, 4]
+        *,
+        spacing: tuple[float, float, float] | None = None,
+        name: str = "",
+    ) -> Localized:
+        """Finds lesions in a volume or in slices.
+
+        Args:
+          images: a volume in raw intensities with background 0, in any orientation, or a list of its channels; without
+            an affine, axial slices, one behind the other. Channels in the order of the training.
+          affine: voxel to mm (RAS+, as nibabel gives it) of a volume; None: `images` are slices.
+          spacing: (x, y, z) mm between pixels and between slices, where `images` are slices; None: filters in mm are
+            left out.
+          name: seeds the noise together with a slice's position; `translate.py` takes the case's name.
+
+        Raises:
+          UserError: for an array that does not fit, or without a calibration.
+        """
+        if self.calibration is None:
+            raise UserError("the localizer is not calibrated: call calibrate(slices, labels) with validation slices, "
+                            "or load a run that was calibrated")
+        volumes = self._checked(images)
+        if affine is not None:
+            return self._of_volume(volumes, affine, name)
+        return self._of_slices(volumes, spacing, name)
+
+    def calibrate(
+        self,
+        slices: np.ndarray,  # [S, H, W, C] raw intensities
+        labels: Sequence[int],  # [S]
+        *,
+        patients: Sequence[str] | None = None,
+        heights: Sequence[float] | None = None,
+        masks: np.ndarray | None = None,  # [S, H, W]
+        spacing: tuple[float, float, float] | None = None,
+    ) -> MapThreshold:
+        """Chooses the thresholds on validation slices and keeps them in `calibration`.
+
+        Args:
+          slices: of all validation cases.
+          labels: 1: the slice has a lesion.
+          patients: whose slice each is, slices of one behind the other; each patient's intensities are normalised
+            together. None: all are one's.
+          heights: where each slice lies in its head, from 0 (bottom) to 1 (top); None: healthy and lesion slices are
+            not matched by height.
+          masks: ground truth, for the rule "dice" alone.
+          spacing: (x, y, z) mm between pixels and slices of the input; None: filters in mm are left out.
+
+        Raises:
+          UserError: arrays that do not fit, or slices that are not what the rule needs.
+        """
+        slices = self._checked(slices)
+        count = len(slices)
+        patients = ["patient"] * count if patients is None else [str(patient) for patient in patients]
+        heights = [0.5] * count if heights is None else heights
+        for what, values in (("labels", labels), ("patients", patients), ("heights", heights),
+                             ("masks", range(count) if masks is None else masks)):
+            if len(values) != count:
+                raise UserError(f"{what}: {len(values)} for {count} slices; give one for each slice")
+        known, translated = [], []
+        for patient in dict.fromkeys(patients):
+            own = [i for i, other in enumerate(patients) if other == patient]
+            images, inputs = self._inputs(slices[own])
+            translated += self._translated(inputs, images, patient)
+            truth = np.zeros(images.shape[:3]) if masks is None else resize(np.asarray(masks, np.float32)[own],
+                                                                            self._image_size)
+            pixels = self._pixel_spacing(spacing, slices.shape[1:3])
+            known += [ValidationSlice(int(labels[i]), truth[k] > 0.5, images[k].any(axis=-1), float(heights[i]),
+                                      patient, patient, k, pixels) for k, i in enumerate(own)]
+        method = self._without_mm(spacing)
+        self.calibration = method.calibrate(zip(translated, known, strict=True), {})
+        return self.calibration
+
+    def _of_volume(self, volumes: np.ndarray, affine: np.ndarray, name: str) -> Localized:
+        affine = np.asarray(affine, np.float64)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+            raise UserError(f"affine: has shape {affine.shape} or cannot be inverted; give the [4, 4] matrix from "
+                            "voxels to mm")
+        grid = Grid(volumes.shape[:3], affine, nib.Nifti1Header())
+        turned = np.stack([grid.reorient(volume) for volume in np.moveaxis(volumes, -1, 0)], axis=-1)
+        case = sliced(Case(name, turned, grid.reoriented_affine, grid, None), self._image_size, self._scaling)
+        results = stacked(self._translated(case.inputs, case.slices.images, name, case.slices.index))
+        masks = self.method.masks(results, self.calibration, case.heads, case.slice_grid)
+        mask, anomaly = (grid.restore(values) for values in in_head(case, masks.mask, masks.map))
+        healthy = self.method.healthy(results)
+        return Localized(mask, anomaly, None if healthy is None else self._healthy(healthy, case), masks.score,
+                         masks.lesion, case.slices.index, self.method.modality)
+
+    def _healthy(self, healthy: np.ndarray, case: SlicedCase) -> np.ndarray:  # [X, Y, Z, M]
+        return np.stack([case.grid.restore(healthy_volume(healthy[..., m], case, channel))
+                         for m, channel in enumerate(self.method.modality)], axis=-1)
+
+    def _of_slices(self, slices: np.ndarray, spacing: tuple[float, float, float] | None, name: str) -> Localized:
+        images, inputs = self._inputs(slices)
+        results = stacked(self._translated(inputs, images, name))
+        heads, shape = images.any(axis=-1), slices.shape[1:3]
+        grid = SliceGrid(np.arange(len(slices)), self._pixel_spacing(spacing, shape))
+        masks: Masks = self._without_mm(spacing).masks(results, self.calibration, heads, grid)
+        everywhere = slices.any(axis=-1)
+        index, healthy = np.arange(len(slices)), self.method.healthy(results)
+
+        def restored(values: np.ndarray) -> np.ndarray:  # [S, h, w] -> [S, H, W]
+            return slices_to_volume(values, index, (*shape, len(index))).transpose(2, 0, 1)
+
+        if healthy is not None:
+            scales = intensity_scales(slices)
+            channels = list(self.method.modality)
+            normalised = from_model_range(healthy, images[..., channels], self._scaling)
+            healthy = np.stack([restored(normalised[..., m]) * scales[channel] * everywhere
+                                for m, channel in enumerate(channels)], axis=-1)
+        return Localized((restored(masks.mask.astype(np.float32)) > 0.5) & everywhere, restored(masks.map) * everywhere,
+                         healthy, masks.score, masks.lesion, index, self.method.modality)
+
+    def _checked(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:  # [., ., ., C] float32
+        if isinstance(images, list | tuple):
+            images = np.stack([np.asarray(channel) for channel in images], axis=-1)
+        images = np.asarray(images)
+        if images.ndim != 4 or images.shape[-1] != self._channels or not images.size:
+            raise UserError(f"images: have shape {images.shape}, the network takes [X, Y, Z, {self._channels}] or "
+                            f"[S, H, W, {self._channels}]")
+        images = images.astype(np.float32)
+        if not np.isfinite(images).all():
+            raise UserError("images: hold NaN or infinite values; replace them")
+        if not (images > 0).any(axis=(0, 1, 2)).all():
+            raise UserError("images: a channel has no positive value; give raw intensities with background 0")
+        return images
+
+    def _inputs(self, slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [S, h, w, C] each
+        """Slices normalised together and resized, and as the network takes them."""
+        images = resize(normalise_volumes(slices).transpose(0, 3, 1, 2), self._image_size).transpose(0, 2, 3, 1)
+        return images, to_model_range(images, self._scaling)
+
+    def _translated(
+        self, inputs: np.ndarray, images: np.ndarray, name: str, index: np.ndarray | None = None
+    ) -> list[NamedTuple]:
+        positions = range(len(inputs)) if index is None else index
+        return [result for _, result in self._translator(
+            Slice(image, name, int(position), intensity)
+            for image, intensity, position in zip(inputs, images, positions, strict=True))]
+
+    def _pixel_spacing(
+        self, spacing: tuple[float, float, float] | None, shape: tuple[int, int]
+    ) -> tuple[float, float, float] | None:
+        """Of the network's pixels, from that of the input's."""
+        if spacing is None:
+            return None
+        x, y, z = spacing
+        return x * shape[0] / self._image_size, y * shape[1] / self._image_size, z
+
+    def _without_mm(self, spacing: tuple[float, float, float] | None) -> Method:
+        return self.method if spacing is not None else dataclasses.replace(self.method, filters=NO_FILTERS)
+
+
+def numpy_denoisers(denoise: Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]) -> Denoisers:
+    """Denoisers of a network outside JAX, such as one in PyTorch.
+
+    Args:
+      denoise: (x [B, H, W, C] float32, t [B] int32 original timesteps, y [B] int32 class labels or None for the null
+        condition) -> the network's output [B, H, W, C].
+    """
+    def call(x, t, y):
+        t = jnp.broadcast_to(t, x.shape[:1])
+
+        def outside(x, t):
+            return np.asarray(denoise(np.asarray(x), np.asarray(t, np.int32), y and np.zeros(len(x), np.int32)),
+                              np.float32)
+
+        return jax.pure_callback(outside, jax.ShapeDtypeStruct(x.shape, jnp.float32), x, t)
+
+    return Denoisers(lambda x, t: call(x, t, None), lambda x, t: (call(x, t, True), call(x, t, None)))

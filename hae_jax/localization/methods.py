@@ -1,0 +1,400 @@
+"""The methods that find lesions, behind one interface: ours, the published forward process, and the baselines.
+
+`make_method` makes one from the configuration; `batched.py` runs it, `validation.py` calibrates it, `per_case.py` asks
+it for masks.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import ml_collections
+import numpy as np
+
+from hae_jax.data.slices import VOLUME_RANGE
+from hae_jax.diffusion.process import Process
+from hae_jax.diffusion.schedule import make_schedule
+from hae_jax.errors import UserError
+from hae_jax.localization import residual, rules
+from hae_jax.localization.calibration import Calibration, calibrate
+from hae_jax.localization.counterparts import AnoDdpm, ClassifierGuidance, Dae, Ddib
+from hae_jax.localization.forward_process import (
+    Denoisers,
+    ForwardSettings,
+    Translation,
+    check_choice,
+    check_modality,
+    forward_process,
+    step_noise,
+)
+from hae_jax.localization.map_threshold import MapThreshold, MapThresholdMethod, ValidationSlice
+from hae_jax.localization.masks import (
+    NO_FILTERS,
+    OWN_FILTERS,
+    PUBLISHED_FILTERS,
+    Filters,
+    Masks,
+    PhysicalFilters,
+    PixelFilters,
+    SliceGrid,
+    make_masks,
+)
+from hae_jax.localization.residual import ResidualMap, ResidualSettings
+
+# Weight of a modality in the residual, with the sign that a lesion has in it.
+_WEIGHTS = {"flair": 1.0, "t1": -0.5, "t1ce": 0.0, "t2": 0.5}
+
+
+class Method(Protocol):
+    """What every method offers. A method with a network is called; one without has `intensity` instead.
+
+    `__call__(denoisers, x0 [B, H, W, C] in [-1, 1], keys [B])` is pure and gives a NamedTuple of arrays [B, ...];
+    `intensity(images [S, H, W, C], normalised by volume)` gives the same from the slices alone.
+
+    Attributes:
+      name: as on the command line.
+      network: whether it needs one.
+      rule: that chooses the threshold (`rules.LABELS`).
+      modality: channels that the pseudo-healthy reconstruction is made of.
+      passes: network passes for a slice.
+    """
+
+    name: str
+    network: bool
+    rule: str
+    modality: tuple[int, ...]
+    passes: int
+
+    def calibrate(
+        self, results: Iterable[tuple[Any, ValidationSlice]], made_with: Mapping[str, Any]
+    ) -> Calibration | MapThreshold:
+        """What turns maps into masks, from the result of each validation slice and what is known of the slice."""
+
+    def load_calibration(self, path: str | os.PathLike) -> Calibration | MapThreshold:
+        """Reads what the result of `calibrate` saved."""
+
+    def masks(self, results: Any, calibration: Any, heads: np.ndarray, grid: SliceGrid) -> Masks:
+        """The masks of a case's stacked results [S, ...] in its heads [S, H, W] bool."""
+
+    def healthy(self, results: Any) -> np.ndarray | None:
+        """The pseudo-healthy reconstructions, [S, H, W, M] in [-1, 1]; None: the method makes none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual(MapThresholdMethod):
+    """The signed residual at low noise (ours): see `residual.residual`."""
+
+    process: Process
+    settings: ResidualSettings
+    rule: str = "healthy_fpr"
+    healthy_fpr: float = 5e-4
+    filters: Filters = OWN_FILTERS
+
+    name: ClassVar[str] = "residual"
+    network: ClassVar[bool] = True
+
+    @property
+    def modality(self) -> tuple[int, ...]:
+        """Channels of the reconstruction."""
+        return self.settings.modality
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice."""
+        return self.settings.passes
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], of each slice's noise
+    ) -> ResidualMap:
+        """The residual maps of a batch."""
+        return residual.residual(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
+
+    def healthy(self, results: ResidualMap) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
+        """The mean guided predictions."""
+        return results.healthy
+
+    def _maps(self, results: ResidualMap, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
+        return np.maximum(super()._maps(results, grid), 0)
+
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Hae(MapThresholdMethod):
+    """The published forward process: see `forward_process`, `calibration` and `masks`.
+
+    With the rule "quantile", as published; with another one, its map averaged over the modalities is thresholded.
+    """
+
+    process: Process
+    settings: ForwardSettings
+    rule: str = "quantile"
+    healthy_fpr: float = 5e-4
+    filters: Filters = PUBLISHED_FILTERS
+
+    name: ClassVar[str] = "hae"
+    network: ClassVar[bool] = True
+
+    @property
+    def modality(self) -> tuple[int, ...]:
+        """Channels of the reconstruction."""
+        return self.settings.modality
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice: three for each step; twice as many where the walk is made twice."""
+        return 3 * self.settings.steps * (1 if self.settings.t_e_ratio == 1 else 2)
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], of each slice's noise
+    ) -> Translation:
+        """Walks the forward process with a batch."""
+        return forward_process(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
+
+    def calibrate(
+        self, results: Iterable[tuple[Translation, ValidationSlice]], made_with: Mapping[str, Any]
+    ) -> Calibration | MapThreshold:
+        """The slice threshold and the peaks of the diff curve; masks are not looked at, and only curves are kept.
+
+        Raises:
+          UserError: if there is no healthy or no lesion slice, or a curve is not finite.
+        """
+        if self.rule != "quantile":
+            return super().calibrate(results, made_with)
+        curves, labels = [], []
+        for result, item in results:
+            curves.append((result.mse, result.ref, result.diff))
+            labels.append(item.label)
+        shape = (0, self.settings.steps, len(self.settings.modality))
+        mse, ref, diff = map(np.stack, zip(*curves, strict=True)) if curves else [np.zeros(shape)] * 3
+        return calibrate(mse, ref, diff, np.array(labels, int), modality=self.settings.modality, made_with=made_with)
+
+    def load_calibration(self, path: str | os.PathLike) -> Calibration | MapThreshold:
+        """Reads a calibration."""
+        return Calibration.load(path) if self.rule == "quantile" else super().load_calibration(path)
+
+    def masks(
+        self, results: Translation, calibration: Calibration | MapThreshold, heads: np.ndarray, grid: SliceGrid
+    ) -> Masks:
+        """See `make_masks`, or `MapThresholdMethod.masks` with another rule than the published one."""
+        if self.rule != "quantile":
+            return super().masks(results, calibration, heads, grid)
+        return make_masks(results.mse, results.ref, results.diff, results.map, calibration, self.filters, grid)
+
+    def healthy(self, results: Translation) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
+        """The guided predictions at t_e."""
+        return results.healthy
+
+    def _maps(self, results: Translation, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
+        return super()._maps(results._replace(map=np.asarray(results.map, np.float64).mean(axis=-1)), grid)
+
+
+class Intensity(NamedTuple):
+    """What the intensity threshold makes of slices."""
+
+    map: np.ndarray  # [S, H, W]
+
+
+@dataclasses.dataclass(frozen=True)
+class IntensityThreshold(MapThresholdMethod):
+    """The trivial baseline: everything bright on flair is lesion. Without flair, what is bright or dark on a channel.
+
+    The map is the normalised intensity, turned round where lesions are dark, and is never filtered by a median.
+
+    Attributes:
+      channel: that it looks at.
+      dark: whether lesions are dark in it.
+    """
+
+    channel: int = 0
+    dark: bool = False
+    rule: str = "dice"
+    healthy_fpr: float = 5e-4
+    filters: Filters = NO_FILTERS
+
+    name: ClassVar[str] = "threshold"
+    network: ClassVar[bool] = False
+    passes: ClassVar[int] = 0
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "IntensityThreshold":
+        """On flair, or else on the channel with the largest weight in the residual."""
+        names = tuple(config.data.modalities)
+        filters = _filters(config, "pixels")
+        if isinstance(filters, PixelFilters):
+            filters = dataclasses.replace(filters, median=False)
+        common = {"rule": _rule(config, "dice"), "healthy_fpr": config.translation.healthy_fpr, "filters": filters}
+        if "flair" in names:
+            return cls(names.index("flair"), **common)
+        weights = config.translation.weights or [_WEIGHTS.get(name, 1.0) or 1.0 for name in names]
+        channel = int(np.argmax(np.abs(weights)))
+        return cls(channel, weights[channel] < 0, **common)
+
+    @property
+    def modality(self) -> tuple[int, ...]:
+        """The channel that is looked at."""
+        return (self.channel,)
+
+    def intensity(
+        self,
+        images: np.ndarray,  # [S, H, W, C] normalised, not scaled to [-1, 1]
+    ) -> Intensity:
+        """The maps of slices."""
+        image = images[..., self.channel]
+        return Intensity(np.maximum(VOLUME_RANGE - image, 0) if self.dark else image.copy())  # a view would keep all
+
+    def healthy(self, results: Intensity) -> None:
+        """There is none."""
+
+
+def make_method(config: ml_collections.ConfigDict) -> Method:
+    """The method that `config.translation` describes, for the network of `config.model` and `config.diffusion`.
+
+    `forward_steps`, `ddib_steps`, `anoddpm_steps` and `classifier_steps` count original steps: of a respaced schedule,
+    those retained below them are walked.
+
+    Raises:
+      UserError: for values that cannot be, or a network that does not fit the method.
+    """
+    wanted = config.translation
+    check_choice("method", wanted.method, METHODS)
+    check_choice("clipping", wanted.clipping, ("static", "dynamic", "none"))
+    if wanted.rule is not None:
+        check_choice("rule", wanted.rule, tuple(rules.LABELS))
+    modality = tuple(wanted.modality)
+    check_modality(modality)
+    if max(modality) >= config.model.in_channels:
+        channels = config.model.in_channels
+        raise UserError(f"translation.modality is {modality}: the network has {channels} channel"
+                        f"{'s' if channels > 1 else ''}, from 0 to {channels - 1}")
+    if wanted.method in _NEED_CLASSES and config.model.num_classes is None:
+        raise UserError(f"translation.method is {wanted.method!r}: it needs a network with classes, and "
+                        "model.num_classes is None; use anoddpm-simplex or anoddpm-gaussian with this one")
+    return _MAKERS[wanted.method](config)
+
+
+def _rule(config: ml_collections.ConfigDict, own: str) -> str:
+    return config.translation.rule or own
+
+
+def _filters(config: ml_collections.ConfigDict, own: str) -> Filters:
+    wanted = config.translation
+    kind = wanted.filters or own
+    check_choice("filters", kind, ("pixels", "mm"))
+    if kind == "mm":
+        return PhysicalFilters(wanted.across_mm, wanted.head_erosion_mm, wanted.median_mm, wanted.smallest_ml)
+    return PixelFilters(wanted.median, wanted.components, wanted.filter_dimensions)
+
+
+def _of_every_method(config: ml_collections.ConfigDict, rule: str, filters: str) -> dict[str, Any]:
+    return {"rule": _rule(config, rule), "healthy_fpr": config.translation.healthy_fpr,
+            "filters": _filters(config, filters)}
+
+
+def channel_weights(config: ml_collections.ConfigDict) -> tuple[float, ...]:
+    """The weight of each channel in the residual, with the sign that a lesion has in it.
+
+    Raises:
+      UserError: not one for each channel, all 0, or a channel of unknown sign.
+    """
+    names, given = tuple(config.data.modalities), config.translation.weights
+    if given is None:
+        if unknown := [name for name in names if name not in _WEIGHTS]:
+            raise UserError(f"translation.weights is None, and the sign of a lesion in {', '.join(unknown)} is not "
+                            f"known; give {len(names)} numbers, above 0 where lesions are bright and below where dark")
+        given = tuple(_WEIGHTS[name] for name in names)
+    if len(given) != len(names) or not any(given):
+        raise UserError(f"translation.weights is {tuple(given)}: give {len(names)} numbers, one for each of "
+                        f"{', '.join(names)}, not all 0")
+    return tuple(given)
+
+
+def residual_method(config: ml_collections.ConfigDict) -> Residual:
+    """The method `residual` of `config.translation`, whatever method that names.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
+    wanted, diffusion = config.translation, config.diffusion
+    weights = channel_weights(config)
+    modality = tuple(i for i, weight in enumerate(weights) if weight)
+    if max(wanted.timesteps, default=0) >= diffusion.steps:
+        raise UserError(f"translation.timesteps is {tuple(wanted.timesteps)}: they must be below diffusion.steps, "
+                        f"{diffusion.steps}")
+    # Every timestep of the original process: only the chosen ones are looked at, so there is nothing to respace.
+    process = Process(make_schedule(diffusion.schedule, diffusion.steps), diffusion.predicts, diffusion.variance,
+                      wanted.clipping)
+    settings = ResidualSettings(wanted.timesteps, wanted.guidance, wanted.draws, modality,
+                                tuple(weights[i] for i in modality), wanted.smoothing,
+                                wanted.rectify)
+    return Residual(process, settings, **_of_every_method(config, "healthy_fpr", "mm"))
+
+
+def _hae(config: ml_collections.ConfigDict) -> Hae:
+    wanted = config.translation
+    process, steps = _walk(config, "forward_steps")
+    return Hae(process, ForwardSettings(
+        steps, wanted.guidance, wanted.reference, wanted.d_reverse, tuple(wanted.modality), wanted.maps,
+        wanted.t_e_ratio, wanted.last_step_only, wanted.every, wanted.inversion),
+        **_of_every_method(config, "quantile", "pixels"))
+
+
+def _ddib(config: ml_collections.ConfigDict) -> Ddib:
+    wanted = config.translation
+    process, steps = _walk(config, "ddib_steps")
+    return Ddib(process, steps, wanted.guidance, wanted.ddib_start, tuple(wanted.modality),
+                **_of_every_method(config, "dice", "pixels"))
+
+
+def _anoddpm(noise: str) -> Callable[[ml_collections.ConfigDict], AnoDdpm]:
+    def make(config):
+        process, steps = _walk(config, "anoddpm_steps")
+        return AnoDdpm(process, steps, noise, tuple(config.translation.modality),
+                       **_of_every_method(config, "dice", "pixels"))
+
+    return make
+
+
+def _classifier(config: ml_collections.ConfigDict) -> ClassifierGuidance:
+    process, steps = _walk(config, "classifier_steps")
+    return ClassifierGuidance(process, steps, config.translation.classifier_scale, tuple(config.translation.modality),
+                              **_of_every_method(config, "dice", "pixels"))
+
+
+def _dae(config: ml_collections.ConfigDict) -> Dae:
+    diffusion = config.diffusion
+    process = Process(make_schedule(diffusion.schedule, diffusion.steps), diffusion.predicts, diffusion.variance,
+                      config.translation.clipping)
+    return Dae(process, tuple(config.translation.modality), **_of_every_method(config, "dice", "pixels"))
+
+
+def _walk(config: ml_collections.ConfigDict, field: str) -> tuple[Process, int]:
+    """The process, respaced for translation, and how many of its steps lie below `translation.<field>`."""
+    diffusion, wanted = config.diffusion, config.translation
+    if not 1 <= wanted[field] <= diffusion.steps:
+        raise UserError(f"translation.{field} is {wanted[field]}: it must be in 1..{diffusion.steps} (diffusion.steps)")
+    schedule = make_schedule(diffusion.schedule, diffusion.steps, wanted.respacing)
+    process = Process(schedule, diffusion.predicts, diffusion.variance, wanted.clipping)
+    return process, int(np.count_nonzero(schedule.timesteps < wanted[field]))
+
+
+_NEED_CLASSES = ("residual", "hae", "ddib")
+_MAKERS: dict[str, Callable[[ml_collections.ConfigDict], Method]] = {
+    "residual": residual_method,
+    "hae": _hae,
+    "ddib": _ddib,
+    "anoddpm-simplex": _anoddpm("simplex"),
+    "anoddpm-gaussian": _anoddpm("gaussian"),
+    "classifier": _classifier,
+    "dae": _dae,
+    "threshold": IntensityThreshold.of,
+}
+METHODS = tuple(_MAKERS)

@@ -1,0 +1,136 @@
+"""The residual map: what the network takes away from a slice at low noise, guided towards "healthy".
+
+Ours. A few timesteps at low noise take the place of the published
+walk of hundreds (`forward_process`): two network passes for each timestep and noise draw.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hae_jax.diffusion.process import Process
+from hae_jax.errors import UserError
+from hae_jax.localization.forward_process import Denoisers, check_choice, check_guidance, check_modality, guided_output
+
+
+class ResidualMap(NamedTuple):
+    """What one batch of slices gives."""
+
+    map: jax.Array  # [B, H, W] signed, in intensity of the network's range; high where there is a lesion
+    spread: jax.Array  # [B, H, W] standard deviation of the map over noise draws; 0 with one draw
+    healthy: jax.Array  # [B, H, W, M] mean of G over timesteps and draws: the pseudo-healthy reconstruction
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualSettings:
+    """Where and how the residual is taken.
+
+    Attributes:
+      timesteps: original timesteps t, each below the T of the diffusion. Low ones find lesions; which are low depends
+        on the resolution.
+      guidance: strength w towards healthy.
+      draws: noise draws for each timestep.
+      modality: channels that take part.
+      weights: of each of these channels, with the sign that a lesion has in it: 1 where it is bright, -1 where dark.
+      smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0 leaves it as it is.
+      rectify: where the sign of the residual goes: the positive part is taken "after" all means; as ablations "before"
+        the mean over timesteps, or "never", the mean absolute residual.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
+
+    timesteps: tuple[int, ...] = (50, 100, 150, 200, 250, 300)
+    guidance: float = 2.0
+    draws: int = 1
+    modality: tuple[int, ...] = (0,)
+    weights: tuple[float, ...] = (1.0,)
+    smoothing: float = 0.7
+    rectify: str = "after"
+
+    def __post_init__(self):
+        for name in ("timesteps", "modality", "weights"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.timesteps or min(self.timesteps) < 0:
+            raise UserError(f"translation.timesteps is {self.timesteps}: give timesteps of at least 0")
+        if self.draws < 1:
+            raise UserError(f"translation.draws is {self.draws}: it must be at least 1")
+        check_guidance(self.guidance)
+        check_modality(self.modality)
+        check_choice("rectify", self.rectify, ("after", "before", "never"))
+        if len(self.weights) != len(self.modality) or not any(self.weights):
+            raise UserError(f"translation.weights is {self.weights}: give one number for each channel of "
+                            f"translation.modality {self.modality}, not all 0")
+        if not 0 <= self.smoothing < math.inf:
+            raise UserError(f"translation.smoothing is {self.smoothing}: give pixels, at least 0")
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice."""
+        return 2 * self.draws * len(self.timesteps)
+
+
+def residual(
+    process: Process,
+    denoisers: Denoisers,
+    x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+    noise: Callable[[jax.Array], jax.Array],  # step () -> [B, H, W, C]
+    settings: ResidualSettings,
+) -> ResidualMap:
+    """The weighted mean of x0 - G over timesteps and noise draws, of which the positive part is the anomaly map.
+
+    map = K * sum_m a_m mean_{t, draw} (x0 - G_t)_m: G_t is the prediction of x0 from x_t (Ho et al. 2020, eq.
+    9 and 15), guided to the class "healthy" (Ho and Salimans 2022, eq. 6), x_t is x0 noised to t, a_m the weight of
+    modality m, K a Gaussian. The positive part is taken last, after filters across slices: noise
+    then cancels instead of adding up.
+    """
+    modality, weights = jnp.asarray(settings.modality), jnp.asarray(settings.weights, jnp.float32)
+    timesteps = jnp.asarray(settings.timesteps)
+    count = len(settings.timesteps)
+
+    x_m = x0[..., modality]
+
+    def rectified(signed):  # [B, H, W]
+        return signed if settings.rectify == "after" else jnp.maximum(signed, 0)
+
+    def step(totals, i):
+        residual, healthy = totals
+        t = timesteps[i % count][None]  # one timestep for all slices: embedded once
+        x = process.noised(x0, t, noise(i))
+        output = guided_output(*denoisers.healthy_and_null(x, process.original(t)), settings.guidance)
+        guided = process.predict(output, x, t).x0[..., modality]
+        difference = x_m - guided
+        term = (jnp.abs(difference) * jnp.abs(weights) if settings.rectify == "never" else difference * weights).sum(-1)
+        return (residual + rectified(term), healthy + guided), None
+
+    def draw(first):
+        zeros = jnp.zeros(x0.shape[:3], jnp.float32), jnp.zeros(x_m.shape, jnp.float32)
+        totals, _ = jax.lax.scan(step, zeros, first + jnp.arange(count))
+        return jax.tree.map(lambda total: total / count, totals)
+
+    # [draws, B, H, W], [draws, B, H, W, M]
+    residuals, healthy = jax.lax.map(draw, count * jnp.arange(settings.draws))
+    signed = _smoothed(residuals, settings.smoothing)
+    return ResidualMap(signed.mean(0), signed.std(0), healthy.mean(0))
+
+
+def _smoothed(
+    maps: jax.Array,  # [..., H, W]
+    sigma: float,
+) -> jax.Array:  # [..., H, W]
+    """Convolved with a Gaussian that is cut off at 4 sigma; borders repeat the edge."""
+    if sigma == 0:
+        return maps
+    radius = max(1, math.ceil(4 * sigma))
+    kernel = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    for axis in (maps.ndim - 2, maps.ndim - 1):
+        widths = [(radius, radius) if i == axis else (0, 0) for i in range(maps.ndim)]
+        padded = jnp.pad(maps, widths, mode="edge")
+        size = maps.shape[axis]
+        maps = sum(k * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, k in enumerate(kernel))
+    return maps

@@ -1,0 +1,1 @@
+"""What layers compute with: convolution, normalisation, attention, in the form that suits the device."""

@@ -1,0 +1,1 @@
+"""The phantom: made-up subjects on real anatomy, for whoever has no data yet."""

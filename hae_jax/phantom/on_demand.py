@@ -1,0 +1,51 @@
+"""The phantom on demand: what makes the program run where there is no data yet. Used by training and translation."""
+
+from pathlib import Path
+
+import ml_collections
+
+from hae_jax.data.prepare import prepare
+from hae_jax.errors import UserError
+from hae_jax.phantom.cohort import make_phantom
+
+_TRAINING, _VALIDATION = 2, 6  # subjects of a phantom that methods are compared on
+
+
+def new_phantom(data: ml_collections.ConfigDict, seed: int, subjects: int) -> None:
+    """Points the config's `data` to a phantom like its own, of another seed and with this many test subjects.
+
+    Raises:
+      UserError: if the data are not a phantom's, or there is no test subject.
+    """
+    if data.phantom is None:
+        raise UserError("--phantom-seed: the network was not trained on a phantom; give cases with --input")
+    if subjects < 1:
+        raise UserError(f"--subjects {subjects}: give at least 1")
+    total = subjects + _TRAINING + _VALIDATION
+    name = f"{data.phantom.get('kind', 'tumour')}_seed_{seed}_{subjects}"
+    data.root = f"data/phantom_{name}"
+    data.phantom.update({"cases": f"data/phantom_{name}_cases", "seed": seed, "subjects": total,
+                         "train_fraction": (_TRAINING + 0.5) / total, "val_fraction": (_VALIDATION + 0.5) / total})
+
+
+def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
+    """Makes and prepares the phantom if the config asks for one and the prepared dataset is not there yet.
+
+    Where `data.phantom` is None or `data.root` exists, nothing is done.
+
+    Args:
+      data: the config's `data`.
+      image_size: side of the prepared slices, pixels; the network's.
+
+    Raises:
+      UserError: for settings that do not fit, or when something else lies where the phantom should go.
+    """
+    phantom, root = data.phantom, Path(data.root)
+    if phantom is None or root.exists():
+        return
+    print(f"{root} is not there yet: making a phantom of {phantom.subjects} subjects in {phantom.cases}")
+    make_phantom(phantom.cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,
+                 size=phantom.size, workers=phantom.workers, kind=phantom.get("kind", "tumour"))
+    report = prepare(phantom.cases, root, image_size=image_size, train_fraction=phantom.train_fraction,
+                     val_fraction=phantom.val_fraction, workers=phantom.workers, modalities=data.modalities)
+    print("\n".join(report.lines()))

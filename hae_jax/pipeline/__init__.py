@@ -1,0 +1,1 @@
+"""Folders of cases in, folders of results out."""

@@ -1,0 +1,125 @@
+"""Settings of the method `residual` side by side on slices of the validation split: which of them matter.
+
+Settings are chosen here, by expected Dice times AUC of slices, which need image labels alone; test subjects are left
+alone. `hae_jax.commands.ablate` calls it.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hae_jax import files, provenance
+from hae_jax.data.store import Store
+from hae_jax.errors import UserError
+from hae_jax.localization.batched import IntensityReader, SliceTranslator
+from hae_jax.localization.measures import Measures, measure
+from hae_jax.localization.methods import IntensityThreshold, make_method
+from hae_jax.localization.validation import validation_results
+
+_BLOCK = 8  # neighbouring slices
+_HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "slice_auc": "AUC of slices",
+          "slice_accuracy": "slice accuracy", "auprc": "AUPRC", "best_dice": "best single threshold (upper bound)",
+          "mixture_dice": "Dice, rule mixture", "fpr_dice": "Dice, rule healthy_fpr"}
+
+
+def variations(config: ml_collections.ConfigDict) -> list[tuple[str, dict[str, Any]]]:
+    """What is compared: the config's settings, and each of them changed alone."""
+    wanted = config.translation
+    times = tuple(wanted.timesteps)
+    rows = [("as configured", {})]
+    scaled = [tuple(round(t * factor) for t in times) for factor in (0.5, 2, 4)]
+    rows += [(f"timesteps {', '.join(map(str, own))}", {"timesteps": own})
+             for own in scaled if max(own) < config.diffusion.steps]
+    rows += [(f"one timestep, {times[len(times) // 2]}", {"timesteps": times[len(times) // 2:len(times) // 2 + 1]})]
+    rows += [("guidance off", {"guidance": 0.0})]
+    rows += [(f"guidance {w:g}", {"guidance": w}) for w in (1.0, 4.0) if w != wanted.guidance]
+    rows += [(f"{n} noise draws", {"draws": n}) for n in (2, 4) if n != wanted.draws]
+    rows += [("positive part before the mean", {"rectify": "before"}), ("absolute residual", {"rectify": "never"})]
+    rows += [(f"smoothing {s:g} px", {"smoothing": s}) for s in (0.0, 1.0, 1.5) if s != wanted.smoothing]
+    names = tuple(config.data.modalities)
+    if len(names) > 1:
+        rows += [(f"{name} alone", {"weights": tuple(float(other == name) * (-1 if name == "t1" else 1)
+                                                     for other in names)}) for name in names if name != "t1ce"]
+    rows += [("not smoothed across slices", {"filters": "mm", "across_mm": 0.0}),
+             ("head eroded by 4 mm", {"filters": "mm", "head_erosion_mm": 4.0})]
+    return rows
+
+
+def ablate(
+    model: nnx.Module, config: ml_collections.ConfigDict, mesh: Mesh, store: Store, rows: Sequence[tuple[str, Mapping]],
+    *, slices: int, output: Path,
+) -> Path:
+    """Measures each row on validation slices and writes ablation.md and ablation.json to `output`.
+
+    Args:
+      model: a network with classes.
+      config: the config tree of its training.
+      mesh: the devices.
+      store: of which the validation split is used.
+      rows: names, each with the fields of `config.translation` that it changes.
+      slices: how many, in blocks of 8 neighbours.
+      output: folder, made if absent.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: if the validation split has not both classes of slices, or settings do not fit.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = _blocks(len(store.split("val")), slices)
+    if len(set(store.split("val").rows["labels"][chosen] > 0)) < 2:
+        raise UserError(f"{store.root}: the chosen validation slices are of one class; prepare data with both, or take "
+                        "more slices")
+    flair = IntensityThreshold.of(config)
+    found = [("intensity itself", 0, measure(flair, validation_results(
+        IntensityReader(flair.intensity), store, config.data.scaling, chosen)), math.nan)]
+    _write(output, config, found, len(chosen))
+    for name, changes in rows:
+        own = copy.deepcopy(config)
+        own.translation.method = "residual"
+        own.translation.update(changes)
+        method = make_method(own)
+        translator = SliceTranslator(model, method, batch_size=own.translation.batch_size, seed=config.seed, mesh=mesh)
+        translator.prepare(tuple(store.manifest["slice_shape"]))
+        start = time.monotonic()
+        values = measure(method, validation_results(translator, store, config.data.scaling, chosen, name))
+        found.append((name, method.passes, values, (time.monotonic() - start) / len(chosen)))
+        _write(output, config, found, len(chosen))
+    return output / "ablation.md"
+
+
+def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
+    """Rows of a split in blocks of neighbours, so that smoothing across slices has something to work on."""
+    count = max(1, min(wanted, total) // _BLOCK)
+    starts = (np.arange(count) * total / count).astype(int)
+    return np.unique(np.minimum(starts[:, None] + np.arange(_BLOCK), total - 1))
+
+
+def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[tuple[str, int, Measures, float]],
+           slices: int) -> None:
+    """After each row, so that a stopped run keeps what it has."""
+    head = ["settings", "passes", *_HEADS.values(), "seconds per slice"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines += [[name, str(passes), *(f"{value:.3f}" for value in values), f"{seconds:.3f}"]
+              for name, passes, values, seconds in rows]
+    phantom = config.data.phantom is not None
+    page = [f"# {'PHANTOM figures' if phantom else 'Figures'} of {slices} validation slices", "",
+            *(f"| {' | '.join('-' if cell == 'nan' else cell for cell in line)} |" for line in lines), "",
+            "Expected Dice, lesion share, AUC and accuracy come from image labels alone, the other columns from ground "
+            "truth. Dice: mean over the lesion slices, before filters of masks.", "", provenance.RESEARCH_USE, ""]
+    with files.written_whole(output / "ablation.md") as temporary:
+        temporary.write_text("\n".join(page), encoding="utf-8")
+    files.write_json(output / "ablation.json", {
+        "rows": [{"settings": name, "passes": passes} | {
+            field: None if math.isnan(value) else value for field, value in values._asdict().items()}
+            for name, passes, values, _ in rows],
+        "config": config.to_dict(), "made_by": provenance.record()})

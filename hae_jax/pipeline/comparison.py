@@ -1,0 +1,228 @@
+"""Several methods, or one with several numbers of steps, on the same cases: a table and a figure of each kind.
+
+Every entry is a run of its own (`run.py`) in its own folder, so what is there already is not computed again.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from flax import nnx
+from jax.sharding import Mesh
+
+from hae_jax.errors import UserError
+from hae_jax.evaluation import figures, report
+from hae_jax.files import write_json
+from hae_jax.localization import rules
+from hae_jax.localization.methods import make_method
+from hae_jax.localization.validation import calibration_path
+from hae_jax.pipeline.plan import calibration_inputs, identified, make_plan
+from hae_jax.pipeline.translate import shipped_calibration, translate
+from hae_jax.provenance import record
+
+_STEPS_SHOWN = {"mixed Dice": ("mixed", "dice"), "lesion-slice Dice": ("unhealthy", "dice"),
+                "lesion-slice AUPRC": ("unhealthy", "auprc"), "slice accuracy": ("slice_level", "accuracy")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network and where it comes from.
+
+    Attributes:
+      model: None for methods that need none.
+      identity: its checkpoint, ready for JSON.
+      calibrations: folder in which its calibrations are kept.
+      config: of its training, of which network and diffusion count; None: those of the comparison's config.
+      shipped: the file of a calibration that came with it.
+    """
+
+    model: nnx.Module | None
+    identity: Mapping[str, Any]
+    calibrations: Path
+    config: ml_collections.ConfigDict | None = None
+    shipped: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One column of a comparison: a method with settings that differ from the config's."""
+
+    title: str
+    folder: str
+    settings: Mapping[str, Any]  # fields of config.translation
+    network: Network
+
+
+def method_entries(names: Sequence[str], network: Network, others: Mapping[str, Network] | None = None) -> list[Entry]:
+    """One entry for each method, with the network of its own in `others` where there is one."""
+    return [Entry(name, name, {"method": name}, (others or {}).get(name, network)) for name in names]
+
+
+def steps_entries(counts: Sequence[int], network: Network) -> list[Entry]:
+    """The forward process with its schedule respaced to each of `counts` steps."""
+    return [Entry(f"hae, {count} steps", f"hae_{count}", {"method": "hae", "respacing": str(count)}, network)
+            for count in counts]
+
+
+def check(
+    entries: Sequence[Entry], config: ml_collections.ConfigDict, *, output: str | Path, source: str | Path | None = None
+) -> None:
+    """Checks all entries before the first one runs: names, settings, networks, data, and what they calibrate with.
+
+    `compare` and `compare_steps` do it themselves. Makes the folders for the results.
+
+    Raises:
+      UserError: naming the entry that cannot run.
+    """
+    own = [_own_config(entry, config) for entry in entries]
+    for entry, its_config in zip(entries, own, strict=True):  # what costs nothing and makes no folders comes first
+        with _named(entry):
+            method = make_method(its_config)
+            if method.network and entry.network.model is None:
+                raise UserError("needs a network; name one with --checkpoint")
+    for entry, its_config in zip(entries, own, strict=True):
+        # What a plan has to say besides is said when its turn has come.
+        with _named(entry), contextlib.redirect_stdout(io.StringIO()):
+            plan = make_plan(its_config, Path(output) / entry.folder, source)
+            identity = identified(entry.network.identity, entry.network.model, its_config)
+            if (plan.calibration or shipped_calibration(plan, identity, entry.network.shipped)) is None:
+                calibration_path(plan.method, plan.store, entry.network.calibrations,
+                                 calibration_inputs(its_config, plan.store, plan.method, identity))
+
+
+def compare(
+    entries: Sequence[Entry], config: ml_collections.ConfigDict, mesh: Mesh, *, output: str | Path,
+    source: str | Path | None = None,
+) -> list[Path]:
+    """Runs each entry on the same cases and writes comparison.csv, .md, .png and .json.
+
+    Args:
+      entries: what to compare.
+      config: the config tree that the entries differ from.
+      mesh: the devices.
+      output: folder for the tables; each entry's results go into a folder in it.
+      source: folder of cases with segmentations; None: the test split of `data.root`.
+
+    Returns:
+      What was written.
+
+    Raises:
+      UserError: for settings or data that do not fit, or if a case failed or none has a segmentation.
+    """
+    check(entries, config, output=output, source=source)
+    rows, phantom = _measured(entries, config, mesh, Path(output), source)
+    written = _tables(Path(output), "comparison", entries, rows, config, phantom)
+    path = Path(output) / "comparison.png"
+    figures.comparison_figure(path, rows, _title("Methods on the same cases", rows, phantom))
+    return [*written, path]
+
+
+def compare_steps(
+    counts: Sequence[int], network: Network, config: ml_collections.ConfigDict, mesh: Mesh, *, output: str | Path,
+    source: str | Path | None = None,
+) -> list[Path]:
+    """Quality against the steps that the whole schedule is respaced to: steps.csv, .md, .png and .json.
+
+    See `compare` for the rest.
+    """
+    entries = steps_entries(counts, network)
+    check(entries, config, output=output, source=source)
+    rows, phantom = _measured(entries, config, mesh, Path(output), source)
+    written = _tables(Path(output), "steps", entries, rows, config, phantom)
+    series = {title: [row.results[part][name] for row in rows] for title, (part, name) in _STEPS_SHOWN.items()}
+    path = Path(output) / "steps.png"
+    title = _title("Quality against the steps of the whole schedule", rows, phantom)
+    figures.steps_figure(path, counts, series, f"{title}\n(in 'mixed', an empty mask scores 1 there)")
+    return [*written, path]
+
+
+def _measured(
+    entries: Sequence[Entry], config: ml_collections.ConfigDict, mesh: Mesh, output: Path, source: str | Path | None
+) -> tuple[list[report.ComparedMethod], bool]:
+    """A line for each entry, and whether the cases are a phantom's."""
+    rows, phantom = [], False
+    for entry in entries:
+        own = _own_config(entry, config)
+        print(f"{entry.title}:", flush=True)
+        if own.translation.calibration != config.translation.calibration:
+            print(f"calibration: {config.translation.calibration} is for {config.translation.method} alone; "
+                  f"{entry.title} takes its own")
+        done = translate(entry.network.model, entry.network.identity, own, mesh, output=output / entry.folder,
+                         source=source, calibrations=entry.network.calibrations, shipped=entry.network.shipped)
+        if done.failed:
+            name, reason = next(iter(done.failed.items()))
+            raise UserError(f"{output / entry.folder}: {len(done.failed)} cases failed, the first, {name}: {reason}; a "
+                            "comparison needs the same cases everywhere")
+        if not done.results:
+            raise UserError(f"{source or config.data.root}: no case has a segmentation to compare with")
+        method = make_method(own)
+        settings = ", ".join(f"{field}={value}" for field, value in entry.settings.items() if field != "method")
+        rows.append(report.ComparedMethod(
+            entry.title, settings, done.results[own.translation.method], done.seconds_per_slice,
+            rules.LABELS[method.rule], method.passes))
+        phantom = done.phantom
+    return rows, phantom
+
+
+def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of an entry's run: with its settings, and the network and the diffusion of its network's training.
+
+    A calibration that the user names is that of the config's method; other methods make their own.
+
+    Raises:
+      UserError: if its network is for other data.
+    """
+    own, trained = copy.deepcopy(config), copy.deepcopy(entry.network.config)
+    with own.unlocked():
+        own.translation.update(entry.settings)
+        own.evaluation.overlay_slices = 0
+        if entry.settings.get("method", own.translation.method) != config.translation.method:
+            own.translation.calibration = None
+        if trained is not None:
+            _check_same_data(entry.network, config)
+            own.model, own.diffusion, own.training = trained.model, trained.diffusion, trained.training
+            own.data.scaling = trained.data.get("scaling", "slice")
+    return own
+
+
+def _check_same_data(network: Network, config: ml_collections.ConfigDict) -> None:
+    for field in ("data.modalities", "model.image_size", "model.in_channels"):
+        section, name = field.split(".")
+        its, ours = network.config[section][name], config[section][name]
+        if its != ours:
+            raise UserError(f"{network.identity['path']}: was trained with {field} {its}, the comparison has {ours}; "
+                            "name one that was trained on the same data")
+
+
+@contextlib.contextmanager
+def _named(entry: Entry) -> Iterator[None]:
+    """Says in a user's error which entry it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{entry.title}: {error}") from error
+
+
+def _tables(
+    output: Path, name: str, entries: Sequence[Entry], rows: Sequence[report.ComparedMethod],
+    config: ml_collections.ConfigDict, phantom: bool,
+) -> list[Path]:
+    report.write_comparison(output, rows, phantom, name)
+    write_json(output / f"{name}.json", {
+        **record(), "phantom": phantom, "config": config.to_dict(),
+        "entries": [{"title": entry.title, "settings": dict(entry.settings), "folder": entry.folder,
+                     "checkpoint": dict(entry.network.identity), "results": row.results,
+                     "seconds_per_slice": row.seconds_per_slice} for entry, row in zip(entries, rows, strict=True)]})
+    return [output / f"{name}.{kind}" for kind in ("csv", "md", "json")]
+
+
+def _title(text: str, rows: Sequence[report.ComparedMethod], phantom: bool) -> str:
+    """With the share of healthy slices, without which a figure over all slices says little."""
+    healthy = rows[0].results["shares"]["healthy"]
+    return (f"{text}{' (phantom figures)' if phantom else ''}\n"
+            f"bars: 95% over patients; {healthy:.0%} of all slices are healthy")

@@ -1,0 +1,1 @@
+"""PyTorch weights and runs in, PyTorch weights out."""
