@@ -31,4 +31,4 @@ def golden() -> Path:
     return Path(__file__).parent / "golden"
 
 
-pytest_plugins = ["translated_cases"]  # small cases, a prepared dataset, a toy network
+pytest_plugins = ["translated_cases", "tiny_training"]  # small cases and a toy network; slices and the smallest network

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_fields(overrides)
 
     # Imported after parsing: --help shall not wait for JAX.
-    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import network_and_config
     from hae_jax.data.store import open_store
     from hae_jax.phantom.on_demand import ensure_phantom
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.training.mesh import make_mesh
 
     use_all_cores()
+    use_compilation_cache()
     loaded, config = network_and_config(None, DEMO_CONFIG, arguments.checkpoint, overrides)
     ensure_phantom(config.data, config.model.image_size)
     page = ablate(loaded.model, config, make_mesh(), open_store(config.data.root), variations(config),

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = _counts(arguments.steps)
 
     # Imported after parsing: --help shall not wait for JAX.
-    from hae_jax.commands.devices import use_all_cores
+    from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import Loaded, network_and_config, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom, new_phantom
     from hae_jax.pipeline.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.training.weights import CALIBRATION
 
     use_all_cores()
+    use_compilation_cache()
     loaded, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     if arguments.phantom_seed is not None:
         if arguments.input:

@@ -1,8 +1,9 @@
-"""Using a machine well: one JAX device for each core of a CPU, the fastest kernel of attention on a GPU."""
+"""Using a machine well: a JAX device for each CPU core, a cache of compiled programs, the fastest attention."""
 
 import contextlib
 import itertools
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,6 +28,16 @@ def use_all_cores(batch_size: int = 0) -> None:
     # A program that has computed already, such as a notebook, keeps the devices it has.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the next start compiles nothing.
+
+    `JAX_COMPILATION_CACHE_DIR` wins. Where the folder cannot be written, JAX says so and compiles.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "hae-jax" / "compiled"))
 
 
 def choose_attention(dtype: str, *, gradients: bool, dropout: bool = False) -> None:

@@ -47,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported after parsing: --help shall not wait for JAX.
     import jax
 
-    from hae_jax.commands.devices import choose_attention, use_all_cores
+    from hae_jax.commands.devices import choose_attention, use_all_cores, use_compilation_cache
     from hae_jax.phantom.on_demand import ensure_phantom
     from hae_jax.training import dry_run, hosts, loop
     from hae_jax.training.profile import parse_span
 
+    use_compilation_cache()
     profile = parse_span(arguments.profile) if arguments.profile else None
     if arguments.num_processes or not hosts.in_cluster(os.environ):
         parts = max(1, config.training.accumulation) * max(1, arguments.num_processes or 1)

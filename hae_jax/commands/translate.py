@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                   if getattr(arguments, field) is not None]
 
     # Imported after parsing: --help shall not wait for JAX.
-    from hae_jax.commands.devices import choose_attention, use_all_cores
+    from hae_jax.commands.devices import choose_attention, use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import network_and_config, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom
     from hae_jax.pipeline.translate import translate
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     _stop_when_told()
     use_all_cores()
+    use_compilation_cache()
     network, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     if arguments.classifier:
         network = with_classifier(network, config, arguments.classifier)

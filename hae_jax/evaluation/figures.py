@@ -179,8 +179,8 @@ def comparison_figure(
 
 _COMPARED = (  # name, marker, colour, where it is in a method's results
     ("volume Dice", "o", _BLUE, "volumes", "dice"),
-    ("lesion-slice Dice", "s", _ORANGE, "unhealthy", "dice"),
-    ("lesion-slice AUPRC", "D", _GREEN, "unhealthy", "auprc"),
+    ("lesion-slice Dice", "s", _ORANGE, "lesion_slices", "dice"),
+    ("lesion-slice AUPRC", "D", _GREEN, "lesion_slices", "auprc"),
 )
 
 

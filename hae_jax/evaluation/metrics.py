@@ -19,8 +19,8 @@ DEFINITIONS = {
     "mean, low, high": "the figure over the slices that count, which are of so many 'cases', and its 95% interval by "
                        f"the percentile bootstrap over patients ({RESAMPLES} resamples; a patient is drawn with all "
                        "slices of all visits); null of fewer than two patients",
-    "mixed": "all slices; a slice that is called healthy has an empty mask",
-    "unhealthy": "only slices with a lesion by their label; every slice keeps its mask",
+    "all_slices": "all slices; a slice that is called healthy has an empty mask",
+    "lesion_slices": "only slices with a lesion by their label; every slice keeps its mask",
     "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
     "iou": "(I + s) / (P + Q - I + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
     "precision": "share of the mask's pixels that are lesion, over the pixels of all slices together",
@@ -30,8 +30,8 @@ DEFINITIONS = {
     "auprc": "average precision of the continuous map, over the foreground pixels of all slices together; "
              "values that differ by less than 0.05 % may count as equal",
     "slice_level": "the predicted label of a slice against its true one; precision and recall are of lesion slices",
-    "shares": "number of slices, share of them that is healthy (in 'mixed', an empty mask scores 1 there), and share "
-              "that is called a lesion slice",
+    "shares": "number of slices, share of them that is healthy (in 'all_slices', an empty mask scores 1 there), and "
+              "share that is called a lesion slice",
     "upper_bound": "mean Dice of the lesion slices at the one threshold on the map that is best for it, chosen with "
                    "the ground truth of these very slices: what no rule for a single threshold can exceed",
     "above_threshold": "Dice minus that of the intensity threshold on the same slices or volumes, with the paired 95% "
@@ -76,8 +76,8 @@ def slice_metrics(
     """Everything that `DEFINITIONS` explains but for intervals, as nested dictionaries ready for JSON.
 
     Args:
-      mask: masks that are empty where `lesion` is False, for the mixed setting.
-      mask_all: masks of every slice, for the unhealthy setting.
+      mask: masks that are empty where `lesion` is False, for all slices.
+      mask_all: masks of every slice, for the lesion slices.
       map: continuous anomaly maps.
       lesion: predicted labels.
       truth: true masks.
@@ -90,8 +90,8 @@ def slice_metrics(
         values[rows] for values in (mask, mask_all, map, lesion, truth, labels, foreground))
     sick = labels > 0
     return {
-        "mixed": _ratios(pixel_shares(counts(mask, truth))) | _ranking(map, truth, foreground),
-        "unhealthy": _ratios(pixel_shares(counts(mask_all, truth)[:, sick]))
+        "all_slices": _ratios(pixel_shares(counts(mask, truth))) | _ranking(map, truth, foreground),
+        "lesion_slices": _ratios(pixel_shares(counts(mask_all, truth)[:, sick]))
                      | _ranking(map[sick], truth[sick], foreground[sick]),
         "slice_level": _ratios(label_shares(np.stack([as_bool(lesion), sick]))),
         "shares": slice_shares(np.stack([as_bool(lesion), sick])),
@@ -111,7 +111,7 @@ def counts(
 def pixel_shares(
     counted: np.ndarray,  # [3, S] of `counts`
 ) -> dict[str, tuple[float, int]]:
-    """What "mixed" and "unhealthy" consist of, but for AUROC and AUPRC, as part and whole.
+    """What "all_slices" and "lesion_slices" consist of, but for AUROC and AUPRC, as part and whole.
 
     Parts and wholes of several groups of slices add up to those of all slices together.
     """

@@ -134,7 +134,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 # Columns of comparison.csv and where they are in a method's results: first those that have an interval.
 _INTERVALS = {
-    **{f"{setting}_{name}": (setting, name) for setting in ("mixed", "unhealthy")
+    **{f"{setting}_{name}": (setting, name) for setting in ("all_slices", "lesion_slices")
        for name in ("dice", "iou", "precision", "recall", "auroc", "auprc")},
     **{f"slice_{name}": ("slice_level", name) for name in ("accuracy", "precision", "recall")},
     **{f"volume_{name}": ("volumes", name) for name in ("dice", "iou")},
@@ -156,11 +156,11 @@ _COMPARED = {
 }
 # Columns of comparison.md: where they are, and digits after the point.
 _PRINTED = {
-    "lesion-slice Dice": ("unhealthy", "dice", 3),
+    "lesion-slice Dice": ("lesion_slices", "dice", 3),
     "best single threshold (upper bound)": ("upper_bound", "lesion_slice_dice", 3),
-    "lesion-slice AUPRC": ("unhealthy", "auprc", 3),
-    "all-slice Dice": ("mixed", "dice", 3),
-    "all-slice AUPRC": ("mixed", "auprc", 3),
+    "lesion-slice AUPRC": ("lesion_slices", "auprc", 3),
+    "all-slice Dice": ("all_slices", "dice", 3),
+    "all-slice AUPRC": ("all_slices", "auprc", 3),
     "slice accuracy": ("slice_level", "accuracy", 3),
     "volume Dice": ("volumes", "dice", 3),
     "volume Dice above the threshold's": ("above_threshold", "volume_dice", 3),

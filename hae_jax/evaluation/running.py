@@ -18,7 +18,7 @@ class SliceSums:
 
     def __init__(self):
         self._patients: list[str] = []  # of each case
-        self._counts: list[np.ndarray] = []  # of each case [2, 3, S]: "mixed" and "unhealthy", of `metrics.counts`
+        self._counts: list[np.ndarray] = []  # of each case [2, 3, S]: all and lesion slices, `metrics.counts`
         self._labels: list[np.ndarray] = []  # of each case [2, S] bool: predicted and true
         self._scores = np.zeros((2, 2, ranking.BINS), np.int64)  # pixels by label of the slice, truth and score
         self._coarse: list[sparse.csr_array] = []  # of each case the same, [4, coarse bins]
@@ -58,19 +58,19 @@ class SliceSums:
     def results(self, seed: int = 0) -> dict[str, dict[str, Any]]:
         """The figures with their intervals over patients (`bootstrap.figure`), ready for JSON; "shares" has none.
 
-        Cases without slices of a kind, as healthy ones in "unhealthy", do not count for its figures.
+        Cases without slices of a kind, as healthy ones in "lesion_slices", do not count for its figures.
 
         Raises:
           ValueError: if nothing was added.
         """
-        mixed = [counts[0] for counts in self._counts]
-        unhealthy = [counts[1][:, sick] for counts, (_, sick) in zip(self._counts, self._labels, strict=True)]
+        every = [counts[0] for counts in self._counts]
+        of_lesion = [counts[1][:, sick] for counts, (_, sick) in zip(self._counts, self._labels, strict=True)]
         of_all, of_sick = zip(*((coarse[:2] + coarse[2:], coarse[2:]) for coarse in self._coarse), strict=True)
         return {
-            "mixed": self._figures(metrics.pixel_shares, mixed, seed)
-                     | self._rankings(self._scores.sum(axis=0), of_all, mixed, seed),
-            "unhealthy": self._figures(metrics.pixel_shares, unhealthy, seed)
-                         | self._rankings(self._scores[1], of_sick, unhealthy, seed),
+            "all_slices": self._figures(metrics.pixel_shares, every, seed)
+                     | self._rankings(self._scores.sum(axis=0), of_all, every, seed),
+            "lesion_slices": self._figures(metrics.pixel_shares, of_lesion, seed)
+                         | self._rankings(self._scores[1], of_sick, of_lesion, seed),
             "slice_level": self._figures(metrics.label_shares, self._labels, seed),
             "shares": metrics.slice_shares(np.concatenate(self._labels, axis=-1)),
             "upper_bound": {"lesion_slice_dice": self._upper_bound()},

@@ -24,8 +24,8 @@ class Masks(NamedTuple):
 
     Attributes:
       map: [B, H, W] float32, the anomaly map.
-      mask_all: [B, H, W] bool, the mask of every slice, as if each had a lesion (the "unhealthy" setting).
-      mask: [B, H, W] bool, `mask_all` where `lesion`, else empty (the "mixed" setting).
+      mask_all: [B, H, W] bool, the mask of every slice, as if each had a lesion (the "lesion_slices" setting).
+      mask: [B, H, W] bool, `mask_all` where `lesion`, else empty (the "all_slices" setting).
       lesion: [B] bool, the slice's predicted label.
       score: [B] float64, the anomaly score: high where there is a lesion.
     """

@@ -25,8 +25,8 @@ from hae_jax.pipeline.plan import calibration_inputs, identified, make_plan
 from hae_jax.pipeline.translate import shipped_calibration, translate
 from hae_jax.provenance import record
 
-_STEPS_SHOWN = {"mixed Dice": ("mixed", "dice"), "lesion-slice Dice": ("unhealthy", "dice"),
-                "lesion-slice AUPRC": ("unhealthy", "auprc"), "slice accuracy": ("slice_level", "accuracy")}
+_STEPS_SHOWN = {"all-slice Dice": ("all_slices", "dice"), "lesion-slice Dice": ("lesion_slices", "dice"),
+                "lesion-slice AUPRC": ("lesion_slices", "auprc"), "slice accuracy": ("slice_level", "accuracy")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def compare_steps(
     series = {title: [row.results[part][name] for row in rows] for title, (part, name) in _STEPS_SHOWN.items()}
     path = Path(output) / "steps.png"
     title = _title("Quality against the steps of the whole schedule", rows, phantom)
-    figures.steps_figure(path, counts, series, f"{title}\n(in 'mixed', an empty mask scores 1 there)")
+    figures.steps_figure(path, counts, series, f"{title}\n(over all slices, an empty mask scores 1 there)")
     return [*written, path]
 
 

@@ -23,7 +23,7 @@ from hae_jax.pipeline.tally import Tally
 
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
-COMPETITOR = f"calibration_{IntensityThreshold.name}.json"
+BASELINE = f"calibration_{IntensityThreshold.name}.json"
 METRICS = "metrics.json"
 CASES = "cases.csv"
 _SHOWN = 5  # names in a line
@@ -114,7 +114,7 @@ def withdraw_tables(plan: Plan, inputs: dict[str, Any], cases: Sequence[CaseFile
     replaced = {case.name for case in cases}
     stay = [record.row for name, record in _found(plan, inputs).items() if record.row and name not in replaced]
     report.write_cases(plan.output / CASES, stay)
-    for name in (METRICS, MANIFEST, CALIBRATION, COMPETITOR):
+    for name in (METRICS, MANIFEST, CALIBRATION, BASELINE):
         (plan.output / name).unlink(missing_ok=True)
 
 
@@ -190,7 +190,7 @@ def _write(
     own = done.results.get(plan.method.name, {})
     report.write_metrics(
         plan.output / METRICS, own,
-        competitors={name: result for name, result in done.results.items() if name != plan.method.name},
+        baselines={name: result for name, result in done.results.items() if name != plan.method.name},
         method=plan.method.name, rule=plan.method.rule, labels=LABELS[plan.method.rule],
         cases=len(finished), seconds_per_slice=done.seconds_per_slice,
         phantom=done.phantom, image_size=plan.config.model.image_size,
@@ -211,6 +211,6 @@ def _table(plan: Plan, tally: Tally, results: dict[str, dict[str, Any]], phantom
     size = plan.config.model.image_size
     healthy = next(iter(results.values()))["shares"]["healthy"]
     headline = (f"{'PHANTOM figures' if phantom else 'figures'} from {tally.cases} cases, {tally.slices} slices "
-                f"of {size} x {size} px, {healthy:.0%} of them healthy (where an empty mask scores 1 in 'mixed'); in "
-                "brackets the 95% interval over patients")
+                f"of {size} x {size} px, {healthy:.0%} of them healthy (where an empty mask scores 1 over all slices); "
+                "in brackets the 95% interval over patients")
     return f"{headline}\n{report.metrics_table(results)}"

@@ -41,10 +41,10 @@ class TranslatedCase(NamedTuple):
 
 
 class Calibrations(NamedTuple):
-    """What turns maps into masks: for the run's method, and for its competitor if it has one."""
+    """What turns maps into masks: for the run's method, and for its baseline if it has one."""
 
     method: Any
-    competitor: Any | None
+    baseline: Any | None
 
 
 class _Origin(NamedTuple):
@@ -68,7 +68,7 @@ def process_cases(
       plan: the run.
       cases: those to work on.
       translator: the run's method at work.
-      calibrations: of the method and its competitor.
+      calibrations: of the method and its baseline.
       inputs: of the run, for the records.
     """
     origins = {case.name: _Origin(case_digest(inputs, case), str(case.folder.resolve()), of_phantom(case))
@@ -190,16 +190,16 @@ def _finish(
 def _measured(
     plan: Plan, case: SlicedCase, masks: Masks, row: CaseResult, calibrations: Calibrations
 ) -> records.Measured | None:
-    """The answers of the method and its competitor, if there is anything to measure them against."""
+    """The answers of the method and its baseline, if there is anything to measure them against."""
     if case.truth is None:
         return None
     answers = {plan.method.name: records.Answer(masks, row.measured)}
-    if plan.competitor is not None:
-        rival = plan.competitor.masks(plan.competitor.intensity(case.slices.images), calibrations.competitor,
+    if plan.baseline is not None:
+        baseline = plan.baseline.masks(plan.baseline.intensity(case.slices.images), calibrations.baseline,
                                       case.heads, case.slice_grid)
-        mask, anomaly = in_head(case, rival.mask, rival.map)
-        answers[plan.competitor.name] = records.Answer(
-            rival, volume_metrics(mask, case.truth, case.affine, anomaly))
+        mask, anomaly = in_head(case, baseline.mask, baseline.map)
+        answers[plan.baseline.name] = records.Answer(
+            baseline, volume_metrics(mask, case.truth, case.affine, anomaly))
     return records.Measured(case.slice_truth, metrics.foreground(case.inputs), answers)
 
 

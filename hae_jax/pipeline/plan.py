@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     config: ml_collections.ConfigDict
     method: Method
-    competitor: IntensityThreshold | None  # measured beside the method, where there is validation data for it
+    baseline: IntensityThreshold | None  # measured beside the method, where there is validation data for it
     calibration: Calibration | None  # given by the user; None: to be made on validation slices
     store: Store | None  # the prepared dataset, where there is one
     cases: list[CaseFiles]  # of this shard
@@ -94,8 +94,8 @@ def make_plan(
                         "folder with --output") from error
     if config.translation.save_healthy and not method.network:
         print(f"save_healthy: the method {method.name} makes no healthy counterparts, so none are written")
-    competitor = IntensityThreshold.of(config) if store and method.network and _has_lesions(store) else None
-    return Plan(config, method, competitor, calibration, store, everyone[shard::num_shards], everyone, missing,
+    baseline = IntensityThreshold.of(config) if store and method.network and _has_lesions(store) else None
+    return Plan(config, method, baseline, calibration, store, everyone[shard::num_shards], everyone, missing,
                 any(map(of_phantom, everyone)), output)
 
 
@@ -150,7 +150,7 @@ def calibration_inputs(
     Args:
       config: the config tree.
       store: the prepared dataset, where there is one.
-      method: the run's, or its competitor.
+      method: the run's, or its baseline.
       identity: the network's; a method without network has none.
     """
     data = {"root": config.data.root}
@@ -191,7 +191,7 @@ def run_inputs(plan: Plan, identity: Mapping[str, Any], kept: Path) -> dict[str,
         "translation": {name: value for name, value in config.translation.to_dict().items()
                         if name not in _WITHOUT_INFLUENCE},
         "calibration": dataclasses.asdict(calibration) if dataclasses.is_dataclass(calibration) else calibration,
-        "competitor": plan.competitor is not None}))
+        "baseline": plan.baseline is not None}))
 
 
 def case_digest(inputs: Mapping[str, Any], case: CaseFiles) -> str:

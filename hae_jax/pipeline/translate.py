@@ -23,9 +23,9 @@ from hae_jax.localization.batched import IntensityReader, SliceTranslator
 from hae_jax.localization.validation import calibrated, fits
 from hae_jax.pipeline import records
 from hae_jax.pipeline.gathering import (
+    BASELINE,
     CALIBRATION,
     CASES,
-    COMPETITOR,
     MANIFEST,
     Report,
     gathered,
@@ -53,8 +53,9 @@ def translate(
 ) -> Report:
     """Calibrates a method on the validation slices and translates cases.
 
-    Writes <case>_mask.nii.gz (the mask of the "mixed" setting), <case>_map.nii.gz, <case>_overlay.png and, if asked
-    for, <case>_healthy_<modality>.nii.gz for each case, and calibration.json, cases.csv, metrics.json, manifest.json.
+    Writes <case>_mask.nii.gz (empty in slices that are called healthy), <case>_map.nii.gz, <case>_overlay.png and, if
+    asked for, <case>_healthy_<modality>.nii.gz for each case, and calibration.json, cases.csv, metrics.json,
+    manifest.json.
     Cases that are finished are not done again; one that fails is reported, the others go on.
 
     Args:
@@ -161,21 +162,21 @@ def _translator(plan: Plan, model: nnx.Module | None, mesh: Mesh) -> SliceTransl
 def _calibrations(
     plan: Plan, translator: SliceTranslator | IntensityReader, identity: Mapping[str, Any], folder: Path
 ) -> Calibrations:
-    """Those of the method and its competitor: given, or kept in `folder`, or made and kept there."""
-    rival = plan.competitor
+    """Those of the method and its baseline: given, or kept in `folder`, or made and kept there."""
+    baseline = plan.baseline
     inputs = calibration_inputs(plan.config, plan.store, plan.method, identity)
     return Calibrations(
         plan.calibration or calibrated(translator, plan.method, plan.store, folder, inputs, plan.config.data.scaling),
-        rival and calibrated(IntensityReader(rival.intensity), rival, plan.store, folder,
-                             calibration_inputs(plan.config, plan.store, rival, identity)))
+        baseline and calibrated(IntensityReader(baseline.intensity), baseline, plan.store, folder,
+                             calibration_inputs(plan.config, plan.store, baseline, identity)))
 
 
 def _save(made: Calibrations, output: Path) -> None:
     made.method.save(output / CALIBRATION)
-    if made.competitor is None:
-        (output / COMPETITOR).unlink(missing_ok=True)
+    if made.baseline is None:
+        (output / BASELINE).unlink(missing_ok=True)
     else:
-        made.competitor.save(output / COMPETITOR)
+        made.baseline.save(output / BASELINE)
 
 
 def _writable(folder: str | Path | None, otherwise: Path) -> Path:

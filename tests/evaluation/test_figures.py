@@ -120,7 +120,7 @@ def _figure(mean, low=None, high=None):
 
 
 def _results(dice, low=None, high=None):
-    return {"mixed": {"auprc": _figure(0.5)}, "unhealthy": {"dice": _figure(dice)},
+    return {"all_slices": {"auprc": _figure(0.5)}, "lesion_slices": {"dice": _figure(dice)},
             "volumes": {"dice": _figure(dice, low, high)}}
 
 
@@ -136,7 +136,7 @@ def test_comparison_figure_draws_what_there_is(tmp_path):
                            for ends in ((0.45, 0.55), (0.2, 0.8), (None, None)))
     assert wide > 3 * narrow > 3 * alone > 0
     assert width(("HAE", "", _results(0.7, 0.7 + 1e-16, 0.7 + 1e-16), None)) > 0  # rounded past the mean
-    assert width(("HAE", "", {"mixed": {"auprc": _figure(0.5)}}, None)) == 0
+    assert width(("HAE", "", {"all_slices": {"auprc": _figure(0.5)}}, None)) == 0
     assert width(("HAE", "", _results(None), None)) == 0
 
     figures.comparison_figure(tmp_path / "two.png", [("HAE", "w = 2", _results(0.5, 0.4, 0.6), 1.0)] * 2, "title")

@@ -22,7 +22,7 @@ def slices(golden):
 
 
 @pytest.mark.parametrize(
-    ("setting", "key"), [("mixed", "metrics_cc_filtered"), ("unhealthy", "metrics_unhealthy_only")])
+    ("setting", "key"), [("all_slices", "metrics_cc_filtered"), ("lesion_slices", "metrics_unhealthy_only")])
 def test_slice_metrics_golden(golden, slices, setting, key):
     z = np.load(golden / "masks.npz")
     found = metrics.slice_metrics(**slices)[setting]
@@ -51,10 +51,10 @@ def test_padding_never_enters(slices):
 def test_mixed_uses_gated_masks_and_unhealthy_all_masks(slices):
     missed = {**slices, "lesion": np.zeros(6, bool), "mask": np.zeros_like(slices["mask"])}
     found = metrics.slice_metrics(**missed)
-    assert found["mixed"]["dice"] == pytest.approx(2 / 6, abs=1e-6)  # the two healthy slices score 1
-    assert found["mixed"]["precision"] is None
-    assert found["mixed"]["recall"] == 0
-    assert found["unhealthy"] == metrics.slice_metrics(**slices)["unhealthy"]
+    assert found["all_slices"]["dice"] == pytest.approx(2 / 6, abs=1e-6)  # the two healthy slices score 1
+    assert found["all_slices"]["precision"] is None
+    assert found["all_slices"]["recall"] == 0
+    assert found["lesion_slices"] == metrics.slice_metrics(**slices)["lesion_slices"]
     assert found["slice_level"]["precision"] is None
 
 
@@ -81,10 +81,10 @@ def test_auroc_counts_the_foreground_only():
     head = np.array([[[True] * 4, [False] * 4]])
     arguments = {"mask": truth, "mask_all": truth, "map": anomaly, "lesion": np.array([True]), "truth": truth,
                  "labels": np.array([1])}
-    found = metrics.slice_metrics(**arguments, foreground=head)["mixed"]
+    found = metrics.slice_metrics(**arguments, foreground=head)["all_slices"]
     assert found["auroc"] == pytest.approx(3 / 4)  # of the four pairs, (2, 3) is in the wrong order
     assert found["auprc"] == pytest.approx((1 / 1 + 2 / 3) / 2)
-    everywhere = metrics.slice_metrics(**arguments, foreground=np.ones_like(head))["mixed"]
+    everywhere = metrics.slice_metrics(**arguments, foreground=np.ones_like(head))["all_slices"]
     assert everywhere["auroc"] < found["auroc"]
 
 
@@ -98,9 +98,9 @@ def test_foreground_is_strictly_above_the_limit():
 def test_undefined_values_are_null(slices):
     healthy_only = {name: values[[2, 5]] for name, values in slices.items()}
     found = metrics.slice_metrics(**healthy_only)
-    assert found["mixed"]["dice"] == 1
-    assert found["mixed"]["recall"] is found["mixed"]["auroc"] is found["mixed"]["auprc"] is None
-    assert set(found["unhealthy"].values()) == {None}
+    assert found["all_slices"]["dice"] == 1
+    assert found["all_slices"]["recall"] is found["all_slices"]["auroc"] is found["all_slices"]["auprc"] is None
+    assert set(found["lesion_slices"].values()) == {None}
     assert found["slice_level"]["recall"] is None
     nothing = metrics.slice_metrics(**slices, valid=np.zeros(6, bool))
     assert nothing["shares"] == {"slices": 0, "healthy": None, "called_lesion": None}
@@ -114,7 +114,7 @@ def test_soft_masks_are_refused(slices):
 
 def test_every_name_has_a_definition(slices):
     found = metrics.slice_metrics(**slices)
-    assert {*found, *found["mixed"]} <= set(metrics.DEFINITIONS)
+    assert {*found, *found["all_slices"]} <= set(metrics.DEFINITIONS)
 
 
 def test_volumes():

@@ -60,7 +60,7 @@ def test_write_cases(tmp_path):
 
 
 def test_write_metrics(tmp_path):
-    results = {"mixed": {"dice": 0.5, "auroc": None}}
+    results = {"all_slices": {"dice": 0.5, "auroc": None}}
     report.write_metrics(tmp_path / "metrics.json", results, calibration={"threshold": 0.9})
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["results"] == results
@@ -71,13 +71,13 @@ def test_write_metrics(tmp_path):
 
 def test_metrics_table():
     table = report.metrics_table({
-        "network": {"mixed": {"dice": 0.71234, "auroc": None}, "shares": {"slices": 12}},
+        "network": {"all_slices": {"dice": 0.71234, "auroc": None}, "shares": {"slices": 12}},
         "flair": {"volume_dice": 0.7},
     })
     assert [line.split() for line in table.splitlines()] == [
         ["network", "flair"],
-        ["mixed", "dice", "0.712", "-"],
-        ["mixed", "auroc", "-", "-"],
+        ["all", "slices", "dice", "0.712", "-"],
+        ["all", "slices", "auroc", "-", "-"],
         ["shares", "slices", "12", "-"],
         ["volume", "dice", "-", "0.700"],
     ]
@@ -98,7 +98,7 @@ def _compared(dice, slices=40):
     patients = [volumes.VolumeMetrics(2.0, 1.0, dice + step, dice, 4.0 + step, 1, 1, 1, 0, dice + step, 0.1)
                 for step in (-0.1, 0, 0.1)]
     figures = {
-        "mixed": {"dice": dice, "iou": dice / 2, "auroc": 0.9, "auprc": 0.8}, "unhealthy": {"dice": dice / 4},
+        "all_slices": {"dice": dice, "iou": dice / 2, "auroc": 0.9, "auprc": 0.8}, "lesion_slices": {"dice": dice / 4},
         "slice_level": {"accuracy": 0.75}}
     return {setting: {name: {"mean": mean, "low": mean - 0.01, "high": mean + 0.01, "cases": 3}
                       for name, mean in values.items()} for setting, values in figures.items()} | {
@@ -117,14 +117,16 @@ def test_comparison_reads_back_from_csv(tmp_path, compared):
     assert [(row["method"], row["settings"]) for row in rows] == [("HAE", "w = 2, |x0|"), ("threshold", "")]
     for row, (_, _, results, *_) in zip(rows, compared, strict=True):
         found = {
-            "mixed_dice": results["mixed"]["dice"]["mean"], "mixed_iou": results["mixed"]["iou"]["mean"],
-            "mixed_auprc": 0.8, "mixed_auprc_low": 0.79, "mixed_auprc_high": 0.81,
-            "unhealthy_dice": results["unhealthy"]["dice"]["mean"], "slice_accuracy": 0.75, "healthy_share": 0.375,
+            "all_slices_dice": results["all_slices"]["dice"]["mean"],
+            "all_slices_iou": results["all_slices"]["iou"]["mean"],
+            "all_slices_auprc": 0.8, "all_slices_auprc_low": 0.79, "all_slices_auprc_high": 0.81,
+            "lesion_slices_dice": results["lesion_slices"]["dice"]["mean"],
+            "slice_accuracy": 0.75, "healthy_share": 0.375,
             "volume_dice": results["volumes"]["dice"]["mean"], "volume_dice_low": results["volumes"]["dice"]["low"],
             "volume_dice_high": results["volumes"]["dice"]["high"], "hd95_mm": 4, "lesion_f1": 1, "slices": 40,
             "cases": 3}
         assert {name: float(row[name]) for name in found} == pytest.approx(found, abs=1e-6)
-        assert row["unhealthy_iou"] == row["healthy_volume_ml"] == ""  # not in the results; no healthy case
+        assert row["lesion_slices_iou"] == row["healthy_volume_ml"] == ""  # not in the results; no healthy case
         assert row["phantom"] == "False"
     assert [row["seconds_per_slice"] for row in rows] == ["0.25", ""]
 

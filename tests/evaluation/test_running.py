@@ -56,8 +56,9 @@ def test_intervals_are_of_draws_of_whole_patients():
     found, rng = _sums(patients).results(), np.random.default_rng(1)
     drawn = [metrics.slice_metrics(**_together([patients[index] for index in rng.integers(0, 6, 6)]))
              for _ in range(400)]
-    for setting, name in (("mixed", "dice"), ("mixed", "precision"), ("mixed", "auroc"), ("mixed", "auprc"),
-                          ("slice_level", "accuracy"), ("slice_level", "recall")):
+    compared = [*(("all_slices", name) for name in ("dice", "precision", "auroc", "auprc")),
+                ("slice_level", "accuracy"), ("slice_level", "recall")]
+    for setting, name in compared:
         low, high = np.nanquantile(np.array([draw[setting][name] for draw in drawn], float), (0.025, 0.975))
         value = found[setting][name]
         spread = high - low
@@ -70,9 +71,9 @@ def test_intervals_are_of_draws_of_whole_patients():
 def test_healthy_patients_are_not_drawn_for_the_figures_of_lesion_slices():
     sick, healthy = [_slices(seed, 5, sick=1) for seed in range(3)], [_slices(seed, 5, sick=0) for seed in (3, 4)]
     alone, all_of_them = _sums(sick).results(), _sums(sick + healthy).results()
-    assert all_of_them["unhealthy"] == alone["unhealthy"]
-    assert all_of_them["unhealthy"]["dice"]["cases"] == all_of_them["unhealthy"]["auprc"]["cases"] == 3
-    assert all_of_them["mixed"]["dice"]["cases"] == 5
+    assert all_of_them["lesion_slices"] == alone["lesion_slices"]
+    assert all_of_them["lesion_slices"]["dice"]["cases"] == all_of_them["lesion_slices"]["auprc"]["cases"] == 3
+    assert all_of_them["all_slices"]["dice"]["cases"] == 5
     empty = {name: value[:0] for name, value in sick[0].items()}  # a patient without a slice worth translating
     assert _sums([*sick, empty]).results() == alone
 
@@ -81,13 +82,13 @@ def test_healthy_patients_are_not_drawn_for_the_figures_of_lesion_slices():
 def test_where_there_is_no_interval():
     alone = _sums([_slices(0, 6)]).results()
     undefined = {"mean": None, "low": None, "high": None}
-    for setting in ("mixed", "unhealthy", "slice_level"):
+    for setting in ("all_slices", "lesion_slices", "slice_level"):
         for value in alone[setting].values():
             assert value["mean"] is not None
             assert value == {**undefined, "mean": value["mean"], "cases": 1}
     healthy = _sums([_slices(seed, 4, sick=0) for seed in range(3)]).results()
-    assert all(value == {**undefined, "cases": 0} for value in healthy["unhealthy"].values())
-    assert healthy["mixed"]["auroc"] == healthy["slice_level"]["recall"] == {**undefined, "cases": 3}
+    assert all(value == {**undefined, "cases": 0} for value in healthy["lesion_slices"].values())
+    assert healthy["all_slices"]["auroc"] == healthy["slice_level"]["recall"] == {**undefined, "cases": 3}
     json.dumps([alone, healthy], allow_nan=False)
 
 
@@ -110,8 +111,8 @@ def test_visits_of_a_patient_are_drawn_together():
         for name, value in figures.items():
             for end in ("mean", "low", "high"):
                 assert value[end] == pytest.approx(together[setting][name][end]), (setting, name)
-    assert (visits["mixed"]["dice"]["cases"], together["mixed"]["dice"]["cases"]) == (6, 3)
-    alone = _sums(cases, ["a"] * 6).results()["mixed"]["dice"]
+    assert (visits["all_slices"]["dice"]["cases"], together["all_slices"]["dice"]["cases"]) == (6, 3)
+    alone = _sums(cases, ["a"] * 6).results()["all_slices"]["dice"]
     assert (alone["low"], alone["high"], alone["cases"]) == (None, None, 6)
 
 
@@ -120,7 +121,7 @@ def test_a_method_is_above_another_by_pairs():
     cases = [_slices(seed, 8, sick=0.8) for seed in range(6)]
     better = [case | {"mask_all": case["mask_all"] | case["truth"]} for case in cases]
     found = _sums(better).paired_dice(_sums(cases))
-    own, other = (_sums(of).results()["unhealthy"]["dice"]["mean"] for of in (better, cases))
+    own, other = (_sums(of).results()["lesion_slices"]["dice"]["mean"] for of in (better, cases))
     assert found["mean"] == pytest.approx(own - other)
     assert 0 < found["low"] < found["mean"] < found["high"]
     same = _sums(cases).paired_dice(_sums(cases))

@@ -67,7 +67,7 @@ def test_a_network_is_asked_for_healthy_and_null_with_one_time_for_all():
     assert {(shape, times) for shape, times, _, _ in asked} == {
         ((3, 4, 4, 4), (1,)), ((6, 4, 4, 4), (1,))}  # one embedding of the time a step
     asked.clear()
-    null_alone, both = denoisers
+    null_alone, both = denoisers[:2]
     null_alone(x0, jnp.zeros(1, int))
     both(x0, jnp.zeros(1, int))
     (_, _, _, null), (_, _, y, nulls) = asked

@@ -42,7 +42,7 @@ def test_methods_side_by_side(network, toy_network, short, mesh_of, tmp_path):
     assert [row["method"] for row in rows] == ["hae", "anoddpm-gaussian", "threshold"]
     for row in rows:
         own = json.loads((tmp_path / "out" / row["method"] / "metrics.json").read_text())["results"]
-        assert float(row["mixed_dice"]) == pytest.approx(own["mixed"]["dice"]["mean"], rel=1e-4)
+        assert float(row["all_slices_dice"]) == pytest.approx(own["all_slices"]["dice"]["mean"], rel=1e-4)
         assert float(row["volume_dice"] or -1) == pytest.approx(own["volumes"]["dice"]["mean"], rel=1e-4)
     manifest = json.loads((tmp_path / "out" / "anoddpm-gaussian" / "manifest.json").read_text())
     assert manifest["checkpoint"]["path"] == "runs/b/1"

@@ -46,13 +46,13 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
     assert row["case"] == name
     assert float(row["volume_ml"]) == pytest.approx(metrics.volume_ml(np.asarray(mask.dataobj), given.affine), rel=1e-4)
     found = read_json(tmp_path / "out" / "metrics.json")
-    for results in (found["results"], found["competitors"]["threshold"]):
+    for results in (found["results"], found["baselines"]["threshold"]):
         assert {name: results["shares"][name] for name in ("slices", "healthy")} == {
             "slices": 7, "healthy": pytest.approx(4 / 7)}
-        assert {"mixed", "unhealthy", "slice_level", "volumes"} <= results.keys()
+        assert {"all_slices", "lesion_slices", "slice_level", "volumes"} <= results.keys()
     assert found["results"]["shares"]["called_lesion"] == pytest.approx(int(row["lesion_slices"]) / 7)
     assert found["results"]["volumes"]["dice"]["mean"] == pytest.approx(float(row["dice"]), rel=1e-4)
-    assert found["competitors"]["threshold"]["volumes"]["dice"]["mean"] > 0.8  # the ball is bright
+    assert found["baselines"]["threshold"]["volumes"]["dice"]["mean"] > 0.8  # the ball is bright
     assert found["checkpoint"] == read_json(tmp_path / "out" / "manifest.json")["checkpoint"] == IDENTITY | {
         "sha256": found["checkpoint"]["sha256"]}
     assert found["settings"]["guidance"] == 2.0

@@ -40,9 +40,9 @@ def test_tally_counts_cases_with_truth(cases):
     tally.add("none", None)
     found = tally.results()
     assert (tally.cases, tally.slices) == (2, 14)
-    assert found["perfect"]["mixed"]["dice"] == {"mean": 1, "low": 1, "high": 1, "cases": 2}
-    assert found["perfect"]["unhealthy"]["dice"] == {"mean": 1, "low": None, "high": None, "cases": 1}
-    nothing = found["nothing"]["mixed"]["dice"]
+    assert found["perfect"]["all_slices"]["dice"] == {"mean": 1, "low": 1, "high": 1, "cases": 2}
+    assert found["perfect"]["lesion_slices"]["dice"] == {"mean": 1, "low": None, "high": None, "cases": 1}
+    nothing = found["nothing"]["all_slices"]["dice"]
     assert nothing["mean"] == pytest.approx(11 / 14, abs=1e-6)
     assert (nothing["low"], nothing["high"]) == (pytest.approx(4 / 7, abs=1e-6), 1)  # the ill one twice, or the other
     assert found["perfect"]["shares"]["healthy"] == pytest.approx(11 / 14)

@@ -1,0 +1,62 @@
+"""The wheel alone, in an empty folder: every command opens, and the shipped network finds lesions in a phantom."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("train", "translate", "make_phantom", "prepare_data", "ablate", "compare_methods", "convert_torch_weights",
+            "benchmark")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Runs Python where the wheel's files are, and no others of this project."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
+                    str(folder), str(ROOT)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    (folder / "empty").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "JAX_PLATFORMS": "cpu",
+                   "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+
+    def run(code):
+        return subprocess.run([sys.executable, "-c", code], cwd=folder / "empty", env=environment, check=True,
+                              capture_output=True, text=True).stdout
+
+    return run
+
+
+def test_every_command_opens_and_presets_have_names(installed):
+    said = installed("import sys, importlib, contextlib, io\n"
+                     f"for name in {COMMANDS}:\n"
+                     "    with contextlib.suppress(SystemExit):\n"
+                     "        importlib.import_module(f'hae_jax.commands.{name}').main(['--help'])\n")
+    assert said.count("usage:") == len(COMMANDS)
+    said = installed("from hae_jax.commands.train import main; main(['--config', 'brats_v2c', '--print-sharding'])")
+    assert "input_blocks" in said
+
+
+def test_the_shipped_network_on_a_phantom(installed):
+    """What a user does first: a phantom, and masks of it with the weights and the calibration in the wheel."""
+    installed("from hae_jax.commands.make_phantom import main\n"
+              "main(['--output', 'cases', '--subjects', '2', '--size', '0.1', '--workers', '1'])")
+    said = installed("from hae_jax.commands.translate import main\n"
+                     "main(['--checkpoint', 'phantom', '--input', 'cases', '--output', 'results'])")
+    assert "came with the weights" in said
+    assert "PHANTOM figures from 2 cases" in said
+    found = json.loads(installed("print(open('results/metrics.json').read())"))
+    assert (found["method"], found["labels"]) == ("residual", "image labels")
+    written = json.loads(installed("import os, json; print(json.dumps(sorted(os.listdir('results'))))"))
+    assert {"Phantom_00000_mask.nii.gz", "Phantom_00001_map.nii.gz", "cases.csv"} <= set(written)
+
+
+def test_importing_the_package_is_quick_and_leaves_jax_alone(installed):
+    assert installed("import sys, hae_jax; print('jax' in sys.modules)").strip() == "False"
