@@ -29,6 +29,6 @@ def get_config() -> ml_collections.ConfigDict:
             "workers": 2,
         })
         config.model.in_channels = 1
-        config.training.steps = 3_000
+        config.training.steps = 2_500
         config.translation.modality = (0,)
     return config

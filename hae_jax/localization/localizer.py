@@ -64,7 +64,7 @@ class Localizer:
     Example:
       >>> import numpy as np
       >>> from hae_jax import Localizer
-      >>> localizer = Localizer.load("phantom")  # a run folder, a folder of exported weights, or a shipped name
+      >>> localizer = Localizer.load("phantom", batch_size=4)  # or a run folder, or a folder of exported weights
       >>> volume = np.zeros((64, 64, 4, 4), np.float32)  # X, Y, Z; flair, t1, t1ce, t2
       >>> volume[8:56, 8:56] = 400 + 100 * np.random.default_rng(0).random((48, 48, 4, 4))
       >>> found = localizer(volume, affine=np.diag([-3.0, -3.0, 3.0, 1.0]))
