@@ -26,7 +26,7 @@ class GoldenCase(NamedTuple):
         """(null, drop) of each conditioning mode, [B] bool each."""
         no = np.zeros(len(self.x), bool)
         modes = {"cond": (no, no), "null": (~no, no)}
-        return modes | ({"all_slices": (no, self.values["drop"].astype(bool))} if "drop" in self.values else {})
+        return modes | ({"mixed": (no, self.values["drop"].astype(bool))} if "drop" in self.values else {})
 
     def output(self, mode: str, suffix: str = "") -> np.ndarray:  # [B, H, W, out_channels]
         """The expected output."""
