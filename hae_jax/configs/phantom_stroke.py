@@ -3,7 +3,8 @@
     python train.py --config configs/phantom_stroke.py --workdir runs/phantom_stroke
 
 makes 160 subjects with voxels of 2 mm and prepares them if they are not there yet: 112 to train on, 24 to validate, 24
-to test.
+to test. 8000 steps take about 75 minutes on two cores. After 2000 steps the lesion-slice Dice of validation slices was
+0.26 (phantom figure); how far 8000 steps get has not been measured.
 """
 
 import ml_collections
@@ -29,6 +30,5 @@ def get_config() -> ml_collections.ConfigDict:
             "workers": 2,
         })
         config.model.in_channels = 1
-        config.training.steps = 2_500
         config.translation.modality = (0,)
     return config
