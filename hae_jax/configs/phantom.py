@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
             "subjects": 8,
             "seed": 1000,  # the reference network was trained on seed 0
             "train_fraction": 0.4,
-            "val_fraction": 0.2,
+            "val_fraction": 0.25,
         })
         config.training.initial_weights = "phantom"
         config.training.steps = 100
@@ -33,6 +33,6 @@ def get_config() -> ml_collections.ConfigDict:
         config.training.save_every = 50
         config.training.validate_every = 50
         config.training.localization_every = 100
-        config.training.localization_slices = 32
+        config.training.localization_slices = 48
         config.training.sample_every = 100
     return config

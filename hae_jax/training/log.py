@@ -56,8 +56,9 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
