@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
         config.training.save_every = 50
         config.training.validate_every = 50
         config.training.localization_every = 100
-        config.training.localization_slices = 48
+        config.training.localization_slices = 32
         config.training.sample_every = 100
+        config.training.sample_steps = 10
     return config

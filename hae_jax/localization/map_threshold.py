@@ -133,13 +133,14 @@ class MapThresholdMethod:
       rule: that chooses the threshold (`rules.LABELS`).
       healthy_fpr: share of the healthy slices' head pixels above the threshold, for the rule of this name.
       filters: of masks (`masks.Filters`).
+      gated: whether slices that are called healthy have empty masks.
     """
 
     name: str
     rule: str = "dice"
     healthy_fpr: float = 5e-4
     filters: Filters = NO_FILTERS
-    own_rule: ClassVar[str] = "dice"
+    gated: ClassVar[bool] = True  # whether slices that are called healthy have empty masks
 
     def calibrate(
         self, results: Iterable[tuple[NamedTuple, ValidationSlice]], made_with: Mapping[str, Any]
@@ -218,7 +219,8 @@ class MapThresholdMethod:
         else:
             found = heads & (maps >= calibration.threshold)
         lesion = scores >= calibration.slice_threshold
-        mask_all, mask = (self.filters.masks(m, grid) for m in (found, found & lesion[:, None, None]))
+        mask_all, mask = (self.filters.masks(m, grid) for m in (
+            found, found & lesion[:, None, None] if self.gated else found))
         return Masks((maps * heads).astype(np.float32), mask_all, mask, lesion, scores)
 
     def _maps(self, results: NamedTuple, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64

@@ -207,7 +207,8 @@ class Intensity(NamedTuple):
 class IntensityThreshold(MapThresholdMethod):
     """The trivial baseline: everything bright on flair is lesion. Without flair, what is bright or dark on a channel.
 
-    The map is the normalised intensity, turned round where lesions are dark, and is never filtered by a median.
+    The map is the normalised intensity, turned round where lesions are dark, and is never filtered by a median. Slices
+    that are called healthy keep their masks: the score of a threshold tells too little to take them away.
 
     Attributes:
       channel: that it looks at.
@@ -223,6 +224,7 @@ class IntensityThreshold(MapThresholdMethod):
     name: ClassVar[str] = "threshold"
     network: ClassVar[bool] = False
     passes: ClassVar[int] = 0
+    gated: ClassVar[bool] = False
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "IntensityThreshold":
