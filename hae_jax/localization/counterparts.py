@@ -27,14 +27,13 @@ from hae_jax.localization.forward_process import (
     step_noise,
 )
 from hae_jax.localization.map_threshold import MapThresholdMethod
-from hae_jax.localization.masks import PUBLISHED_FILTERS, Filters
 
 
 class Counterpart(NamedTuple):
     """What one batch of slices gives; M are the chosen modalities."""
 
     map: jax.Array  # [B, H, W] squared or absolute difference from the input, averaged over the modalities
-    healthy: jax.Array  # [B, H, W, M] the healthy counterpart
+    healthy: jax.Array  # [B, H, W, M] the pseudo-healthy slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,6 @@ class Ddib(MapThresholdMethod):
       guidance: strength w towards healthy on the way back; None: none.
       start: where the way back begins: "published", at t = N-1, one level below what was reached, or "level", at N.
       modality: channels that the map is made of.
-      rule, healthy_fpr, filters: see `MapThresholdMethod`.
 
     Raises:
       UserError: for values that cannot be.
@@ -59,9 +57,6 @@ class Ddib(MapThresholdMethod):
     guidance: float | None = 2.0
     start: str = "published"
     modality: tuple[int, ...] = (0, 3)
-    rule: str = "dice"
-    healthy_fpr: float = 5e-4
-    filters: Filters = PUBLISHED_FILTERS
 
     name: ClassVar[str] = "ddib"
     network: ClassVar[bool] = True
@@ -87,7 +82,7 @@ class Ddib(MapThresholdMethod):
         x0: jax.Array,  # [B, H, W, C] in [-1, 1]
         keys: jax.Array,  # [B], not used: nothing here is random
     ) -> Counterpart:
-        """The healthy counterparts of a batch."""
+        """The pseudo-healthy slices of a batch."""
 
         def towards_healthy(x, t):
             return guided_output(*denoisers.healthy_and_null(x, t), self.guidance)
@@ -95,10 +90,6 @@ class Ddib(MapThresholdMethod):
         x = inverted(self.process, denoisers.null, x0, self.steps)
         back = self.steps + 1 if self.start == "level" else self.steps
         return _counterpart(decoded(self.process, towards_healthy, x, back), x0, self.modality)
-
-    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
-        """The healthy counterparts."""
-        return results.healthy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +104,6 @@ class AnoDdpm(MapThresholdMethod):
       steps: N, noising and denoising steps of the (respaced) schedule: noised to t = N-1, then back from there.
       noise: that the slice is noised with: "simplex" or "gaussian". On the way back it is Gaussian.
       modality: channels that the map is made of.
-      rule, healthy_fpr, filters: see `MapThresholdMethod`.
 
     Raises:
       UserError: for values that cannot be.
@@ -123,9 +113,6 @@ class AnoDdpm(MapThresholdMethod):
     steps: int
     noise: str = "simplex"
     modality: tuple[int, ...] = (0, 3)
-    rule: str = "dice"
-    healthy_fpr: float = 5e-4
-    filters: Filters = PUBLISHED_FILTERS
 
     network: ClassVar[bool] = True
 
@@ -152,7 +139,7 @@ class AnoDdpm(MapThresholdMethod):
         x0: jax.Array,  # [B, H, W, C] in [-1, 1]
         keys: jax.Array,  # [B], of each slice's noise
     ) -> Counterpart:
-        """The healthy counterparts of a batch."""
+        """The pseudo-healthy slices of a batch."""
         t = jnp.full(x0.shape[0], self.steps - 1)
         first, later = step_keys(keys, self.steps), step_noise(keys, x0.shape[1:])  # step t = 0..N-1 takes key t
         noise = gaussian(first, x0.shape[1:])
@@ -164,10 +151,6 @@ class AnoDdpm(MapThresholdMethod):
 
         x = _walked_back(self.process, denoisers.null, self.process.noised(x0, t, noise), self.steps, ddpm_step)
         return _counterpart(x, x0, self.modality)
-
-    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
-        """The healthy counterparts."""
-        return results.healthy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +165,6 @@ class ClassifierGuidance(MapThresholdMethod):
       steps: N, inversion steps t = 0..N-1, and as many back.
       scale: s, strength of the gradient.
       modality: channels that the map is made of.
-      rule, healthy_fpr, filters: see `MapThresholdMethod`.
 
     Raises:
       UserError: for values that cannot be.
@@ -192,9 +174,6 @@ class ClassifierGuidance(MapThresholdMethod):
     steps: int
     scale: float = 100.0
     modality: tuple[int, ...] = (0, 3)
-    rule: str = "dice"
-    healthy_fpr: float = 5e-4
-    filters: Filters = PUBLISHED_FILTERS
 
     name: ClassVar[str] = "classifier"
     network: ClassVar[bool] = True
@@ -236,10 +215,6 @@ class ClassifierGuidance(MapThresholdMethod):
         healthy = decoded(self.process, guided, x, self.steps)
         return _absolute(healthy, x0, self.modality)
 
-    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
-        """The pseudo-healthy slices."""
-        return results.healthy
-
 
 @dataclasses.dataclass(frozen=True)
 class Dae(MapThresholdMethod):
@@ -251,7 +226,6 @@ class Dae(MapThresholdMethod):
     Attributes:
       process: the process of one step.
       modality: channels that the map is made of.
-      rule, healthy_fpr, filters: see `MapThresholdMethod`.
 
     Raises:
       UserError: for a network that is no denoising autoencoder.
@@ -259,9 +233,6 @@ class Dae(MapThresholdMethod):
 
     process: Process
     modality: tuple[int, ...] = (0, 3)
-    rule: str = "dice"
-    healthy_fpr: float = 5e-4
-    filters: Filters = PUBLISHED_FILTERS
 
     name: ClassVar[str] = "dae"
     network: ClassVar[bool] = True
@@ -284,10 +255,6 @@ class Dae(MapThresholdMethod):
         t = jnp.zeros(len(x0), jnp.int32)
         x = self.process.noised(x0, t, jnp.zeros_like(x0))
         return _absolute(self.process.predict(denoisers.null(x, self.process.original(t)), x, t).x0, x0, self.modality)
-
-    def healthy(self, results: Counterpart) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
-        """The pseudo-healthy slices."""
-        return results.healthy
 
 
 def inverted(process: Process, denoise: Denoiser, x0: jax.Array, steps: int) -> jax.Array:  # [B, H, W, C]

@@ -39,7 +39,7 @@ class Translation(NamedTuple):
     diff: jax.Array  # [B, T, M] of (G_t - R_t)^2
     map: jax.Array  # [B, H, W, M] mean of (G_t - X)^2 over t < t_e, or what `ForwardSettings` makes of it
     t_e: jax.Array  # [B, M] the step at which diff is largest, times t_e_ratio
-    healthy: jax.Array  # [B, H, W, M] G at t_e: the healthy counterpart
+    healthy: jax.Array  # [B, H, W, M] G at t_e: the pseudo-healthy reconstruction
 
 
 @dataclasses.dataclass(frozen=True)

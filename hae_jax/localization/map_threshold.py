@@ -17,7 +17,7 @@ import numpy as np
 from hae_jax import files
 from hae_jax.errors import UserError
 from hae_jax.localization import calibration, rules
-from hae_jax.localization.masks import NO_FILTERS, Filters, Masks, SliceGrid
+from hae_jax.localization.masks import PUBLISHED_FILTERS, Filters, Masks, SliceGrid
 
 _LEVELS = (0.98, 0.90)  # quantile levels of the rule "quantile", of the least and the most anomalous slice
 
@@ -125,22 +125,28 @@ _KINDS = {  # what each field looks like in JSON
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MapThresholdMethod:
     """What methods with a threshold on their maps share; their results have a field `map`, [H, W] for one slice.
 
     Attributes:
-      name: of the method.
       rule: that chooses the threshold (`rules.LABELS`).
       healthy_fpr: share of the healthy slices' head pixels above the threshold, for the rule of this name.
       filters: of masks (`masks.Filters`).
+      name: of the method.
       gated: whether slices that are called healthy have empty masks.
     """
 
-    name: str
     rule: str = "dice"
     healthy_fpr: float = 5e-4
-    filters: Filters = NO_FILTERS
-    gated: ClassVar[bool] = True  # whether slices that are called healthy have empty masks
+    filters: Filters = PUBLISHED_FILTERS
+
+    name: ClassVar[str]
+    gated: ClassVar[bool] = True
+
+    def healthy(self, results: NamedTuple) -> np.ndarray | None:  # [S, H, W, M] in [-1, 1]
+        """The pseudo-healthy reconstructions; None: the method makes none."""
+        return getattr(results, "healthy", None)
 
     def calibrate(
         self, results: Iterable[tuple[NamedTuple, ValidationSlice]], made_with: Mapping[str, Any]

@@ -33,7 +33,6 @@ from hae_jax.localization.map_threshold import MapThreshold, MapThresholdMethod,
 from hae_jax.localization.masks import (
     NO_FILTERS,
     OWN_FILTERS,
-    PUBLISHED_FILTERS,
     Filters,
     Masks,
     PhysicalFilters,
@@ -88,9 +87,8 @@ class Residual(MapThresholdMethod):
 
     process: Process
     settings: ResidualSettings
-    rule: str = "healthy_fpr"
-    healthy_fpr: float = 5e-4
-    filters: Filters = OWN_FILTERS
+    rule: str = dataclasses.field(default="healthy_fpr", kw_only=True)
+    filters: Filters = dataclasses.field(default=OWN_FILTERS, kw_only=True)
 
     name: ClassVar[str] = "residual"
     network: ClassVar[bool] = True
@@ -114,10 +112,6 @@ class Residual(MapThresholdMethod):
         """The residual maps of a batch."""
         return residual.residual(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
 
-    def healthy(self, results: ResidualMap) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
-        """The mean guided predictions."""
-        return results.healthy
-
     def _maps(self, results: ResidualMap, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
         return np.maximum(super()._maps(results, grid), 0)
 
@@ -133,9 +127,7 @@ class Hae(MapThresholdMethod):
 
     process: Process
     settings: ForwardSettings
-    rule: str = "quantile"
-    healthy_fpr: float = 5e-4
-    filters: Filters = PUBLISHED_FILTERS
+    rule: str = dataclasses.field(default="quantile", kw_only=True)
 
     name: ClassVar[str] = "hae"
     network: ClassVar[bool] = True
@@ -189,10 +181,6 @@ class Hae(MapThresholdMethod):
             return super().masks(results, calibration, heads, grid)
         return make_masks(results.mse, results.ref, results.diff, results.map, calibration, self.filters, grid)
 
-    def healthy(self, results: Translation) -> np.ndarray:  # [S, H, W, M] in [-1, 1]
-        """The guided predictions at t_e."""
-        return results.healthy
-
     def _maps(self, results: Translation, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
         return super()._maps(results._replace(map=np.asarray(results.map, np.float64).mean(axis=-1)), grid)
 
@@ -217,9 +205,7 @@ class IntensityThreshold(MapThresholdMethod):
 
     channel: int = 0
     dark: bool = False
-    rule: str = "dice"
-    healthy_fpr: float = 5e-4
-    filters: Filters = NO_FILTERS
+    filters: Filters = dataclasses.field(default=NO_FILTERS, kw_only=True)
 
     name: ClassVar[str] = "threshold"
     network: ClassVar[bool] = False
@@ -252,9 +238,6 @@ class IntensityThreshold(MapThresholdMethod):
         """The maps of slices."""
         image = images[..., self.channel]
         return Intensity(np.maximum(VOLUME_RANGE - image, 0) if self.dark else image.copy())  # a view would keep all
-
-    def healthy(self, results: Intensity) -> None:
-        """There is none."""
 
 
 def make_method(config: ml_collections.ConfigDict) -> Method:

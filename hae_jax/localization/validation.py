@@ -128,18 +128,31 @@ def validation_results(
             own = chosen[start:start + _READ_AT_ONCE]
             rows = reader.read(own)
             images = to_model_range(rows["image"], scaling)
-            for i, number in enumerate(rows["case"]):
-                case = store.cases[number]
-                known.append(ValidationSlice(
-                    int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1),
-                    float(heights[own[i]]), patient_of(case["name"]), case["name"], int(rows["slice"][i]),
-                    slice_spacing(case["affine"], case["shape"], images.shape[1])))
-                yield Slice(images[i], case["name"], int(rows["slice"][i]), rows["image"][i])
+            described = describe_slices(store, rows, heights[own])
+            known.extend(described)
+            for image, intensity, item in zip(images, rows["image"], described, strict=True):
+                yield Slice(image, item.case, item.position, intensity)
 
     with tqdm(total=len(chosen), desc=doing, unit="slice") as bar:
         for _, result in translator(slices()):
             yield result, known.popleft()
             bar.update()
+
+
+def describe_slices(
+    store: Store,
+    rows: dict[str, np.ndarray],  # of `SplitReader.read`
+    heights: np.ndarray,  # [S] of `heights_in_head`
+) -> list[ValidationSlice]:
+    """What is known of slices that were read from a store."""
+    found = []
+    for i, number in enumerate(rows["case"]):
+        case = store.cases[number]
+        found.append(ValidationSlice(
+            int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1), float(heights[i]),
+            patient_of(case["name"]), case["name"], int(rows["slice"][i]),
+            slice_spacing(case["affine"], case["shape"], rows["image"].shape[1])))
+    return found
 
 
 def heights_in_head(

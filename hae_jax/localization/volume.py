@@ -1,4 +1,4 @@
-"""A case in: slices for the network. Masks, maps and healthy counterparts out: NIfTI on the case's own grid.
+"""A case in: slices for the network. Masks, maps and pseudo-healthy reconstructions out: NIfTI on the case's own grid.
 
 The first and the last stage of a translation; slicing and its reverse are those of `hae_jax.data.slices`. In between,
 volumes lie in the orientation that networks are trained in; `write_volume` turns them back.

@@ -93,7 +93,7 @@ def make_plan(
         raise UserError(f"{output}: cannot be made or written to ({error.strerror}: {error.filename}); give another "
                         "folder with --output") from error
     if config.translation.save_healthy and not method.network:
-        print(f"save_healthy: the method {method.name} makes no healthy counterparts, so none are written")
+        print(f"save_healthy: the method {method.name} makes no pseudo-healthy reconstructions, so none are written")
     baseline = IntensityThreshold.of(config) if store and method.network and _has_lesions(store) else None
     return Plan(config, method, baseline, calibration, store, everyone[shard::num_shards], everyone, missing,
                 any(map(of_phantom, everyone)), output)

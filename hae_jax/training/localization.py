@@ -14,14 +14,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hae_jax.data.slices import patient_of, slice_spacing, to_model_range
+from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import Store
 from hae_jax.localization.forward_process import network_denoisers
 from hae_jax.localization.map_threshold import ValidationSlice
 from hae_jax.localization.measures import measure
 from hae_jax.localization.methods import Residual, residual_method
 from hae_jax.localization.residual import ResidualMap
-from hae_jax.localization.validation import heights_in_head
+from hae_jax.localization.validation import describe_slices, heights_in_head
 from hae_jax.training.mesh import batch_sharding, replicated
 
 _SEED = 0  # of the noise
@@ -81,14 +81,7 @@ class Localization:
         stacked = ResidualMap(*(np.concatenate(parts)[:count] for parts in zip(*results, strict=True)))
         rows, everything = self._reader.read(self._rows), self._reader.rows
         heights = heights_in_head(everything["cases"], everything["slices"])[self._rows]
-        items = []
-        for i, number in enumerate(rows["case"]):
-            case = self._store.cases[number]
-            items.append(ValidationSlice(
-                int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1), float(heights[i]),
-                patient_of(case["name"]), case["name"], int(rows["slice"][i]),
-                slice_spacing(case["affine"], case["shape"], self._shape[1])))
-        return stacked, items, to_model_range(rows["image"], self._scaling)
+        return stacked, describe_slices(self._store, rows, heights), to_model_range(rows["image"], self._scaling)
 
     def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
         """Batches of one shape, the last one filled up; a host reads only its devices' rows."""

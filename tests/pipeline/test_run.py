@@ -177,7 +177,7 @@ def test_the_healthy_counterpart_ends_at_the_head(run, config, case_writer, tmp_
 def test_a_method_without_counterparts_says_so(run, config, three_cases, capsys):
     config.translation.update({"method": "threshold", "save_healthy": True})
     run(three_cases)
-    assert "save_healthy: the method threshold makes no healthy counterparts" in capsys.readouterr().out
+    assert "save_healthy: the method threshold makes no pseudo-healthy reconstructions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["residual", "ddib", "anoddpm-simplex", "anoddpm-gaussian", "threshold"])
