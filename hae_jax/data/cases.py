@@ -10,6 +10,7 @@ import gzip
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -99,7 +100,7 @@ def _read_volume(file: ImageFile, wanted: Sequence[str] = ()) -> tuple[np.ndarra
     """One channel [X, Y, Z] float32 in LPS, and its grid on disk; all the modalities `wanted` are for errors."""
     path = file.path
     with _reading(path):
-        image = nib.load(path)
+        image: Any = nib.load(path)
     if any(size < 1 for size in image.shape):
         raise UserError(f"{path}: has shape {image.shape}, so no voxels; its header is damaged or the image empty; "
                         "copy or export it again")

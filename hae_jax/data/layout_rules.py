@@ -285,7 +285,7 @@ def _read_channels(folder: Folder) -> _Channels | None:
 
 def _is_4d(path: Path) -> bool:
     try:
-        shape = nib.load(path).shape
+        shape = nib.load(path).shape  # pyright: ignore[reportAttributeAccessIssue]
     except UNREADABLE:  # reported when the case is read
         return False
     return len(shape) > 3 and shape[3] > 1
