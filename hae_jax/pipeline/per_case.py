@@ -28,6 +28,7 @@ from hae_jax.localization.validation import Translator
 from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, read_slices, write_volume
 from hae_jax.pipeline import records
 from hae_jax.pipeline.plan import Plan, case_digest, of_phantom
+from hae_jax.pipeline.probability import meaning_files, probability_volumes, write_meanings
 
 _CASE_FAULTS = (UserError, OSError, MemoryError)  # what concerns one case; everything else is a bug and ends the run
 _READ_AHEAD = 2  # cases, while the devices work on those before
@@ -174,11 +175,15 @@ def _finish(
             modality = plan.config.data.modalities[channel]
             volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
                                               f"pseudo-healthy {modality}")
+    if wanted.save_probability:
+        volumes |= probability_volumes(case, method, done.result, masks, calibrations.method)
     shown = plan.config.evaluation.overlay_slices > 0
-    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else [])]
+    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else []),
+               *meaning_files(case.name, volumes)]
     records.begin(plan.output, case.name, tuple(written))
     for name, (values, description) in zip(written[:len(volumes)], volumes.values(), strict=True):
         write_volume(plan.output / name, values, case.grid, f"{description}, HAE-JAX, research use only")
+    write_meanings(plan.output, case.name, volumes)
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, 0.0, anomaly)
     if shown:
         _draw(plan, done, healthy, masks, row, origin.phantom)

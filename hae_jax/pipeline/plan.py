@@ -25,8 +25,8 @@ from hae_jax.localization.validation import calibration_path
 from hae_jax.phantom import cohort as phantom
 from hae_jax.pipeline.records import FOLDER, digest
 
-_NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy", "batch_size",
-                       "max_memory_gb", "calibration", "ema")
+_NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy",
+                       "save_probability", "batch_size", "max_memory_gb", "calibration", "ema")
 _OWN = {  # settings that one method alone, or those with this beginning, look at
     "residual": ("timesteps", "draws", "weights", "smoothing", "rectify"),
     "hae": ("forward_steps", "reference", "d_reverse", "inversion", "maps", "t_e_ratio", "last_step_only", "every"),

@@ -153,7 +153,7 @@ def _check_network(plan: Plan, identity: Mapping[str, Any]) -> None:
 
 def _translator(plan: Plan, model: nnx.Module | None, mesh: Mesh) -> SliceTranslator | IntensityReader:
     if not plan.method.network:
-        return IntensityReader(plan.method.intensity)
+        return IntensityReader(plan.method.intensity)  # pyright: ignore[reportAttributeAccessIssue]
     wanted = plan.config.translation
     return SliceTranslator(model, plan.method, batch_size=wanted.batch_size, seed=plan.config.seed, mesh=mesh,
                            conditional=plan.config.model.num_classes is not None, max_memory_gb=wanted.max_memory_gb)
