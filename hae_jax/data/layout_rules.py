@@ -24,7 +24,8 @@ MODALITIES = ("flair", "t1", "t1ce", "t2")  # also the order of a 4-D file that 
 EXTENSIONS = (".nii.gz", ".nii", ".NII.GZ", ".NII")  # the first is that of a file to be named
 UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
 
-SYNONYMS = {"flair": ("flair", "t2f"), "t1": ("t1", "t1w", "t1n"), "t1ce": ("t1ce", "t1c", "t1gd", "t1gad"),
+SYNONYMS = {"flair": ("flair", "t2f"), "t1": ("t1", "t1w", "t1n"),
+            "t1ce": ("t1ce", "t1c", "t1gd", "t1gad", "ce-gadolinium_t1w", "ce-gad_t1w", "ce-gd_t1w"),
             "t2": ("t2", "t2w")}
 _BRATS_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w"}
 _SEGMENTATIONS = ("seg", "label-l_desc-t1lesion_mask", "consensus_gt", "lesion_mask", "lesion", "label", "labels",
