@@ -17,6 +17,7 @@ import numpy as np
 
 from hae_jax.data.layouts import MODALITIES, UNREADABLE, CaseFiles, ImageFile, find_cases, images_in
 from hae_jax.data.orientation import ORIENTATION, Grid
+from hae_jax.data.preprocessing_signs import preprocessing_signs
 from hae_jax.errors import UserError
 
 __all__ = ["MODALITIES", "Case", "CaseFiles", "ImageFile", "find_cases", "read_case"]
@@ -69,7 +70,8 @@ def read_case(files: CaseFiles) -> Case:
     if files.segmentation is not None:
         mask = _read_on_grid(ImageFile("segmentation", files.segmentation), grid, files.images[0].path) > 0.5
     return Case(files.name, volumes, grid.reoriented_affine, grid, mask,
-                files.warnings + _warnings(grid, volumes))
+                files.warnings + _warnings(grid, volumes)
+                + preprocessing_signs(volumes, grid.reoriented_affine, tuple(wanted)))
 
 
 def _check_files(files: CaseFiles) -> None:
