@@ -107,7 +107,8 @@ def network_and_config(
     Raises:
       UserError: if there is no such file or network, or an override does not fit.
     """
-    from hae_jax.training.weights import load_trained, trained_folder  # here, since --help shall not wait for JAX
+    from hae_jax.pipeline.cache_key import weights_hash  # here, since --help shall not wait for JAX
+    from hae_jax.training.weights import load_trained, trained_folder
 
     config = None
     if config_path or not checkpoint:
@@ -128,7 +129,8 @@ def network_and_config(
               f"data.modalities gives it {', '.join(config.data.modalities)}", file=sys.stderr)
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
         network = load_trained(checkpoint, ema=False)
-    return Loaded(network.model, network.identity, trained_folder(checkpoint)), config
+    identity = {**network.identity, "sha256": weights_hash(network.model, config)}
+    return Loaded(network.model, identity, trained_folder(checkpoint)), config
 
 
 def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str) -> Loaded:
@@ -138,6 +140,7 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
       UserError: if there is no network to guide, the run holds no classifier, or its data or diffusion differ.
     """
     from hae_jax.model.classifier import GuidedNetwork
+    from hae_jax.pipeline.cache_key import weights_hash
     from hae_jax.training.weights import load_trained
 
     if loaded.model is None:
@@ -152,8 +155,9 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
         if json.dumps(its) != json.dumps(ours):
             raise UserError(f"--classifier {run}: was trained with {section}.{name} {its}, the network with {ours}; "
                             "train one with the network's settings")
-    return loaded._replace(model=GuidedNetwork(loaded.model, found.model),
-                           identity={**loaded.identity, "classifier": {**found.identity, "path": str(run)}})
+    guided = GuidedNetwork(loaded.model, found.model)
+    return loaded._replace(model=guided, identity={
+        **loaded.identity, "classifier": {**found.identity, "path": str(run)}, "sha256": weights_hash(guided, config)})
 
 
 def _overridden(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:

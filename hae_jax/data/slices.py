@@ -34,17 +34,15 @@ class CaseSlices:
     masks: np.ndarray | None  # [S, H, W] float32, soft where the lesion's border was resized
     index: np.ndarray  # [S] int32, position along the volume's axis 2
     shape: tuple[int, int, int] | None  # (X, Y, Z) of the volume; None where the source does not tell
+    scales: np.ndarray | None = None  # [C] the raw intensity that is 1 in `images`; None where it is not known
 
 
 def normalise_volumes(
     volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
+    scales: np.ndarray,  # [C] of `intensity_scales`
 ) -> np.ndarray:  # [X, Y, Z, C] float32
-    """Divides each channel by its `intensity_scales`.
-
-    Raises:
-      ValueError: a channel has no positive voxel (`read_case` refuses such a case earlier).
-    """
-    return (volumes / intensity_scales(volumes).astype(volumes.dtype)).astype(np.float32, copy=False)
+    """Divides each channel by its scale."""
+    return (volumes / scales.astype(volumes.dtype)).astype(np.float32, copy=False)
 
 
 def intensity_scales(
@@ -74,7 +72,8 @@ def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
     Raises:
       UserError: no slice shows anything.
     """
-    volumes = normalise_volumes(case.volumes)
+    scales = intensity_scales(case.volumes)
+    volumes = normalise_volumes(case.volumes, scales)
     shows_brain = np.flatnonzero(volumes.mean(axis=-1).sum(axis=(0, 1)) > MIN_SLICE_SUM)
     if shows_brain.size == 0:
         raise UserError(f"case {case.name}: no axial slice shows any brain; check that the images are not blank, "
@@ -84,7 +83,7 @@ def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
     masks = None
     if case.mask is not None:
         masks = resize(case.mask[:, :, index].transpose(2, 0, 1).astype(np.float32), image_size)
-    return CaseSlices(np.ascontiguousarray(images), masks, index, case.volumes.shape[:3])
+    return CaseSlices(np.ascontiguousarray(images), masks, index, case.volumes.shape[:3], scales)
 
 
 def slice_spacing(

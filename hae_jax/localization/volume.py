@@ -16,7 +16,6 @@ from hae_jax.data.slices import (
     CaseSlices,
     case_slices,
     from_model_range,
-    intensity_scales,
     slice_spacing,
     slices_to_volume,
     to_model_range,
@@ -37,7 +36,6 @@ class SlicedCase:
       scaling: how `inputs` were made of them (`to_model_range`).
       affine: [4, 4] voxels, reoriented, to mm.
       grid: of the files.
-      scales: [C] the raw intensity that is 1 in `slices.images`.
       head: [X, Y, Z] bool, reoriented: where anything is shown, and what that encloses.
       truth: [X, Y, Z] bool, reoriented: the lesion; None without a segmentation.
       warnings: what is unusual about the case, in words.
@@ -49,7 +47,6 @@ class SlicedCase:
     scaling: str
     affine: np.ndarray
     grid: Grid
-    scales: np.ndarray
     head: np.ndarray
     truth: np.ndarray | None
     warnings: tuple[str, ...]
@@ -90,7 +87,7 @@ def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "im
         raise UserError(f"{where}: what the images of {case.name} show is lost when its slices are made "
                         f"{image_size} x {image_size} px; check them, or remove the case")
     return SlicedCase(case.name, to_model_range(slices.images, scaling), slices, scaling, case.affine, case.grid,
-                      intensity_scales(case.volumes), head(case.volumes), case.mask, tuple(case.warnings))
+                      head(case.volumes), case.mask, tuple(case.warnings))
 
 
 def head(
@@ -145,7 +142,7 @@ def healthy_volume(
     """The pseudo-healthy reconstruction of one modality in the file's own intensities; zero where there is no head."""
     images = case.slices.images[..., channel:channel + 1]
     normalised = from_model_range(healthy[..., None], images, case.scaling)[..., 0]
-    return map_volume(normalised * case.scales[channel], case.slices) * case.head
+    return map_volume(normalised * case.slices.scales[channel], case.slices) * case.head
 
 
 def write_volume(

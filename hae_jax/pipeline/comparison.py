@@ -20,9 +20,9 @@ from hae_jax.evaluation import figures, report
 from hae_jax.files import write_json
 from hae_jax.localization import rules
 from hae_jax.localization.methods import make_method
-from hae_jax.localization.validation import calibration_path
-from hae_jax.pipeline.plan import calibration_inputs, identified, make_plan
-from hae_jax.pipeline.translate import shipped_calibration, translate
+from hae_jax.pipeline import checks
+from hae_jax.pipeline.calibrations import available
+from hae_jax.pipeline.translate import translate
 from hae_jax.provenance import record
 
 _STEPS_SHOWN = {"all-slice Dice": ("all_slices", "dice"), "lesion-slice Dice": ("lesion_slices", "dice"),
@@ -80,19 +80,17 @@ def check(
       UserError: naming the entry that cannot run.
     """
     own = [_own_config(entry, config) for entry in entries]
-    for entry, its_config in zip(entries, own, strict=True):  # what costs nothing and makes no folders comes first
-        with _named(entry):
-            method = make_method(its_config)
-            if method.network and entry.network.model is None:
-                raise UserError("needs a network; name one with --checkpoint")
-    for entry, its_config in zip(entries, own, strict=True):
-        # What a plan has to say besides is said when its turn has come.
-        with _named(entry), contextlib.redirect_stdout(io.StringIO()):
-            plan = make_plan(its_config, Path(output) / entry.folder, source)
-            identity = identified(entry.network.identity, entry.network.model, its_config)
-            if (plan.calibration or shipped_calibration(plan, identity, entry.network.shipped)) is None:
-                calibration_path(plan.method, plan.store, entry.network.calibrations,
-                                 calibration_inputs(its_config, plan.store, plan.method, identity))
+    # What a check has to say besides errors is said when the entry's turn has come.
+    with contextlib.redirect_stdout(io.StringIO()):
+        for entry, its_config in zip(entries, own, strict=True):  # what costs nothing and makes no folders comes first
+            with _named(entry):
+                checks.check_settings(its_config, make_method(its_config), entry.network.model)
+        for entry, its_config in zip(entries, own, strict=True):
+            with _named(entry):
+                store = checks.find_inputs(its_config, source).store
+                checks.make_output(Path(output) / entry.folder, source)
+                available(its_config, store, make_method(its_config), entry.network.identity,
+                          entry.network.calibrations, entry.network.shipped)
 
 
 def compare(

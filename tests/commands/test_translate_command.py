@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from hae_jax.commands import runs
 from hae_jax.commands.translate import main
@@ -42,11 +43,12 @@ def calls(monkeypatch):
     def load(workdir, *, ema=True):
         found["loaded"].append((str(workdir), ema))
         tree = json.loads((Path(workdir) / "config.json").read_text())
-        return checkpoint.Network(tree, "model", {"path": str(workdir), "step": 10, "parameters": "ema"})
+        identity = {"path": str(workdir), "step": 10, "parameters": "ema"}
+        return checkpoint.Network(tree, nnx.Linear(1, 1, rngs=nnx.Rngs(0)), identity)
 
     def translate(model, identity, config, mesh, **places):
         found.update(config=config, identity=identity, **places)
-        return run.Report(Path(places["output"]), 1, 1, 1, found["failed"], {}, "a table", [], 1.0, None)
+        return run.Summary(Path(places["output"]), 1, 1, 1, found["failed"], {}, "a table", [], 1.0, None)
 
     monkeypatch.setattr(checkpoint, "load_network", load)
     monkeypatch.setattr(run, "translate", translate)

@@ -5,11 +5,12 @@ import pytest
 
 from hae_jax.data.store import open_store
 from hae_jax.errors import UserError
-from hae_jax.localization import validation
 from hae_jax.localization.batched import IntensityReader
 from hae_jax.localization.methods import IntensityThreshold
+from hae_jax.localization.validation import validation_results
+from hae_jax.pipeline.calibrations import calibrated, kept_file, newest_for_other_data
 
-MADE_WITH = {"settings": {"method": "threshold", "modality": (0, 3)}, "data": {"root": "data"}}
+MADE_WITH = {"settings": {"method": "threshold", "modality": [0, 3]}, "data": {"root": "data"}}
 
 
 @pytest.fixture
@@ -21,20 +22,20 @@ def test_a_threshold_of_another_rule_is_not_used_again(prepared, tmp_path):
     store = open_store(prepared / "store")
     other = IntensityThreshold(rule="mixture")
     with_rules = [MADE_WITH | {"settings": {"method": "threshold", "rule": rule}} for rule in ("dice", "mixture")]
-    made = [validation.calibrated(IntensityReader(method.intensity), method, store, tmp_path, made_with)
+    made = [calibrated(IntensityReader(method.intensity), method, store, tmp_path, made_with)
             for method, made_with in zip((IntensityThreshold(), other), with_rules, strict=True)]
     assert [found.rule for found in made] == ["dice", "mixture"]
     assert [found.labels for found in made] == ["ground truth", "image labels"]
     with pytest.raises(UserError, match=r"with the rule dice, not of threshold with mixture"):
-        other.load_calibration(validation.calibration_path(IntensityThreshold(), store, tmp_path, with_rules[0]))
-    assert validation.calibrated(None, other, None, tmp_path, with_rules[1]) == made[1]
+        other.load_calibration(kept_file(IntensityThreshold(), tmp_path, with_rules[0]))
+    assert calibrated(None, other, None, tmp_path, with_rules[1]) == made[1]  # the kept one
 
 
 def test_slices_are_described_to_the_method(prepared):
     """Height, head, patient and pixel size of each validation slice, beside its label and mask."""
     store = open_store(prepared / "store")
     rows = store.split("val").read(np.arange(len(store.split("val"))))
-    found = list(validation.validation_results(IntensityReader(IntensityThreshold().intensity), store, "slice"))
+    found = list(validation_results(IntensityReader(IntensityThreshold().intensity), store, "slice"))
     heights = [item.height for _, item in found]
     assert heights == sorted(heights)
     assert (heights[0], heights[-1]) == (0, 1)
@@ -48,8 +49,8 @@ def test_slices_are_described_to_the_method(prepared):
 
 def test_the_file_is_known_before_it_is_made(method, prepared, tmp_path):
     store = open_store(prepared / "store")
-    path = validation.calibration_path(method, store, tmp_path, MADE_WITH)
+    path = kept_file(method, tmp_path, MADE_WITH)
     assert not list(tmp_path.iterdir())
-    validation.calibrated(IntensityReader(method.intensity), method, store, tmp_path, MADE_WITH)
+    calibrated(IntensityReader(method.intensity), method, store, tmp_path, MADE_WITH)
     assert path.is_file()
-    assert validation.calibration_path(method, None, tmp_path, MADE_WITH | {"data": {"root": "gone"}}) == path
+    assert newest_for_other_data(method, tmp_path, MADE_WITH | {"data": {"root": "gone"}}) == path

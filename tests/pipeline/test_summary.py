@@ -1,4 +1,4 @@
-"""What cases add up to, in memory that no pixel stays in, and that records keep it."""
+"""What cases add up to, in memory that no pixel stays in, and what the records of cases keep."""
 
 import pickle
 
@@ -11,8 +11,8 @@ from hae_jax.evaluation.report import case_result
 from hae_jax.evaluation.volumes import VolumeMetrics
 from hae_jax.localization.masks import Masks
 from hae_jax.localization.volume import map_volume, mask_volume, read_slices
-from hae_jax.pipeline import records
-from hae_jax.pipeline.tally import Tally
+from hae_jax.pipeline.results_folder import ResultsFolder
+from hae_jax.pipeline.summary import Answer, Measured, Tally
 
 
 def _measured(case):
@@ -23,8 +23,8 @@ def _measured(case):
         masks = Masks(mask.astype(np.float32), mask, mask, mask.any((1, 2)), np.ones(len(mask)))
         row = case_result(case.name, mask_volume(mask, case.slices), case.truth, case.affine, masks.lesion,
                           masks.score, 1.0, map_volume(masks.map, case.slices))
-        answers[name] = records.Answer(masks, row.measured)
-    return records.Measured(case.slice_truth, metrics.foreground(case.inputs), answers), row
+        answers[name] = Answer(masks, row.measured)
+    return Measured(case.slice_truth, metrics.foreground(case.inputs), answers), row
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def _drawn(seed, size, methods=("a", "b"), slices=6):
     for name in methods:
         maps = (rng.random(truth.shape) + 0.2 * truth).astype(np.float32)
         mask, lesion = maps > 0.9, rng.random(slices) < 0.7
-        answers[name] = records.Answer(Masks(maps, mask, mask & lesion[:, None, None], lesion, rng.random(slices)),
+        answers[name] = Answer(Masks(maps, mask, mask & lesion[:, None, None], lesion, rng.random(slices)),
                                        VolumeMetrics(1.0, 1.0, 0.5, 0.4, None, 1, 1, 1, 0, None, None))
-    return records.Measured(truth, rng.random(truth.shape) < 0.7, answers)
+    return Measured(truth, rng.random(truth.shape) < 0.7, answers)
 
 
 def test_case_by_case_is_as_all_slices_at_once():
@@ -107,21 +107,26 @@ def test_memory_does_not_grow_with_the_pixels():
     assert held(12, 128) - few < 10 * 2 * 40_000  # where a map has 0.4 MB
 
 
-def test_a_record_keeps_what_it_was_given(cases, tmp_path):
+def test_a_record_keeps_what_it_was_given(prepared, cases, tmp_path):
     measured, row = _measured(cases[0])
-    record = records.Record("digest", ("a.txt",), row, None, "run", {"host": "h"})
-    records.write(tmp_path, "a", record, measured)
-    assert records.read(tmp_path, "a") is None  # a.txt is not there
+    (files,) = find_cases(prepared / "cases" / "case_0")
+    results = ResultsFolder(tmp_path, {"seed": 0}, [files])
+    assert not results.finished(files)
+    results.begin(files)
+    results.commit("case_0", ["a.txt"], row, measured)
+    assert not results.finished(files)  # a.txt is not there
     (tmp_path / "a.txt").touch()
-    assert records.read(tmp_path, "a") == record
-    found = records.read_measured(tmp_path, "a")
+    assert results.finished(files)
+    assert not ResultsFolder(tmp_path, {"seed": 1}, [files]).finished(files)
+    assert results.records()["case_0"].row == row
+    found = results.measured("case_0")
     np.testing.assert_array_equal(found.truth, measured.truth)
     for name, answer in measured.answers.items():
         assert found.answers[name].volume == answer.volume
         for ours, theirs in zip(found.answers[name].masks, answer.masks, strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    assert records.read(tmp_path, "b") is None
-    records.write(tmp_path, "a", records.Record("other", (), None, "no brain", "run", {}), None)
+    results.fail("case_0", "no brain")
+    assert not results.finished(files)
+    assert results.records()["case_0"].failed == "no brain"
     assert not (tmp_path / "a.txt").exists()  # of results that are no longer these
-    records.write(tmp_path, "c", records.Record("digest", (), None, "no brain", "run", {}), None)
-    assert records.read_measured(tmp_path, "c") is None
+    assert results.measured("case_0") is None
