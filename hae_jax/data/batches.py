@@ -4,8 +4,6 @@ The order of training slices is a function of (seed, position) alone. Nothing ab
 after step k asks for the batches from step k on, on as many processes and workers as it likes, and sees the same data.
 """
 
-import math
-
 import grain
 import numpy as np
 from absl import flags
@@ -71,23 +69,6 @@ def train_batches(
     return iter(_in_processes(dataset, workers) if workers else dataset)
 
 
-def eval_batches(
-    reader: SplitReader, *, batch_size: int, prefetch: int = 4
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """All slices once, in stored order, in batches of one shape.
-
-    Returns:
-      An iterator of dictionaries: image [B, H, W, C] float32 in [-1, 1]; mask [B, H, W] uint8; label, case, slice [B]
-      int32; valid [B] bool. The last batch is filled up with its last slice, marked False in `valid`.
-
-    Raises:
-      UserError: the split is empty, or `batch_size` is not positive.
-    """
-    _check_batch_size(batch_size, reader)
-    batches = grain.MapDataset.range(math.ceil(len(reader) / batch_size)).map(_EvalBatch(reader, batch_size))
-    return iter(batches.to_iter_dataset(_read_ahead(prefetch)))
-
-
 def _chosen(reader: SplitReader, healthy_only: bool) -> np.ndarray:  # [n] indices
     if not healthy_only:
         return np.arange(len(reader))
@@ -126,20 +107,6 @@ class _TrainBatch(grain.transforms.Map):
         rows = self._reader.read(element)
         kept = {key: rows[key] for key in ("label", "case", "slice")}
         return {"image": to_model_range(rows["image"], self._scaling), **kept}
-
-
-class _EvalBatch(grain.transforms.Map):
-    """Number of a batch -> the batch, with its padding marked."""
-
-    def __init__(self, reader: SplitReader, batch_size: int):
-        self._reader = reader
-        self._batch_size = batch_size
-
-    def map(self, element: int) -> dict[str, np.ndarray]:
-        index = int(element) * self._batch_size + np.arange(self._batch_size)
-        last = len(self._reader) - 1
-        rows = self._reader.read(np.minimum(index, last))
-        return rows | {"image": to_model_range(rows["image"]), "valid": index <= last}
 
 
 def _read_ahead(prefetch: int) -> grain.ReadOptions:

@@ -1,4 +1,4 @@
-"""The figures of `metrics.slice_metrics` from one case after the other, in memory that no pixel stays in.
+"""The metrics of slices from one case after the other, in memory that no pixel stays in.
 
 A slice leaves counts behind, which are exact, and its map joins the histograms of `ranking.py`.
 """
@@ -14,7 +14,7 @@ from hae_jax.evaluation.bootstrap import share_of_sums
 
 
 class SliceSums:
-    """What cases' slices add up to; `results` is what `metrics.slice_metrics` finds in all of them together."""
+    """What cases' slices add up to."""
 
     def __init__(self):
         self._patients: list[str] = []  # of each case
@@ -36,9 +36,17 @@ class SliceSums:
         labels: np.ndarray,  # [S] 0 healthy, 1 lesion
         foreground: np.ndarray,  # [S, H, W] bool
     ) -> None:
-        """Adds all slices of a case; see `metrics.slice_metrics` for the arguments.
+        """Adds all slices of a case.
 
-        Cases of one patient are drawn together.
+        Args:
+          patient: whose case it is; cases of one patient are drawn together.
+          mask: masks that are empty where `lesion` is False, for all slices.
+          mask_all: masks of every slice, for the lesion slices.
+          map: continuous anomaly maps.
+          lesion: predicted labels.
+          truth: ground truth.
+          labels: true labels, as the training saw them.
+          foreground: the pixels that AUROC and AUPRC count.
 
         Raises:
           TypeError: for a soft mask.

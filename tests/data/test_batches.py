@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from hae_jax.data.batches import eval_batches, train_batches
+from hae_jax.data.batches import train_batches
 from hae_jax.data.slices import CaseSlices, to_model_range
 from hae_jax.data.store import StoreWriter, open_store
 from hae_jax.errors import UserError
@@ -153,19 +153,6 @@ def test_a_class_without_slices_cannot_be_balanced(tmp_path):
         train_batches(open_store(tmp_path).split("train"), batch_size=2, seed=0, balance=True)
 
 
-def test_evaluation_sees_each_slice_once_in_order_and_marks_padding(reader):
-    batches = list(eval_batches(reader, batch_size=5))
-    assert all(batch["image"].shape == (5, SIZE, SIZE, 4) for batch in batches)
-    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    assert joined["valid"].sum() == COUNT
-    assert not joined["valid"][COUNT:].any()
-    rows = reader.read(range(COUNT))
-    for key in ("mask", "label", "case", "slice"):
-        np.testing.assert_array_equal(joined[key][joined["valid"]], rows[key])
-    np.testing.assert_array_equal(joined["image"][joined["valid"]], to_model_range(rows["image"]))
-    assert [batch["valid"].all() for batch in eval_batches(reader, batch_size=COUNT)] == [True]
-
-
 @pytest.mark.parametrize(("options", "says"), [
     ({"batch_size": 0}, "batch_size 0"),
     ({"batch_size": -4}, "batch_size -4"),
@@ -181,5 +168,3 @@ def test_numbers_that_do_not_fit(reader, options, says):
 def test_empty_split_is_named(store):
     with pytest.raises(UserError, match=r"val: the split has no slices"):
         train_batches(store.split("val"), batch_size=2, seed=0)
-    with pytest.raises(UserError, match=r"val: the split has no slices"):
-        eval_batches(store.split("val"), batch_size=2)

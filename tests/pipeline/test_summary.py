@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from exact_metrics import slice_metrics
 
 from hae_jax.data.cases import find_cases
 from hae_jax.evaluation import metrics
@@ -74,7 +75,7 @@ def test_case_by_case_is_as_all_slices_at_once():
     truth, foreground = (np.concatenate([getattr(case, name) for case in cases]) for name in ("truth", "foreground"))
     for name, found in tally.results().items():
         masks = Masks(*map(np.concatenate, zip(*(case.answers[name].masks for case in cases), strict=True)))
-        expected = metrics.slice_metrics(
+        expected = slice_metrics(
             mask=masks.mask, mask_all=masks.mask_all, map=masks.map, lesion=masks.lesion, truth=truth,
             labels=truth.any((1, 2)), foreground=foreground)
         assert found.pop("volumes")["cases"] == 5
