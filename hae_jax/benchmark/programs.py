@@ -61,7 +61,7 @@ class Program(Protocol):
 
 
 class TrainingStep:
-    """The step of `hae_jax.training`, with optimiser and averages."""
+    """The step of `hae_jax.training`, with optimiser and EMA weights."""
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, batch: int):
         self.images = batch

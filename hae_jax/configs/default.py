@@ -99,8 +99,8 @@ def _training() -> ml_collections.ConfigDict:
     training.p_uncond = 0.1  # share of labels that are dropped
     training.timesteps = "uniform"  # uniform, or loss-second-moment: more often where the loss is large
     training.nonfinite = "stop"  # when a loss or gradient is not finite: stop, or skip the step and count it
-    # Devices along ("data", "model"), -1: what is left. Batches are cut over both; parameters, averages and optimiser
-    # over "model": (-1, 1) is data parallel, (1, -1) FSDP, (4, 2) both.
+    # Devices along ("data", "model"), -1: what is left. Batches are cut over both; parameters, EMA weights and
+    # optimiser over "model": (-1, 1) is data parallel, (1, -1) FSDP, (4, 2) both.
     training.mesh = (-1, 1)
     training.log_every = 100  # steps
     training.save_every = 5_000  # steps; the last step is always saved

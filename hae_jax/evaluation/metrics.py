@@ -11,13 +11,13 @@ from hae_jax.evaluation.bootstrap import RESAMPLES
 _SMOOTH = 1e-6
 
 DEFINITIONS = {
-    "mean, low, high": "the figure over the slices that count, which are of so many 'cases', and its 95% interval by "
+    "mean, low, high": "the metric over the slices that count, which are of so many 'cases', and its 95% interval by "
                        f"the percentile bootstrap over patients ({RESAMPLES} resamples; a patient is drawn with all "
                        "slices of all visits); null of fewer than two patients",
     "all_slices": "all slices; a slice that is called healthy has an empty mask",
     "lesion_slices": "only slices with a lesion by their label; every slice keeps its mask",
-    "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
-    "iou": "(I + s) / (P + Q - I + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
+    "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask without a lesion scores 1",
+    "iou": "(I + s) / (P + Q - I + s) per slice, s = 1e-6, then the mean; an empty mask without a lesion scores 1",
     "precision": "share of the mask's pixels that are lesion, over the pixels of all slices together",
     "recall": "share of the lesion's pixels that are in the mask, over the pixels of all slices together",
     "auroc": "area under the ROC curve of the continuous map, over the foreground pixels of all slices together; "

@@ -217,14 +217,14 @@ def load_network(workdir: str | Path, *, step: int | None = None, ema: bool = Tr
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
     graph, params = abstract_network(network_config(config))
     sharding = replicated(make_mesh())
-    averages = len(config["training"]["ema_rates"]) if ema else 0
-    item, tree = ("ema", (params,) * averages) if averages else ("params", params)
+    sets = len(config["training"]["ema_rates"]) if ema else 0
+    item, tree = ("ema", (params,) * sets) if sets else ("params", params)
     abstract = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for name, a in _named(tree).items()}
     found = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))[item]
     manager.close()
     loaded = _unnamed(tree, found)
-    loaded = loaded[0] if averages else loaded
-    parameters = f"ema {config['training']['ema_rates'][0]}" if averages else "params"
+    loaded = loaded[0] if sets else loaded
+    parameters = f"ema {config['training']['ema_rates'][0]}" if sets else "params"
     identity = {"path": str(folder / str(step)), "step": step, "parameters": parameters}
     return Network(config, nnx.merge(graph, loaded), identity)
 

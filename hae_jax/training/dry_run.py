@@ -95,7 +95,7 @@ def _memory_lines(
 ) -> list[str]:
     shardings = shardings_of(mesh, state)
     sizes = {name: bytes_per_device(getattr(state, field), getattr(shardings, field)) for name, field in (
-        ("parameters", "params"), ("averages", "ema"), ("optimiser", "opt_state"))}
+        ("parameters", "params"), ("EMA weights", "ema"), ("optimiser", "opt_state"))}
     # While parts are accumulated, the sum and the gradients of one part are there together.
     sizes["gradients"] = sizes["parameters"] * (1 + (config.training.accumulation > 1))
     rows = config.training.batch_size // config.training.accumulation // mesh.size

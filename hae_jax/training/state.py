@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimiser, averages, step. Built abstractly first, then directly sharded."""
+"""What training changes: parameters, optimiser, EMA weights, step. Built abstractly first, then directly sharded."""
 
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ def sharded_initial_state(
     follows from them is computed there.
 
     Args:
-      rates: number of averages.
+      rates: number of sets of EMA weights.
       seed: of the parameters.
       history_steps: T where the losses of the timesteps are remembered (`remembered_timesteps`); None: they are not.
 
@@ -156,7 +156,7 @@ def sharded_initial_state(
 def _from_params(
     params: nnx.State, optimizer: optax.GradientTransformation, rates: int, history_steps: int | None
 ) -> TrainState:
-    # Copies: donated buffers must not be shared between parameters and averages.
+    # Copies: donated buffers must not be shared between parameters and EMA weights.
     ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(rates))
     return initial_state(params, optimizer.init(params), ema, history_steps)
 

@@ -7,7 +7,7 @@ import pytest
 from exact_metrics import slice_metrics
 
 from hae_jax.evaluation import metrics, running
-from hae_jax.evaluation.bootstrap import figure
+from hae_jax.evaluation.bootstrap import with_interval
 
 
 def _slices(seed, count, size=24, sick=0.5):
@@ -98,7 +98,7 @@ def test_equal_seeds_draw_equal_patients():
     found = _sums(patients).results(seed=3)
     assert found == _sums(patients).results(seed=3) != _sums(patients).results(seed=4)
     shares = np.array([metrics.label_shares(np.stack([p["lesion"], p["labels"] > 0]))["accuracy"] for p in patients]).T
-    own = figure(shares, lambda part, whole, axis: part.sum(axis=axis) / whole.sum(axis=axis), seed=3)
+    own = with_interval(shares, lambda part, whole, axis: part.sum(axis=axis) / whole.sum(axis=axis), seed=3)
     assert found["slice_level"]["accuracy"] == own | {"cases": 5}
 
 
