@@ -39,7 +39,7 @@ VARIANTS = {
 }
 _CHOICES = {
     "task": ("denoise", "classify"),
-    "variant": tuple(VARIANTS),
+    "variant": VARIANTS,
     "null_context": ("batch", "sample", "keep"),
     "sparse_pattern": ("blocks", "trained", "dense"),
     "remat": ("none", "block", "full"),
