@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 
 from hae_jax.commands.config import DEFAULTS, read_config
+from hae_jax.console import show_messages
 from hae_jax.errors import UserError
 
 _PREFIX = "--config."
@@ -29,6 +30,7 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # paths may hold bytes that are no text
+        show_messages()
         try:
             main(argv)
         except UserError as error:

@@ -6,6 +6,7 @@ settings.
 
 import contextlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from hae_jax.localization.calibration import PRESETS, Calibration, preset
 from hae_jax.localization.methods import Method
 from hae_jax.localization.validation import Translator, validation_results
 from hae_jax.pipeline.cache_key import calibration_key, digest
+
+_LOG = logging.getLogger(__name__)
 
 
 def available(
@@ -52,7 +55,7 @@ def available(
         return found
     if store is None:
         path = newest_for_other_data(method, folder, key)
-        print(f"calibration: {path} is used again")
+        _LOG.info("calibration: %s is used again", path)
         return method.load_calibration(path)
     if not kept_file(method, folder, key).exists() and len(store.split("val")) == 0:
         raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
@@ -81,10 +84,10 @@ def calibrated(
     """
     path = kept_file(method, folder, key)
     if path.exists():
-        print(f"calibration: {path} is used again")
+        _LOG.info("calibration: %s is used again", path)
         return _said(method.load_calibration(path))
-    with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: print(
-            f"calibration: another process is making {path}; waiting for it", flush=True)):
+    with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: _LOG.info(
+            "calibration: another process is making %s; waiting for it", path)):
         if not path.exists():
             made = method.calibrate(validation_results(translator, store, scaling), key)
             made.save(path)
@@ -141,7 +144,7 @@ def writable(folder: str | Path | None, otherwise: Path) -> Path:
 
 def _said(made: Any) -> Any:
     if hasattr(made, "described"):
-        print(f"calibration: {made.method}, {made.described()}")
+        _LOG.info("calibration: %s, %s", made.method, made.described())
     return made
 
 
@@ -163,7 +166,7 @@ def _shipped(path: str | Path | None, method: Method, key: Mapping[str, Any]) ->
         return None
     if not fits(found, key):
         return None
-    print(f"calibration: {path} came with the weights")
+    _LOG.info("calibration: %s came with the weights", path)
     return found
 
 
@@ -184,10 +187,10 @@ def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[
                         f"{tuple(config.translation.modality)}")
     for field, value in found.made_with.get("settings", found.made_with).items():
         if field in config.translation and json.dumps(value) != json.dumps(config.translation[field]):
-            print(f"calibration: {name} was made with {field} {value}, this run has {config.translation[field]}; its "
-                  "threshold may not fit")
+            _LOG.info("calibration: %s was made with %s %s, this run has %s; its threshold may not fit", name, field,
+                      value, config.translation[field])
     if found.made_with.get("checkpoint", {}).get("sha256") not in (None, identity.get("sha256")):
-        print(f"calibration: {name} belongs to another network; its threshold may not fit")
+        _LOG.info("calibration: %s belongs to another network; its threshold may not fit", name)
     return found
 
 

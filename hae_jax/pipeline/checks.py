@@ -1,5 +1,6 @@
 """What a run works on, found and checked before anything is computed: settings, dataset, cases, output folder."""
 
+import logging
 import math
 import os
 import tempfile
@@ -13,6 +14,8 @@ from hae_jax.data.store import MANIFEST, Store, open_store
 from hae_jax.errors import UserError
 from hae_jax.localization.methods import Method
 from hae_jax.phantom import cohort as phantom
+
+_LOG = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
@@ -77,7 +80,8 @@ def check_settings(config: ml_collections.ConfigDict, method: Method, model: Any
     if method.name == "classifier" and not hasattr(model, "classifier"):
         raise UserError("translation.method is 'classifier': it needs a classifier; name its run with --classifier")
     if wanted.save_healthy and not method.network:
-        print(f"save_healthy: the method {method.name} makes no pseudo-healthy reconstructions, so none are written")
+        _LOG.info("save_healthy: the method %s makes no pseudo-healthy reconstructions, so none are written",
+                  method.name)
 
 
 def check_shard(shard: int, num_shards: int) -> None:

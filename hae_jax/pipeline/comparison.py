@@ -6,7 +6,7 @@ Every entry is a run of its own (`run.py`) in its own folder, so what is there a
 import contextlib
 import copy
 import dataclasses
-import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
+from hae_jax.console import only_warnings
 from hae_jax.errors import UserError
 from hae_jax.evaluation import figures, report
 from hae_jax.files import write_json
@@ -25,6 +26,7 @@ from hae_jax.pipeline.calibrations import available
 from hae_jax.pipeline.translate import translate
 from hae_jax.provenance import record
 
+_LOG = logging.getLogger(__name__)
 _STEPS_SHOWN = {"all-slice Dice": ("all_slices", "dice"), "lesion-slice Dice": ("lesion_slices", "dice"),
                 "lesion-slice AUPRC": ("lesion_slices", "auprc"), "slice accuracy": ("slice_level", "accuracy")}
 
@@ -81,7 +83,7 @@ def check(
     """
     own = [_own_config(entry, config) for entry in entries]
     # What a check has to say besides errors is said when the entry's turn has come.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with only_warnings():
         for entry, its_config in zip(entries, own, strict=True):  # what costs nothing and makes no folders comes first
             with _named(entry):
                 checks.check_settings(its_config, make_method(its_config), entry.network.model)
@@ -146,10 +148,10 @@ def _measured(
     rows, phantom = [], False
     for entry in entries:
         own = _own_config(entry, config)
-        print(f"{entry.title}:", flush=True)
+        _LOG.info("%s:", entry.title)
         if own.translation.calibration != config.translation.calibration:
-            print(f"calibration: {config.translation.calibration} is for {config.translation.method} alone; "
-                  f"{entry.title} takes its own")
+            _LOG.info("calibration: %s is for %s alone; %s takes its own", config.translation.calibration,
+                      config.translation.method, entry.title)
         done = translate(entry.network.model, entry.network.identity, own, mesh, output=output / entry.folder,
                          source=source, calibrations=entry.network.calibrations, shipped=entry.network.shipped)
         if done.failed:

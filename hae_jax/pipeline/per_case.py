@@ -5,6 +5,7 @@ A case is in memory only from its reading until its files are written; what the 
 
 import collections
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, rea
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 
+_LOG = logging.getLogger(__name__)
 _CASE_FAULTS = (UserError, OSError, MemoryError)  # what concerns one case; everything else is a bug and ends the run
 _READ_AHEAD = 2  # cases, while the devices work on those before
 
@@ -82,7 +84,7 @@ def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Transl
             work.results.fail(name, reason)
         except OSError:  # the disk is full, say, which may be the very reason
             unrecorded[name] = reason
-        tqdm.write(f"failed {name}: {reason}")
+        _LOG.info("failed %s: %s", name, reason)
 
     with tqdm(total=len(cases), desc="translating",
               bar_format="{l_bar}{bar}| {n:.1f}/{total_fmt} cases [{elapsed}<{remaining}]") as bar:
@@ -122,7 +124,7 @@ def _translated(
             for warning in case.warnings:
                 said[warning] += 1
                 if said[warning] == 1:
-                    tqdm.write(f"{name}: {warning}")
+                    _LOG.info("%s: %s", name, warning)
             reading[name] = case
             for image, intensity, index in zip(case.inputs, case.slices.images, case.slices.index, strict=True):
                 yield Slice(image, name, int(index), intensity)
@@ -140,7 +142,7 @@ def _translated(
     yield from broken
     for warning, count in said.items():
         if count > 1:
-            tqdm.write(f"{count - 1} more case{'s' if count > 2 else ''}: {warning}")
+            _LOG.info("%d more case%s: %s", count - 1, "s" if count > 2 else "", warning)
 
 
 def _read_ahead(

@@ -6,6 +6,7 @@ with other settings, another network or a changed input file the case is done ag
 
 import dataclasses
 import json
+import logging
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ from hae_jax.pipeline.summary import (
     summarise,
     write_tables,
 )
+
+_LOG = logging.getLogger(__name__)
 
 RECORDS = "records"
 CALIBRATION, BASELINE = "calibration.json", f"calibration_{IntensityThreshold.name}.json"
@@ -221,7 +224,7 @@ class ResultsFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            print(f"{path}: is damaged ({error}), the case counts as not done")
+            _LOG.info("%s: is damaged (%s), the case counts as not done", path, error)
             return None
 
     def _has_results(self, case: str) -> bool:

@@ -1,5 +1,6 @@
 """A folder of cases in, NIfTI masks, pictures and metrics out: the run that `translate.py` starts."""
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from hae_jax.pipeline.calibrations import available, calibrated, writable
 from hae_jax.pipeline.per_case import CalibratedMethod, CaseWork, process_cases
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Context, Summary
+
+_LOG = logging.getLogger(__name__)
 
 
 def translate(
@@ -68,8 +71,8 @@ def translate(
     key = calibration_key(config, store, method, identity)
     baseline = IntensityThreshold.of(config) if method.network and inputs.validates_lesions else None
     results = ResultsFolder(output, run_key(config, identity, calibration or key, baseline is not None), cases)
-    with one_at_a_time(results.lock(shard, num_shards), lambda: print(
-            f"{output}: another run is at work there; waiting for its end", flush=True)):
+    with one_at_a_time(results.lock(shard, num_shards), lambda: _LOG.info(
+            "%s: another run is at work there; waiting for its end", output)):
         own = cases[shard::num_shards]
         unfinished = [case for case in own if overwrite or not results.finished(case)]
         if not overwrite:

@@ -64,12 +64,12 @@ def test_masks_are_made_anew_for_a_calibration_that_came_later(run, config, thre
     assert run(three_cases, calibrations=kept).translated == 3
 
 
-def test_a_run_waits_for_another_in_the_same_folder(run, three_cases, tmp_path, monkeypatch):
+def test_a_run_waits_for_another_in_the_same_folder(run, three_cases, tmp_path, on_message):
     (tmp_path / "out" / RECORDS).mkdir(parents=True)
     other = (tmp_path / "out" / RECORDS / ".0-of-1.lock").open("a")
     fcntl.flock(other, fcntl.LOCK_EX)
     said = []
-    monkeypatch.setattr("builtins.print", lambda *line, **_: said.append(line[0]) or other.close())
+    on_message(lambda message: said.append(message) or other.close())
     assert run(three_cases).finished == 3
     assert said[0] == f"{tmp_path / 'out'}: another run is at work there; waiting for its end"
 
@@ -180,7 +180,7 @@ def test_shards_share_a_folder(run, config, three_cases, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, dies):
+def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, on_message, dies):
     made = types.SimpleNamespace(save=lambda path: path.write_text("own"))
     method = types.SimpleNamespace(name="toy", load_calibration=lambda path: path.read_text(),
                                    calibrate=lambda *_: made)
@@ -190,14 +190,14 @@ def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkey
     fcntl.flock(other, fcntl.LOCK_EX)
     said = []
 
-    def other_ends(line, flush=False):
-        said.append(line)
+    def other_ends(message):
+        said.append(message)
         if not other.closed:
             if not dies:
                 path.write_text("the other's")
             other.close()
 
-    monkeypatch.setattr("builtins.print", other_ends)
+    on_message(other_ends)
     assert calibrations.calibrated(None, method, None, tmp_path, {}) == (made if dies else "the other's")
     assert said[0].endswith("waiting for it")
     assert {file for file in tmp_path.iterdir() if file.name[0] != "."} == {path}
