@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hae_jax.errors import UserError
 from hae_jax.localization.forward_process import network_denoisers
-from hae_jax.ops.platform import compiler_options
+from hae_jax.ops.forms import compiler_options
 
 LARGEST_BATCH = 256  # slices; a device is busy long before
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"

@@ -22,6 +22,7 @@ from hae_jax.errors import UserError
 from hae_jax.localization.calibration import PRESETS, Calibration, preset
 from hae_jax.localization.methods import IntensityThreshold, Method, make_method
 from hae_jax.localization.validation import calibration_path
+from hae_jax.model.config import FORM_FIELDS
 from hae_jax.phantom import cohort as phantom
 from hae_jax.pipeline.records import FOLDER, digest
 
@@ -127,7 +128,8 @@ def fingerprint(model: nnx.Module, config: ml_collections.ConfigDict) -> str:
 
     A folder can be trained anew, and the same weights can be imported with another schedule or number of heads.
     """
-    used = [config.model.to_dict(), config.diffusion.to_dict(), config.data.scaling]
+    network = {name: value for name, value in config.model.to_dict().items() if name not in FORM_FIELDS}
+    used = [network, config.diffusion.to_dict(), config.data.scaling]
     sha = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         sha.update(jax.tree_util.keystr(path).encode())
