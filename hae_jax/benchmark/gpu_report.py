@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hae_jax.benchmark.table import number, render
+from hae_jax.benchmark.results import number, render
 from hae_jax.errors import UserError
 from hae_jax.files import write_json, written_whole
 from hae_jax.provenance import record

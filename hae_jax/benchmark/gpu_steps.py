@@ -31,13 +31,12 @@ from hae_jax.benchmark.measure import (
     compile_program,
     copy_speed,
     in_turns,
+    longest_kernels,
     matmul_peak,
     peak_of_first_call,
 )
-from hae_jax.benchmark.programs import Program, TrainingStep, TranslationOfBatch
+from hae_jax.benchmark.programs import PLAIN, Form, Program, TrainingStep, TranslationOfBatch, with_model
 from hae_jax.benchmark.results import OURS
-from hae_jax.benchmark.settings import with_model
-from hae_jax.benchmark.top import longest
 from hae_jax.commands.config import read_config
 from hae_jax.data.slices import CaseSlices
 from hae_jax.data.store import StoreWriter
@@ -45,7 +44,6 @@ from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.localization.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
 from hae_jax.model import UNet, UNetConfig
-from hae_jax.ops.platform import XLA, attention_by
 from hae_jax.provenance import versions
 from hae_jax.torch_interop.weights import load_torch_state, torch_state
 from hae_jax.training.mesh import make_mesh
@@ -159,8 +157,8 @@ def training(report: Report) -> None:
 def _against_naive(
     report: Report, network: UNetConfig, mesh: Mesh, step: TrainingStep, ours: Compiled, ours_memory: int
 ) -> None:
-    with naive.swapped_in(naive.pieces_of("naive", network, translation=False)):
-        other, other_memory = _ready(step, mesh)
+    form = Form(naive.NAIVE, naive.pieces_of(naive.NAIVE, network, translation=False))
+    other, other_memory = _ready(step, mesh, form)
     turns = _timed(report, [(step, ours), (step, other)])
     batch = report.batches[0]
     report.add(f"batch {batch}, naive over ours, time", np.median(turns[1] / turns[0]), "x", turns=turns.tolist())
@@ -205,19 +203,16 @@ def translation(report: Report) -> None:
 
 
 def attention_and_noise(report: Report) -> None:
-    """Implementations of attention at the network's largest sizes, forward and with gradients; simplex noise."""
+    """Forms of attention at the network's largest sizes, forward and with gradients; simplex noise."""
     batch, mesh = (1 if report.rehearse else _BATCH), _one_device()
-    dense = blocks.attention_block(batch, "bfloat16")
-    sparse = blocks.smallest_patches(batch, "bfloat16", dropout=True)
-    for block, kernels in ((dense, (XLA, "cudnn")), (sparse, (XLA, "cudnn_sparse", "pallas"))):
-        arguments = block.placed(mesh)
-        for kernel in kernels if jax.default_backend() == "gpu" else (XLA,):
+    for make in (blocks.attention_block, blocks.smallest_patches):
+        for form in ("xla", "cudnn") if jax.default_backend() == "gpu" else ("xla",):
+            block = make(batch, "bfloat16", form)
+            arguments = block.placed(mesh)
             for name, wrap in (("forward", lambda f: f), ("with gradients", blocks.with_gradients)):
-                form = wrap(block.forms[OURS])
-                with attention_by(kernel):  # a new function each time: JAX remembers what it has traced
-                    program = jax.jit(lambda *a, f=form: f(*a)).lower(*arguments).compile()
+                program = jax.jit(wrap(block.forms[OURS])).lower(*arguments).compile()
                 seconds = in_turns([lambda p=program: jax.block_until_ready(p(*arguments))], 3).min()  # noqa: B023
-                report.add(f"{block.name}, {kernel}, {name}", 1e3 * seconds, "ms")
+                report.add(f"{block.name}, {form}, {name}", 1e3 * seconds, "ms")
     noise = blocks.simplex_noise(batch)
     program, arguments = jax.jit(noise.forms[OURS]), noise.placed(mesh)
     seconds = in_turns([lambda: program(*arguments).block_until_ready()], 3).min()
@@ -229,9 +224,9 @@ def profile(report: Report) -> None:
     mesh = _one_device()
     step = TrainingStep(report.config(), mesh, report.batches[0])
     compiled, _ = _ready(step, mesh)
-    found = longest(compiled.executable, lambda: step.call(compiled.executable), kernels=True)
-    for rank, kernel in enumerate(found, 1):
-        report.add(f"{rank}. {kernel.name[:80]}", 100 * kernel.share, "%", seconds=kernel.seconds)
+    found = longest_kernels(lambda: step.call(compiled.executable))
+    for rank, (name, seconds, share) in enumerate(found, 1):
+        report.add(f"{rank}. {name[:80]}", 100 * share, "%", seconds=seconds)
 
 
 def reference(report: Report) -> None:
@@ -303,9 +298,9 @@ def _one_device() -> Mesh:
     return make_mesh(devices=jax.devices()[:1])
 
 
-def _ready(program: Program, mesh: Mesh, *, call: bool = True) -> tuple[Compiled, int]:
+def _ready(program: Program, mesh: Mesh, form: Form = PLAIN, *, call: bool = True) -> tuple[Compiled, int]:
     """A program compiled, and bytes at its peak: by the device's statistics of a first call, else by XLA's plan."""
-    compiled = compile_program(program.lower, 1)
+    compiled = compile_program(functools.partial(program.lower, form), 1)
     program.place()
     used = peak_of_first_call(mesh.devices.flat[0], lambda: program.call(compiled.executable),
                               compiled.arguments) if call else None

@@ -31,6 +31,7 @@ class Loaded(NamedTuple):
 
 DEMO_CONFIG, DEMO_WEIGHTS = "phantom", "phantom"  # of commands that are told neither
 _FIXED = ("--config.model.", "--config.diffusion.", "--config.training.", "--config.data.scaling")
+_FORMS = ("--config.model.attention=", "--config.model.convolution=")  # how the network is computed
 
 
 def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") -> Path:
@@ -65,7 +66,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for argument in overrides:
         if not argument.startswith("--config."):
             raise UserError(f"{argument}: unknown argument; see --help")
-        if argument.startswith(_FIXED):
+        if argument.startswith(_FIXED) and not argument.startswith(_FORMS):
             raise UserError(f"{argument}: belongs to the network's training and comes from its checkpoint; leave it "
                             "out (translation, data, evaluation and seed can be set)")
 
@@ -118,17 +119,21 @@ def network_and_config(
             return Loaded(None, {"path": "none needed", "parameters": config.translation.method},
                           Path("runs") / Path(config_path).stem), config
         checkpoint = checkpoint or (newest_run(config_path, config.data.root) if named else DEMO_WEIGHTS)
-    network = load_trained(checkpoint)
+    forms = dict(argument.removeprefix("--config.model.").split("=", 1) for argument in overrides
+                 if argument.startswith(_FORMS))
+    network = load_trained(checkpoint, forms=forms)
     if network.config["model"].get("task") == "classify":
         raise UserError(f"{checkpoint}: is a classifier, which finds no lesions alone; name the network that it guides "
                         f"with --checkpoint, and give --classifier {checkpoint} --method classifier")
     config = with_network(config or trained_config(network.config, overrides), network.config)
+    with config.unlocked():
+        config.model.update(forms)
     learnt = tuple(network.config.get("data", {}).get("modalities", config.data.modalities))
     if tuple(config.data.modalities) != learnt:
         print(f"warning: the network was trained with the channels {', '.join(learnt)} in this order, "
               f"data.modalities gives it {', '.join(config.data.modalities)}", file=sys.stderr)
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
-        network = load_trained(checkpoint, ema=False)
+        network = load_trained(checkpoint, ema=False, forms=forms)
     identity = {**network.identity, "sha256": weights_hash(network.model, config)}
     return Loaded(network.model, identity, trained_folder(checkpoint)), config
 

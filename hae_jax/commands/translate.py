@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                   if getattr(arguments, field) is not None]
 
     # Imported after parsing: --help shall not wait for JAX.
-    from hae_jax.commands.devices import choose_attention, use_all_cores, use_compilation_cache
+    from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import network_and_config, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom
     from hae_jax.pipeline.translate import translate
@@ -99,8 +99,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibrated = config.translation.calibration or (network.run / CALIBRATION).is_file()
     if not (arguments.input and calibrated):  # else no prepared data are needed
         ensure_phantom(config.data, config.model.image_size)
-    if network.model is not None:
-        choose_attention(config.model.dtype, gradients=False)
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
     name = ["translation", *([Path(arguments.input).resolve().name] if arguments.input else []),
             *([arguments.method] if arguments.method else [])]

@@ -51,6 +51,10 @@ def _model() -> ml_collections.ConfigDict:
     model.sparse_redraw = False  # draw the sparse pattern anew at each training step
     model.remat = "none"  # none, block or full: what the backward pass recomputes to save memory
     model.dtype = "float32"  # of computation: float32 or bfloat16; parameters are float32
+    # The code that computes; not a part of the network, so a run may go on, or its network be used, with another.
+    # auto: rows on CPUs, xla elsewhere; cudnn: FlashAttention on GPUs in bfloat16 (`hae_jax.ops.forms`).
+    model.attention = "auto"  # auto, xla or cudnn
+    model.convolution = "auto"  # auto (winograd on CPUs, xla elsewhere), xla or winograd
     return model
 
 

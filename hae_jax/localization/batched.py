@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hae_jax.errors import UserError
 from hae_jax.localization.forward_process import network_denoisers
-from hae_jax.ops.platform import compiler_options
+from hae_jax.ops.forms import compiler_options
 
 _LOG = logging.getLogger(__name__)
 LARGEST_BATCH = 256  # slices; a device is busy long before

@@ -18,6 +18,7 @@ from flax import nnx
 from hae_jax.data.cases import CaseFiles
 from hae_jax.data.store import MANIFEST, Store
 from hae_jax.localization.methods import Method
+from hae_jax.model.config import FORM_FIELDS
 
 _NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy", "batch_size",
                        "max_memory_gb", "calibration", "ema")
@@ -41,7 +42,8 @@ def weights_hash(model: nnx.Module, config: ml_collections.ConfigDict) -> str:
 
     A folder can be trained anew, and the same weights can be imported with another schedule or number of heads.
     """
-    used = [config.model.to_dict(), config.diffusion.to_dict(), config.data.scaling]
+    network = {name: value for name, value in config.model.to_dict().items() if name not in FORM_FIELDS}
+    used = [network, config.diffusion.to_dict(), config.data.scaling]
     sha = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param)):
         sha.update(jax.tree_util.keystr(path).encode())

@@ -9,7 +9,7 @@ are made before that, so every checkpoint has them. What is found damaged is ren
 import json
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from hae_jax.errors import UserError
 from hae_jax.model import UNet
+from hae_jax.model.config import FORM_FIELDS
 from hae_jax.training.guard import agreed, disk_errors
 from hae_jax.training.integrity import damage, is_sealed, move_aside, seal
 from hae_jax.training.mesh import make_mesh, replicated
@@ -31,6 +32,7 @@ _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "dat
                 "model.remat", "training.steps", "training.log_every", "training.save_every", "training.keep",
                 "training.sample_", "training.mesh", "training.fsdp", "training.accumulation", "training.nonfinite",
                 "training.validat", "training.localization", "training.wandb")
+_FREE_NAMES = tuple(f"model.{name}" for name in FORM_FIELDS)
 # What a checkpoint means that was written before these fields existed.
 _BEFORE = {"data.modalities": ["flair", "t1", "t1ce", "t2"], "data.balance": False, "data.healthy_only": False,
            "data.scaling": "slice", "model.task": "denoise", "training.initial_weights": None,
@@ -197,13 +199,16 @@ class Checkpoints:
         return f"{self._workdir}: checkpoint {self._saving} could not be saved, {kept}"
 
 
-def load_network(workdir: str | Path, *, step: int | None = None, ema: bool = True) -> Network:
+def load_network(
+    workdir: str | Path, *, step: int | None = None, ema: bool = True, forms: Mapping[str, str] | None = None
+) -> Network:
     """Reads a trained network from a run's folder, in which nothing is changed.
 
     Args:
       workdir: the folder that `train.py --workdir` wrote.
       step: which checkpoint; None: the newest that is not damaged.
       ema: the averaged parameters (of the first rate) instead of the last ones.
+      forms: how the network shall be computed (`model.config.FORM_FIELDS`), instead of as in training.
 
     Raises:
       UserError: if there is no such checkpoint, or it is damaged.
@@ -215,7 +220,7 @@ def load_network(workdir: str | Path, *, step: int | None = None, ema: bool = Tr
     manager = _manager(folder, create=False, save_root_metadata=False)
     step = _sound_step(workdir, folder, sorted(manager.all_steps(), reverse=True), step)
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-    graph, params = abstract_network(network_config(config))
+    graph, params = abstract_network(network_config(config, forms))
     sharding = replicated(make_mesh())
     sets = len(config["training"]["ema_rates"]) if ema else 0
     item, tree = ("ema", (params,) * sets) if sets else ("params", params)
@@ -237,7 +242,8 @@ def check_same_run(workdir: str | Path, saved: dict[str, Any], config: dict[str,
     """
     old, new = _BEFORE | _flat(saved), _flat(json.loads(json.dumps(config)))
     differing = [name for name in sorted(old.keys() | new.keys())
-                 if old.get(name) != new.get(name, _BEFORE.get(name)) and not name.startswith(_FREE_FIELDS)]
+                 if old.get(name) != new.get(name, _BEFORE.get(name))
+                 and not name.startswith(_FREE_FIELDS) and name not in _FREE_NAMES]
     if differing:
         changes = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing)
         raise UserError(f"{workdir}: its checkpoints belong to another config ({changes}); use another --workdir, or "

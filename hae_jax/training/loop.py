@@ -21,6 +21,7 @@ from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.files import write_json
 from hae_jax.model import UNetConfig
+from hae_jax.model.config import FORM_FIELDS
 from hae_jax.provenance import record
 from hae_jax.training.checkpoint import Checkpoints, check_same_run, checkpoint_bytes
 from hae_jax.training.guard import Guard, RunLock, check_workdir
@@ -46,7 +47,7 @@ from hae_jax.training.watch import Report
 from hae_jax.training.weights import load_trained
 
 # Fields of the network that say how it computes, not what its parameters are.
-_FREE_OF_WEIGHTS = ("dropout", "remat", "dtype", "sparse_pattern", "sparse_seed", "sparse_redraw")
+_FREE_OF_WEIGHTS = ("dropout", "remat", "dtype", "sparse_pattern", "sparse_seed", "sparse_redraw", *FORM_FIELDS)
 
 
 class Run(NamedTuple):

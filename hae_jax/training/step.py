@@ -16,7 +16,7 @@ from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
 from hae_jax.model.conditioning import context_rule
 from hae_jax.model.layers import Randomness
-from hae_jax.ops.platform import compiler_options
+from hae_jax.ops.forms import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated
 from hae_jax.training.noise import draw_noise
 from hae_jax.training.state import LOSS_BINS, LossHistory, TrainState, Window

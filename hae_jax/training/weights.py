@@ -55,25 +55,26 @@ def trained_folder(path: str | Path) -> Path:
     return shipped if not Path(path).exists() and str(path) == shipped.name and shipped.is_dir() else Path(path)
 
 
-def load_trained(path: str | Path, *, ema: bool = True) -> Network:
+def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str] | None = None) -> Network:
     """Reads a trained network from a run folder (`load_network`), or from what `export_weights` wrote.
 
     Args:
       path: the folder, or the name of shipped weights, such as "phantom".
       ema: the EMA weights instead of the last ones.
+      forms: as in `load_network`.
 
     Raises:
       UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.
     """
     path = trained_folder(path)
     if not (path / WEIGHTS).is_file():
-        return checkpoint.load_network(path, ema=ema)
+        return checkpoint.load_network(path, ema=ema, forms=forms)
     if not ema:
         raise UserError(f"{path}: holds EMA weights alone; leave translation.ema as it is")
-    return load_weights(path)
+    return load_weights(path, forms)
 
 
-def load_weights(folder: str | Path) -> Network:
+def load_weights(folder: str | Path, forms: Mapping[str, str] | None = None) -> Network:
     """Reads what `export_weights` wrote; the parameters are float32 again.
 
     Raises:
@@ -83,7 +84,7 @@ def load_weights(folder: str | Path) -> Network:
     try:
         described = json.loads(path.read_text())
         config, step = described["config"], described["step"]
-        graph, params = abstract_network(network_config(config))
+        graph, params = abstract_network(network_config(config, forms))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy the folder again") from error
     model = nnx.merge(graph, params)

@@ -1,4 +1,4 @@
-"""Attention by a kernel that keeps no scores (FlashAttention, Dao et al. 2022, arXiv:2205.14135), cuDNN's on GPUs.
+"""Attention by cuDNN's kernel, which keeps no scores (FlashAttention, Dao et al. 2022, arXiv:2205.14135).
 
 Such a kernel takes queries, keys and values and nothing else, so the class context is given to it as two more keys.
 """
@@ -6,20 +6,14 @@ Such a kernel takes queries, keys and values and nothing else, so the class cont
 import jax
 import jax.numpy as jnp
 
-from hae_jax.ops.platform import attention_kernels
-
 _EXTRA = 8  # numbers that the context adds to a head; kernels want a multiple of 8
 _MOST_NUMBERS = 128  # in a head
 _NOT_SEEN = -1e4  # a logit whose weight is zero, and that zero times it is zero
 
 
-def is_chosen(
-    q: jax.Array,  # [..., d]
-    name: str = "cudnn",  # of `platform.KERNELS`, by what the queries belong to
-) -> bool:
-    """Whether queries like these go to cuDNN's kernel, extended by a context or not."""
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % _EXTRA == 0
-    return fits and q.shape[-1] + _EXTRA <= _MOST_NUMBERS and name in attention_kernels()
+def fits(q: jax.Array) -> bool:  # [..., d]
+    """Whether the kernel takes heads of this size, extended by a context or not."""
+    return q.shape[-1] % _EXTRA == 0 and q.shape[-1] + _EXTRA <= _MOST_NUMBERS
 
 
 def attend(

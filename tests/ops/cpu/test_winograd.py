@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hae_jax.ops import winograd
+from hae_jax.ops.cpu import winograd
 
 TOLERANCE = 1e-5  # of the largest value
 
