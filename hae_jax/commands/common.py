@@ -13,6 +13,8 @@ import ml_collections
 from hae_jax.commands.config import DEFAULTS, read_config
 from hae_jax.errors import UserError
 
+CASES_HELP = ("table that says where each case lies, instead of a folder: columns case, patient, one a modality, "
+              "segmentation; paths relative to it (docs/data.md)")
 _PREFIX = "--config."
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -42,6 +44,17 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(_fail("interrupted", 130))
 
     return wrapped
+
+
+def checked_table(path: str) -> str:
+    """The table of cases that a flag names.
+
+    Raises:
+      UserError: it is not called .csv, which is what tells it from a folder.
+    """
+    if not path.lower().endswith(".csv"):
+        raise UserError(f"--cases {path}: must be a CSV file with the ending .csv")
+    return path
 
 
 def check_fields(overrides: Sequence[str]) -> None:
