@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading JSON so that a mistake is one line."""
 
 import contextlib
 import fcntl
@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from hae_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -82,3 +84,38 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all. Not-a-number is refused (JSON has none)."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file in UTF-8, with or without a byte order mark, UTF-16 or UTF-32; else it is taken as Latin-1.
+
+    Raises:
+      UserError: it cannot be read, is empty, or is not JSON: file, line and mistake.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not content.strip():
+        raise UserError(f"{path}: is empty")
+    try:
+        return json.loads(decoded(content), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from error
+    except ValueError as error:  # a number of thousands of digits, say
+        raise UserError(f"{path}: is not JSON ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deeply") from error
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8, UTF-16 or UTF-32 without its byte order mark; what is none of them is taken as Latin-1."""
+    try:
+        return content.decode(json.detect_encoding(content)).removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

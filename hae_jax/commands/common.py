@@ -6,14 +6,13 @@ import functools
 import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-import ml_collections
-
-from hae_jax.commands.config import DEFAULTS, read_config
+from hae_jax.commands.config import DEFAULTS, fields, read_config
 from hae_jax.console import show_messages
 from hae_jax.errors import UserError
 
+CASES_HELP = ("table that says where each case lies, instead of a folder: columns case, patient, one a modality, "
+              "segmentation; paths relative to it (docs/data.md)")
 _PREFIX = "--config."
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -46,6 +45,17 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def checked_table(path: str) -> str:
+    """The table of cases that a flag names.
+
+    Raises:
+      UserError: it is not called .csv, which is what tells it from a folder.
+    """
+    if not path.lower().endswith(".csv"):
+        raise UserError(f"--cases {path}: must be a CSV file with the ending .csv")
+    return path
+
+
 def check_fields(overrides: Sequence[str]) -> None:
     """Checks overrides such as `--config.seed=1` against the fields that every configuration has.
 
@@ -54,30 +64,21 @@ def check_fields(overrides: Sequence[str]) -> None:
         wrong kind.
     """
     config = read_config(DEFAULTS, [])
-    fields = _fields(config)
+    known = fields(config)
     for argument in overrides:
         field = argument.removeprefix(_PREFIX).partition("=")[0]
         # Unknown arguments are read_config's to refuse; data.phantom is None by default, its fields another config's.
         if not argument.startswith(_PREFIX) or field.startswith("data.phantom."):
             continue
-        if field not in fields:
-            raise UserError(f"{argument}: there is no field {field}; {_meant(field, fields)}")
+        if field not in known:
+            raise UserError(f"{argument}: there is no field {field}; {_meant(field, known)}")
         try:
             read_config(DEFAULTS, [argument])
         except UserError as error:
             *sections, name = field.split(".")
             kind = functools.reduce(lambda inner, section: inner[section], sections, config).get_type(name)
             raise UserError(f"{argument}: {field} takes {_KINDS.get(kind, 'another kind of value')}; its default is "
-                            f"{fields[field]!r}") from error
-
-
-def _fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]:
-    """All fields by their dotted names, without the sections that hold them."""
-    found = {}
-    for name, value in config.items():
-        inside = isinstance(value, ml_collections.ConfigDict)
-        found |= _fields(value, f"{above}{name}.") if inside else {above + name: value}
-    return found
+                            f"{known[field]!r}") from error
 
 
 def _meant(field: str, known: Iterable[str]) -> str:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
-from hae_jax.commands.config import read_config
+from hae_jax.commands.config import overridden, read_config
 from hae_jax.errors import UserError
 
 
@@ -79,7 +77,7 @@ def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_coll
     """
     from hae_jax.runs import completed_config
 
-    return _overridden(completed_config(tree), overrides)
+    return overridden(completed_config(tree), overrides)
 
 
 def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -164,13 +162,3 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
     return loaded._replace(model=guided, identity={
         **loaded.identity, "classifier": {**found.identity, "path": str(run)}, "sha256": weights_hash(guided, config)})
 
-
-def _overridden(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-    values = flags.FlagValues()
-    argv = ["config", *overrides]
-    try:
-        holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {error}; see configs/default.py for the fields") from error
-    return holder.value

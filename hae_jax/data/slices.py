@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -173,12 +173,20 @@ def slices_to_volume(
 
 
 def split_patients(
-    names: Sequence[str], train_fraction: float = 0.75, val_fraction: float = 0.05, seed: int = 10
+    names: Sequence[str], train_fraction: float = 0.75, val_fraction: float = 0.05, seed: int = 10,
+    patient: Mapping[str, str | None] | None = None,
 ) -> dict[str, list[str]]:
     """Splits patients as published: sorted names, shuffled, then int(train_fraction n), int(val_fraction n), the rest.
 
-    All visits of a patient (`patient_of`) come into one split. The defaults need 20 patients to give one for
-    validation. Fewer are not rearranged silently: the error names the option to set.
+    All visits of a patient come into one split. The defaults need 20 patients to give one for validation. Fewer are not
+    rearranged silently: the error names the option to set.
+
+    Args:
+      names: of the cases.
+      train_fraction: share of the patients.
+      val_fraction: share of the patients.
+      seed: of the order.
+      patient: whose each case is; where it does not say, the case's name does (`patient_of`).
 
     Returns:
       {"train": [...], "val": [...], "test": [...]} in shuffled order, without overlap. `test` may be empty.
@@ -191,7 +199,7 @@ def split_patients(
                         "and their sum at most 1")
     visits = collections.defaultdict(list)
     for name in sorted(names):
-        visits[patient_of(name)].append(name)
+        visits[(patient or {}).get(name) or patient_of(name)].append(name)
     patients = sorted(visits)
     if len(patients) < 2:
         raise UserError(f"{len(patients)} case(s) cannot be split; at least one to train on and one to validate is "

@@ -46,8 +46,10 @@ class StoreWriter:
         self._item_shape: tuple[int, ...] | None = None
         _write_group(root)
 
-    def add(self, name: str, split: str, slices: CaseSlices, affine: np.ndarray | None) -> None:
-        """Appends one case, which must have masks.
+    def add(
+        self, name: str, split: str, slices: CaseSlices, affine: np.ndarray | None, patient: str | None = None
+    ) -> None:
+        """Appends one case, which must have masks; `patient` says whose it is where its name does not.
 
         Raises:
           UserError: its slices have another size or number of channels than those before.
@@ -66,12 +68,17 @@ class StoreWriter:
                         cases=np.full(len(labels), len(self._cases), np.int32))
         self._cases.append({
             "name": name,
+            **({"patient": patient} if patient else {}),
             "split": split,
             "shape": None if slices.shape is None else list(slices.shape),
             "affine": None if affine is None else np.asarray(affine).tolist(),
             "slices": len(labels),
             "lesion_slices": int(labels.sum()),
         })
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Cases, slices and slices with a lesion so far, per split."""
+        return {split: _totals(self._cases, split) for split in SPLITS}
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Writes what is buffered, then the manifest with `facts` (source, modalities, settings, ...). Returns it."""
@@ -81,7 +88,7 @@ class StoreWriter:
             "format_version": FORMAT_VERSION,
             **facts,
             "slice_shape": None if self._item_shape is None else list(self._item_shape),
-            "splits": {split: _totals(self._cases, split) for split in SPLITS},
+            "splits": self.totals(),
             "cases": self._cases,
             "files": {path.relative_to(self._root).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
                       for path in _data_files(self._root)},
@@ -117,7 +124,7 @@ class Store:
 
     @property
     def cases(self) -> list[dict[str, Any]]:
-        """Per case: name, split, shape, affine, slices, lesion_slices. A batch's `case` counts in this list."""
+        """Per case: name, patient (if told), split, shape, affine, slices, lesion_slices. A batch counts in it."""
         return self.manifest["cases"]
 
 

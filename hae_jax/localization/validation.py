@@ -58,7 +58,7 @@ def describe_slices(
         case = store.cases[number]
         found.append(ValidationSlice(
             int(rows["label"][i]), rows["mask"][i] > 0, rows["image"][i].any(axis=-1), float(heights[i]),
-            patient_of(case["name"]), case["name"], int(rows["slice"][i]),
+            case.get("patient") or patient_of(case["name"]), case["name"], int(rows["slice"][i]),
             slice_spacing(case["affine"], case["shape"], rows["image"].shape[1])))
     return found
 

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hae_jax.data.cases import CaseFiles
+from hae_jax.data.nifti import write_volume
 from hae_jax.errors import UserError
 from hae_jax.evaluation import metrics
 from hae_jax.evaluation.figures import overlay_figure
@@ -25,7 +26,7 @@ from hae_jax.localization.batched import Slice
 from hae_jax.localization.map_threshold import stacked
 from hae_jax.localization.masks import Masks
 from hae_jax.localization.validation import Translator
-from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, read_slices, write_volume
+from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, read_slices
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 

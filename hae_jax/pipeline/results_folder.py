@@ -90,7 +90,7 @@ class ResultsFolder:
         """Notes what a case looks like before it is read: a change of its files while it is worked on is found."""
         self._begun[case.name] = Record(
             cache_key.case_key(self.key, case), (), None, None, cache_key.digest(self.key), {},
-            str(case.folder.resolve()), of_phantom(case))
+            str(case.folder.resolve()), case.patient or patient_of(case.name), of_phantom(case))
 
     def phantom(self, case: str) -> bool:
         """Whether a case that was begun is a phantom's."""
@@ -103,7 +103,7 @@ class ResultsFolder:
         """
         before = self._any_record(case)
         there = tuple(dict.fromkeys((*(() if before is None else before.files), *files)))
-        self._write(case, Record("", there, None, None, "", {}, "", False))
+        self._write(case, Record("", there, None, None, "", {}, "", "", False))
 
     def commit(self, case: str, files: Sequence[str], row: CaseResult, measured: Measured | None) -> None:
         """Writes the record of a case whose files are all there; what earlier results left besides is deleted.
@@ -168,7 +168,7 @@ class ResultsFolder:
             for name in [name for name, record in records.items() if record.row]:
                 measured = self.measured(name)
                 if self._has_results(name):
-                    tally.add(patient_of(name), measured)
+                    tally.add(records[name].patient, measured)
                 else:  # another process has begun it anew
                     del records[name]
             names = [case.name for case in worked_on]

@@ -50,6 +50,7 @@ class Record:
       run_key: digest of the run's key alone, without the case's files.
       made_by: host, time, git revision and command.
       folder: where the case lies, absolute and without links: whose results these are.
+      patient: whose case it is.
       phantom: whether the case is a phantom's.
     """
 
@@ -60,6 +61,7 @@ class Record:
     run_key: str
     made_by: dict[str, Any]
     folder: str
+    patient: str
     phantom: bool
 
 

@@ -6,6 +6,7 @@ import pytest
 import SimpleITK as sitk
 
 from hae_jax.data.cases import find_cases, read_case
+from hae_jax.data.nifti import write_volume
 from hae_jax.data.orientation import Grid
 from hae_jax.data.slices import CaseSlices, case_slices
 from hae_jax.localization.volume import (
@@ -15,7 +16,6 @@ from hae_jax.localization.volume import (
     map_volume,
     mask_volume,
     read_slices,
-    write_volume,
 )
 
 BRATS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
