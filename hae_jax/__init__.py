@@ -8,7 +8,7 @@ Research use only. Not a medical device; not for diagnosis or treatment.
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Localizer", "UNet", "UNetConfig", "__version__", "forward_process", "load_run"]
 
 _HOMES = {"Localizer": "hae_jax.localization.localizer", "UNet": "hae_jax.model", "UNetConfig": "hae_jax.model",

@@ -159,7 +159,7 @@ def write_pages(folder: str | Path) -> list[Path]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        found["machine"]["device"], found["figures"], found["steps"], found["rehearsal"], found["created"]
+        _ = found["machine"]["device"], found["figures"], found["steps"], found["rehearsal"], found["created"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no results of a GPU report ({error}); give the results.json that it wrote") from error
     return found

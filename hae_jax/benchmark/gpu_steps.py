@@ -113,7 +113,7 @@ def facts(report: Report) -> None:
 def numbers(report: Report) -> None:
     """Whether this device computes the right numbers."""
     sys.path.insert(0, str(REPOSITORY / "tests" / "model"))
-    from golden_weights import read_case  # the golden cases lie beside the tests
+    from golden_weights import read_case  # pyright: ignore[reportMissingImports]  the golden cases lie beside the tests
 
     folder = REPOSITORY / "tests" / "golden"
     kinds = ("tiny",) if report.rehearse else ("tiny", "options")

@@ -153,13 +153,14 @@ class TorchTrainingStep(_Program):
         self._optimizer.step()
         with torch.no_grad():
             for rate, average in self._averages:
-                torch._foreach_lerp_(average, self._params, 1 - rate)
+                torch._foreach_lerp_(average, self._params, 1 - rate)  # pyright: ignore[reportPrivateImportUsage]
         return loss.detach(), norm
 
     def _gradient_norm(self) -> Tensor:
         if self._clip_norm is not None:
             return torch.nn.utils.clip_grad_norm_(self._params, self._clip_norm)
-        norms = torch._foreach_norm([p.grad for p in self._params if p.grad is not None])
+        grads = [p.grad for p in self._params if p.grad is not None]
+        norms = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage]
         return torch.linalg.vector_norm(torch.stack(norms))
 
 

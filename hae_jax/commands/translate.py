@@ -38,6 +38,8 @@ _SHORTCUTS = {  # flags that stand for one field of config.translation
     "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "choose the batch size by "
                       "memory: the largest that needs no more than this on each device (on a CPU: in all)"},
     "save_healthy": {"action": "store_true", "default": None, "help": "write the pseudo-healthy reconstructions, too"},
+    "save_probability": {"action": "store_true", "default": None, "help": "write the probability of a lesion, too, and "
+                         "with --config.translation.draws=4 its uncertainty"},
 }
 
 

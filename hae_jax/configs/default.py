@@ -169,6 +169,8 @@ def _translation() -> ml_collections.ConfigDict:
     translation.components = 40  # pixels: connected components of at most so many pixels are removed; 0: none
     translation.filter_dimensions = 2  # pixels: 2, each slice alone; 3, over the stack of slices (5 x 5 x 5)
     translation.save_healthy = False  # write the pseudo-healthy reconstructions as NIfTI
+    # Write the probability of a lesion as NIfTI; with draws above 1 also its uncertainty. Both in [0, 1].
+    translation.save_probability = False
     translation.ema = True  # use the averaged parameters
     return translation
 

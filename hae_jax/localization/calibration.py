@@ -72,7 +72,10 @@ class Calibration:
         return loaded(cls, path, _KINDS, "calibrate first, or name a preset")
 
 
-def loaded(cls: type, path: str | os.PathLike, kinds: Mapping[str, Callable[[Any], bool]], otherwise: str) -> Any:
+def loaded(
+    cls: type, path: str | os.PathLike, kinds: Mapping[str, Callable[[Any], bool]], otherwise: str,
+    optional: tuple[str, ...] = (),
+) -> Any:
     """A dataclass from the JSON object that holds its fields, checked.
 
     Args:
@@ -80,6 +83,7 @@ def loaded(cls: type, path: str | os.PathLike, kinds: Mapping[str, Callable[[Any
       path: the file.
       kinds: for every field, whether a value out of JSON can be its.
       otherwise: what to do if there is no such file, in words.
+      optional: fields that files of earlier versions do not have.
 
     Raises:
       UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
@@ -91,21 +95,23 @@ def loaded(cls: type, path: str | os.PathLike, kinds: Mapping[str, Callable[[Any
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}); delete it and calibrate again") from error
     try:
-        return cls(**_checked_fields(fields, kinds))
+        return cls(**_checked_fields(fields, kinds, optional))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}; delete it and calibrate again") from error
 
 
-def _checked_fields(fields: Any, kinds: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
-    """The JSON object as arguments: every field there, none unknown, each of its kind."""
+def _checked_fields(
+    fields: Any, kinds: Mapping[str, Callable[[Any], bool]], optional: tuple[str, ...]
+) -> dict[str, Any]:
+    """The JSON object as arguments: every field there but optional ones, none unknown, each of its kind."""
     if not isinstance(fields, dict):
         raise TypeError("is not a JSON object")
-    if missing := [name for name in kinds if name not in fields]:
+    if missing := [name for name in kinds if name not in fields and name not in optional]:
         raise ValueError(f"field {', '.join(missing)} is missing")
     if unknown := [name for name in fields if name not in kinds]:
         raise ValueError(f"field {', '.join(unknown)} is not known")
     for name, right in kinds.items():
-        if not right(fields[name]):
+        if name in fields and not right(fields[name]):
             raise TypeError(f"field {name} has the wrong kind of value ({fields[name]!r})")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 

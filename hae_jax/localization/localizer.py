@@ -27,6 +27,7 @@ from hae_jax.data.slices import (
 )
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
+from hae_jax.localization import probability
 from hae_jax.localization.batched import IntensityReader, Slice, SliceTranslator
 from hae_jax.localization.forward_process import Denoisers, GivenDenoisers
 from hae_jax.localization.map_threshold import MapThreshold, ValidationSlice, stacked
@@ -47,6 +48,9 @@ class Localized(NamedTuple):
       lesion_slices: [N] bool, whether the slice is called a lesion slice.
       slice_index: [N] int, where these slices lie: along the volume's axis from inferior to superior, or 0 .. S-1.
       modality: the M channels of `pseudo_healthy`.
+      probability: as `anomaly_map`, in [0, 1]: that the voxel is lesion (`probability.PROBABILITY`); None without
+        curves in the calibration, and for slices.
+      uncertainty: the same, standard deviation over noise (`probability.UNCERTAINTY`); None with a single noise draw.
     """
 
     mask: np.ndarray
@@ -56,6 +60,8 @@ class Localized(NamedTuple):
     lesion_slices: np.ndarray
     slice_index: np.ndarray
     modality: tuple[int, ...]
+    probability: np.ndarray | None = None
+    uncertainty: np.ndarray | None = None
 
 
 class Localizer:
@@ -109,7 +115,7 @@ class Localizer:
         self.calibration = calibration
         self._image_size, self._channels, self._scaling = image_size, channels, scaling
         if not self.method.network:
-            self._translator = IntensityReader(self.method.intensity)
+            self._translator = IntensityReader(self.method.intensity)  # pyright: ignore[reportAttributeAccessIssue]
             return
         model = GivenDenoisers(denoisers) if isinstance(denoisers, Denoisers) else denoisers
         conditional = getattr(getattr(model, "config", None), "num_classes", 2) is not None
@@ -224,8 +230,12 @@ class Localizer:
         masks = self.method.masks(results, self.calibration, case.heads, case.slice_grid)
         mask, anomaly = (grid.restore(values) for values in in_head(case, masks.mask, masks.map))
         healthy = self.method.healthy(results)
+        maps = ()
+        if getattr(self.calibration, "probability", None):
+            found = probability.volumes(case, self.method, results, masks, self.calibration)
+            maps = (None if values is None else grid.restore(values) for values in found)
         return Localized(mask, anomaly, None if healthy is None else self._healthy(healthy, case), masks.score,
-                         masks.lesion, case.slices.index, self.method.modality)
+                         masks.lesion, case.slices.index, self.method.modality, *maps)
 
     def _healthy(self, healthy: np.ndarray, case: SlicedCase) -> np.ndarray:  # [X, Y, Z, M]
         return np.stack([case.grid.restore(healthy_volume(healthy[..., m], case, channel))

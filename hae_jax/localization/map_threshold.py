@@ -16,7 +16,7 @@ import numpy as np
 
 from hae_jax import files
 from hae_jax.errors import UserError
-from hae_jax.localization import calibration, rules
+from hae_jax.localization import calibration, probability, rules
 from hae_jax.localization.masks import PUBLISHED_FILTERS, Filters, Masks, SliceGrid
 
 _LEVELS = (0.98, 0.90)  # quantile levels of the rule "quantile", of the least and the most anomalous slice
@@ -54,6 +54,7 @@ class MapThreshold:
       interval: 95 % over patients of it; empty where there is none.
       lesion_share: share of lesion pixels in lesion slices, by the rule "mixture"; None for the others.
       made_with: what it belongs to (checkpoint identity, settings, data, ...), ready for JSON.
+      probability: curves that turn maps into probabilities (`probability.fit`); None where there are none.
 
     Raises:
       ValueError: if a threshold is not finite.
@@ -72,6 +73,7 @@ class MapThreshold:
     interval: tuple[float, ...] = ()
     lesion_share: float | None = None
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
+    probability: dict[str, Any] | None = None
 
     def __post_init__(self):
         if not (math.isfinite(self.threshold) and math.isfinite(self.slice_threshold)):
@@ -88,7 +90,7 @@ class MapThreshold:
         Raises:
           UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
         """
-        return calibration.loaded(cls, path, _KINDS, "calibrate first")
+        return calibration.loaded(cls, path, _KINDS, "calibrate first", optional=("probability",))
 
     def described(self) -> str:
         """One line for the log."""
@@ -122,6 +124,7 @@ _KINDS = {  # what each field looks like in JSON
                                and all(map(calibration.is_number, value))),
     "lesion_share": _none_or(calibration.is_number),
     "made_with": lambda value: isinstance(value, dict),
+    "probability": _none_or(probability.is_curves),
 }
 
 
@@ -167,7 +170,7 @@ class MapThresholdMethod:
         return MapThreshold(
             self.name, self.rule, rules.LABELS[self.rule], chosen.value, cut, errors, None if math.isnan(auc) else auc,
             int((~labels).sum()), int(labels.sum()), chosen.expected_dice, chosen.interval or (), chosen.lesion_share,
-            dict(made_with))
+            dict(made_with), probability.fit(samples, scores, labels))
 
     def samples(
         self, results: Iterable[tuple[NamedTuple, ValidationSlice]]
@@ -229,7 +232,7 @@ class MapThresholdMethod:
             found, found & lesion[:, None, None] if self.gated else found))
         return Masks((maps * heads).astype(np.float32), mask_all, mask, lesion, scores)
 
-    def _maps(self, results: NamedTuple, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
+    def _maps(self, results: Any, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
         """The maps after the filters that work on maps.
 
         In float64: a threshold that was read from a float32 map must fall on the same side of it again.

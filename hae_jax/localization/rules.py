@@ -160,6 +160,23 @@ def best_dice(samples: Sequence[Sample]) -> Threshold:
     return Threshold(float(levels[best]), float(total[best] / len(lesion)))
 
 
+class Shares(NamedTuple):
+    """The shares of `mixture` at every candidate threshold."""
+
+    levels: np.ndarray  # [V] rising
+    lesion_slices: np.ndarray  # [V] U, share of lesion slices' head pixels above each level
+    healthy_slices: np.ndarray  # [V] H, of healthy slices, at the heights of the lesion slices
+    lesion_share: float  # pi
+
+
+def shares(samples: Sequence[Sample]) -> Shares:
+    """U, H and pi of validation slices of both classes, for what builds on the mixture model (`probability`)."""
+    levels = np.unique(_levels(samples))
+    counts = _Counts.of(samples, levels)
+    u, h = counts.shares()
+    return Shares(levels, u, h, _lesion_share(u, h, counts.above()))
+
+
 class _Counts(NamedTuple):
     """Head pixels above each threshold, by patient, class of slices and height."""
 

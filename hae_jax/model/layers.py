@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from hae_jax.model.config import NORM_GROUPS, UNetConfig
 from hae_jax.ops.convolution import conv2d
@@ -76,7 +77,7 @@ def _initializer(on_host: Callable, traced: Callable) -> nnx.Initializer:
     """Draws on the host where the key is known: compiling a draw for each of hundreds of shapes takes minutes."""
 
     def draw(key, shape, dtype=jnp.float32):
-        if isinstance(key, jax.core.Tracer):
+        if isinstance(key, Tracer):
             return traced(key, shape, dtype)
         return jnp.asarray(on_host(np.random.default_rng(np.asarray(jax.random.key_data(key))), shape), dtype)
 

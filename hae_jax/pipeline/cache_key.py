@@ -20,8 +20,8 @@ from hae_jax.data.store import MANIFEST, Store
 from hae_jax.localization.methods import Method
 from hae_jax.model.config import FORM_FIELDS
 
-_NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy", "batch_size",
-                       "max_memory_gb", "calibration", "ema")
+_NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy",
+                       "save_probability", "batch_size", "max_memory_gb", "calibration", "ema")
 _OWN = {  # settings that one method alone, or those with this beginning, look at
     "residual": ("timesteps", "draws", "weights", "smoothing", "rectify"),
     "hae": ("forward_steps", "reference", "d_reverse", "inversion", "maps", "t_e_ratio", "last_step_only", "every"),

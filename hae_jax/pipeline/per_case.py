@@ -27,6 +27,7 @@ from hae_jax.localization.map_threshold import stacked
 from hae_jax.localization.masks import Masks
 from hae_jax.localization.validation import Translator
 from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, read_slices
+from hae_jax.pipeline.probability import meaning_files, probability_volumes, write_meanings
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 
@@ -171,11 +172,15 @@ def _finish(work: CaseWork, done: TranslatedCase, before: float) -> None:
     mask, anomaly = in_head(case, masks.mask, masks.map)
     healthy = method.healthy(done.result)
     volumes = _volumes(work, case, mask, anomaly, healthy)
+    if config.translation.save_probability:
+        volumes |= probability_volumes(case, method, done.result, masks, calibration)
     shown = config.evaluation.overlay_slices > 0
-    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else [])]
+    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else []),
+               *meaning_files(case.name, volumes)]
     work.results.writing(case.name, written)
     for name, (values, description) in zip(written[:len(volumes)], volumes.values(), strict=True):
         write_volume(work.results.path / name, values, case.grid, f"{description}, HAE-JAX, research use only")
+    write_meanings(work.results.path, case.name, volumes)
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, 0.0, anomaly)
     if shown:
         _draw(work, done, healthy, masks, row)

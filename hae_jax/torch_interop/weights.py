@@ -54,7 +54,7 @@ def torch_state(model: nnx.Module) -> dict[str, np.ndarray]:
     # Copies, in C order: NumPy's views of JAX arrays cannot be written to, and PyTorch expects that it can.
     params = dict(walk(model))
     return {_name(path): np.array(_to_torch(path, np.asarray(params[path][...])), order="C")
-            for path in model.parameter_paths}
+            for path in model.parameter_paths}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def load_torch_state(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) -> None:
@@ -67,7 +67,8 @@ def load_torch_state(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) ->
       UserError: naming every unknown, missing and misshapen entry at once; the model is then unchanged.
     """
     params = dict(walk(model))
-    params = {_name(path): (path, params[path]) for path in model.parameter_paths}
+    params = {_name(path): (path, params[path])
+              for path in model.parameter_paths}  # pyright: ignore[reportAttributeAccessIssue]
     shapes = {name: _torch_shape(path, param.shape) for name, (path, param) in params.items()}
     problems = [f"unknown: {name}" for name in state_dict if name not in params]
     problems += [f"missing: {name}" for name in params if name not in state_dict]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -207,7 +208,8 @@ def disk_errors(what: Callable[[], str]) -> Iterator[None]:
         number = re.search(r"os_error_code='(\d+)'", str(error))
         if isinstance(error, UserError) or not (number or isinstance(error, OSError)):
             raise
-        reason = os.strerror(int(number[1])) if number else f"{error.strerror}: {error.filename}"
+        system: Any = error  # an OSError where the text has no number
+        reason = os.strerror(int(number[1])) if number else f"{system.strerror}: {system.filename}"
         raise UserError(f"{what()} ({reason}); make room or give the folder back its permissions, and run the same "
                         "command again") from error
 

@@ -106,7 +106,7 @@ def import_wandb(project: str) -> ModuleType:
       UserError: it is not installed.
     """
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  an extra
     except ImportError as error:
         raise UserError(f"training.wandb is {project!r}, and wandb is not installed; run `pip install wandb`, or leave "
                         "training.wandb out") from error
