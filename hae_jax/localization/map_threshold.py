@@ -54,6 +54,7 @@ class MapThreshold:
       interval: 95 % over patients of it; empty where there is none.
       lesion_share: share of lesion pixels in lesion slices, by the rule "mixture"; None for the others.
       made_with: what it belongs to (checkpoint identity, settings, data, ...), ready for JSON.
+      slice_scores: `calibration.score_histogram` of the validation slices, for the report; empty where it is not known.
 
     Raises:
       ValueError: if a threshold is not finite.
@@ -72,6 +73,7 @@ class MapThreshold:
     interval: tuple[float, ...] = ()
     lesion_share: float | None = None
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
+    slice_scores: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not (math.isfinite(self.threshold) and math.isfinite(self.slice_threshold)):
@@ -122,6 +124,7 @@ _KINDS = {  # what each field looks like in JSON
                                and all(map(calibration.is_number, value))),
     "lesion_share": _none_or(calibration.is_number),
     "made_with": lambda value: isinstance(value, dict),
+    "slice_scores": calibration.is_histogram,
 }
 
 
@@ -167,7 +170,7 @@ class MapThresholdMethod:
         return MapThreshold(
             self.name, self.rule, rules.LABELS[self.rule], chosen.value, cut, errors, None if math.isnan(auc) else auc,
             int((~labels).sum()), int(labels.sum()), chosen.expected_dice, chosen.interval or (), chosen.lesion_share,
-            dict(made_with))
+            dict(made_with), calibration.score_histogram(scores, labels))
 
     def samples(
         self, results: Iterable[tuple[NamedTuple, ValidationSlice]]

@@ -21,6 +21,7 @@ from hae_jax.evaluation import metrics
 from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
+from hae_jax.files import write_json
 from hae_jax.localization.batched import Slice
 from hae_jax.localization.map_threshold import stacked
 from hae_jax.localization.masks import Masks
@@ -48,10 +49,10 @@ class Calibrations(NamedTuple):
 
 
 class _Origin(NamedTuple):
-    """What a record says of where its case comes from."""
+    """Where a case comes from: what its record and its slices' file say of that."""
 
     digest: str
-    folder: str
+    files: CaseFiles
     phantom: bool
 
 
@@ -71,7 +72,7 @@ def process_cases(
       calibrations: of the method and its baseline.
       inputs: of the run, for the records.
     """
-    origins = {case.name: _Origin(case_digest(inputs, case), str(case.folder.resolve()), of_phantom(case))
+    origins = {case.name: _Origin(case_digest(inputs, case), case, of_phantom(case))
                for case in cases}
     before, unrecorded = time.monotonic(), {}
 
@@ -175,16 +176,33 @@ def _finish(
             volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
                                               f"pseudo-healthy {modality}")
     shown = plan.config.evaluation.overlay_slices > 0
-    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else [])]
+    slices = f"slices/{case.name}.json"
+    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), slices,
+               *([_overlay(case.name)] if shown else [])]
     records.begin(plan.output, case.name, tuple(written))
     for name, (values, description) in zip(written[:len(volumes)], volumes.values(), strict=True):
         write_volume(plan.output / name, values, case.grid, f"{description}, HAE-JAX, research use only")
+    write_json(plan.output / slices, _slices(case, masks, origin.files))
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, 0.0, anomaly)
     if shown:
         _draw(plan, done, healthy, masks, row, origin.phantom)
     measured = _measured(plan, case, masks, row, calibrations)
     row = dataclasses.replace(row, seconds=time.monotonic() - before)
     records.write(plan.output, case.name, _record(origin, inputs, files=tuple(written), row=row), measured)
+
+
+def _slices(case: SlicedCase, masks: Masks, files: CaseFiles) -> dict[str, Any]:
+    """What the report page needs of a case and no other file has: its files, its warnings, its slices' scores."""
+    return {
+        "images": [{"modality": image.modality, "path": str(image.path.resolve()), "volume": image.volume,
+                    "volumes": image.volumes} for image in files.images],
+        "segmentation": None if files.segmentation is None else str(files.segmentation.resolve()),
+        "warnings": case.warnings,
+        "slice": case.slices.index.tolist(),
+        "anomaly_score": masks.score.tolist(),
+        "lesion": masks.lesion.tolist(),
+        "truth": None if case.slice_truth is None else case.slice_truth.any(axis=(1, 2)).tolist(),
+    }
 
 
 def _measured(
@@ -208,8 +226,8 @@ def _record(
     failed: str | None = None,
 ) -> records.Record:
     made_by = {name: value for name, value in provenance.record().items() if name not in ("notice", "versions")}
-    return records.Record(origin.digest, files, row, failed, records.digest(inputs), made_by, origin.folder,
-                          origin.phantom)
+    return records.Record(origin.digest, files, row, failed, records.digest(inputs), made_by,
+                          str(origin.files.folder.resolve()), origin.phantom)
 
 
 def _overlay(case: str) -> str:
