@@ -22,12 +22,13 @@ from hae_jax.evaluation import metrics
 from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
+from hae_jax.files import write_json
 from hae_jax.localization.batched import Slice
 from hae_jax.localization.map_threshold import stacked
 from hae_jax.localization.masks import Masks
 from hae_jax.localization.validation import Translator
 from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, read_slices
-from hae_jax.pipeline.probability import meaning_files, probability_volumes, write_meanings
+from hae_jax.pipeline.probability import meaning_files, probability_volumes
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 
@@ -77,6 +78,7 @@ def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Transl
       cases: those to work on.
       translator: the run's method at work.
     """
+    files = {case.name: case for case in cases}
     for case in cases:
         work.results.begin(case)
     before, unrecorded = time.monotonic(), {}
@@ -94,7 +96,7 @@ def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Transl
             try:
                 if isinstance(done, Exception):
                     raise done
-                _finish(work, done, before)
+                _finish(work, files[name], done, before)
                 before = time.monotonic()  # not after a failure: the devices were at work on the next case already
             except _CASE_FAULTS as error:
                 failed(name, _reason(error))
@@ -165,7 +167,7 @@ def _read_ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _finish(work: CaseWork, done: TranslatedCase, before: float) -> None:
+def _finish(work: CaseWork, files: CaseFiles, done: TranslatedCase, before: float) -> None:
     """Makes the masks, writes the volumes, the picture and the record; `before` is when the last case was done."""
     case, config, (method, calibration) = done.case, work.config, work.localizer
     masks = method.masks(done.result, calibration, case.heads, case.slice_grid)
@@ -175,12 +177,14 @@ def _finish(work: CaseWork, done: TranslatedCase, before: float) -> None:
     if config.translation.save_probability:
         volumes |= probability_volumes(case, method, done.result, masks, calibration)
     shown = config.evaluation.overlay_slices > 0
-    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else []),
-               *meaning_files(case.name, volumes)]
+    documents = {f"slices/{case.name}.json": _slices(files, case, masks), **meaning_files(case.name, volumes)}
+    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *documents,
+               *([_overlay(case.name)] if shown else [])]
     work.results.writing(case.name, written)
     for name, (values, description) in zip(written[:len(volumes)], volumes.values(), strict=True):
         write_volume(work.results.path / name, values, case.grid, f"{description}, HAE-JAX, research use only")
-    write_meanings(work.results.path, case.name, volumes)
+    for name, facts in documents.items():
+        write_json(work.results.path / name, facts)
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, 0.0, anomaly)
     if shown:
         _draw(work, done, healthy, masks, row)
@@ -200,6 +204,20 @@ def _volumes(
             volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
                                               f"pseudo-healthy {modality}")
     return volumes
+
+
+def _slices(files: CaseFiles, case: SlicedCase, masks: Masks) -> dict[str, Any]:
+    """What the report page needs of a case and no other file has: its files, its warnings, its slices' scores."""
+    return {
+        "images": [{"modality": image.modality, "path": str(image.path.resolve()), "volume": image.volume,
+                    "volumes": image.volumes} for image in files.images],
+        "segmentation": None if files.segmentation is None else str(files.segmentation.resolve()),
+        "warnings": case.warnings,
+        "slice": case.slices.index.tolist(),
+        "anomaly_score": masks.score.tolist(),
+        "lesion": masks.lesion.tolist(),
+        "truth": None if case.slice_truth is None else case.slice_truth.any(axis=(1, 2)).tolist(),
+    }
 
 
 def _measured(work: CaseWork, case: SlicedCase, masks: Masks, row: CaseResult) -> Measured | None:
