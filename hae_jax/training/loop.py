@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ from hae_jax.training.validation import Validation
 from hae_jax.training.watch import Report
 from hae_jax.training.weights import load_trained
 
+_LOG = logging.getLogger(__name__)
 # Fields of the network that say how it computes, not what its parameters are.
 _FREE_OF_WEIGHTS = ("dropout", "remat", "dtype", "sparse_pattern", "sparse_seed", "sparse_redraw", *FORM_FIELDS)
 
@@ -93,7 +95,7 @@ def train(
     """
     run = _check(config, Path(workdir), devices, profile)
     if jax.process_count() > 1:
-        print(describe(), flush=True)
+        _LOG.info("%s", describe())
     with RunLock(run.workdir), Guard() as guard, \
             contextlib.closing(Checkpoints(run.workdir, config.training.keep)) as checkpoints:
         latest = checkpoints.recover()
@@ -285,4 +287,4 @@ def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: 
 
 def _say(message: str) -> None:
     if jax.process_index() == 0:
-        print(message, flush=True)
+        _LOG.info("%s", message)
