@@ -1,4 +1,8 @@
-"""The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale."""
+"""The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale.
+
+Source: the heterogeneous auto-encoder, Lu et al. 2024, "Anomaly Detection for Medical Images Using Heterogeneous
+Auto-Encoder", IEEE Transactions on Image Processing.
+"""
 
 import math
 
