@@ -230,8 +230,7 @@ class Dae(MapThresholdMethod):
     """Denoising autoencoder (Kascenas et al. 2022): trained on healthy slices to take coarse noise away.
 
     What it takes away from a slice without noise is called a lesion: map = mean over modalities of |f(x0) - x0|. It
-    is a process of one step here
-    (`make_schedule`, "single") whose network predicts x0.
+    is a process of one step here (`make_schedule`, "single") whose network predicts x0.
 
     Attributes:
       process: the process of one step.
