@@ -117,15 +117,16 @@ def blocks(batch: int, dtype: str) -> Iterator[Block]:
     yield simplex_noise(batch)
 
 
-def attention_block(batch: int, dtype: str, form: str = "auto") -> Block:
+def attention_block(batch: int, dtype: str, form: str = "auto", *, small: bool = False) -> Block:
     """Over the largest map that has attention: without context, ours, and with the context materialised.
 
     Args:
       batch: images.
       dtype: of computation.
       form: of attention, for ours.
+      small: of a size for rehearsals.
     """
-    side, channels = _SIZES["attention"]
+    side, channels = (8, 32) if small else _SIZES["attention"]
 
     def call(form, sees_context):
         config = UNetConfig(dtype=dtype, attention=form)
@@ -159,9 +160,9 @@ def _sparse_attention(dtype: str) -> Block:
     return Block(f"sparse attention, {tokens} tokens", forms, None, (q, k, v))
 
 
-def smallest_patches(batch: int, dtype: str, form: str = "auto") -> Block:
-    """The sparse attention over the tokens of the smallest patches alone, without dropout."""
-    tokens, depth = _SIZES["patches"]
+def smallest_patches(batch: int, dtype: str, form: str = "auto", *, small: bool = False) -> Block:
+    """The sparse attention over the tokens of the smallest patches alone, without dropout; as `attention_block`."""
+    tokens, depth = (256, 8) if small else _SIZES["patches"]
     qkv = [_normal((batch, tokens, HYBRID_HEADS, depth), dtype, seed) for seed in range(3)]
 
     def ours(_, q, k, v):

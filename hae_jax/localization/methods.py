@@ -120,7 +120,7 @@ class Residual(MapThresholdMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Hae(MapThresholdMethod):
-    """The published forward process: see `forward_process`, `calibration` and `masks`.
+    """The published forward process (Che et al., arXiv:2404.15683): see `forward_process`, `calibration` and `masks`.
 
     With the rule "quantile", as published; with another one, its map averaged over the modalities is thresholded.
     """

@@ -1,4 +1,8 @@
-"""The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale."""
+"""The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale.
+
+Source: the decoder of the heterogeneous auto-encoder, Lu et al. 2024, "Anomaly Detection for Medical Images Using
+Heterogeneous Auto-Encoder", IEEE Transactions on Image Processing 33, doi:10.1109/TIP.2024.3381435.
+"""
 
 import math
 
