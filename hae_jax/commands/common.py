@@ -4,7 +4,9 @@ import difflib
 import errno
 import functools
 import io
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 
 from hae_jax.commands.config import DEFAULTS, fields, read_config
@@ -21,11 +23,12 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command's `main(argv=None)`: a `UserError` becomes one line on stderr and exit status 2.
 
-    So does a disk that is full or not to be written to.
+    So does a disk that is full or not to be written to, and a JAX that has not the devices it was told to use.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        os.environ["MPLBACKEND"] = "Agg"  # no command shows windows; a notebook's backend may not be installed here
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # paths may hold bytes that are no text
@@ -39,6 +42,10 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             sys.exit(_fail(f"error: {error.filename or 'a file'}: {error.strerror}; what is finished is there: make "
                            "room, then give the command again", 2))
+        except (RuntimeError, AssertionError) as error:
+            if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+                raise
+            sys.exit(_fail(_no_device(error), 2))
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted", 130))
 
@@ -88,6 +95,13 @@ def _meant(field: str, known: Iterable[str]) -> str:
     meant = [name for name, own in own_names.items() if own in close]
     question = f"did you mean {' or '.join(meant)}? " if meant else ""
     return f"{question}configs/default.py has all of them"
+
+
+def _no_device(error: BaseException) -> str:
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    what = f"JAX_PLATFORMS is {asked!r}: unset it, or install the JAX that has it" if asked else (
+        "check the driver, or set JAX_PLATFORMS=cpu")
+    return f"error: JAX finds no device{f' ({error})' if str(error) else ''}; {what}"
 
 
 def _fail(message: str, status: int) -> int:

@@ -28,5 +28,8 @@ def use_compilation_cache() -> None:
     `JAX_COMPILATION_CACHE_DIR` wins. Where the folder cannot be written, JAX says so and compiles.
     """
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # Unlike Path.home, expanduser never fails: a container's user may have no home.
+        base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        if not base.is_absolute():
+            return
         jax.config.update("jax_compilation_cache_dir", str(base / "hae-jax" / "compiled"))

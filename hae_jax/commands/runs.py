@@ -10,6 +10,7 @@ import ml_collections
 
 from hae_jax.commands.config import overridden, read_config
 from hae_jax.errors import UserError
+from hae_jax.files import read_json
 
 
 class Loaded(NamedTuple):
@@ -46,13 +47,21 @@ def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") ->
     found = {}
     for path in Path(folder).glob("*/config.json"):
         steps = [step for step in (path.parent / "checkpoints").glob("*") if step.name.isdecimal()]
-        if steps and json.loads(path.read_text())["data"]["root"] == data_root:
+        if steps and _data_root(path) == data_root:
             found[max(step.stat().st_mtime for step in steps)] = path.parent
     if not found:
         raise UserError(f"{folder}/: no checkpoint that was trained on {data_root}; train one with python train.py "
                         f"--config {config_path} --workdir {folder}/{Path(config_path).stem} (or make demo), or name "
                         "one with --checkpoint")
     return found[max(found)]
+
+
+def _data_root(config: Path) -> str | None:
+    """The data that a run was trained on; None where a folder is no run of ours, or its config is damaged."""
+    try:
+        return read_json(config)["data"]["root"]
+    except (UserError, KeyError, TypeError, IndexError):
+        return None
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

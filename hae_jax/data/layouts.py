@@ -268,7 +268,10 @@ def _encodable(case: CaseFiles) -> CaseFiles:
     if case.name == os.fsencode(case.name).decode(errors="replace"):
         return case
     shown = os.fsencode(case.name).decode(errors="backslashreplace")
-    return dataclasses.replace(case, name=shown, problem=f"{shown}: its name is not UTF-8; rename its folder or files")
+    encoding = sys.getfilesystemencoding()
+    what = "its name is not UTF-8; rename its folder or files" if encoding == "utf-8" else (
+        f"its name cannot be read, since the locale here is {encoding}; set PYTHONUTF8=1")
+    return dataclasses.replace(case, name=shown, problem=f"{shown}: {what}")
 
 
 def _clash(cases: Sequence[CaseFiles]) -> CaseFiles:

@@ -95,7 +95,7 @@ def case_result(
 
 def write_cases(path: str | os.PathLike, cases: Sequence[CaseResult]) -> None:
     """Writes one row per case under a header line. What is not known is an empty cell."""
-    with files.written_whole(path) as temporary, open(temporary, "w", newline="") as stream:
+    with files.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(field.name for field in dataclasses.fields(CaseResult))
         writer.writerows([_cell(value) for value in dataclasses.astuple(case)] for case in cases)
@@ -202,7 +202,8 @@ def write_comparison(
       name: of the files.
     """
     rows = [ComparedMethod(*row) for row in rows]
-    with files.written_whole(Path(folder) / f"{name}.csv") as temporary, temporary.open("w", newline="") as stream:
+    with files.written_whole(Path(folder) / f"{name}.csv") as temporary, \
+            temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["method", "settings", "labels", *_COMPARED, "passes_per_slice", "seconds_per_slice",
                          "phantom"])
