@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", metavar="FILE", help=CASES_HELP)
     parser.add_argument("--output", metavar="FOLDER", help="where the results go; default: RUN/translation, with the "
                         "names of --input and --method after it")
+    parser.add_argument("--layout", choices=("plain", "bids"), default="plain", help="plain: one folder; bids: BIDS "
+                        "derivatives in --output, with the plain results in sourcedata/hae-jax (docs/bids.md)")
     parser.add_argument("--overwrite", action="store_true", help="work again on cases that are finished")
     parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="deal the cases out to N jobs")
     parser.add_argument("--shard", type=int, default=0, metavar="I",
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import network_and_config, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom
+    from hae_jax.pipeline.bids import RESULTS, write_derivatives
     from hae_jax.pipeline.translate import translate
     from hae_jax.training.mesh import make_mesh
     from hae_jax.training.weights import CALIBRATION
@@ -116,10 +119,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
     name = ["translation", *([_name(Path(arguments.input))] if arguments.input else []),
             *([arguments.method] if arguments.method else [])]
+    bids = arguments.layout == "bids"
+    output = Path(arguments.output or network.results / "_".join([*name, *(["bids"] if bids else [])]))
     report = translate(network.model, network.identity, config, make_mesh(), source=arguments.input,
-                       output=arguments.output or network.results / "_".join(name), overwrite=arguments.overwrite,
+                       output=output / RESULTS if bids else output, overwrite=arguments.overwrite,
                        shard=arguments.shard, num_shards=arguments.num_shards,
                        calibrations=network.results / "calibrations", shipped=network.run / CALIBRATION)
     print("\n".join(report.lines()))
+    if bids:
+        print(f"BIDS derivatives of {len(write_derivatives(report.output, output))} cases: {output}")
     if report.failed_here:
         sys.exit(1)

@@ -1,0 +1,90 @@
+"""`hae-bids`: a BIDS App around `translate.py`."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from hae_jax.commands.common import entry_point
+from hae_jax.errors import UserError
+
+_DESCRIPTION = """\
+Find lesions in a BIDS dataset and write BIDS derivatives. The level participant works on subjects, the level group
+gathers their lesion volumes in one table. All other options are those of translate.py, for example --checkpoint RUN,
+--save-probability, --save-healthy, --calibration FILE, --config.translation.draws=4."""
+_EPILOG = """\
+examples:
+  hae-bids /data/bids /data/bids/derivatives/hae participant --checkpoint runs/a
+  hae-bids /data/bids /data/bids/derivatives/hae participant --participant-label 01 02 --checkpoint runs/a
+  hae-bids /data/bids /data/bids/derivatives/hae group
+
+Jobs that are given one subject each may run at the same time. Research use only; not a medical device."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hae-bids", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bids_dir", type=Path, help="BIDS dataset with skull-stripped, registered images")
+    parser.add_argument("output_dir", type=Path, help="folder for the derivatives")
+    parser.add_argument("analysis_level", choices=("participant", "group"))
+    parser.add_argument("--participant-label", "--participant_label", nargs="+", metavar="LABEL", default=[],
+                        help="subjects to work on, with or without sub-; default: all")
+    return parser
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and runs one level; exits with 1 if a case failed."""
+    arguments, others = _parser().parse_known_args(argv)
+    # Imported after parsing: --help shall not wait for JAX.
+    from hae_jax.pipeline.bids import RESULTS, write_derivatives, write_group_table
+
+    if arguments.analysis_level == "group":
+        if others:
+            raise UserError(f"{others[0]}: unknown argument of the level group; see --help")
+        print(f"table: {write_group_table(arguments.output_dir)}")
+        return
+    from hae_jax.commands import translate
+
+    subjects = _subjects(arguments.bids_dir, arguments.participant_label)
+    results = arguments.output_dir / RESULTS / (subjects[0].name if len(arguments.participant_label) == 1 else "")
+    # Links to the subjects alone: derivatives/ and sourcedata/ of the dataset hold images that are no cases.
+    with tempfile.TemporaryDirectory() as links:
+        for subject in subjects:
+            (Path(links) / subject.name).symlink_to(subject.resolve(), target_is_directory=True)
+        status = _status(translate.main, ["--input", links, "--output", str(results), *others])
+    if status not in (0, 1):
+        sys.exit(status)
+    masks = write_derivatives(results, arguments.output_dir)
+    print(f"derivatives of {len(masks)} cases: {arguments.output_dir}")
+    sys.exit(status)
+
+
+def _status(command, argv: list[str]) -> int:
+    """The exit status of another command."""
+    try:
+        command(argv)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    return 0
+
+
+def _subjects(dataset: Path, labels: Sequence[str]) -> list[Path]:
+    """The folders of the subjects that are asked for.
+
+    Raises:
+      UserError: this is no BIDS dataset, or a subject is not there.
+    """
+    if not (dataset / "dataset_description.json").is_file():
+        raise UserError(f"{dataset}: has no dataset_description.json; give the folder of a BIDS dataset, or use "
+                        "translate.py, which reads other layouts, with --layout bids")
+    if not labels:
+        found = sorted(path for path in dataset.glob("sub-*") if path.is_dir())
+        if not found:
+            raise UserError(f"{dataset}: holds no folder sub-...; give the folder of a BIDS dataset")
+        return found
+    wanted = [dataset / f"sub-{label.removeprefix('sub-')}" for label in labels]
+    if missing := [path.name for path in wanted if not path.is_dir()]:
+        raise UserError(f"{dataset}: holds no {', '.join(missing)}; check --participant-label")
+    return wanted

@@ -1,0 +1,230 @@
+"""Finished results as BIDS derivatives: the same files under BIDS names, with the JSON that BIDS asks for.
+
+Comes after a run (`translate.py --layout bids`, `hae-bids`) and reads what the run has written, its manifest.json
+first. Volumes are linked, not copied, where the file system can. See the BIDS specification, chapter "Derivatives".
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hae_jax import __version__
+from hae_jax.data.cases import CaseFiles, find_cases
+from hae_jax.data.slices import patient_of
+from hae_jax.errors import UserError
+from hae_jax.files import write_json, written_whole
+from hae_jax.pipeline.probability import MEANINGS
+from hae_jax.provenance import RESEARCH_USE
+
+RESULTS = Path("sourcedata") / "hae-jax"  # in a folder of derivatives: the results that they are made of
+GROUP_TABLE = "group_lesions.tsv"
+_VERSION = "1.10.0"  # of BIDS
+_DESCRIPTION = "dataset_description.json"
+_SUFFIXES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1w", "t2": "T2w"}
+_IGNORED = ("*_anomalymap.*", "*_uncertainty.*", "group_*")  # what BIDS has no names for
+_README = f"""# Lesions found by HAE-JAX
+
+`*_desc-hae_mask.nii.gz` is the lesion mask, `*_desc-hae_probseg.nii.gz` the probability of a lesion where it was asked
+for (the JSON beside it says what it means). `.bidsignore` names files that BIDS has no suffix for: the anomaly map and
+the uncertainty. `{RESULTS}` holds tables, metrics, pictures, the manifest and the calibration.
+
+{RESEARCH_USE}
+"""
+
+
+class _File(NamedTuple):
+    """A derivative: how its name goes on after the entities of the case, and its JSON."""
+
+    ending: str
+    facts: Mapping[str, Any]
+
+
+def write_derivatives(results: str | Path, output: str | Path) -> list[Path]:
+    """Writes the BIDS derivatives of every finished case of a run.
+
+    Args:
+      results: folder of the run.
+      output: folder of the derivatives, made if absent.
+
+    Returns:
+      The masks that were written.
+
+    Raises:
+      UserError: there is no manifest.json, or two cases would get the same BIDS name.
+    """
+    results, output = Path(results), Path(output)
+    manifest = _manifest(results)
+    finished = {name: facts for name, facts in manifest["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
+    stems = _stems(finished)
+    sources = _sources(finished, tuple(manifest["config"]["data"]["modalities"]))
+    raw = {root for name in finished if (root := _bids_root(Path(finished[name]["folder"])))}
+    _describe(output, raw, [Path(facts["folder"]) for facts in finished.values()])
+    masks = []
+    for name, facts in finished.items():
+        folder = output / _folder(stems[name])
+        wanted, images = dict(_derivatives(name, facts["files"])), _uris(sources.get(name), raw)
+        common = {"SpatialReference": images[0] if images else "orig", "Sources": images}
+        _remove_stale(folder, stems[name], {file.ending for file in wanted.values()})
+        for path, file in wanted.items():
+            target = folder / f"{stems[name]}{file.ending}.nii.gz"
+            _link(results / path, target)
+            write_json(_json_of(target), {**file.facts, **common})
+            if file.ending.endswith("_mask"):
+                masks.append(target)
+    return masks
+
+
+def write_group_table(output: str | Path) -> Path:
+    """Gathers the lesion volumes of all runs under a folder of derivatives in one table.
+
+    Raises:
+      UserError: no run has finished there.
+    """
+    output, rows = Path(output), {}
+    tables = sorted((output / RESULTS).rglob("cases.csv"), key=lambda path: path.stat().st_mtime)
+    for path in tables:  # where two runs have worked on a case, the later one counts
+        with open(path, newline="") as stream:
+            rows |= {row["case"]: row for row in csv.DictReader(stream)}
+    if not rows:
+        raise UserError(f"{output / RESULTS}: no case is finished there; run the level participant first")
+    fields = [field for field in next(iter(rows.values())) if field != "case"]
+    with written_whole(output / GROUP_TABLE) as temporary, open(temporary, "w", newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+        writer.writerow(["participant_id", "session_id", "case", *fields])
+        for name, row in sorted(rows.items()):
+            parts = dict(_entities(name))
+            writer.writerow([f"sub-{parts['sub']}", f"ses-{parts['ses']}" if "ses" in parts else "n/a", name,
+                             *(row[field] or "n/a" for field in fields)])
+    return output / GROUP_TABLE
+
+
+def _manifest(results: Path) -> dict[str, Any]:
+    path = results / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give the run's command again, which writes it") from error
+
+
+def _entities(name: str) -> Iterator[tuple[str, str]]:
+    """The BIDS entities of a case: those in its name, or else its patient and its visit, in letters and digits."""
+    found = re.findall(r"(?:^|_)([a-z]+)-([A-Za-z0-9+]+)(?=_|$)", name)
+    if found and found[0][0] == "sub":
+        yield from found
+        return
+    patient = patient_of(name)
+    yield "sub", re.sub(r"[^A-Za-z0-9]", "", patient) or "unnamed"
+    if visit := re.sub(r"[^A-Za-z0-9]", "", name[len(patient):]):
+        yield "ses", visit
+
+
+def _stems(cases: Iterable[str]) -> dict[str, str]:
+    """How the names of each case's derivatives begin; `space-orig` unless its own name says another space."""
+    stems: dict[str, str] = {}
+    for name in cases:
+        parts = dict(_entities(name))
+        parts.setdefault("space", "orig")
+        stem = "_".join(f"{key}-{value}" for key, value in parts.items())
+        if twin := next((other for other, its in stems.items() if its == stem), None):
+            raise UserError(f"{name} and {twin}: would both be {stem} in BIDS; rename one of the cases")
+        stems[name] = stem
+    return stems
+
+
+def _folder(stem: str) -> Path:
+    parts = dict(part.split("-", 1) for part in stem.split("_"))
+    return Path(f"sub-{parts['sub']}", *([f"ses-{parts['ses']}"] if "ses" in parts else []), "anat")
+
+
+def _derivatives(name: str, files: Iterable[str]) -> Iterator[tuple[str, _File]]:
+    """Each NIfTI file of a case with what it is in BIDS."""
+    for file in files:
+        if not file.endswith(".nii.gz"):
+            continue
+        kind = file.removeprefix(f"{name}_").removesuffix(".nii.gz")
+        if kind == "mask":
+            yield file, _File("_label-L_desc-hae_mask", {
+                "Type": "Lesion", "Description": "Voxels that belong to a lesion are 1."})
+        elif kind == "probability":
+            yield file, _File("_label-L_desc-hae_probseg", {
+                "Manual": False, "Description": MEANINGS[kind]})
+        elif kind == "uncertainty":
+            yield file, _File("_label-L_desc-hae_uncertainty", {"Description": MEANINGS[kind]})
+        elif kind == "map":
+            yield file, _File("_desc-hae_anomalymap", {
+                "Description": "Anomaly map: high where there is a lesion, in units of the method, not a probability."})
+        elif kind.startswith("healthy_"):
+            modality = kind.removeprefix("healthy_")
+            suffix = _SUFFIXES.get(modality, modality)
+            desc = "pseudohealthyce" if modality == "t1ce" else "pseudohealthy"
+            yield file, _File(f"_desc-{desc}_{suffix}", {
+                "SkullStripped": True, "Description": "What the network takes the image to be without its lesion."})
+
+
+def _sources(cases: Mapping[str, Any], modalities: tuple[str, ...]) -> dict[str, CaseFiles]:
+    """The files that cases were read from, as far as they are still there."""
+    found: dict[str, CaseFiles] = {}
+    for folder in dict.fromkeys(facts["folder"] for facts in cases.values()):
+        try:
+            found |= {case.name: case for case in find_cases(folder, modalities) if case.name in cases}
+        except UserError:
+            continue
+    return found
+
+
+def _bids_root(folder: Path) -> Path | None:
+    """The BIDS dataset that a case lies in."""
+    return next((parent for parent in (folder, *folder.parents) if (parent / _DESCRIPTION).is_file()), None)
+
+
+def _uris(case: CaseFiles | None, raw: Iterable[Path]) -> list[str]:
+    """The case's images as BIDS URIs; files outside of any BIDS dataset by their names."""
+    found = []
+    for image in () if case is None else case.images:
+        path = image.path.resolve()
+        root = next((root for root in raw if path.is_relative_to(root)), None)
+        found.append(path.as_uri() if root is None else f"bids:{_link_name(root, raw)}:{path.relative_to(root)}")
+    return list(dict.fromkeys(found))
+
+
+def _link_name(root: Path, raw: Iterable[Path]) -> str:
+    return f"raw{sorted(raw).index(root) or ''}"
+
+
+def _describe(output: Path, raw: Iterable[Path], folders: list[Path]) -> None:
+    """The files that make a folder a BIDS dataset; `folders` of cases name the source where that is no BIDS dataset."""
+    sources = sorted(raw) or [Path(os.path.commonpath(folders))] * bool(folders)
+    links = {_link_name(root, raw): os.path.relpath(root, output.resolve()) for root in sorted(raw)}
+    write_json(output / _DESCRIPTION, {
+        "Name": "Lesions found by HAE-JAX", "BIDSVersion": _VERSION, "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "HAE-JAX", "Version": __version__, "Description": RESEARCH_USE}],
+        "SourceDatasets": [{"URL": root.as_uri()} for root in sources],
+        **({"DatasetLinks": links} if links else {})})
+    for name, text in (("README.md", _README), (".bidsignore", "".join(f"{line}\n" for line in _IGNORED))):
+        with written_whole(output / name) as temporary:
+            temporary.write_text(text)
+
+
+def _remove_stale(folder: Path, stem: str, endings: set[str]) -> None:
+    """What an earlier run with other settings has left of this case."""
+    for path in folder.glob(f"{stem}_*desc-*.nii.gz"):
+        if path.name.removeprefix(stem).removesuffix(".nii.gz") not in endings:
+            path.unlink()
+            _json_of(path).unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    with written_whole(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, or a file system without hard links
+            shutil.copyfile(source, temporary)
+
+
+def _json_of(volume: Path) -> Path:
+    return volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
