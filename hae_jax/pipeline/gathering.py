@@ -20,6 +20,7 @@ from hae_jax.localization.rules import LABELS
 from hae_jax.pipeline import records
 from hae_jax.pipeline.plan import Plan, case_digest
 from hae_jax.pipeline.tally import Tally
+from hae_jax.report.write import PAGE
 
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
@@ -79,6 +80,7 @@ class Report:
             f"{self._how()}; look at",
             *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / METRICS)),
             provenance.RESEARCH_USE,
+            str(self.output / PAGE),
         ]
 
     def _empty(self) -> str:

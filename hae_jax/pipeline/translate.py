@@ -35,6 +35,7 @@ from hae_jax.pipeline.gathering import (
 )
 from hae_jax.pipeline.per_case import Calibrations, process_cases
 from hae_jax.pipeline.plan import Plan, calibration_inputs, identified, make_plan, run_inputs
+from hae_jax.report.write import write_report
 
 
 def translate(
@@ -55,7 +56,7 @@ def translate(
 
     Writes <case>_mask.nii.gz (empty in slices that are called healthy), <case>_map.nii.gz, <case>_overlay.png and, if
     asked for, <case>_healthy_<modality>.nii.gz for each case, and calibration.json, cases.csv, metrics.json,
-    manifest.json.
+    manifest.json, report.html.
     Cases that are finished are not done again; one that fails is reported, the others go on.
 
     Args:
@@ -86,7 +87,9 @@ def translate(
     # Two runs that write the same case's files at once could mix them.
     with one_at_a_time(plan.output / records.FOLDER / f".{shard}-of-{num_shards}.lock", lambda: print(
             f"{plan.output}: another run is at work there; waiting for its end", flush=True)):
-        return _run(plan, model, identity, mesh, overwrite, kept, clock)
+        done = _run(plan, model, identity, mesh, overwrite, kept, clock)
+        write_report(plan.output)
+        return done
 
 
 def _run(
