@@ -18,6 +18,7 @@ from hae_jax.files import write_json
 from hae_jax.localization.masks import Masks
 from hae_jax.localization.methods import IntensityThreshold, Method
 from hae_jax.localization.rules import LABELS
+from hae_jax.report.write import PAGE
 
 CASES, METRICS, MANIFEST = "cases.csv", "metrics.json", "manifest.json"
 _SHOWN = 5  # names in a line
@@ -136,6 +137,7 @@ class Summary:
             f"{self._how()}; look at",
             *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / METRICS)),
             provenance.RESEARCH_USE,
+            str(self.output / PAGE),
         ]
 
     def _empty(self) -> str:

@@ -19,6 +19,7 @@ from hae_jax.pipeline.calibrations import available, calibrated, writable
 from hae_jax.pipeline.per_case import CalibratedMethod, CaseWork, process_cases
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Context, Summary
+from hae_jax.report.write import write_report
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def translate(
 
     Writes <case>_mask.nii.gz (empty in slices that are called healthy), <case>_map.nii.gz, <case>_overlay.png and, if
     asked for, <case>_healthy_<modality>.nii.gz for each case, and calibration.json, cases.csv, metrics.json,
-    manifest.json.
+    manifest.json, report.html.
     Cases that are finished are not done again; one that fails is reported, the others go on.
 
     Args:
@@ -94,7 +95,9 @@ def translate(
         origin = {"checkpoint": dict(identity), "devices": [str(device) for device in mesh.devices.flat]}
         context = Context(config, method, origin, frozenset(case.name for case in own), missing,
                           any(map(checks.of_phantom, cases)), start)
-        return results.summary(context, unfinished, unrecorded)
+        done = results.summary(context, unfinished, unrecorded)
+        write_report(output)
+        return done
 
 
 def _translator(
