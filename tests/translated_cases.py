@@ -75,7 +75,7 @@ def config(prepared):
     config.translation.forward_steps = 5
     config.translation.batch_size = 4
     config.translation.components = 3
-    config.evaluation.overlay_slices = 0
+    config.evaluation.overlay_slices, config.evaluation.report = 0, False
     return config
 
 

@@ -178,5 +178,6 @@ def _translation() -> ml_collections.ConfigDict:
 def _evaluation() -> ml_collections.ConfigDict:
     """What is shown."""
     evaluation = ml_collections.ConfigDict()
-    evaluation.overlay_slices = 4  # most anomalous slices in each case's picture
+    evaluation.overlay_slices = 4  # most anomalous slices in each case's picture; 0: no pictures
+    evaluation.report = True  # write report.html at the end
     return evaluation

@@ -93,7 +93,7 @@ def run_key(
     """
     return _as_read({
         "checkpoint": _without_path(identity), "seed": config.seed, "image_size": config.model.image_size,
-        "modalities": config.data.modalities, "evaluation": config.evaluation.to_dict(),
+        "modalities": config.data.modalities, "overlay_slices": config.evaluation.overlay_slices,
         "translation": {name: value for name, value in config.translation.to_dict().items()
                         if name not in _WITHOUT_INFLUENCE},
         "calibration": dataclasses.asdict(calibration) if dataclasses.is_dataclass(calibration) else calibration,

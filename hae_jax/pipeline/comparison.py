@@ -180,7 +180,7 @@ def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collectio
     own, trained = copy.deepcopy(config), copy.deepcopy(entry.network.config)
     with own.unlocked():
         own.translation.update(entry.settings)
-        own.evaluation.overlay_slices = 0
+        own.evaluation.overlay_slices, own.evaluation.report = 0, False  # the tables are what is looked at
         if entry.settings.get("method", own.translation.method) != config.translation.method:
             own.translation.calibration = None
         if trained is not None:

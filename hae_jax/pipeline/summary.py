@@ -137,7 +137,7 @@ class Summary:
             f"{self._how()}; look at",
             *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / METRICS)),
             provenance.RESEARCH_USE,
-            str(self.output / PAGE),
+            *([str(page)] if (page := self.output / PAGE).is_file() else []),
         ]
 
     def _empty(self) -> str:

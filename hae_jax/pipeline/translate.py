@@ -96,7 +96,8 @@ def translate(
         context = Context(config, method, origin, frozenset(case.name for case in own), missing,
                           any(map(checks.of_phantom, cases)), start)
         done = results.summary(context, unfinished, unrecorded)
-        write_report(output)
+        if config.evaluation.report:
+            write_report(output)
         return done
 
 

@@ -11,11 +11,11 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from hae_jax.data.cases import CaseFiles, ImageFile, read_case
-from hae_jax.data.layouts import MODALITIES, UNREADABLE
+from hae_jax.data.layouts import MODALITIES
+from hae_jax.data.nifti import read_volume
 from hae_jax.data.orientation import Grid
 from hae_jax.errors import UserError
 from hae_jax.report import sprites
@@ -118,11 +118,9 @@ def _read_images(case: ReadCase, name: str) -> None:
 def _read_result(case: ReadCase, path: Path, what: str) -> None:
     """A volume that translation wrote, into its place."""
     try:
-        image = nib.load(path)
-        grid = Grid(image.shape, image.affine, image.header)
-        values = grid.reorient(np.asarray(image.dataobj, np.float32))
-    except (*UNREADABLE, MemoryError) as error:
-        case.warnings.append(f"{path.name} is damaged and not shown ({' '.join(str(error).split())})")
+        values, grid = read_volume(path)
+    except UserError as error:
+        case.warnings.append(f"not shown: {error}")
         return
     case.grid = case.grid or grid
     if values.shape != case.grid.reoriented_shape:

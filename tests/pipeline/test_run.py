@@ -23,7 +23,7 @@ from hae_jax.pipeline.translate import translate
 
 
 def test_a_run_writes_everything(run, config, prepared, tmp_path):
-    config.evaluation.overlay_slices = 2
+    config.evaluation.overlay_slices, config.evaluation.report = 2, True
     report = run(devices=4)
     (name,) = read_json(prepared / "store" / "manifest.json")["split"]["test"]
     written = {f"{name}_mask.nii.gz", f"{name}_map.nii.gz", f"{name}_overlay.png", "slices", "calibration.json",
