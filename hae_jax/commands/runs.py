@@ -115,7 +115,8 @@ def network_and_config(
     Raises:
       UserError: if there is no such file or network, or an override does not fit.
     """
-    from hae_jax.pipeline.cache_key import weights_hash  # here, since --help shall not wait for JAX
+    from hae_jax.model import UNetConfig  # here, since --help shall not wait for JAX
+    from hae_jax.pipeline.cache_key import weights_hash
     from hae_jax.training.weights import load_trained, trained_folder
 
     config = None
@@ -128,6 +129,7 @@ def network_and_config(
         checkpoint = checkpoint or (newest_run(config_path, config.data.root) if named else DEMO_WEIGHTS)
     forms = dict(argument.removeprefix("--config.model.").split("=", 1) for argument in overrides
                  if argument.startswith(_FORMS))
+    UNetConfig.from_mapping(forms)  # raises for an unknown form
     network = load_trained(checkpoint, forms=forms)
     if network.config["model"].get("task") == "classify":
         raise UserError(f"{checkpoint}: is a classifier, which finds no lesions alone; name the network that it guides "
@@ -152,12 +154,13 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
       UserError: if there is no network to guide, the run holds no classifier, or its data or diffusion differ.
     """
     from hae_jax.model.classifier import GuidedNetwork
+    from hae_jax.model.config import FORM_FIELDS
     from hae_jax.pipeline.cache_key import weights_hash
     from hae_jax.training.weights import load_trained
 
     if loaded.model is None:
         raise UserError(f"--classifier {run}: the method {config.translation.method} needs no network; leave it out")
-    found = load_trained(run)
+    found = load_trained(run, forms={name: config.model[name] for name in FORM_FIELDS if name in config.model})
     if found.config["model"].get("task") != "classify":
         raise UserError(f"--classifier {run}: is no classifier; name a run of configs/classifier.py")
     wanted = config.to_dict()

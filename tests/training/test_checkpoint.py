@@ -230,6 +230,9 @@ def test_what_makes_another_run(tmp_path):
             "training": {"batch_size": 8, "mesh": (-1, 2), "accumulation": 4, "nonfinite": "skip",
                          "validate_every": 10, "validation_slices": 8, "wandb": "a", "steps": 9}}
     check_same_run(tmp_path, saved, same)
+    check_same_run(tmp_path, saved, same | {"model": {"num_heads": 4, "attention": "cudnn", "convolution": "xla"}})
+    with pytest.raises(UserError, match=r"\(model\.attention_resolutions was None, is \[2\]\)"):
+        check_same_run(tmp_path, saved, same | {"model": {"num_heads": 4, "attention_resolutions": (2,)}})
     with pytest.raises(UserError, match=r"\(data\.scaling was 'slice', is 'volume'\)"):
         check_same_run(tmp_path, saved, same | {"data": {"scaling": "volume"}})
     other = same | {"seed": 1, "diffusion": {"noise": "simplex"}}

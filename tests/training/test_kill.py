@@ -42,7 +42,8 @@ def train(said, store, workdir):
                          "channel_mult": (1,), "attention_resolutions": (), "dropout": 0.0})
     config.training.update({
         "batch_size": 2, "steps": STEPS, "log_every": LOG_EVERY, "save_every": SAVE_EVERY, "sample_every": 0,
-        "validate_every": VALIDATE_EVERY, "validation_slices": 2, "ema_rates": (0.9,), "learning_rate": 1e-3})
+        "validate_every": VALIDATE_EVERY, "validation_slices": 2, "localization_every": 0,
+        "ema_rates": (0.9,), "learning_rate": 1e-3})
     said.send("begins")
     loop.train(config, workdir)
 
