@@ -22,6 +22,7 @@ from hae_jax.evaluation import metrics
 from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
+from hae_jax.files import disk_refuses
 from hae_jax.localization.batched import Slice
 from hae_jax.localization.map_threshold import stacked
 from hae_jax.localization.masks import Masks
@@ -92,6 +93,8 @@ def process_cases(
                 _finish(plan, done, calibrations, origins[name], inputs, before)
                 before = time.monotonic()  # not after a failure: the devices were at work on the next case already
             except _CASE_FAULTS as error:
+                if disk_refuses(error):  # it would be the same for every case after it
+                    raise
                 failed(name, _reason(error))
     return unrecorded
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from hae_jax.data.cases import CaseFiles
 from hae_jax.errors import UserError
 from hae_jax.evaluation import report
-from hae_jax.files import one_at_a_time, written_whole
+from hae_jax.files import one_at_a_time, remove_leftovers, written_whole
 from hae_jax.localization.batched import IntensityReader, SliceTranslator
 from hae_jax.localization.validation import calibrated, fits
 from hae_jax.pipeline import records
@@ -94,6 +94,8 @@ def _run(
     clock: float,
 ) -> Report:
     """What `translate` does, once it is alone; `kept` is where calibrations are."""
+    for folder in (plan.output, plan.output / records.FOLDER, kept):
+        remove_leftovers(folder)
     inputs = run_inputs(plan, identity, kept)
     if not (plan.output / CASES).exists():
         report.write_cases(plan.output / CASES, [])  # with the records, what lies here is no longer taken for cases
