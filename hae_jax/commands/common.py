@@ -1,7 +1,6 @@
 """What every command shares: user mistakes end in one line, not in a traceback."""
 
 import difflib
-import errno
 import functools
 import io
 import os
@@ -12,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from hae_jax.commands.config import DEFAULTS, fields, read_config
 from hae_jax.console import show_messages
 from hae_jax.errors import UserError
+from hae_jax.files import disk_refuses, full_places
 
 CASES_HELP = ("table that says where each case lies, instead of a folder: columns case, patient, one a modality, "
               "segmentation; paths relative to it (docs/data.md)")
 _PREFIX = "--config."
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -38,10 +37,13 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             sys.exit(_fail(f"error: {error}", 2))
         except OSError as error:
-            if error.errno not in _DISK:
+            if not disk_refuses(error):
                 raise
-            sys.exit(_fail(f"error: {error.filename or 'a file'}: {error.strerror}; what is finished is there: make "
-                           "room, then give the command again", 2))
+            where = error.filename or " and ".join(full_places()) or "the output, /tmp or /dev/shm"
+            sys.exit(_fail(f"error: {where}: {error.strerror}; what is finished is there: make room, then give the "
+                           "command again", 2))
+        except MemoryError as error:
+            sys.exit(_fail(f"error: there is not enough memory ({error}); lower the batch size or the workers", 2))
         except (RuntimeError, AssertionError) as error:
             if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
                 raise

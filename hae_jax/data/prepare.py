@@ -7,6 +7,7 @@ published PyTorch code (`npy_{train,val,test}/patient_<case>/slice_<k>.npz`), wh
 import collections
 import dataclasses
 import functools
+import glob
 import multiprocessing
 import os
 import shutil
@@ -29,7 +30,7 @@ from hae_jax.data.presence import absence, is_there
 from hae_jax.data.slices import SPLITS, CaseSlices, case_slices, split_patients
 from hae_jax.data.store import MANIFEST, StoreWriter
 from hae_jax.errors import UserError
-from hae_jax.files import folder_written_whole
+from hae_jax.files import folder_written_whole, remove_leftovers
 from hae_jax.provenance import record
 
 _WITHOUT_LABELS = "imagesTs"  # the Decathlon's and nnU-Net's cases whose labels are kept secret
@@ -126,6 +127,8 @@ def prepare(
     else:
         plan = _plan_nifti(source, modalities, image_size, train_fraction, val_fraction, seed)
     target = output.with_name(f".{os.getpid()}.new.{output.name}") if replaces else output
+    remove_leftovers(output.parent, glob.escape(target.name))
+    remove_leftovers(output.parent, f".*.new.{glob.escape(output.name)}")
     with folder_written_whole(target) as root:
         manifest, skipped, warnings = _write(root, source, plan, modalities, workers)
     if replaces:
@@ -287,8 +290,8 @@ def _in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise UserError("a worker process was killed, most likely for want of memory; "
-                            "use fewer --workers") from error
+            raise UserError(f"one of {workers} worker processes was killed, most likely for want of memory; use fewer "
+                            "--workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -22,7 +22,7 @@ from hae_jax.evaluation import metrics
 from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
-from hae_jax.files import write_json
+from hae_jax.files import disk_refuses, write_json
 from hae_jax.localization.batched import Slice
 from hae_jax.localization.map_threshold import stacked
 from hae_jax.localization.masks import Masks
@@ -33,6 +33,7 @@ from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 
 _LOG = logging.getLogger(__name__)
+SLICES = "slices"  # folder of what the report page reads
 _CASE_FAULTS = (UserError, OSError, MemoryError)  # what concerns one case; everything else is a bug and ends the run
 _READ_AHEAD = 2  # cases, while the devices work on those before
 
@@ -67,29 +68,23 @@ class CaseWork(NamedTuple):
     baseline: CalibratedMethod | None
 
 
-def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Translator) -> dict[str, str]:
+def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Translator) -> None:
     """Translates cases, writes each one's files as soon as it is complete, and its record after them.
 
-    A case that fails leaves a record that says why; the others go on. Where not even that can be written, the reason
-    is returned, by the case's name.
+    A case that fails leaves a record that says why; the others go on.
 
     Args:
       work: what is done with each.
       cases: those to work on.
       translator: the run's method at work.
+
+    Raises:
+      OSError: nothing can be written any more, which would be the same for every case after it.
     """
     files = {case.name: case for case in cases}
     for case in cases:
         work.results.begin(case)
-    before, unrecorded = time.monotonic(), {}
-
-    def failed(name: str, reason: str) -> None:
-        try:
-            work.results.fail(name, reason)
-        except OSError:  # the disk is full, say, which may be the very reason
-            unrecorded[name] = reason
-        _LOG.info("failed %s: %s", name, reason)
-
+    before = time.monotonic()
     with tqdm(total=len(cases), desc="translating",
               bar_format="{l_bar}{bar}| {n:.1f}/{total_fmt} cases [{elapsed}<{remaining}]") as bar:
         for name, done in _translated(cases, work.config, translator, bar):
@@ -99,8 +94,10 @@ def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Transl
                 _finish(work, files[name], done, before)
                 before = time.monotonic()  # not after a failure: the devices were at work on the next case already
             except _CASE_FAULTS as error:
-                failed(name, _reason(error))
-    return unrecorded
+                if disk_refuses(error):
+                    raise
+                work.results.fail(name, _reason(error))
+                _LOG.info("failed %s: %s", name, _reason(error))
 
 
 def _reason(error: Exception) -> str:
@@ -177,7 +174,7 @@ def _finish(work: CaseWork, files: CaseFiles, done: TranslatedCase, before: floa
     if config.translation.save_probability:
         volumes |= probability_volumes(case, method, done.result, masks, calibration)
     shown = config.evaluation.overlay_slices > 0
-    documents = {f"slices/{case.name}.json": _slices(files, case, masks), **meaning_files(case.name, volumes)}
+    documents = {f"{SLICES}/{case.name}.json": _slices(files, case, masks), **meaning_files(case.name, volumes)}
     written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *documents,
                *([_overlay(case.name)] if shown else [])]
     work.results.writing(case.name, written)

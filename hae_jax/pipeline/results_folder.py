@@ -117,11 +117,7 @@ class ResultsFolder:
         self._replace(case, dataclasses.replace(self._begun[case], files=tuple(files), row=row), measured)
 
     def fail(self, case: str, reason: str) -> None:
-        """Writes why a case has no results.
-
-        Raises:
-          OSError: if not even that can be written.
-        """
+        """Writes why a case has no results."""
         self._replace(case, dataclasses.replace(self._begun[case], failed=reason), None)
 
     def invalidate(self, cases: Sequence[CaseFiles]) -> None:
@@ -152,7 +148,7 @@ class ResultsFolder:
         else:
             baseline.save(self.path / BASELINE)
 
-    def summary(self, context: Context, worked_on: Sequence[CaseFiles], unrecorded: Mapping[str, str]) -> Summary:
+    def summary(self, context: Context, worked_on: Sequence[CaseFiles]) -> Summary:
         """Writes the tables of all cases with this key, those of other shards included.
 
         Shards may end at the same time; the one that writes last looks once more, so that no case is left out.
@@ -160,11 +156,9 @@ class ResultsFolder:
         Args:
           context: of the run.
           worked_on: the cases that this run has worked on.
-          unrecorded: those of them that failed without a record, with the reason. Older results may lie there.
         """
         while True:
-            records = {name: record for name, record in self.records().items() if name not in unrecorded}
-            tally = Tally()
+            records, tally = self.records(), Tally()
             for name in [name for name, record in records.items() if record.row]:
                 measured = self.measured(name)
                 if self._has_results(name):
@@ -172,13 +166,12 @@ class ResultsFolder:
                 else:  # another process has begun it anew
                     del records[name]
             names = [case.name for case in worked_on]
-            failures = {name: _CHANGED for name in names if name not in records} | dict(unrecorded)
-            done = summarise(self.path, context, [case.name for case in self.cases], records, tally, names, failures)
+            changed = {name: _CHANGED for name in names if name not in records}
+            done = summarise(self.path, context, [case.name for case in self.cases], records, tally, names, changed)
             # Without anything done, the manifest goes on to tell of the run that has made the results.
             write_tables(self.path, self.key, context, records, done,
                          rewrite_manifest=bool(done.translated or done.failed) or self.key_of_tables() != self.key)
-            others = [case for case in self.cases if case.name not in {*records, *unrecorded}]
-            if all(self._record(case) is None for case in others):
+            if all(self._record(case) is None for case in self.cases if case.name not in records):
                 return done
 
     def records(self) -> dict[str, Record]:

@@ -236,7 +236,7 @@ def write_tables(output: Path, key: Mapping[str, Any], context: Context, records
 
 
 def summarise(output: Path, context: Context, cases: Sequence[str], records: Mapping[str, Record], tally: Tally,
-              worked_on: Sequence[str], failures: Mapping[str, str]) -> Summary:
+              worked_on: Sequence[str], changed: Mapping[str, str]) -> Summary:
     """Sums a run up.
 
     Args:
@@ -246,11 +246,11 @@ def summarise(output: Path, context: Context, cases: Sequence[str], records: Map
       records: those with the run's key, by the case's name.
       tally: of the finished ones.
       worked_on: names of the cases that this run has worked on.
-      failures: of these, by name.
+      changed: those of them whose files were changed meanwhile, with what is said of that.
     """
     finished, results = _finished(records), tally.results()
     phantom = context.phantom or any(record.phantom for record in records.values())
-    failed = context.missing | {name: record.failed for name, record in records.items() if record.failed} | failures
+    failed = context.missing | {name: record.failed for name, record in records.items() if record.failed} | changed
     slices = sum(row.slices for row in finished)
     return Summary(
         output, len(finished), sum(name not in failed for name in worked_on),

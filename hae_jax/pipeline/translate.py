@@ -10,14 +10,14 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
-from hae_jax.files import one_at_a_time
+from hae_jax.files import one_at_a_time, remove_leftovers
 from hae_jax.localization.batched import IntensityReader, SliceTranslator
 from hae_jax.localization.methods import IntensityThreshold, make_method
 from hae_jax.pipeline import checks
 from hae_jax.pipeline.cache_key import calibration_key, run_key
 from hae_jax.pipeline.calibrations import available, calibrated, writable
-from hae_jax.pipeline.per_case import CalibratedMethod, CaseWork, process_cases
-from hae_jax.pipeline.results_folder import ResultsFolder
+from hae_jax.pipeline.per_case import SLICES, CalibratedMethod, CaseWork, process_cases
+from hae_jax.pipeline.results_folder import RECORDS, ResultsFolder
 from hae_jax.pipeline.summary import Context, Summary
 from hae_jax.report.write import write_report
 
@@ -74,11 +74,12 @@ def translate(
     results = ResultsFolder(output, run_key(config, identity, calibration or key, baseline is not None), cases)
     with one_at_a_time(results.lock(shard, num_shards), lambda: _LOG.info(
             "%s: another run is at work there; waiting for its end", output)):
+        for folder in (output, output / RECORDS, output / SLICES, kept):
+            remove_leftovers(folder)
         own = cases[shard::num_shards]
         unfinished = [case for case in own if overwrite or not results.finished(case)]
         if not overwrite:
             results.check_namesakes(unfinished)
-        unrecorded = {}
         # Without cases to do, the tables may still be another run's, that has added its cases with other settings.
         if unfinished or (own and results.key_of_tables() != results.key):
             translator = _translator(model, method, config, mesh)
@@ -91,11 +92,11 @@ def translate(
             results.save_calibrations(localizer.calibration, beside and beside.calibration)
             if unfinished:
                 translator.prepare((config.model.image_size, config.model.image_size, config.model.in_channels))
-                unrecorded = process_cases(CaseWork(config, results, localizer, beside), unfinished, translator)
+                process_cases(CaseWork(config, results, localizer, beside), unfinished, translator)
         origin = {"checkpoint": dict(identity), "devices": [str(device) for device in mesh.devices.flat]}
         context = Context(config, method, origin, frozenset(case.name for case in own), missing,
                           any(map(checks.of_phantom, cases)), start)
-        done = results.summary(context, unfinished, unrecorded)
+        done = results.summary(context, unfinished)
         if config.evaluation.report:
             write_report(output)
         return done

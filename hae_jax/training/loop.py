@@ -215,10 +215,13 @@ def _loop(
         process_index=jax.process_index(), process_count=jax.process_count(), workers=run.config.data.workers,
         prefetch=run.config.data.prefetch, balance=run.config.data.balance,
         healthy_only=run.config.data.healthy_only, scaling=run.config.data.scaling)
-    pending, stopping = None, False
+    pending, stopping, saved = None, False, start
     for done in range(start + 1, training.steps + 1):
         profiler.before(done)
-        batch = report.next(batches)
+        try:
+            batch = report.next(batches)
+        except UserError as error:
+            raise _saved_first(run, checkpoints, state, pending, saved, error) from error
         # Asked to stop, a process says so to all of them through the batch: they must stop at the same step.
         stop = np.full(len(batch["label"]), guard.stop_requested(), np.int32)
         inputs = {"image": batch["image"], "label": batch["label"], "stop": stop}
@@ -237,9 +240,25 @@ def _loop(
             state = report.write(done, state)
         if save:
             checkpoints.save(state, run.tree)
+            saved = done
         profiler.after(done, state)
         if stopping and done < training.steps:
             raise guard.stopped(run.workdir, done)
+
+
+def _saved_first(
+    run: Run, checkpoints: Checkpoints, state: TrainState, pending: tuple[int, dict[str, jax.Array]] | None, saved: int,
+    error: UserError,
+) -> UserError:
+    """Saves what was trained before the data ended; the error with what is kept. `saved` is the last step on disk."""
+    done = saved if pending is None else pending[0]
+    if done > saved and jax.process_count() == 1:  # several must save together, and the others still wait
+        _stop_unless_finite(run, checkpoints, *pending)
+        checkpoints.save(state, run.tree)
+        saved = done
+    lost = f", {done - saved} steps after it are lost" if done > saved else ""
+    kept = f"step {saved} is saved{lost}: the same command goes on from there" if saved else f"nothing is saved{lost}"
+    return UserError(f"{error}; {kept}")
 
 
 def _sampler(run: Run, graph: nnx.GraphDef) -> Callable | None:

@@ -1,11 +1,14 @@
 """The order of training slices is a function of (seed, position); evaluation sees every slice once."""
 
 import itertools
+import multiprocessing
+import signal
 import time
 
 import numpy as np
 import pytest
 
+from hae_jax.data import batches as batches_module
 from hae_jax.data.batches import train_batches
 from hae_jax.data.slices import CaseSlices, to_model_range
 from hae_jax.data.store import StoreWriter, open_store
@@ -113,6 +116,10 @@ def test_worker_processes_and_no_prefetch_change_nothing(reader):
     try:
         for batch in expected:
             assert_equal(next(workers), batch)
+        for child in multiprocessing.active_children():
+            child.kill()
+        with pytest.raises(UserError, match=r"one of 2 data workers was killed \(SIGKILL\).*set data\.workers=0"):
+            take(workers, 20)  # what was read ahead comes first
     finally:
         workers.close()
 
@@ -168,3 +175,21 @@ def test_numbers_that_do_not_fit(reader, options, says):
 def test_empty_split_is_named(store):
     with pytest.raises(UserError, match=r"val: the split has no slices"):
         train_batches(store.split("val"), batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (RuntimeError(f"Worker process was terminated unexpectedly with exit code {-signal.SIGBUS}."), "/dev/shm"),
+    (RuntimeError("terminated unexpectedly with exit code 3."), "exit status 3"),
+    (OSError(28, "No space left on device"), "no room in /dev/shm"),
+])
+def test_a_worker_s_death_is_one_line(reader, monkeypatch, error, says):
+    def died():
+        raise error
+        yield
+
+    monkeypatch.setattr(batches_module.grain.IterDataset, "mp_prefetch", lambda *_: died())
+    with pytest.raises(UserError, match=rf"one of 2 data workers .*{says}.*set data\.workers=0"):
+        next(train_batches(reader, batch_size=6, seed=3, workers=2))
+    error = RuntimeError("ours")
+    with pytest.raises(RuntimeError, match="ours"):
+        next(train_batches(reader, batch_size=6, seed=3, workers=2))
