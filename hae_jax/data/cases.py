@@ -16,6 +16,7 @@ from hae_jax.data.layouts import MODALITIES, CaseFiles, ImageFile, find_cases, i
 from hae_jax.data.lesion_mask import lesion_mask
 from hae_jax.data.nifti import header_warnings, read_volume
 from hae_jax.data.orientation import ORIENTATION, Grid
+from hae_jax.data.preprocessing_signs import preprocessing_signs
 from hae_jax.data.presence import absence
 from hae_jax.errors import UserError
 
@@ -68,6 +69,7 @@ def read_case(files: CaseFiles) -> Case:
         values = _read_on_grid(ImageFile("segmentation", files.segmentation), grid, files.images[0].path)
         mask, doubts = lesion_mask(files.segmentation, values, volumes)
         warnings += doubts
+    warnings += preprocessing_signs(volumes, grid.reoriented_affine, tuple(wanted))
     return Case(files.name, volumes, grid.reoriented_affine, grid, mask, warnings)
 
 

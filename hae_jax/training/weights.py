@@ -1,4 +1,4 @@
-"""A trained network as two files: weights in half precision and the config, small enough to share.
+"""A trained network as two files, small enough to share: the weights, in half or full precision, and the config.
 
 `model.safetensors` holds the EMA weights under PyTorch's names, `config.json` the config tree of the training with the
 step. Unlike a run folder it cannot be resumed.
@@ -39,14 +39,22 @@ def export_weights(run: str | Path, folder: str | Path) -> Network:
     return network
 
 
-def write_weights(folder: str | Path, model: nnx.Module, config: Mapping[str, Any], step: int) -> None:
-    """Writes a network's parameters in half precision and its config to `folder`, replacing earlier ones."""
+def write_weights(
+    folder: str | Path, model: nnx.Module, config: Mapping[str, Any], step: int, *, parameters: str | None = None
+) -> None:
+    """Writes a network's parameters and its config to `folder`, replacing earlier ones.
+
+    Args:
+      parameters: which ones they are, for the network's identity; they are then written in full precision. None: EMA
+        parameters, in half precision.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # without it, half-written weights are not taken for a network
     (folder / WEIGHTS).unlink(missing_ok=True)
-    write_state_dict(folder / WEIGHTS, {name: value.astype(np.float16) for name, value in torch_state(model).items()})
-    write_json(folder / CONFIG, {"step": step, "config": config})
+    kind = np.float16 if parameters is None else np.float32
+    write_state_dict(folder / WEIGHTS, {name: value.astype(kind) for name, value in torch_state(model).items()})
+    write_json(folder / CONFIG, {"step": step, "parameters": parameters, "config": config})
 
 
 def trained_folder(path: str | Path) -> Path:
@@ -90,5 +98,6 @@ def load_weights(folder: str | Path, forms: Mapping[str, str] | None = None) -> 
     model = nnx.merge(graph, params)
     load_torch_state(model, read_state_dict(path.with_name(WEIGHTS)))
     identity = {"path": str(Path(folder) / WEIGHTS), "step": step,
-                "parameters": f"ema {config['training']['ema_rates'][0]}, half precision"}
+                "parameters": described.get("parameters")
+                or f"ema {config['training']['ema_rates'][0]}, half precision"}
     return Network(config, model, identity)

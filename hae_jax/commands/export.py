@@ -1,0 +1,58 @@
+"""`hae-export`: a network to share, or masks to train on."""
+
+import argparse
+from collections.abc import Sequence
+
+from hae_jax.commands.common import entry_point
+from hae_jax.errors import UserError
+
+_DESCRIPTION = """\
+Write a trained network as a folder for the Hugging Face Hub (--to), or the masks of a run as a training set for nnU-Net
+(--nnunet)."""
+_EPILOG = """\
+examples:
+  hae-export --to shared/my-network --checkpoint runs/a --license apache-2.0 --results runs/a/translation
+  hae-export --nnunet nnUNet_raw/Dataset501_Lesion --results results --cases 100
+
+--to: model.safetensors, config.json, calibration.json and README.md, the model card. translate.py --checkpoint and
+Localizer.load take the folder as it is; upload it with hf upload NAME shared/my-network.
+--nnunet: imagesTr, labelsTr and dataset.json, the surest cases first (sure_cases.csv); the run must have been made with
+--save-probability. Research use only; not a medical device."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hae-export", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--to", metavar="FOLDER", help="new folder for the network")
+    target.add_argument("--nnunet", metavar="FOLDER", help="new folder for the dataset")
+    parser.add_argument("--checkpoint", metavar="RUN", default="phantom", help="with --to: folder that train.py wrote, "
+                        "or name of shipped weights (default: %(default)s)")
+    parser.add_argument("--results", metavar="FOLDER", help="of translate.py: the metrics for the card, or the masks")
+    parser.add_argument("--license", metavar="ID", default="unknown", help="with --to: of the weights, as the Hub "
+                        "calls it (default: %(default)s)")
+    parser.add_argument("--half", action="store_true", help="with --to: weights in half precision, without the "
+                        "calibration, which does not fit them any more")
+    parser.add_argument("--cases", type=int, metavar="N", help="with --nnunet: the N surest cases (default: all)")
+    return parser
+
+
+@entry_point
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and writes the folder."""
+    arguments = _parser().parse_args(argv)
+    if arguments.nnunet:
+        if not arguments.results:
+            raise UserError("--nnunet: needs the folder of masks; name it with --results")
+        from hae_jax.pipeline.nnunet import ORDER, export_nnunet
+
+        names = export_nnunet(arguments.results, arguments.nnunet, arguments.cases)
+        print(f"{len(names)} cases in {arguments.nnunet}, the surest first in {ORDER}: {', '.join(names[:5])}"
+              f"{', ...' if len(names) > 5 else ''}")
+        return
+    from hae_jax.pipeline.export import export_network
+
+    for line in export_network(arguments.checkpoint, arguments.to, license_id=arguments.license,
+                               results=arguments.results, half=arguments.half):
+        print(line)
+    print(f"network: {arguments.to}; read README.md, the card, and complete it")

@@ -1,0 +1,119 @@
+"""Masks of a run as a training set for nnU-Net: a segmentation network can then be trained without drawn masks."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from hae_jax.data.cases import CaseFiles, find_cases, read_case
+from hae_jax.errors import UserError
+from hae_jax.files import folder_written_whole, write_json
+from hae_jax.localization.volume import write_volume
+from hae_jax.provenance import RESEARCH_USE
+
+ORDER = "sure_cases.csv"
+_ML = 1000.0  # mm^3
+
+
+class _Ranked(NamedTuple):
+    case: CaseFiles
+    sureness: float
+    lesion_ml: float
+
+
+def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = None) -> list[str]:
+    """Writes imagesTr, labelsTr, dataset.json and `ORDER`, whole or not at all.
+
+    Cases are ordered by how sure their mask is, the surest first: its Dice as the probability map expects it,
+    (2 sum of p in the mask + 1 ml) / (volume of the mask + sum of p + 1 ml), which is near 1 for an empty mask where
+    little is probable.
+
+    Args:
+      results: folder of a finished run with `save_probability`.
+      folder: the dataset, such as nnUNet_raw/Dataset501_Lesion; not there yet or empty.
+      cases: how many of the surest ones to take; None: all.
+
+    Returns:
+      The names of the cases, the surest first.
+
+    Raises:
+      UserError: the run is not finished or has no probabilities, an image is not there any more, or the folder is not
+        empty.
+    """
+    results = Path(results)
+    manifest = _manifest(results)
+    modalities = tuple(manifest["config"]["data"]["modalities"])
+    if cases is not None and cases < 1:
+        raise UserError(f"--cases {cases}: give at least 1, or leave it out to take all")
+    ranked = sorted((_ranked(results, case) for case in _cases(results, manifest, modalities)),
+                    key=lambda found: -found.sureness)[:cases]
+    try:
+        with folder_written_whole(folder) as temporary:
+            for found in ranked:
+                _write_case(temporary, results, found.case)
+            _write_order(temporary / ORDER, ranked)
+            write_json(temporary / "dataset.json", {
+                "channel_names": {str(i): name for i, name in enumerate(modalities)},
+                "labels": {"background": 0, "lesion": 1}, "numTraining": len(ranked), "file_ending": ".nii.gz",
+                "name": Path(folder).name, "description": "Labels are masks found by HAE-JAX, not drawn by hand. "
+                f"{RESEARCH_USE}", "checkpoint": manifest["checkpoint"]})
+    except FileExistsError as error:
+        raise UserError(f"{folder}: is not empty; name a new folder") from error
+    return [found.case.name for found in ranked]
+
+
+def _manifest(results: Path) -> dict[str, Any]:
+    path = results / "manifest.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a folder that translate.py has finished") from error
+    finished = {name: facts for name, facts in found["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
+    if not finished:
+        raise UserError(f"{results}: no case is finished")
+    if lacking := [name for name, facts in finished.items() if f"{name}_probability.nii.gz" not in facts["files"]]:
+        raise UserError(f"{results}: no probability of {lacking[0]}, by which sure cases come first; run translate.py "
+                        "again with --save-probability")
+    return {**found, "cases": finished}
+
+
+def _cases(results: Path, manifest: Mapping[str, Any], modalities: tuple[str, ...]) -> list[CaseFiles]:
+    found: dict[str, CaseFiles] = {}
+    for folder in dict.fromkeys(facts["folder"] for facts in manifest["cases"].values()):
+        found |= {case.name: case for case in find_cases(folder, modalities)}
+    if lost := [name for name in manifest["cases"] if name not in found]:
+        raise UserError(f"{manifest['cases'][lost[0]]['folder']}: the images of {lost[0]} are not there any more")
+    return [found[name] for name in manifest["cases"]]
+
+
+def _ranked(results: Path, case: CaseFiles) -> _Ranked:
+    image: Any = nib.load(results / f"{case.name}_probability.nii.gz")
+    mask_image: Any = nib.load(results / f"{case.name}_mask.nii.gz")
+    ml = abs(np.linalg.det(image.affine[:3, :3])) / _ML
+    probability, mask = image.get_fdata(dtype=np.float32), np.asanyarray(mask_image.dataobj) > 0
+    inside, expected, volume = (ml * float(values.sum(dtype=np.float64))
+                                for values in (probability[mask], probability, mask))
+    return _Ranked(case, (2 * inside + 1) / (volume + expected + 1), volume)
+
+
+def _write_case(folder: Path, results: Path, files: CaseFiles) -> None:
+    """All channels and the label on one grid, with one header, as nnU-Net wants them."""
+    case = read_case(files)
+    for channel in range(case.volumes.shape[-1]):
+        write_volume(folder / "imagesTr" / f"{case.name}_{channel:04d}.nii.gz", case.volumes[..., channel], case.grid,
+                     "image, written by HAE-JAX")
+    mask: Any = nib.load(results / f"{case.name}_mask.nii.gz")
+    label = case.grid.reorient(np.asanyarray(mask.dataobj).astype(np.uint8))
+    write_volume(folder / "labelsTr" / f"{case.name}.nii.gz", label, case.grid,
+                 "lesion mask, HAE-JAX, research use only")
+
+
+def _write_order(path: Path, ranked: list[_Ranked]) -> None:
+    with open(path, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["case", "sureness", "lesion_ml"])
+        writer.writerows([found.case.name, f"{found.sureness:.4f}", f"{found.lesion_ml:.3f}"] for found in ranked)

@@ -1,0 +1,137 @@
+"""Networks to share and datasets for nnU-Net: what is written is taken as it is, here and by other readers."""
+
+import csv
+
+import numpy as np
+import pytest
+import SimpleITK
+from flax import nnx
+from hae_jax.pipeline.plan import calibration_inputs, identified
+from run_helpers import read_json, read_volume
+
+from hae_jax import Localizer
+from hae_jax.commands import export as command
+from hae_jax.errors import UserError
+from hae_jax.files import write_json
+from hae_jax.localization.map_threshold import MapThreshold
+from hae_jax.model import UNet
+from hae_jax.pipeline import export
+from hae_jax.pipeline.nnunet import ORDER, export_nnunet
+from hae_jax.runs import TrainedRun, load_run
+from hae_jax.training.state import network_config
+from hae_jax.training.weights import SHIPPED
+
+
+@pytest.fixture
+def trained(one_level_config, tmp_path, monkeypatch):
+    """A network as `load_run` gives it from a run folder, with a calibration of its own."""
+    config = one_level_config
+    model = UNet(network_config(config.to_dict()), nnx.Rngs(0))
+    identity = identified({"path": "runs/a/7", "step": 7, "parameters": "ema 0.9"}, model, config)
+    run = TrainedRun(model, config, identity, tmp_path / "runs" / "a")
+    made = MapThreshold("residual", "healthy_fpr", "image labels", 0.25, 0.5, 0, 1.0, 3, 4,
+                        made_with=calibration_inputs(config, None, run.method, identity))
+    (run.folder / "calibrations").mkdir(parents=True)
+    made.save(run.folder / "calibrations" / "residual_000000000000.json")
+    monkeypatch.setattr(export, "load_run", lambda source: run)
+    return run, made
+
+
+def metrics_of(folder, sha256):
+    """As translate.py writes them."""
+    value = {"mean": 0.7512, "low": 0.7, "high": 0.8, "cases": 5}
+    write_json(folder / "metrics.json", {
+        "checkpoint": {"sha256": sha256}, "phantom": True, "cases": 5, "method": "residual", "rule": "healthy_fpr",
+        "labels": "image labels", "results": {"lesion_slices": {"dice": value}, "volumes": {"hd95_mm": {
+            "mean": 3.0, "low": None, "high": None, "cases": 1}}}})
+    return folder
+
+
+def test_the_folder_is_taken_as_it_is(trained, tmp_path, capsys):
+    run, made = trained
+    metrics_of(tmp_path, run.identity["sha256"])
+    command.main(["--to", str(tmp_path / "shared"), "--license", "cc-by-4.0", "--results", str(tmp_path)])
+    assert "read README.md" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == [
+        "README.md", "calibration.json", "config.json", "model.safetensors"]
+    found = load_run(tmp_path / "shared")
+    assert {**found.identity, "path": None} == {**run.identity, "path": None}  # the same network to the last bit
+    assert Localizer.load(tmp_path / "shared").calibration.threshold == made.threshold
+    card = (tmp_path / "shared" / "README.md").read_text()
+    front = card.split("---")[1]
+    for line in ("library_name: hae-jax", "license: cc-by-4.0", "pipeline_tag: image-segmentation"):
+        assert line in front
+    assert "| Dice, lesion slices | 0.751 | 0.700 to 0.800 | 5 |" in card
+    assert "PHANTOM figures" in card
+    assert "| HD95, mm | 3.000 | - | 1 |" in card
+    assert "Research use only" in card
+
+
+def test_half_precision_leaves_the_calibration_out(trained, tmp_path):
+    (said,) = export.export_network("a", tmp_path / "shared", half=True)
+    assert "half precision changes the weights" in said
+    found = load_run(tmp_path / "shared")
+    assert found.calibration() is None
+    assert found.identity["parameters"] == "ema 0.9, half precision"
+
+
+def test_mistakes_leave_nothing(trained, tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.json: was made with another network"):
+        export.export_network("a", tmp_path / "shared", results=metrics_of(tmp_path, "other"))
+    with pytest.raises(UserError, match=r"metrics\.json: cannot be read"):
+        export.export_network("a", tmp_path / "shared", results=tmp_path / "nowhere")
+    assert not (tmp_path / "shared").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        export.export_network("a", tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_shipped_weights_are_copied(tmp_path):
+    assert export.export_network("phantom", tmp_path / "shared") == []
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "shared" / name).read_bytes() == (SHIPPED / "phantom" / name).read_bytes()
+    assert MapThreshold.load(tmp_path / "shared" / "calibration.json") == MapThreshold.load(
+        SHIPPED / "phantom" / "calibration.json")
+
+
+def test_masks_become_a_dataset_of_nnunet(run, config, three_cases, tmp_path):
+    """Seen by SimpleITK, which nnU-Net reads with: images and labels on one grid, cases in the order of sureness."""
+    config.translation.update({"method": "residual", "save_probability": True})
+    done = run(three_cases)
+    folder = tmp_path / "nnUNet_raw" / "Dataset501_Lesion"
+    command.main(["--nnunet", str(folder), "--results", str(done.output), "--cases", "2"])
+    described = read_json(folder / "dataset.json")
+    assert described["channel_names"] == {"0": "flair", "1": "t1", "2": "t1ce", "3": "t2"}
+    assert described["labels"] == {"background": 0, "lesion": 1}
+    assert (described["numTraining"], described["file_ending"]) == (2, ".nii.gz")
+    with open(folder / ORDER, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    names = [row["case"] for row in rows]
+    sureness = [float(row["sureness"]) for row in rows]
+    assert sureness == sorted(sureness, reverse=True)
+    assert all(0 <= value <= 1 for value in sureness)
+    assert {path.name for path in (folder / "labelsTr").iterdir()} == {f"{name}.nii.gz" for name in names}
+    assert len(list((folder / "imagesTr").iterdir())) == 8
+    for name in names:
+        label = SimpleITK.ReadImage(folder / "labelsTr" / f"{name}.nii.gz")
+        mask = read_volume(done.output / f"{name}_mask.nii.gz")
+        np.testing.assert_array_equal(read_volume(folder / "labelsTr" / f"{name}.nii.gz"), mask)
+        for channel, modality in enumerate(("flair", "t1", "t1ce", "t2")):
+            path = folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz"
+            original = three_cases / name / f"{name}_{modality}.nii.gz"
+            np.testing.assert_array_equal(read_volume(path), read_volume(original))
+            image = SimpleITK.ReadImage(path)
+            for look in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
+                assert getattr(image, look)() == getattr(label, look)()
+
+
+def test_what_a_dataset_needs_is_said(run, config, three_cases, tmp_path):
+    config.translation.method = "residual"
+    done = run(three_cases)
+    with pytest.raises(UserError, match=r"run translate\.py again with --save-probability"):
+        export_nnunet(done.output, tmp_path / "set")
+    with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
+        export_nnunet(tmp_path, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
