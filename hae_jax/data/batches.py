@@ -34,7 +34,7 @@ def train_batches(
     balance: bool = False,
     healthy_only: bool = False,
     scaling: str = "slice",
-) -> Iterator[dict[str, np.ndarray]]:
+) -> "grain.DatasetIterator[dict[str, np.ndarray]] | _Workers":
     """Endless batches in random order; every slice once per epoch, each epoch in another order.
 
     Batches run across the ends of epochs, so that all have the same size. Process p of P gets rows p B/P .. (p+1) B/P

@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -42,7 +43,8 @@ def stem(path: Path) -> str:
 def is_4d(path: Path) -> bool:
     """Whether a file holds several volumes; False where it cannot be read, which is reported when the case is."""
     try:
-        shape = nib.load(path).shape
+        image: Any = nib.load(path)
+        shape = image.shape
     except (*_UNREADABLE, MemoryError):
         return False
     return len(shape) > 3 and shape[3] > 1
@@ -68,7 +70,7 @@ def read_volume(
     """
     _check_file(path)
     with _reading(path):
-        image = nib.load(path)
+        image: Any = nib.load(path)
     _check_kind(path, image)
     _check_shape(path, image.shape, () if volume is None else (volumes,), wanted)
     affine = _affine_mm(path, image)
@@ -158,7 +160,7 @@ def _check_file(path: Path) -> None:
 def _check_kind(path: Path, image: object) -> None:
     if not isinstance(image, nib.Nifti1Image):  # CIFTI, Analyze, ...
         raise UserError(f"{path}: is {type(image).__name__.removesuffix('Image')}, not a NIfTI volume; convert it")
-    dtype = image.get_data_dtype()
+    dtype = np.dtype(image.get_data_dtype())
     if dtype.kind == "c":
         raise UserError(f"{path}: holds complex numbers ({dtype}); export the magnitude image")
     if dtype.names:
