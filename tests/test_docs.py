@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hae_jax.configs import default
+from hae_jax.data import layout_rules
 from hae_jax.localization import methods
 from hae_jax.model import config as model_config
 
@@ -32,7 +33,7 @@ def page(monkeypatch):
         del model_config.VARIANTS[name]
 
 
-def test_extending(page):
+def test_extending(page, tmp_path):
     found = page("extending.md")
     config = default.get_config()
     config.translation.method = "one-step"
@@ -44,3 +45,9 @@ def test_extending(page):
     assert result.mask.shape == result.anomaly_map.shape == (8, 16, 16)
     assert result.pseudo_healthy.shape == (8, 16, 16, 1)
     assert found["model"].config.variant == "hae_v2c_wide"
+    for name in ("flair/a", "t1/a", "flair/b", "t1/b", "lesion/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.nii.gz").touch()
+    cases = found["by_modality_folder"](layout_rules.Folder(tmp_path, {}, True), ("flair", "t1"))
+    assert [(case.name, case.segmentation) for case in cases] == [
+        ("a", None), ("b", tmp_path / "lesion" / "b.nii.gz")]

@@ -28,6 +28,7 @@ SEGMENTATIONS = ("seg", "label-l_desc-t1lesion_mask", "consensus_gt", "lesion_ma
 BRAIN_OR_LESION = ("label", "labels", "mask")  # taken only with an image's name: they may as well be the brain's
 
 _MODALITY_OF = {word: modality for modality, words in SYNONYMS.items() for word in words}
+_CHANNEL_OF = {re.sub("[^a-z0-9]", "", word): modality for word, modality in _MODALITY_OF.items()}
 _AMBIGUOUS = ("seg", *BRAIN_OR_LESION)
 _OF_LESIONS = re.compile("gliom|infarct|lesion|stroke|tumou?r|wmh", re.IGNORECASE)  # then whatever else the name says
 # Lazy, so that the longest ending wins: the lesion mask of ATLAS is not the "_mask" of something else.
@@ -259,7 +260,7 @@ class _Channels:
         Raises:
           UserError: one is not there, or there twice.
         """
-        known = [_MODALITY_OF.get(re.sub("[^a-z0-9]", "", name.lower())) for name in self.names]
+        known = [_CHANNEL_OF.get(re.sub("[^a-z0-9]", "", name.lower())) for name in self.names]
         for modality in modalities:
             if known.count(modality) != 1:
                 raise UserError(f"{self.source}: {known.count(modality) or 'no'} channels are {modality}, one is "
