@@ -11,13 +11,25 @@ import jax
 ATTENTION = ("auto", "xla", "cudnn", "rows", "materialised")
 CONVOLUTION = ("auto", "xla", "winograd")
 _HALF = ("bfloat16", "float16")
+_ON_CPUS = {"attention": "rows", "convolution": "winograd"}
+
+
+def automatic(operation: str, platform: str) -> str:
+    """What "auto" stands for, in any dtype: the forms for CPUs on CPUs, and XLA's elsewhere.
+
+    It is never "cudnn": nobody has timed that form on a GPU yet.
+
+    Args:
+      operation: "attention" or "convolution".
+      platform: "cpu", "gpu" or "tpu".
+    """
+    return _ON_CPUS[operation] if platform == "cpu" else "xla"
 
 
 def attention_form(choice: str, dtype: Any, platform: str | None = None) -> str:
     """The form of attention that a choice stands for.
 
-    "auto" is "rows" on CPUs and "xla" elsewhere. It is never "cudnn": nobody has timed that form on a GPU yet.
-
+    - "auto": see `automatic`.
     - "xla": all heads and queries at once, and the scores computed again for the gradient.
     - "rows": head after head and some queries at a time, so that scores stay in a CPU's caches.
     - "cudnn": cuDNN's FlashAttention on GPUs in 16 bits, for head sizes that it takes; elsewhere as "auto".
@@ -31,15 +43,14 @@ def attention_form(choice: str, dtype: Any, platform: str | None = None) -> str:
     """
     platform = platform or jax.default_backend()
     if choice == "auto" or (choice == "cudnn" and not (platform == "gpu" and jax.numpy.dtype(dtype).name in _HALF)):
-        return "rows" if platform == "cpu" else "xla"
+        return automatic("attention", platform)
     return choice
 
 
 def convolution_form(choice: str, platform: str | None = None) -> str:
     """The form of convolutions that a choice stands for.
 
-    "auto" is "winograd" on CPUs and "xla" elsewhere, in any dtype.
-
+    - "auto": see `automatic`.
     - "xla": XLA's convolution and its gradients.
     - "winograd": Winograd's form, or a matrix product, for the shapes where it is faster on a CPU (`ops.cpu`).
 
@@ -47,9 +58,7 @@ def convolution_form(choice: str, platform: str | None = None) -> str:
       choice: one of `CONVOLUTION`.
       platform: "cpu", "gpu" or "tpu"; None: JAX's default backend.
     """
-    if choice == "auto":
-        return "winograd" if (platform or jax.default_backend()) == "cpu" else "xla"
-    return choice
+    return automatic("convolution", platform or jax.default_backend()) if choice == "auto" else choice
 
 
 def compiler_options() -> dict[str, Any]:
@@ -58,4 +67,5 @@ def compiler_options() -> dict[str, Any]:
     On CPUs, the order of operations that needs the least memory: measured, a tenth less, and a little faster. There are
     none elsewhere, since nothing was measured there.
     """
-    return ({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else {})
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
