@@ -268,6 +268,8 @@ def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
                         f"(1, 1, {image_size}, {image_size}); set --image-size to the slices' own")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise UserError(f"{path}: holds NaN or infinite values; repair or remove the case")
+    if y.min() < 0:
+        raise UserError(f"{path}: y holds {y.min():g}; a lesion mask is 0 outside and positive inside")
     return np.ascontiguousarray(x[0].transpose(1, 2, 0)), y[0, 0]
 
 

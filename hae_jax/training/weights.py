@@ -85,8 +85,8 @@ def load_weights(folder: str | Path) -> Network:
         rate = float(config["training"]["ema_rates"][0])
         graph, params = abstract_network(network_config(config))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: is not the config of a network ({type(error).__name__}: {error}); copy the folder "
-                        "again") from error
+        raise UserError(f"{path}: cannot be read as the config of a network ({type(error).__name__}: {error}); copy "
+                        "the folder again") from error
     model = nnx.merge(graph, params)
     load_torch_state(model, read_state_dict(path.with_name(WEIGHTS)))
     identity = {"path": str(Path(folder) / WEIGHTS), "step": step,
