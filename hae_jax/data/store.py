@@ -236,14 +236,14 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 def _broken_field(manifest: dict[str, Any]) -> str | None:
     """The first field that is not as `StoreWriter` writes it, of those that the program uses."""
-    shape = manifest.get("slice_shape", ())
     counts, names = ("cases", "slices", "lesion_slices"), manifest.get("modalities", [])
+    shape = manifest.get("slice_shape", ())
     checks = {
         "files": lambda files: all(_is_count(facts["bytes"]) and isinstance(facts["sha256"], str)
                                    for facts in files.values()),
         "splits": lambda splits: all(_is_count(splits[split][key]) for split in SPLITS for key in counts),
         "cases": lambda cases: isinstance(cases, list) and all(
-            isinstance(case["name"], str) and {"split", "shape", "affine"} <= case.keys() for case in cases),
+            isinstance(case["name"], str) and _is_grid(case["shape"], case["affine"]) for case in cases),
     }
     for field, check in checks.items():
         try:
@@ -254,7 +254,18 @@ def _broken_field(manifest: dict[str, Any]) -> str | None:
             return field
     if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(map(_is_count, shape))):
         return "slice_shape"
+    if not isinstance(manifest.get("split", {}), dict):
+        return "split"
     return None if isinstance(names, list) and all(isinstance(name, str) for name in names) else "modalities"
+
+
+def _is_grid(shape: Any, affine: Any) -> bool:
+    """Whether these can be a volume's shape and affine; both may be None."""
+    if affine is not None:
+        rows = [row for row in affine if len(row) == 4 and all(isinstance(x, int | float) for x in row)]
+        if len(rows) != 4 or len(affine) != 4:
+            return False
+    return shape is None or (isinstance(shape, list) and len(shape) == 3 and all(map(_is_count, shape)))
 
 
 def _is_count(value: Any) -> bool:

@@ -84,7 +84,7 @@ def load_weights(folder: str | Path) -> Network:
         config, step = described["config"], int(described["step"])
         rate = float(config["training"]["ema_rates"][0])
         graph, params = abstract_network(network_config(config))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # whatever the network raises for settings that cannot be
         raise UserError(f"{path}: cannot be read as the config of a network ({type(error).__name__}: {error}); copy "
                         "the folder again") from error
     model = nnx.merge(graph, params)
