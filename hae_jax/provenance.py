@@ -1,6 +1,7 @@
 """What a result folder says about its own making: versions, git revision, host, time."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ten
              "scikit-learn", "scikit-image", "nibabel", "nilearn")
 
 
+@functools.cache
 def git_revision() -> str | None:
     """The commit that this source tree is at (`-dirty` appended when edited), or None outside a checkout of its own.
 

@@ -71,10 +71,18 @@ def load_run(run: str | Path, settings: Mapping[str, Any] | None = None, *, ema:
 
 
 def completed_config(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The config that a network was saved with; fields it does not know yet have their defaults."""
+    """The config that a network was saved with; fields it does not know yet have their defaults.
+
+    Raises:
+      UserError: it is not one.
+    """
     config = default.get_config()
-    with config.unlocked():
-        config.update(as_config(tree))
+    try:
+        with config.unlocked():
+            config.update(as_config(tree))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"the config that the network was saved with is damaged ({error}); copy its folder again, or "
+                        "take another checkpoint") from error
     return config
 
 

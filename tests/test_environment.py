@@ -47,6 +47,7 @@ def test_a_hook_s_variables_name_no_other_revision(monkeypatch, tmp_path):
     git(tmp_path, "init", "-q")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    provenance.git_revision.cache_clear()
     assert provenance.git_revision() == own
 
 

@@ -1,6 +1,7 @@
 """What every command shares: user mistakes end in one line, not in a traceback."""
 
 import difflib
+import errno
 import functools
 import io
 import os
@@ -15,6 +16,7 @@ from hae_jax.files import disk_refuses, full_places
 
 CASES_HELP = ("table that says where each case lies, instead of a folder: columns case, patient, one a modality, "
               "segmentation; paths relative to it (docs/data.md)")
+_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE)
 _PREFIX = "--config."
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
@@ -37,6 +39,8 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             sys.exit(_fail(f"error: {error}", 2))
         except OSError as error:
+            if error.errno in _OF_THE_SYSTEM and error.filename:
+                sys.exit(_fail(f"error: {error.filename}: {error.strerror}; check its permissions and the disk", 2))
             if not disk_refuses(error):
                 raise
             where = error.filename or " and ".join(full_places()) or "the output, /tmp or /dev/shm"

@@ -11,6 +11,7 @@ import collections
 import csv
 import dataclasses
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def _problem(cells: dict[str, str], files: dict[str, Path | None], surplus: int)
             return f"columns {seen[file]} and {column} name one file, {file}"
         if not file.name.endswith(EXTENSIONS):
             return f"{column} {file}: ends in none of {', '.join(EXTENSIONS)}"
-        if reason := "missing" if file.is_dir() else absence(file):
+        if reason := "missing" if os.path.isdir(file) else absence(file):
             return f"{column} {file}: {'no such file' if reason == 'missing' else reason}"
         seen[file] = column
     return None

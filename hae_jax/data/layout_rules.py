@@ -269,10 +269,17 @@ class _Channels:
         return {modality: known.index(modality) for modality in modalities}
 
 
+def _may_be_there(path: Path) -> bool:
+    try:
+        return is_there(path)
+    except OSError:  # the folder above is closed, which is not what was asked for
+        return False
+
+
 def _read_channels(folder: Folder) -> _Channels | None:
     """What dataset.json in a folder or the one above it says about the channels; None without such a file."""
     path = next((path for path in (folder.path / "dataset.json", folder.absolute.parent / "dataset.json")
-                 if is_there(path)), None)
+                 if _may_be_there(path)), None)
     if path is None:
         return None
     if reason := absence(path):

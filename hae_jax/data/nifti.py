@@ -29,6 +29,7 @@ SIZES_AGREE = 0.01  # relative difference of two voxel sizes that says nothing
 _UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, KeyError, AttributeError, zlib.error,
                ImageFileError, HeaderDataError)
 _UNITS = {0: ("unknown", 1.0), 1: ("metres", 1000.0), 2: ("millimetres", 1.0), 3: ("micrometres", 0.001)}  # -> mm
+_CODES = range(6)  # of the space that sform and qform lead to
 _GZIP = b"\x1f\x8b"
 _HEADER_SIZES = {348, 540}  # the first number of a NIfTI-1 or NIfTI-2 file
 _CHUNK = 2**22  # bytes
@@ -187,9 +188,13 @@ def _affine_mm(path: Path, image: nib.Nifti1Image) -> np.ndarray:  # [4, 4]
     if unit is None:
         raise UserError(f"{path}: its unit of length is not known (xyzt_units is {int(header['xyzt_units'])}); correct "
                         "the header")
+    with _reading(path), image.file_map["image"].get_prepare_fileobj("rb") as stream:
+        stored = type(header).from_fileobj(stream, check=False)  # before nibabel's repairs, which guess
+    for code in ("sform_code", "qform_code"):
+        if int(stored[code]) not in _CODES:
+            raise UserError(f"{path}: its header is damaged ({code} is {int(stored[code])}); copy or export it again")
     if header["sform_code"] == 0:  # else the voxel size is the sform's
-        with _reading(path), image.file_map["image"].get_prepare_fileobj("rb") as stream:
-            sizes = type(header).from_fileobj(stream, check=False)["pixdim"][1:4]  # nibabel makes 1 of 0
+        sizes = stored["pixdim"][1:4]  # nibabel makes 1 of 0
         if not np.isfinite(sizes).all() or not sizes.all():
             raise UserError(f"{path}: its header gives no voxel size (pixdim is {', '.join(map(str, sizes))}); correct "
                             "the header")

@@ -11,8 +11,11 @@ import glob
 import multiprocessing
 import os
 import shutil
+import struct
 import time
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -254,8 +257,10 @@ def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x, y = arrays["x"].astype(np.float32), arrays["y"].astype(np.float32)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError,
+            NotImplementedError, RuntimeError, SyntaxError, IndexError, struct.error, zlib.error,
+            zipfile.BadZipFile, tokenize.TokenError) as error:  # whatever the bytes of a damaged file look like
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: x and y cannot be read ({reason}); copy it again") from error
     square = (image_size, image_size)
     if x.ndim != 4 or len(x) != 1 or x.shape[2:] != square or y.shape != (1, 1, *square):
@@ -263,6 +268,8 @@ def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
                         f"(1, 1, {image_size}, {image_size}); set --image-size to the slices' own")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise UserError(f"{path}: holds NaN or infinite values; repair or remove the case")
+    if y.min() < 0:
+        raise UserError(f"{path}: y holds {y.min():g}; a lesion mask is 0 outside and positive inside")
     return np.ascontiguousarray(x[0].transpose(1, 2, 0)), y[0, 0]
 
 

@@ -5,7 +5,6 @@ B: slices, T: forward steps, M: modalities that take part.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -93,14 +92,13 @@ def loaded(
       UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
     """
     try:
-        fields = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {otherwise}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); delete it and calibrate again") from error
+        fields = files.read_json(path)
+    except UserError as error:
+        there = Path(path).is_file()
+        raise UserError(f"{error}; {'delete it and calibrate again' if there else otherwise}") from error
     try:
         return cls(**_checked_fields(fields, kinds, optional))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}; delete it and calibrate again") from error
 
 

@@ -4,7 +4,6 @@
 step. Unlike a run folder it cannot be resumed.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from flax import nnx
 
 from hae_jax import weights
 from hae_jax.errors import UserError
-from hae_jax.files import write_json
+from hae_jax.files import read_json, write_json
 from hae_jax.torch_interop.files import read_state_dict, write_state_dict
 from hae_jax.torch_interop.weights import load_torch_state, torch_state
 from hae_jax.training import checkpoint
@@ -89,15 +88,16 @@ def load_weights(folder: str | Path, forms: Mapping[str, str] | None = None) -> 
       UserError: a file is missing or damaged, or the weights do not fit the config.
     """
     path = Path(folder) / CONFIG
+    described = read_json(path)
     try:
-        described = json.loads(path.read_text())
-        config, step = described["config"], described["step"]
+        config, step = described["config"], int(described["step"])
+        rate = float(config["training"]["ema_rates"][0])
         graph, params = abstract_network(network_config(config, forms))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy the folder again") from error
+    except Exception as error:  # whatever the network raises for settings that cannot be
+        raise UserError(f"{path}: cannot be read as the config of a network ({type(error).__name__}: {error}); copy "
+                        "the folder again") from error
     model = nnx.merge(graph, params)
     load_torch_state(model, read_state_dict(path.with_name(WEIGHTS)))
     identity = {"path": str(Path(folder) / WEIGHTS), "step": step,
-                "parameters": described.get("parameters")
-                or f"ema {config['training']['ema_rates'][0]}, half precision"}
+                "parameters": described.get("parameters") or f"ema {rate}, half precision"}
     return Network(config, model, identity)

@@ -70,6 +70,15 @@ def test_a_voxel_without_size_is_refused(tmp_path, size):
         read_volume(tmp_path / "a.nii")
 
 
+def test_a_code_that_nibabel_would_repair_in_silence_is_refused(tmp_path):
+    nib.save(image(), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[254:256] = np.int16(9).tobytes()  # sform_code; without it, orientation and voxel size are others
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.nii: its header is damaged \(sform_code is 9\)"):
+        read_volume(tmp_path / "a.nii")
+
+
 COLOUR = np.zeros(VALUES.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
