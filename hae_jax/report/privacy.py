@@ -22,12 +22,12 @@ class Privacy:
           names: of all cases, in the order of their numbers.
           anonymous: whether cases are numbered.
         """
-        self._folders = sorted({folder for folder in folders if len(folder) > 1}, key=len, reverse=True)
+        self._folders = _any_of(folder for folder in folders if len(folder) > 1)
         names = list(dict.fromkeys(names))
         digits = max(3, len(str(len(names))))
         self.labels: Mapping[str, str] = {
             name: f"case_{i:0{digits}}" for i, name in enumerate(names, 1)} if anonymous else {}
-        self._hidden = sorted(self.labels, key=len, reverse=True)
+        self._hidden = _any_of(self.labels)
 
     @property
     def anonymous(self) -> bool:
@@ -40,12 +40,16 @@ class Privacy:
 
     def text(self, message: str) -> str:
         """A message without paths: of each the file name stays, and of an anonymous page not even that."""
-        for folder in self._folders:
-            message = message.replace(folder + "/", "/").replace(folder, "/the folder")
+        message = self._folders.sub(
+            lambda found: "" if message[found.end():].startswith("/") else "the folder", message)
         message = _PATH.sub((lambda found: "a file") if self.anonymous else (lambda found: found[1] or "/"), message)
-        for name in self._hidden:
-            message = message.replace(name, self.labels[name])
-        return printable(message)
+        return printable(self._hidden.sub(lambda found: self.labels[found[0]], message))
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of the texts, the longest one that fits, where no letter or digit goes on; without any, nothing."""
+    escaped = map(re.escape, sorted(set(texts), key=len, reverse=True))
+    return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(escaped) or '(?!)'})(?![A-Za-z0-9_])")
 
 
 def printable(text: str) -> str:

@@ -26,8 +26,9 @@ function fill(element, attributes, children) {
 function shown(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value)) return value.toLocaleString("en");
+  if (digits < 3) return value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(2);
-  return value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: Math.min(digits, 3) });
+  return value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: 3 });
 }
 
 // Definitions appear on hover and focus, and are read aloud.

@@ -71,9 +71,18 @@ function begin(volume) {
   byId("slice").max = volume.shape[2] - 1;
   view.at = firstLook(volume, view.entry);
   byId("scores").replaceChildren(scoreBar(volume, view.entry));
-  byId("scale").textContent = volume.map ? `Map: from 0 (dark) to ${volume.map.high} (bright)`
-    + `${volume.map.threshold ? `; the mask begins at ${volume.map.threshold}` : ""}.` : "";
+  drawScale(volume.map);
   layOut();
+}
+
+function drawScale(map) {
+  byId("scale").replaceChildren();
+  if (!map) return;
+  const colours = make("canvas", { width: 256, height: 1, class: "colours", "aria-hidden": "true" });
+  const pixels = new ImageData(256, 1);
+  HEAT.forEach((colour, i) => pixels.data.set([...colour, 255], 4 * i));
+  colours.getContext("2d").putImageData(pixels, 0, 0);
+  byId("scale").append("Map: 0 ", colours, ` ${map.high}${map.threshold ? `; the mask begins at ${map.threshold}` : ""}.`);
 }
 
 // The most anomalous slice, at the brightest place of its map.
@@ -263,7 +272,7 @@ function drawLabel(context, canvas, { width, height }, pick, bit, colour, dashed
   const ratio = devicePixelRatio || 1;
   context.lineWidth = 1.6 * ratio;
   context.strokeStyle = context.fillStyle = colour;
-  if (dashed) context.setLineDash([3 * ratio, 2.5 * ratio]);
+  if (dashed) context.setLineDash([0.55 * sx, 0.45 * sx]); // one dash for each voxel's edge
   if (filled) { context.globalAlpha *= 0.6; context.fill(); } else context.stroke();
   context.restore();
 }
