@@ -1,36 +1,86 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading JSON so that a mistake is one line."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from hae_jax.errors import UserError
+
+_ROOM = 2**20  # bytes; less is none
 
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path` and renames it to `path` when the block ends without an error.
 
-    The temporary name keeps every suffix of `path` (`.nii.gz`), since many writers choose the format by it.
+    The temporary name keeps every suffix of `path` (`.nii.gz`), since many writers choose the format by it. An error of
+    the disk names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
+        temporary.touch()
+        with _in_use(temporary):
+            yield temporary
+            os.replace(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
 
 
 def _beside(path: Path) -> Path:
     """A name that no other process takes: on a cluster, processes on other hosts may have the same number."""
     return path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.partial.{path.name}")
+
+
+@contextlib.contextmanager
+def _in_use(temporary: Path) -> Iterator[None]:
+    """Holds a lock on a temporary file or folder, by which `remove_leftovers` sees that its writer lives."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks
+            descriptor = os.open(temporary, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
+    """Removes the temporary files and folders of writers that were killed; what is being written is left alone.
+
+    Args:
+      folder: where they are.
+      name: of what they were to become; a pattern.
+    """
+    for path in Path(folder).glob(f".*.partial.{name}"):
+        with contextlib.suppress(OSError):  # somebody writes it, or the file system has no locks
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def disk_refuses(error: BaseException) -> bool:
+    """Whether an error is of a disk that is full or not to be written to: it will be the same for the next file."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def full_places() -> list[str]:
+    """The usual places of temporary data, and this folder, if there is no room there: for errors that name none."""
+    places = dict.fromkeys((os.getcwd(), tempfile.gettempdir(), "/dev/shm"))
+    return [place for place in places if os.path.isdir(place) and shutil.disk_usage(place).free < _ROOM]
 
 
 @contextlib.contextmanager
@@ -47,8 +97,9 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _beside(path)
     temporary.mkdir()
     try:
-        yield temporary
-        os.replace(temporary, path)  # an empty folder at `path` is replaced
+        with _in_use(temporary):
+            yield temporary
+            os.replace(temporary, path)  # an empty folder at `path` is replaced
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -82,3 +133,38 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all. Not-a-number is refused (JSON has none)."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file in UTF-8, with or without a byte order mark, UTF-16 or UTF-32; else it is taken as Latin-1.
+
+    Raises:
+      UserError: it cannot be read, is empty, or is not JSON: file, line and mistake.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not content.strip():
+        raise UserError(f"{path}: is empty")
+    try:
+        return json.loads(decoded(content), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from error
+    except ValueError as error:  # a number of thousands of digits, say
+        raise UserError(f"{path}: is not JSON ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deeply") from error
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8, UTF-16 or UTF-32 without its byte order mark; what is none of them is taken as Latin-1."""
+    try:
+        return content.decode(json.detect_encoding(content)).removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

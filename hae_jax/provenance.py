@@ -1,7 +1,9 @@
 """What a result folder says about its own making: versions, git revision, host, time."""
 
 import datetime
+import functools
 import importlib.metadata
+import os
 import platform
 import socket
 import subprocess
@@ -9,25 +11,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hae_jax import __version__
+
 RESEARCH_USE = "Research use only. Not a medical device; not for diagnosis or treatment."
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy", "scipy",
              "scikit-learn", "scikit-image", "nibabel", "nilearn")
 
 
+@functools.cache
 def git_revision() -> str | None:
-    """The commit that this source tree is at (`-dirty` appended when edited), or None outside a git checkout."""
+    """The commit that this source tree is at (`-dirty` appended when edited), or None outside a checkout of its own.
+
+    An installed or copied package may lie inside another project's repository, whose commit says nothing about it.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file() or _git(root, "rev-parse", "--show-toplevel") != str(root):
+        return None
+    if _git(root, "ls-files", "--error-unmatch", "pyproject.toml", __file__) is None:
+        return None
+    if 'name = "hae-jax"' not in (root / "pyproject.toml").read_text(encoding="utf-8"):
+        return None
+    return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What a git command prints; None if it fails. Variables such as GIT_DIR, which hooks set, name another one's."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *arguments], cwd=root, env=environment, capture_output=True, text=True,
+                              errors="replace", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return out.stdout.strip() or None
+    return done.stdout.strip()
 
 
 def versions() -> dict[str, str]:
-    """Python's version and that of every package which can change a result."""
-    found = {"python": platform.python_version()}
+    """The versions of this package, of Python, and of every package which can change a result."""
+    found = {"hae-jax": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -11,8 +11,8 @@ from flax import nnx
 from hae_jax.configs import default
 from hae_jax.errors import UserError
 from hae_jax.localization.methods import Method, make_method
-from hae_jax.localization.validation import fits, same_but_for_data
-from hae_jax.pipeline.plan import calibration_inputs, identified
+from hae_jax.pipeline.cache_key import calibration_key, weights_hash
+from hae_jax.pipeline.calibrations import fits, newest_for_other_data
 from hae_jax.training.weights import CALIBRATION, SHIPPED, load_trained, trained_folder
 
 
@@ -39,11 +39,11 @@ class TrainedRun(NamedTuple):
     def calibration(self) -> Any | None:
         """The calibration that came with the weights, or the newest one of this run with the same settings."""
         method = self.method
-        wanted = calibration_inputs(self.config, None, method, self.identity)
-        for find in (lambda: method.load_calibration(self.folder / CALIBRATION),
-                     lambda: method.load_calibration(same_but_for_data(method, self.folder / "calibrations", wanted))):
+        wanted = calibration_key(self.config, None, method, self.identity)
+        for find in (lambda: self.folder / CALIBRATION,
+                     lambda: newest_for_other_data(method, self.folder / "calibrations", wanted)):
             with contextlib.suppress(UserError):
-                found = find()
+                found = method.load_calibration(find())
                 if fits(found, wanted):
                     return found
         return None
@@ -66,14 +66,23 @@ def load_run(run: str | Path, settings: Mapping[str, Any] | None = None, *, ema:
         if name not in config.translation:
             raise UserError(f"translation.{name}: no such setting; see configs/default.py for the fields")
         config.translation[name] = value
-    return TrainedRun(network.model, config, identified(network.identity, network.model, config), trained_folder(run))
+    identity = {**network.identity, "sha256": weights_hash(network.model, config)}
+    return TrainedRun(network.model, config, identity, trained_folder(run))
 
 
 def completed_config(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The config that a network was saved with; fields it does not know yet have their defaults."""
+    """The config that a network was saved with; fields it does not know yet have their defaults.
+
+    Raises:
+      UserError: it is not one.
+    """
     config = default.get_config()
-    with config.unlocked():
-        config.update(as_config(tree))
+    try:
+        with config.unlocked():
+            config.update(as_config(tree))
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"the config that the network was saved with is damaged ({error}); copy its folder again, or "
+                        "take another checkpoint") from error
     return config
 
 

@@ -4,11 +4,15 @@ Options in XLA_FLAGS are kept. They and the instruction set of the processor are
 has a program, so that none is taken that was compiled for another.
 """
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
+
+from hae_jax.console import show_messages
 
 # The networks here run for a fraction of a second: compiling fast is worth more than fast code.
 _QUICK = "--xla_backend_optimization_level=0"
@@ -22,6 +26,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+show_messages()
+
 jax.devices()  # from here on their number is settled, whatever a command under test asks for
 
 
@@ -29,6 +35,22 @@ jax.devices()  # from here on their number is settled, whatever a command under 
 def golden() -> Path:
     """The folder with the reference numbers."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def on_message():
+    """Has a function called with each message that the package logs."""
+    logger, handlers = logging.getLogger("hae_jax"), []
+
+    def listen(call: Callable[[str], object]) -> None:
+        handler = logging.Handler()
+        handler.emit = lambda record: call(record.getMessage())
+        logger.addHandler(handler)
+        handlers.append(handler)
+
+    yield listen
+    for handler in handlers:
+        logger.removeHandler(handler)
 
 
 pytest_plugins = ["translated_cases", "tiny_training"]  # small cases and a toy network; slices and the smallest network

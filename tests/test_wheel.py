@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "translate", "make_phantom", "prepare_data", "ablate", "compare_methods", "convert_torch_weights",
-            "benchmark", "bids", "export")
+            "benchmark", "report", "bids", "export")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,8 @@ def test_the_shipped_network_on_a_phantom(installed):
     found = json.loads(installed("print(open('results/metrics.json').read())"))
     assert (found["method"], found["labels"]) == ("residual", "image labels")
     written = json.loads(installed("import os, json; print(json.dumps(sorted(os.listdir('results'))))"))
-    assert {"Phantom_00000_mask.nii.gz", "Phantom_00001_map.nii.gz", "cases.csv"} <= set(written)
+    assert {"Phantom_00000_mask.nii.gz", "Phantom_00001_map.nii.gz", "cases.csv", "report.html"} <= set(written)
+    assert said.splitlines()[-1] == "results/report.html"
 
 
 def test_importing_the_package_is_quick_and_leaves_jax_alone(installed):

@@ -12,6 +12,7 @@ from run_helpers import IDENTITY
 from hae_jax.configs import default
 from hae_jax.data.cases import MODALITIES
 from hae_jax.data.prepare import prepare
+from hae_jax.pipeline.cache_key import weights_hash
 from hae_jax.pipeline.translate import translate
 
 SHAPE = (20, 24, 9)
@@ -74,7 +75,7 @@ def config(prepared):
     config.translation.forward_steps = 5
     config.translation.batch_size = 4
     config.translation.components = 3
-    config.evaluation.overlay_slices = 0
+    config.evaluation.overlay_slices, config.evaluation.report = 0, False
     return config
 
 
@@ -94,7 +95,8 @@ def run(config, toy_network, mesh_of, tmp_path):
     def call(source=None, seed=0, devices=1, **options):
         options = {"output": tmp_path / "out"} | options
         network = toy_network(seed, config.model.in_channels)
-        return translate(network, IDENTITY, config, mesh_of(devices), source=source, **options)
+        identity = IDENTITY | {"sha256": weights_hash(network, config)}
+        return translate(network, identity, config, mesh_of(devices), source=source, **options)
 
     return call
 

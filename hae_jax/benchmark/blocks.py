@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from hae_jax.benchmark import naive
 from hae_jax.benchmark.measure import compile_program, in_turns, sharing_memory
-from hae_jax.benchmark.results import NAIVE, OURS, Row
+from hae_jax.benchmark.naive import NAIVE
+from hae_jax.benchmark.results import OURS, Row
 from hae_jax.diffusion.noise import gaussian, simplex
 from hae_jax.model import UNetConfig, attention, layers, sparse
 from hae_jax.model.conditioning import Context
@@ -19,6 +20,8 @@ from hae_jax.model.config import HYBRID_HEADS, NORM_GROUPS
 from hae_jax.model.flops import TRAINING_FACTOR, count_flops
 from hae_jax.model.hybrid import MultiHeadAttention
 from hae_jax.ops import group_norm
+from hae_jax.ops.convolution import conv2d
+from hae_jax.ops.forms import attention_form, convolution_form
 from hae_jax.training.mesh import batch_sharding, make_mesh, replicated
 
 _HEADS = 4  # of the attention block
@@ -45,6 +48,7 @@ class Block(NamedTuple):
       params: that all devices have.
       inputs: [B, ...] each, cut among the devices.
       has_gradients: whether gradients are of interest.
+      counted: the form whose operations count as the work that is done.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Block(NamedTuple):
     params: Any
     inputs: tuple[jax.Array, ...]
     has_gradients: bool = True
+    counted: str = OURS
 
     def placed(self, mesh: Mesh) -> tuple[Any, ...]:
         """The arguments of the forms, on the devices."""
@@ -85,8 +90,8 @@ def _rows(block: Block, gradients: bool, repeats: int, mesh: Mesh, say: Callable
     flops = [(TRAINING_FACTOR if gradients else 1) * count_flops(f, *arguments) for f in forms]
     times = [float(np.median(turn / turns[0])) for turn in turns]
     memories = [program.memory and program.memory / programs[0].memory for program in programs]
-    ours = list(block.forms).index(OURS)
-    return [Row("blocks", name, form, turns[i].tolist(), images, flops[i], flops[ours], None,
+    counted = list(block.forms).index(block.counted)
+    return [Row("blocks", name, form, turns[i].tolist(), images, flops[i], flops[counted],
                 programs[i].memory, programs[i].seconds, times[i], memories[i]) for i, form in enumerate(block.forms)]
 
 
@@ -112,24 +117,30 @@ def blocks(batch: int, dtype: str) -> Iterator[Block]:
     yield simplex_noise(batch)
 
 
-def attention_block(batch: int, dtype: str) -> Block:
-    """Over the largest map that has attention: without context, ours, and with the context materialised."""
-    side, channels = _SIZES["attention"]
-    config = UNetConfig(dtype=dtype)
-    call, params = _module(lambda: attention.AttentionBlock(channels, _HEADS, config, nnx.Rngs(0)))
+def attention_block(batch: int, dtype: str, form: str = "auto", *, small: bool = False) -> Block:
+    """Over the largest map that has attention: without context, ours, and with the context materialised.
 
-    def without(params, x, c):
-        return call(params, x, layers.Conditioning(emb=c))
+    Args:
+      batch: images.
+      dtype: of computation.
+      form: of attention, for ours.
+      small: of a size for rehearsals.
+    """
+    side, channels = (8, 32) if small else _SIZES["attention"]
 
-    def ours(params, x, c):
-        return call(params, x, layers.Conditioning(emb=c, context=Context(c, jnp.ones(len(c), bool))))
+    def call(form, sees_context):
+        config = UNetConfig(dtype=dtype, attention=form)
+        graph, params = _split(lambda: attention.AttentionBlock(channels, _HEADS, config, nnx.Rngs(0)))
 
-    def materialised(params, x, c):
-        with naive.swapped_in(("context",)):
-            return ours(params, x, c)
+        def run(params, x, c):
+            context = Context(c, jnp.ones(len(c), bool)) if sees_context else None
+            return nnx.merge(graph, params)(x, layers.Conditioning(emb=c, context=context))
 
-    inputs = _normal((batch, side, side, channels), dtype), _normal((batch, config.embedding_width))
-    forms = {"no context": without, OURS: ours, "context naive": materialised}
+        return run, params
+
+    without, params = call(form, False)
+    forms = {"no context": without, OURS: call(form, True)[0], NAIVE: call("materialised", True)[0]}
+    inputs = _normal((batch, side, side, channels), dtype), _normal((batch, UNetConfig().embedding_width))
     return Block(f"attention at {side} px", forms, params, inputs)
 
 
@@ -138,7 +149,8 @@ def _sparse_attention(dtype: str) -> Block:
     q, k, v = (_normal((1, tokens, HYBRID_HEADS, depth), dtype, seed) for seed in range(3))
 
     def ours(_, q, k, v):
-        return sparse.attend_blocks(q, k, v, sparse.block_links(tokens, jax.random.key(0)))
+        links = sparse.block_links(tokens, jax.random.key(0))
+        return sparse.attend_blocks(q, k, v, links, form=attention_form("auto", dtype))
 
     def dense(_, q, k, v):
         weights = jax.nn.softmax(jnp.einsum("bihd,bjhd->bhij", q, k) * depth**-0.5)
@@ -148,18 +160,16 @@ def _sparse_attention(dtype: str) -> Block:
     return Block(f"sparse attention, {tokens} tokens", forms, None, (q, k, v))
 
 
-def smallest_patches(batch: int, dtype: str, dropout: bool) -> Block:
-    """The sparse attention over the tokens of the smallest patches alone; in training its weights are dropped."""
-    tokens, depth = _SIZES["patches"]
+def smallest_patches(batch: int, dtype: str, form: str = "auto", *, small: bool = False) -> Block:
+    """The sparse attention over the tokens of the smallest patches alone, without dropout; as `attention_block`."""
+    tokens, depth = (256, 8) if small else _SIZES["patches"]
     qkv = [_normal((batch, tokens, HYBRID_HEADS, depth), dtype, seed) for seed in range(3)]
 
     def ours(_, q, k, v):
-        keys = jax.random.split(jax.random.key(0), (batch, HYBRID_HEADS))
         links = sparse.block_links(tokens, jax.random.key(0))
-        return sparse.attend_blocks(q, k, v, links, layers.HeadDropout(keys, _DROPOUT) if dropout else None)
+        return sparse.attend_blocks(q, k, v, links, form=attention_form(form, dtype))
 
-    name = f"sparse attention{' with dropout' if dropout else ''}, {tokens} tokens"
-    return Block(name, {OURS: ours}, None, tuple(qkv))
+    return Block(f"sparse attention, {tokens} tokens", {OURS: ours}, None, tuple(qkv))
 
 
 def _sparse_layer(batch: int, dtype: str) -> Block:
@@ -168,17 +178,18 @@ def _sparse_layer(batch: int, dtype: str) -> Block:
     forms = {}
     for form, pattern in ((OURS, "blocks"), ("dense", "dense")):
         config = UNetConfig(dtype=dtype, sparse_pattern=pattern)
-        call, params = _module(lambda config=config: MultiHeadAttention(channels, config, nnx.Rngs(0)))
-        forms[form] = lambda params, x, call=call: call(params, x, None, None, is_sparse=True)
+        graph, params = _split(lambda config=config: MultiHeadAttention(channels, config, nnx.Rngs(0)))
+        forms[form] = lambda params, x, graph=graph: nnx.merge(graph, params)(x, None, None, is_sparse=True)
     return Block(f"sparse layer, {side**2} tokens", forms, params, (_normal((batch, side**2, channels), dtype),))
 
 
 def _convolution(batch: int, dtype: str, side: int, size: int, inputs: int, outputs: int) -> Block:
     """Of side x side pixels, beside XLA's own, whatever the device."""
     x, kernel = _normal((batch, size, size, inputs), dtype), 0.1 * _normal((side, side, inputs, outputs), dtype)
-    forms = {OURS: lambda kernel, x: layers.conv2d(x, kernel, padding=side // 2),
-             NAIVE: lambda kernel, x: naive.conv2d(x, kernel, padding=side // 2)}
-    return Block(f"{side}x{side} convolution, {inputs} to {outputs} channels, {size} px", forms, kernel, (x,))
+    forms = {name: lambda kernel, x, form=form: conv2d(x, kernel, padding=side // 2, form=form)
+             for name, form in ((OURS, convolution_form("auto")), ("xla", "xla"))}
+    name = f"{side}x{side} convolution, {inputs} to {outputs} channels, {size} px"
+    return Block(name, forms, kernel, (x,), counted="xla")
 
 
 def _norm(batch: int, dtype: str) -> Block:
@@ -218,11 +229,10 @@ def simplex_noise(batch: int) -> Block:
     return Block(f"simplex noise, {size} px, {channels} channels", forms, None, (jnp.arange(batch),), False)
 
 
-def _module(make: Callable[[], nnx.Module]) -> tuple[Callable[..., jax.Array], nnx.State]:
-    """A function of parameters and arguments, and parameters of which none is zero."""
+def _split(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
+    """A module, and parameters of which none is zero."""
     graph, shapes = nnx.split(nnx.eval_shape(make))
-    params = jax.tree.map(lambda a: 0.1 * _normal(a.shape, a.dtype), shapes)
-    return lambda params, *args, **kwargs: nnx.merge(graph, params)(*args, **kwargs), params
+    return graph, jax.tree.map(lambda a: 0.1 * _normal(a.shape, a.dtype), shapes)
 
 
 def _normal(shape: tuple[int, ...], dtype: Any = "float32", seed: int = 0) -> jax.Array:

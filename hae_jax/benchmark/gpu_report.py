@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hae_jax.benchmark.table import number, render
+from hae_jax.benchmark.results import number, render
 from hae_jax.errors import UserError
 from hae_jax.files import write_json, written_whole
 from hae_jax.provenance import record
@@ -189,7 +189,7 @@ def _run(step, output, work, end, rehearse, results, done, log) -> None:
     _write(output, results)
     # Steps share what they compile: PyTorch's and the profile's step need the training step once more.
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                start_new_session=True, cwd=Path(__file__).resolve().parents[2], env=environment)
     earlier, before = len(results["figures"]), ""

@@ -1,8 +1,11 @@
-"""What a program takes: time in turns with the programs it is compared with, memory, the device's best."""
+"""What a program takes: time in turns with the programs it is compared with, memory, kernels, the device's best."""
 
+import collections
 import math
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +17,6 @@ from hae_jax.training.mesh import replicated
 
 _SHORTEST_TURN = 0.2  # seconds; quicker calls are timed several at once
 _COPIED = (2**28, 2**25)  # numbers on each device, for its speed of copying; the second one on CPUs
-# On CPUs: code that is not optimised, which the plan of the memory precedes; and the barriers by which remat keeps its
-# recomputation apart, which accelerators respect and CPUs forget.
-_PLAN_ONLY = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "cse_barrier_expander"}
 _PEAK_SIZES = {"cpu": 2048}  # of the square matrices whose product is the device's peak; 8192 elsewhere
 
 
@@ -29,20 +29,15 @@ class Compiled(NamedTuple):
     arguments: int  # bytes of them, on each device
 
 
-def compile_program(
-    lower: Callable[[], jax.stages.Lowered], devices: int, *, plan_only: bool = False,
-    options: Mapping[str, Any] | None = None,
-) -> Compiled:
+def compile_program(lower: Callable[[], jax.stages.Lowered], devices: int) -> Compiled:
     """Traces and compiles.
 
     Args:
       lower: traces the program.
       devices: that it runs on and that share one memory: the cores of a CPU; else 1.
-      plan_only: it will not be run, and is for a CPU.
-      options: of XLA, by name.
     """
     start = time.perf_counter()
-    executable = lower().compile({**(_PLAN_ONLY if plan_only else {}), **(options or {})} or None)
+    executable = lower().compile()
     seconds = time.perf_counter() - start
     plan = executable.memory_analysis()
     if plan is None:
@@ -116,3 +111,45 @@ def peak_of_first_call(device: jax.Device, call: Callable[[], Any], arguments: i
         return None
     peak = device.memory_stats()["peak_bytes_in_use"]
     return peak - before["bytes_in_use"] + arguments if peak > before["peak_bytes_in_use"] else None
+
+
+def longest_kernels(call: Callable[[], Any], count: int = 10) -> list[tuple[str, float, float]]:
+    """Profiles one call.
+
+    Returns:
+      Name, seconds on all devices together and share of all kernels' time, of those that take longest.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            call()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        total = collections.Counter()
+        for name, time_ in _own_times(jax.profiler.ProfileData.from_file(str(path))):
+            total[name] += time_
+    whole = sum(total.values())
+    return [(name, time_, time_ / whole) for name, time_ in total.most_common(count)]
+
+
+def _own_times(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
+    """The name and the seconds of each kernel, less those of the kernels within it (such as a loop's)."""
+    planes = list(profile.planes)
+    for plane in [plane for plane in planes if plane.name.startswith("/device:")] or planes:
+        for line in plane.lines:
+            yield from _own_times_of_line((event.start_ns, event.duration_ns, name) for event in line.events
+                                          if (name := dict(event.stats).get("hlo_op")))
+
+
+def _own_times_of_line(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
+    """Of (start, duration, name): events of one thread lie within each other or apart."""
+    own: list[list] = []
+    open_events: list[tuple[float, list]] = []  # (end, entry of `own`)
+    for start, duration, name in sorted(events, key=lambda event: (event[0], -event[1])):
+        while open_events and open_events[-1][0] <= start:
+            open_events.pop()
+        if open_events:
+            open_events[-1][1][1] -= duration
+        own.append([name, duration])
+        open_events.append((start + duration, own[-1]))
+    return ((name, max(duration, 0) / 1e9) for name, duration in own)

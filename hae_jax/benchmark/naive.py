@@ -1,77 +1,48 @@
 """Network and translation as they are usually written: what each of our savings is measured against.
 
-A naive piece computes the same numbers as the function that it stands in for (`tests/benchmark/test_naive.py`). It is
-swapped in while a program is traced, and only there: nothing outside the benchmark knows of it.
+A naive piece computes the same numbers as what it stands in for (`tests/benchmark/test_naive.py`). Those of the network
+are forms that its config names; those of the translation, and the plain norm of the blocks, stand here.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
-from typing import NamedTuple
-from unittest import mock
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hae_jax.diffusion.process import Denoiser, Process
+from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
-from hae_jax.localization import forward_process
-from hae_jax.localization.forward_process import HEALTHY, ForwardSettings, Translation
-from hae_jax.model import UNetConfig, attention, layers, sparse
-from hae_jax.model.conditioning import Context
-from hae_jax.ops import group_norm
+from hae_jax.localization.forward_process import HEALTHY, ForwardSettings, Translation, guided_output
+from hae_jax.model import UNetConfig
+from hae_jax.ops.forms import convolution_form
+
+NAIVE = "naive"  # all pieces together
+TRANSLATION = "translation"
+_FIELDS = {"attention": "materialised", "convolution": "xla"}  # of the network
+PIECES = (*_FIELDS, TRANSLATION)
 
 
-def attend_with_context(
-    q: jax.Array,  # [B, T, h, d]
-    k: jax.Array,  # [B, T, h, d]
-    v: jax.Array,  # [B, T, h, d]
-    context: Context | None,
-    kernel: jax.Array,  # [E, h * 2 * d], head-major: each head's k, then its v
-    bias: jax.Array,  # [h * 2 * d]
-) -> jax.Array:  # [B, T, h, d]
-    """The context as E x E product, then as E more keys and values, in one softmax over E + T tokens."""
-    batch, _, heads, depth = q.shape
-    if context is not None:
-        c = context.c.astype(q.dtype)
-        product = c[:, :, None] * c[:, None, :]  # [B, E, E]
-        projected = product @ kernel.astype(q.dtype) + bias.astype(q.dtype)
-        projected = projected.reshape(batch, -1, heads, 2, depth)
-        k = jnp.concatenate([projected[:, :, :, 0], k], axis=1)
-        v = jnp.concatenate([projected[:, :, :, 1], v], axis=1)
-    scale = depth**-0.25
-    scores = jnp.einsum("bthd,bshd->bhts", q * scale, k * scale, preferred_element_type=jnp.float32)
-    if context is not None:
-        is_pixel = jnp.arange(k.shape[1]) >= context.c.shape[1]
-        scores = jnp.where(context.seen[:, None, None, None] | is_pixel, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights, v)
+def pieces_of(baseline: str, network: UNetConfig, *, translation: bool) -> tuple[str, ...]:
+    """The pieces that a baseline makes naive in a program; empty where it makes no difference.
+
+    Args:
+      baseline: "naive" for all of them, or the name of one.
+      network: the program's network.
+      translation: whether the program is a translation.
+
+    Raises:
+      UserError: for an unknown name.
+    """
+    if baseline not in (NAIVE, *PIECES):
+        raise UserError(f"--baseline {baseline}: choose among {NAIVE}, {', '.join(PIECES)}, none")
+    changes = {"attention": network.attention != "materialised",
+               "convolution": convolution_form(network.convolution) != "xla", TRANSLATION: translation}
+    return tuple(name for name in PIECES if baseline in (NAIVE, name) and changes[name])
 
 
-def attend_blocks(
-    q: jax.Array,  # [B, N, h, d]
-    k: jax.Array,  # [B, N, h, d]
-    v: jax.Array,  # [B, N, h, d]
-    links: jax.Array,  # [blocks, seen] int32
-    drop: sparse.Drop | None = None,
-) -> jax.Array:  # [B, N, h, d]
-    """Dense attention behind an N x N mask that says the same as the links."""
-    tokens, blocks = q.shape[1], len(links)
-    seen = jnp.zeros((blocks, blocks), bool).at[jnp.arange(blocks)[:, None], links].set(True)
-    size = sparse.block_size(tokens)
-    seen = jnp.repeat(jnp.repeat(seen, size, axis=0), size, axis=1)[:tokens, :tokens]
-    return sparse.attend(q, k, v, ~seen, drop)
-
-
-def conv2d(
-    x: jax.Array,  # [B, H, W, C]
-    kernel: jax.Array,  # [kh, kw, C, D]
-    stride: int = 1,
-    padding: int = 0,
-) -> jax.Array:  # [B, H', W', D]
-    """XLA's convolution and its own gradients, whatever the device."""
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((padding, padding),) * 2,
-                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def fields_of(pieces: tuple[str, ...]) -> dict[str, str]:
+    """The fields of the network's config that make these pieces naive."""
+    return {name: value for name, value in _FIELDS.items() if name in pieces}
 
 
 def plain_group_norm(
@@ -91,63 +62,24 @@ def plain_group_norm(
     return jax.nn.silu(z) if silu else z
 
 
-class SeparateDenoisers(NamedTuple):
-    """`forward_process.Denoisers` without stacking; t are original timesteps."""
-
-    null: Denoiser
-    healthy_and_null: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-    healthy: Denoiser
-
-
-def separate_denoisers(model: Callable[..., jax.Array]) -> SeparateDenoisers:
-    """A pass for each condition, and an embedding of the timestep for each slice."""
-
-    def healthy(x, t):
-        return model(x, _rows(x, t), jnp.full(len(x), HEALTHY))
-
-    def null(x, t):
-        return model(x, _rows(x, t), null=True)
-
-    return SeparateDenoisers(null, lambda x, t: (healthy(x, t), null(x, t)), healthy)
-
-
-def _rows(x: jax.Array, t: jax.Array) -> jax.Array:  # [B, ...], [B] or [1] -> [B]
-    return jnp.broadcast_to(t, x.shape[:1])
-
-
-def predictions(
-    process: Process, denoisers: SeparateDenoisers, x: jax.Array, t: jax.Array, settings: ForwardSettings
-) -> tuple[jax.Array, jax.Array]:  # [B, H, W, C] each
-    """The guided prediction of x0 and, with a pass of its own, the reference."""
-    steps = process.original(t)
-    healthy, null = denoisers.healthy_and_null(x, steps)
-    guided = forward_process.guided_output(healthy, null, settings.guidance)
-    # Made to depend on the passes before, or XLA would see that one of them is repeated and leave it out. An
-    # optimisation barrier does not stop it; zero times a number that might be infinite must be computed.
-    again = x + 0 * guided[..., :x.shape[-1]]
-    reference = (denoisers.healthy if settings.reference == "healthy" else denoisers.null)(again, steps)
-    return process.predict(guided, x, t).x0, process.predict(reference, x, t).x0
-
-
-def stacking_walk(
+def translate(
     process: Process,
-    denoisers: SeparateDenoisers,
+    model: Callable[..., jax.Array],  # (x, t, y, null=...) -> output
     x0: jax.Array,  # [B, H, W, C]
     noise: Callable[[jax.Array], jax.Array],
     settings: ForwardSettings,
-    counts: Callable[..., jax.Array],
 ) -> Translation:
-    """Both predictions of every step are stored, [T, B, H, W, M], and curves and maps read off the stacks.
+    """The forward process with four passes a step and all predictions stored, [T, B, H, W, M].
 
-    Only for the published maps: `settings` has its defaults for those. `counts` chooses t_e while walking, and has no
-    use here.
+    Each condition has a pass of its own, and each slice an embedding of the timestep. Only for the published maps:
+    `settings` has its defaults for those.
     """
     modality = jnp.asarray(settings.modality)
 
     def step(x, t):
-        rows = jnp.full(x.shape[0], t)
-        both = forward_process._predictions(process, denoisers, x, rows, settings)
-        return forward_process._next(process, denoisers, x, x0, rows + 1, noise, settings), both
+        rows = jnp.full(len(x), t)
+        both = _predictions(process, model, x, rows, settings)
+        return _next(process, model, x, x0, rows + 1, noise, settings), both
 
     first = process.noised(x0, jnp.zeros(len(x0), jnp.int32), noise(jnp.int32(0)))
     _, stacks = jax.lax.scan(step, first, jnp.arange(settings.steps))
@@ -164,55 +96,26 @@ def stacking_walk(
     return Translation(mse, ref, diff, total / count[:, None, None], t_e, healthy)
 
 
-class _Piece(NamedTuple):
-    """A saving: which functions it consists of, each with its naive form, and where it matters."""
-
-    swaps: tuple[tuple[ModuleType, str, Callable], ...]
-    changes: Callable[[UNetConfig], bool]  # whether it makes a difference to this network
-    translation_only: bool = False
-
-
-_PIECES = {
-    "context": _Piece(((attention, "attend_with_context", attend_with_context),),
-                      lambda network: network.num_classes is not None),
-    "sparse": _Piece(((sparse, "attend_blocks", attend_blocks),),
-                     lambda network: bool(network.rules.hybrid and network.use_hae
-                                          and network.sparse_pattern == "blocks")),
-    "convolution": _Piece(((layers, "conv2d", conv2d),), lambda network: True),
-    "norm": _Piece(((group_norm, "group_norm", plain_group_norm),), lambda network: True),
-    "passes": _Piece(((forward_process, "network_denoisers", separate_denoisers),
-                      (forward_process, "_predictions", predictions)),
-                     lambda network: network.num_classes is not None, translation_only=True),
-    "stacks": _Piece(((forward_process, "_walk", stacking_walk),), lambda network: True, translation_only=True),
-}
-PIECES = tuple(_PIECES)
+def _predictions(process, model, x, t, settings) -> tuple[Any, Any]:
+    """The guided prediction of x0 and, with a pass of its own, the reference."""
+    original = process.original(t)
+    healthy, null = _healthy(model, x, original), model(x, original, null=True)
+    guided = guided_output(healthy, null, settings.guidance)
+    # Made to depend on the passes before, or XLA would see that one of them is repeated and leave it out. An
+    # optimisation barrier does not stop it; zero times a number that might be infinite must be computed.
+    again = x + 0 * guided[..., :x.shape[-1]]
+    reference = (_healthy(model, again, original) if settings.reference == "healthy"
+                 else model(again, original, null=True))
+    return process.predict(guided, x, t).x0, process.predict(reference, x, t).x0
 
 
-def pieces_of(baseline: str, network: UNetConfig, *, translation: bool) -> tuple[str, ...]:
-    """The pieces that a baseline makes naive in a program; empty where it makes no difference.
-
-    Args:
-      baseline: "naive" for all of them, or the name of one.
-      network: the program's network.
-      translation: whether the program is a translation.
-
-    Raises:
-      UserError: for an unknown name.
-    """
-    if baseline not in ("naive", *PIECES):
-        raise UserError(f"--baseline {baseline}: choose among naive, {', '.join(PIECES)}, none")
-    return tuple(name for name, piece in _PIECES.items() if baseline in ("naive", name)
-                 and piece.changes(network) and (translation or not piece.translation_only))
+def _next(process, model, x, x0, t, noise, settings) -> jax.Array:
+    """x at step t."""
+    if not settings.d_reverse:
+        return process.noised(x0, t, noise(t[0]))
+    level = t if settings.inversion == "published" else t - 1
+    return process.ddim_inversion_step(process.predict(model(x, process.original(level), null=True), x, level), level)
 
 
-@contextlib.contextmanager
-def swapped_in(pieces: Sequence[str]) -> Iterator[None]:
-    """While it lasts, programs are traced with these pieces naive. What was traced before keeps its form.
-
-    Functions that have been traced must be made anew, since JAX keeps what it has traced by function.
-    """
-    with contextlib.ExitStack() as stack:
-        for name in pieces:
-            for module, attribute, function in _PIECES[name].swaps:
-                stack.enter_context(mock.patch.object(module, attribute, function))
-        yield
+def _healthy(model, x, t) -> jax.Array:
+    return model(x, t, jnp.full(len(x), HEALTHY))

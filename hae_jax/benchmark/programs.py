@@ -1,8 +1,9 @@
 """The programs that are measured: a training step, a forward pass, the translation of a batch.
 
-Each can be traced without any array, so that memory can be planned for what no device here could hold.
+Each can be traced without any array, in any of its forms.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -15,17 +16,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.benchmark import naive
-from hae_jax.benchmark.floor import least_bytes
 from hae_jax.benchmark.results import OURS, TORCH
-from hae_jax.benchmark.settings import Settings
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.localization import forward_process
 from hae_jax.localization.forward_process import ForwardSettings
-from hae_jax.model import UNet, UNetConfig
-from hae_jax.model.flops import TRAINING_FACTOR, count_flops
-from hae_jax.ops.platform import compiler_options
+from hae_jax.model import VARIANTS, UNet, UNetConfig
+from hae_jax.model.config import DEFAULT_CHANNEL_MULT
+from hae_jax.model.flops import count_flops, countable, forward_flops, training_flops
+from hae_jax.ops.forms import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated, shard_batch
 from hae_jax.training.state import (
     abstract_network,
@@ -38,20 +38,91 @@ from hae_jax.training.state import (
 )
 from hae_jax.training.step import make_train_step, step_settings
 
+PARTS = ("train", "forward", "translate", "input", "blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+      parts: of `PARTS`.
+      variants: of the network; the first is what the others are compared with.
+      baselines: what ours is compared with: "naive", or with single pieces naive, or "torch".
+      batch: images in a call, over all devices.
+      steps: that a translation walks.
+      repeats: turns; each program is timed once in each.
+
+    Raises:
+      UserError: for values that cannot be.
+    """
+
+    parts: tuple[str, ...]
+    variants: tuple[str, ...]
+    baselines: tuple[str, ...]
+    batch: int
+    steps: int = 4
+    repeats: int = 5
+
+    def __post_init__(self):
+        for flag, values, choices in (("--part", self.parts, PARTS), ("--variant", self.variants, tuple(VARIANTS)),
+                                      ("--baseline", self.baselines, (naive.NAIVE, *naive.PIECES, TORCH))):
+            for value in values:
+                if value not in choices:
+                    raise UserError(f"{flag} {value}: choose among {', '.join(choices)}")
+        for flag, value in (("--batch", self.batch), ("--steps", self.steps), ("--repeats", self.repeats)):
+            if value < 1:
+                raise UserError(f"{flag} {value}: must be at least 1")
+
+
+def with_model(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
+    """A copy of the config with other fields of the network.
+
+    With another image_size, attention stays at the same sizes in pixels.
+
+    Raises:
+      UserError: the network has no level of these sizes then.
+    """
+    config = config.copy_and_resolve_references()
+    size = config.model.image_size
+    for name, value in fields.items():
+        config.model[name] = value
+    if "image_size" in fields and "attention_resolutions" not in fields:
+        wanted = [rate * fields["image_size"] / size for rate in config.model.attention_resolutions]
+        widths = config.model.channel_mult or DEFAULT_CHANNEL_MULT.get(fields["image_size"], range(32))
+        if any(rate >= 1 and rate not in [2**level for level in range(len(widths))] for rate in wanted):
+            sizes = " and ".join(str(size // rate) for rate in config.model.attention_resolutions)
+            raise UserError(f"--image-size {fields['image_size']}: no level of the network is of {sizes} px then, "
+                            "where it has attention; give --config.model.image_size, attention_resolutions and "
+                            "channel_mult")
+        config.model.attention_resolutions = tuple(int(rate) for rate in wanted if rate >= 1)
+    return config
+
+
+class Form(NamedTuple):
+    """What a program is measured as."""
+
+    name: str  # "ours"; what of it is naive; "torch"
+    pieces: tuple[str, ...] = ()  # that are naive
+
+    def of(self, network: UNetConfig) -> UNetConfig:
+        """The network in this form; its parameters are the same."""
+        return dataclasses.replace(network, **naive.fields_of(self.pieces))
+
+
+PLAIN = Form(OURS)
+
 
 class Program(Protocol):
-    """What the benchmark measures. Tracing makes new functions each time, so that naive pieces can be swapped in."""
+    """What the benchmark measures. Its forms share the arguments on the devices."""
 
     images: int  # of one call
 
-    def lower(self) -> jax.stages.Lowered:
+    def lower(self, form: Form = PLAIN) -> jax.stages.Lowered:
         """Traces it."""
 
-    def flops(self) -> int:
+    def flops(self, form: Form = PLAIN) -> int:
         """Operations of one call, counted on shapes; what remat repeats is not counted."""
-
-    def least_bytes(self) -> int:
-        """The least traffic of one call with memory (`floor`)."""
 
     def place(self) -> None:
         """Puts what it is called with on the devices, unless it is there."""
@@ -61,7 +132,7 @@ class Program(Protocol):
 
 
 class TrainingStep:
-    """The step of `hae_jax.training`, with optimiser and averages."""
+    """The step of `hae_jax.training`, with optimiser and EMA weights."""
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, batch: int):
         self.images = batch
@@ -70,19 +141,16 @@ class TrainingStep:
         self._averages = len(config.training.ema_rates)
         self._history = remembered_timesteps(config)
 
-    def lower(self) -> jax.stages.Lowered:
-        state = abstract_state(self._network, self._optimizer, self._averages, self._history)
-        graph, _ = abstract_network(self._network)
-        step = make_train_step(self._mesh, shardings_of(self._mesh, state), graph, self._network,
+    def lower(self, form: Form = PLAIN) -> jax.stages.Lowered:
+        network = form.of(self._network)
+        state = abstract_state(network, self._optimizer, self._averages, self._history)
+        graph, _ = abstract_network(network)
+        step = make_train_step(self._mesh, shardings_of(self._mesh, state), graph, network,
                                _process(self._config), self._optimizer, step_settings(self._config))
         return step.lower(state, jax.eval_shape(lambda: _batch(self._network, self.images)))
 
-    def flops(self) -> int:
-        return TRAINING_FACTOR * _of_forward(count_flops, self._network, self.images)
-
-    def least_bytes(self) -> int:
-        # Backward, a layer reads its input and what comes back, and writes two gradients: twice as much as forward.
-        return TRAINING_FACTOR * _of_forward(least_bytes, self._network, self.images)
+    def flops(self, form: Form = PLAIN) -> int:
+        return self.images * training_flops(form.of(self._network))
 
     def place(self) -> None:
         jax.block_until_ready((self._state, self._inputs))
@@ -110,8 +178,8 @@ class ForwardPass:
         self.images = batch
         self._config, self._mesh, self._network = config, mesh, network_config(config.to_dict())
 
-    def lower(self) -> jax.stages.Lowered:
-        graph, params = abstract_network(self._network)
+    def lower(self, form: Form = PLAIN) -> jax.stages.Lowered:
+        graph, params = abstract_network(form.of(self._network))
 
         def forward(params, batch):
             t = 10 * jnp.arange(len(batch["image"]))
@@ -119,11 +187,8 @@ class ForwardPass:
 
         return _jitted(self._mesh, forward).lower(params, jax.eval_shape(lambda: _batch(self._network, self.images)))
 
-    def flops(self) -> int:
-        return _of_forward(count_flops, self._network, self.images)
-
-    def least_bytes(self) -> int:
-        return _of_forward(least_bytes, self._network, self.images)
+    def flops(self, form: Form = PLAIN) -> int:
+        return self.images * forward_flops(form.of(self._network))
 
     def place(self) -> None:
         jax.block_until_ready(self._arguments)
@@ -146,30 +211,27 @@ class TranslationOfBatch(ForwardPass):
             steps, config.translation.guidance, config.translation.reference, config.translation.d_reverse,
             config.translation.modality)
 
-    def lower(self) -> jax.stages.Lowered:
+    def lower(self, form: Form = PLAIN) -> jax.stages.Lowered:
+        return _jitted(self._mesh, self._translate(form.of(self._network), form)).lower(*self._shapes())
+
+    def flops(self, form: Form = PLAIN) -> int:
+        return count_flops(self._translate(countable(form.of(self._network)), form), *self._shapes())
+
+    def _shapes(self) -> tuple[Any, ...]:
         _, params = abstract_network(self._network)
-        batch = jax.eval_shape(lambda: _batch(self._network, self.images))
-        return _jitted(self._mesh, self._translate()).lower(params, batch)
+        return params, jax.eval_shape(lambda: _batch(self._network, self.images))
 
-    def flops(self) -> int:
-        return self._count(count_flops)
-
-    def least_bytes(self) -> int:
-        return self._count(least_bytes)
-
-    def _count(self, count: Callable[..., int]) -> int:
-        _, params = abstract_network(self._network)
-        return count(self._translate(), params, jax.eval_shape(lambda: _batch(self._network, self.images)))
-
-    def _translate(self) -> Callable[..., Any]:
-        graph, _ = abstract_network(self._network)
+    def _translate(self, network: UNetConfig, form: Form) -> Callable[..., Any]:
+        graph, _ = abstract_network(network)
         process = _process(self._config)
 
         def translate(params, batch):
-            denoisers = forward_process.network_denoisers(nnx.merge(graph, params))
-            keys = jax.random.split(jax.random.key(0), self.images)
-            noise = forward_process.step_noise(keys, batch["image"].shape[1:])
-            return forward_process.forward_process(process, denoisers, batch["image"], noise, self._settings)
+            model, x0 = nnx.merge(graph, params), batch["image"]
+            noise = forward_process.step_noise(jax.random.split(jax.random.key(0), self.images), x0.shape[1:])
+            if naive.TRANSLATION in form.pieces:
+                return naive.translate(process, model, x0, noise, self._settings)
+            denoisers = forward_process.network_denoisers(model)
+            return forward_process.forward_process(process, denoisers, x0, noise, self._settings)
 
         return translate
 
@@ -184,16 +246,8 @@ def check_steps(config: ml_collections.ConfigDict, settings: Settings) -> None:
         raise UserError(f"--steps {settings.steps}: diffusion.steps is {config.diffusion.steps}")
 
 
-class Form(NamedTuple):
-    """What a program is measured as."""
-
-    name: str  # "ours"; what of it is naive; "torch"; "ours, NAME=VALUE"
-    pieces: tuple[str, ...] = ()  # that are naive
-    option: str = ""  # that is tried
-
-
 def forms_of(part: str, network: UNetConfig, settings: Settings) -> list[Form]:
-    """Ours, each baseline that differs from it in this network, and ours with each option.
+    """Ours, and each baseline that differs from it in this network.
 
     Raises:
       UserError: a translation of a network without classes.
@@ -203,9 +257,7 @@ def forms_of(part: str, network: UNetConfig, settings: Settings) -> list[Form]:
     found = [(form, naive.pieces_of(form, network, translation=part == "translate")) for form in settings.baselines
              if form != TORCH]
     baselines = [Form(f"{form} naive" if form in naive.PIECES else form, pieces) for form, pieces in found if pieces]
-    if TORCH in settings.baselines and part in TORCH_PARTS:
-        baselines.append(Form(TORCH))
-    return [Form(OURS), *baselines, *(Form(f"{OURS}, {option}", option=option) for option in settings.options)]
+    return [PLAIN, *baselines, *([Form(TORCH)] if TORCH in settings.baselines and part in TORCH_PARTS else [])]
 
 
 def program(part: str, config: ml_collections.ConfigDict, mesh: Mesh, settings: Settings) -> Program:
@@ -226,16 +278,6 @@ def _process(config: ml_collections.ConfigDict) -> Process:
     diffusion = config.diffusion
     schedule = make_schedule(diffusion.schedule, diffusion.steps)
     return Process(schedule, diffusion.predicts, diffusion.variance, diffusion.clipping)
-
-
-def _of_forward(count: Callable[..., int], network: UNetConfig, images: int) -> int:
-    """What `count(function, *shapes)` says of a forward pass.
-
-    `model.flops.forward_flops` remembers what it has counted, and so must not see naive pieces.
-    """
-    graph, params = abstract_network(network)
-    batch = jax.eval_shape(lambda: _batch(network, images))
-    return count(lambda params, x, y: nnx.merge(graph, params)(x, y, y), params, batch["image"], batch["label"])
 
 
 def _parameters(mesh: Mesh, network: UNetConfig, seed: int) -> nnx.State:

@@ -1,4 +1,4 @@
-"""What was measured: a row for each program, as a table and as JSON."""
+"""What was measured: a row for each program, as a table in Markdown and as JSON."""
 
 import dataclasses
 import os
@@ -10,11 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hae_jax.benchmark.table import number, render, seconds, size
 from hae_jax.files import write_json, written_whole
 from hae_jax.provenance import record
 
-OURS, NAIVE, TORCH = "ours", "naive", "torch"
+OURS, TORCH = "ours", "torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,6 @@ class Row:
       images: of a call.
       flops: of a call, as this program computes; not counted for PyTorch.
       model_flops: of a call, as our form computes: what counts as work done.
-      model_bytes: the least traffic of a call with memory (`floor.least_bytes`); of whole programs only.
       memory: bytes at the peak, of each device by its own statistics; where it has none, or a larger program came
         before, by XLA's plan, which is that of all cores of a CPU together. For PyTorch, what it allocated on the GPU.
       compile_seconds: tracing and compilation.
@@ -45,7 +43,6 @@ class Row:
     images: int
     flops: int | None = None
     model_flops: int | None = None
-    model_bytes: int | None = None
     memory: int | None = None
     compile_seconds: float | None = None
     time_ratio: float | None = None
@@ -76,19 +73,13 @@ class Result:
 
     def write(self, folder: str | Path) -> list[Path]:
         """Writes benchmark.json and benchmark.md."""
+        table, data = Path(folder) / "benchmark.md", Path(folder) / "benchmark.json"
         rows = [dataclasses.asdict(row) | {"images_per_second": row.images_per_second} for row in self.rows]
-        return write(folder, "benchmark", self.text(), {
-            "machine": self.machine, "peak_flops": self.peak_flops, "peak_bytes": self.peak_bytes,
-            "settings": self.settings, "rows": rows})
-
-
-def write(folder: str | Path, name: str, text: str, facts: dict[str, Any]) -> list[Path]:
-    """Writes a table as <name>.md, and the facts behind it as <name>.json."""
-    table, data = Path(folder) / f"{name}.md", Path(folder) / f"{name}.json"
-    write_json(data, record() | facts)
-    with written_whole(table) as path:
-        path.write_text(text + "\n")
-    return [table, data]
+        write_json(data, record() | {"machine": self.machine, "peak_flops": self.peak_flops,
+                                     "peak_bytes": self.peak_bytes, "settings": self.settings, "rows": rows})
+        with written_whole(table) as path:
+            path.write_text(self.text() + "\n")
+        return [table, data]
 
 
 def machine(mesh: Mesh) -> str:
@@ -98,19 +89,18 @@ def machine(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind}, jax {jax.__version__}"
 
 
-_HEADER = ("part", "variant", "form", "time", "fastest", "images/s", "GFLOP/image", "model GFLOP/s", "FLOP floor",
-           "byte floor", "memory", "compiling", "time x", "memory x")
+_HEADER = ("part", "variant", "form", "time", "fastest", "images/s", "GFLOP/image", "model GFLOP/s", "MFU",
+           "memory", "compiling", "time x", "memory x")
 
 
 def _cells(row: Row, result: Result) -> list[str]:
     median = float(np.median(row.seconds))
     if row.part == "input":
-        return ["input", row.variant, row.form, seconds(median), "", number(row.images_per_second), *[""] * 8]
+        return ["input", row.variant, row.form, seconds(median), "", number(row.images_per_second), *[""] * 7]
     speed = row.model_flops / median
     return [row.part, row.variant, row.form, seconds(median), seconds(min(row.seconds)),
             number(row.images_per_second), number(row.flops and row.flops / row.images / 1e9), number(speed / 1e9),
             f"{speed / result.peak_flops:.0%}",
-            f"{row.model_bytes / median / result.peak_bytes:.0%}" if row.model_bytes else "",
             size(row.memory), seconds(row.compile_seconds),
             f"{row.time_ratio:.2f}", f"{row.memory_ratio:.2f}" if row.memory_ratio else ""]
 
@@ -118,3 +108,44 @@ def _cells(row: Row, result: Result) -> list[str]:
 def _loader_lines(rows: Sequence[Row]) -> list[str]:
     return ["", *(f"The loader gives {number(row.images_per_second)} slices/s, {number(row.time_ratio)} times what the "
                   "training step needs." for row in rows if row.part == "input" and row.time_ratio)]
+
+
+def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; columns of numbers are set to the right."""
+    columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
+    widths = [max(3, *map(len, column)) for column in columns]
+    numeric = [_is_numeric(column[1:]) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.rjust(width) if right else cell.ljust(width)
+                                 for cell, width, right in zip(cells, widths, numeric, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 1) + (":" if right else "-")
+                          for width, right in zip(widths, numeric, strict=True)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Three digits at least; empty for None."""
+    if value is None:
+        return ""
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{text} {unit}".rstrip()
+
+
+def seconds(value: float | None) -> str:
+    """In the unit that suits."""
+    if value is None:
+        return ""
+    return number(value, "s") if value >= 1 else number(1e3 * value, "ms")
+
+
+def size(count: float | None) -> str:
+    """Bytes in the unit that suits."""
+    if count is None:
+        return ""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else number(count / 1e6, "MB")
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    return all(cell == "" or cell[0].isdigit() for cell in cells)

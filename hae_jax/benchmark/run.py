@@ -9,7 +9,6 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from hae_jax.benchmark import naive
 from hae_jax.benchmark.blocks import measure_blocks
 from hae_jax.benchmark.loader import slices_per_second, training_slices
 from hae_jax.benchmark.measure import (
@@ -21,11 +20,8 @@ from hae_jax.benchmark.measure import (
     peak_of_first_call,
     sharing_memory,
 )
-from hae_jax.benchmark.options import tried
-from hae_jax.benchmark.programs import PROGRAMS, Program, check_steps, forms_of, program
+from hae_jax.benchmark.programs import PROGRAMS, Program, Settings, check_steps, forms_of, program, with_model
 from hae_jax.benchmark.results import OURS, TORCH, Result, Row, machine
-from hae_jax.benchmark.settings import Settings, with_model
-from hae_jax.benchmark.top import longest, text
 from hae_jax.errors import UserError
 from hae_jax.training.mesh import check_batch_size
 from hae_jax.training.state import network_config
@@ -81,11 +77,6 @@ def _measure(
     say(f"timing {part}: {settings.repeats} turns of {len(entries)} programs")
     turns = in_turns([entry.call for entry in entries], settings.repeats)
     first = {entry.variant: i for i, entry in reversed(list(enumerate(entries)))}
-    for entry in entries if settings.profile else ():
-        if entry.form == OURS:
-            found = longest(entry.compiled.executable, entry.call)
-            title = f"{part} {entry.variant}: the parts that take longest, on all devices together"
-            say(f"\n{text(title, found)}\n")
     return [_row(part, entries, turns, i, first[entry.variant] if entry.form != OURS else 0)
             for i, entry in enumerate(entries)]
 
@@ -95,19 +86,17 @@ def _compiled(part, config, settings, mesh, say) -> Iterator[_Entry]:
         tree = with_model(config, variant=variant)
         network = network_config(tree.to_dict())
         of_part = program(part, tree, mesh, settings)
-        for form, pieces, option in forms_of(part, network, settings):
-            if form == TORCH:
-                say(f"building {part} {variant} {form}")
+        for form in forms_of(part, network, settings):
+            if form.name == TORCH:
+                say(f"building {part} {variant} {TORCH}")
                 yield _torch_entry(part, tree, variant, of_part, mesh)
                 continue
-            say(f"compiling {part} {variant} {form}")
-            with naive.swapped_in(pieces), tried(option) as of_xla:
-                compiled = compile_program(of_part.lower, sharing_memory(mesh), options=of_xla)
-                flops = of_part.flops()
+            say(f"compiling {part} {variant} {form.name}")
+            compiled = compile_program(functools.partial(of_part.lower, form), sharing_memory(mesh))
             of_part.place()
             call = functools.partial(of_part.call, compiled.executable)
             used = peak_of_first_call(mesh.devices.flat[0], call, compiled.arguments)
-            yield _Entry(of_part, variant, form, call, used or compiled.memory, flops, compiled)
+            yield _Entry(of_part, variant, form.name, call, used or compiled.memory, of_part.flops(form), compiled)
 
 
 def _torch_entry(
@@ -151,7 +140,7 @@ def _row(part: str, entries: Sequence[_Entry], turns: np.ndarray, i: int, refere
     return Row(
         part, entry.variant, entry.form,
         seconds=turns[i].tolist(), images=entry.program.images, flops=entry.flops, model_flops=ours.flops,
-        model_bytes=entry.program.least_bytes(), memory=entry.memory,
+        memory=entry.memory,
         compile_seconds=entry.compiled.seconds if entry.compiled else None,
         time_ratio=float(np.median(turns[i] / turns[reference])),
         memory_ratio=plan / other_plan if plan and other_plan else None)

@@ -14,26 +14,20 @@ _SMALL = ("image_size=64", "model_channels=32", "num_res_blocks=1", "channel_mul
 _DESCRIPTION = """\
 Measure a training step, a forward pass, the translation of a batch and the loader: time (median), images/s, model
 FLOP/s, memory, compile time. What is compared is timed in turns. "model" FLOP are those that the network needs, counted
-on shapes, whatever the measured program does besides. "FLOP floor" is the share of the time that they would take as
-fast as the device's matrix products, "byte floor" that of the least traffic with memory, as fast as its copies.
-"time x" and "memory x" compare a baseline with ours, another variant with the first, and a block's forms with the first
-of them. "blocks" are single pieces in the sizes of the full network; they are measured on request."""
-_PARTS, _TARGET_PARTS = ("train", "forward", "translate", "input"), ("forward", "train")
-_UNTIMED = ("profile", "repeats", "devices")  # flags that mean nothing where nothing is timed
-_WITHOUT = {"memory": ("part", "variant", "baseline", "option", "remat", "steps", *_UNTIMED), "target": _UNTIMED}
+on shapes, whatever the measured program does besides. MFU is their share of what a large matrix product reaches on the
+same devices. "time x" and "memory x" compare a baseline with ours, another variant with the first, and a block's forms
+with the first of them. "blocks" are single pieces in the sizes of the full network; they are measured on request."""
+_PARTS = ("train", "forward", "translate", "input")
 _EPILOG = """\
 examples:
   python tools/benchmark.py                                          # a small network, about 4 minutes on two cores
-  python tools/benchmark.py --baseline context,sparse,convolution,norm,passes,stacks # what each saving brings
+  python tools/benchmark.py --baseline attention,convolution,translation # what each saving brings
   python tools/benchmark.py --part train,forward --baseline torch    # PyTorch, in turns with ours
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
+  python tools/benchmark.py --config configs/brats_v2c.py --config.model.attention=cudnn    # another form of attention
   python tools/benchmark.py --input --config configs/brats_v2c.py    # does the loader keep up with the training step?
-  python tools/benchmark.py --part train --baseline none --option xla_cpu_prefer_vector_width=512  # does it help here?
-  python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others
-  python tools/benchmark.py --memory                                 # batch 28 of the full network, only compiled
-  python tools/benchmark.py --target h100 --option attention=cudnn+pallas  # compiled for a GPU that is not here
-  python tools/benchmark.py --target h100 --memory                   # its memory by the GPU's own plan"""
+  python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,32 +35,23 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--part", type=_names, metavar="A,B", help="of train, forward, translate, input, blocks; default: "
-        f"{','.join(_PARTS)}, with --target {','.join(_TARGET_PARTS)}")
+        f"{','.join(_PARTS)}")
     add("--input", action="store_const", dest="part", const=("train", "input"), help="the loader against the training "
         "step's need: --part train,input")
     add("--variant", type=_names, metavar="A,B", help="fpdm, hae, hae_lite, hae_v2, hae_v2c; default: the config's")
-    add("--baseline", type=_names, metavar="A,B", help="naive, or context, sparse, "
-        "convolution, norm, passes, stacks: each alone naive; torch: the same network in PyTorch (train and forward; "
+    add("--baseline", type=_names, metavar="A,B", help="naive, or attention, "
+        "convolution, translation: each alone naive; torch: the same network in PyTorch (train and forward; "
         "pip install torch); none; default: naive, with --input none")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="try ours with this option of XLA, too, or "
-        "with attention=cudnn+pallas, on GPUs; may be repeated, each is tried alone")
-    add("--profile", action="store_true", help="also say which parts of the network take longest")
-    add("--batch", type=int, metavar="N", help="images, over all devices; default: 8, with --memory or --target 28")
-    add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py, but without --memory "
-        f"or --target a small network: {', '.join(_SMALL)}")
+    add("--batch", type=int, metavar="N", help="images, over all devices; default: 8")
+    add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: a small network, "
+        f"configs/default.py with {', '.join(_SMALL)}")
     add("--image-size", type=int, metavar="PX", help="attention stays at the same sizes in pixels")
     add("--model-channels", type=int, metavar="N", help="base width")
-    add("--dtype", choices=("float32", "bfloat16"), help="of computation; default: the config's, "
-        "with --memory or --target bfloat16")
-    add("--remat", choices=("none", "block", "full"), help="default: the config's; --memory compares them")
+    add("--dtype", choices=("float32", "bfloat16"), help="of computation; default: the config's")
+    add("--remat", choices=("none", "block", "full"), help="default: the config's")
     add("--steps", type=int, metavar="N", help="that a translation walks; default: 4 of 600")
     add("--repeats", type=int, metavar="N", help="turns; default: 5")
     add("--devices", choices=("one", "cores"), help="one device, or all (on a CPU, its cores); default: cores")
-    add("--memory", nargs="?", const="remat", choices=("remat", "context"), help="plan the memory of training instead, "
-        "ours and naive, and the largest batches for some cards; context: with the class context built, skipped and "
-        "as one token")
-    add("--target", metavar="GPU", help="compile for this GPU, which need not be here, instead of measuring, and say "
-        "what comes of it: h100, a100; needs JAX's CUDA plugin")
     add("--output", metavar="FOLDER", help="also write the table there, as Markdown and JSON")
     return parser
 
@@ -76,15 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, measures, prints the table."""
     arguments, overrides = _parser().parse_known_args(argv)
     check_fields(overrides)
-    _check_used(arguments)
-    planned = arguments.memory or arguments.target
-    small = arguments.config is None and not planned
+    small = arguments.config is None
     config = read_config(arguments.config or DEFAULTS,
                          [*(f"--config.model.{field}" for field in _SMALL if small), *overrides])
-    if planned:
-        arguments.dtype = arguments.dtype or "bfloat16"
-    batch = (28 if planned else 8) if arguments.batch is None else arguments.batch
-    parts = arguments.part or (_TARGET_PARTS if arguments.target else _PARTS)
+    batch = 8 if arguments.batch is None else arguments.batch
+    parts = arguments.part or _PARTS
     if arguments.output and Path(arguments.output).exists() and not Path(arguments.output).is_dir():
         raise UserError(f"--output {arguments.output}: is a file; give a folder")
 
@@ -94,51 +75,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         # PyTorch's threads wait for each other by spinning otherwise. On cores that other work shares, that made a
         # small network fifty times slower, and the spinning would take time from ours, too.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if arguments.target:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU that is here is not asked
     # Imported after parsing: --help shall not wait for JAX.
     import jax
 
-    from hae_jax.benchmark.memory import memory_of_training
-    from hae_jax.benchmark.plan import plan
+    from hae_jax.benchmark.programs import Settings, with_model
     from hae_jax.benchmark.run import benchmark
-    from hae_jax.benchmark.settings import Settings, with_model
-    from hae_jax.benchmark.target import target_device
     from hae_jax.commands.devices import use_all_cores
     from hae_jax.training.mesh import make_mesh
 
     fields = {name: getattr(arguments, name) for name in ("image_size", "model_channels", "dtype", "remat")}
     config = with_model(config, **{name: value for name, value in fields.items() if value is not None})
-    baselines = arguments.baseline or (("none",) if arguments.target or parts == ("train", "input") else ("naive",))
+    baselines = arguments.baseline or (("none",) if parts == ("train", "input") else ("naive",))
     settings = Settings(
         parts, arguments.variant or (config.model.variant,), tuple(name for name in baselines if name != "none"), batch,
-        options=tuple(arguments.option), profile=arguments.profile,
         **{name: value for name in ("steps", "repeats") if (value := getattr(arguments, name)) is not None})
-    if arguments.memory:
-        device = target_device(arguments.target) if arguments.target else jax.devices()[0]
-        result = memory_of_training(config, batch, make_mesh(devices=[device]), compared=arguments.memory)
-    elif arguments.target:
-        result = plan(config, settings, arguments.target)
-    else:
-        if arguments.devices != "one":
-            use_all_cores(batch)
-        devices = jax.devices()[:1] if arguments.devices == "one" else jax.devices()
-        result = benchmark(config, settings, make_mesh(devices=devices))
+    if arguments.devices != "one":
+        use_all_cores(batch)
+    devices = jax.devices()[:1] if arguments.devices == "one" else jax.devices()
+    result = benchmark(config, settings, make_mesh(devices=devices))
     print(f"\n{result.text()}")
     if arguments.output:
         print("\n".join(["", "written:", *(f"  {path}" for path in result.write(arguments.output))]))
-
-
-def _check_used(arguments: argparse.Namespace) -> None:
-    """What is only compiled is not timed: a flag without effect is refused rather than passed over.
-
-    Raises:
-      UserError: naming it.
-    """
-    for mode, without in _WITHOUT.items():
-        for name in without if getattr(arguments, mode) else ():
-            if getattr(arguments, name) not in (None, False, []):
-                raise UserError(f"--{name}: has no effect with --{mode}; leave it out")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -4,44 +4,69 @@ import difflib
 import errno
 import functools
 import io
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-import ml_collections
-
-from hae_jax.commands.config import DEFAULTS, read_config
+from hae_jax.commands.config import DEFAULTS, fields, read_config
+from hae_jax.console import show_messages
 from hae_jax.errors import UserError
+from hae_jax.files import disk_refuses, full_places
 
+CASES_HELP = ("table that says where each case lies, instead of a folder: columns case, patient, one a modality, "
+              "segmentation; paths relative to it (docs/data.md)")
+_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE)
 _PREFIX = "--config."
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command's `main(argv=None)`: a `UserError` becomes one line on stderr and exit status 2.
 
-    So does a disk that is full or not to be written to.
+    So does a disk that is full or not to be written to, and a JAX that has not the devices it was told to use.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        os.environ["MPLBACKEND"] = "Agg"  # no command shows windows; a notebook's backend may not be installed here
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # paths may hold bytes that are no text
+        show_messages()
         try:
             main(argv)
         except UserError as error:
             sys.exit(_fail(f"error: {error}", 2))
         except OSError as error:
-            if error.errno not in _DISK:
+            if error.errno in _OF_THE_SYSTEM and error.filename:
+                sys.exit(_fail(f"error: {error.filename}: {error.strerror}; check its permissions and the disk", 2))
+            if not disk_refuses(error):
                 raise
-            sys.exit(_fail(f"error: {error.filename or 'a file'}: {error.strerror}; what is finished is there: make "
-                           "room, then give the command again", 2))
+            where = error.filename or " and ".join(full_places()) or "the output, /tmp or /dev/shm"
+            sys.exit(_fail(f"error: {where}: {error.strerror}; what is finished is there: make room, then give the "
+                           "command again", 2))
+        except MemoryError as error:
+            sys.exit(_fail(f"error: there is not enough memory ({error}); lower the batch size or the workers", 2))
+        except (RuntimeError, AssertionError) as error:
+            if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+                raise
+            sys.exit(_fail(_no_device(error), 2))
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted", 130))
 
     return wrapped
+
+
+def checked_table(path: str) -> str:
+    """The table of cases that a flag names.
+
+    Raises:
+      UserError: it is not called .csv, which is what tells it from a folder.
+    """
+    if not path.lower().endswith(".csv"):
+        raise UserError(f"--cases {path}: must be a CSV file with the ending .csv")
+    return path
 
 
 def check_fields(overrides: Sequence[str]) -> None:
@@ -52,30 +77,21 @@ def check_fields(overrides: Sequence[str]) -> None:
         wrong kind.
     """
     config = read_config(DEFAULTS, [])
-    fields = _fields(config)
+    known = fields(config)
     for argument in overrides:
         field = argument.removeprefix(_PREFIX).partition("=")[0]
         # Unknown arguments are read_config's to refuse; data.phantom is None by default, its fields another config's.
         if not argument.startswith(_PREFIX) or field.startswith("data.phantom."):
             continue
-        if field not in fields:
-            raise UserError(f"{argument}: there is no field {field}; {_meant(field, fields)}")
+        if field not in known:
+            raise UserError(f"{argument}: there is no field {field}; {_meant(field, known)}")
         try:
             read_config(DEFAULTS, [argument])
         except UserError as error:
             *sections, name = field.split(".")
             kind = functools.reduce(lambda inner, section: inner[section], sections, config).get_type(name)
             raise UserError(f"{argument}: {field} takes {_KINDS.get(kind, 'another kind of value')}; its default is "
-                            f"{fields[field]!r}") from error
-
-
-def _fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]:
-    """All fields by their dotted names, without the sections that hold them."""
-    found = {}
-    for name, value in config.items():
-        inside = isinstance(value, ml_collections.ConfigDict)
-        found |= _fields(value, f"{above}{name}.") if inside else {above + name: value}
-    return found
+                            f"{known[field]!r}") from error
 
 
 def _meant(field: str, known: Iterable[str]) -> str:
@@ -85,6 +101,13 @@ def _meant(field: str, known: Iterable[str]) -> str:
     meant = [name for name, own in own_names.items() if own in close]
     question = f"did you mean {' or '.join(meant)}? " if meant else ""
     return f"{question}configs/default.py has all of them"
+
+
+def _no_device(error: BaseException) -> str:
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    what = f"JAX_PLATFORMS is {asked!r}: unset it, or install the JAX that has it" if asked else (
+        "check the driver, or set JAX_PLATFORMS=cpu")
+    return f"error: JAX finds no device{f' ({error})' if str(error) else ''}; {what}"
 
 
 def _fail(message: str, status: int) -> int:

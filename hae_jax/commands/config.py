@@ -1,13 +1,17 @@
 """Reading a configuration file and its overrides from a command line."""
 
+import runpy
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from hae_jax import configs
+from hae_jax.configs import default
 from hae_jax.errors import UserError
 
 _PRESETS = Path(configs.__file__).parent
@@ -21,19 +25,88 @@ def read_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
     """Runs a configuration file and applies overrides such as `--config.seed=1`.
 
     Raises:
-      UserError: if the file is missing, or an override names no field or has the wrong type.
+      UserError: the file is missing, fails, or gives no complete configuration (file, line, mistake); or an override
+        names no field or has the wrong type.
     """
     for argument in overrides:
         if not argument.startswith("--config."):
             raise UserError(f"{argument}: unknown argument; see --help")
+    return overridden(_checked(path, _run(_file(path))), overrides, path)
+
+
+def overridden(
+    config: ml_collections.ConfigDict, overrides: Sequence[str], path: str = ""
+) -> ml_collections.ConfigDict:
+    """The config with overrides, locked; `path`, where it comes from, is for errors.
+
+    Raises:
+      UserError: an override names no field or has the wrong type.
+    """
     values = flags.FlagValues()
-    argv = ["config", f"--config={_file(path)}", *overrides]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+    argv = ["config", *overrides]
     try:
+        holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)
         values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} {' '.join(overrides)}: {error}; see configs/default.py for the fields") from error
+    except Exception as error:  # of absl, ml_collections and the parsers of values, each of its own kind
+        raise UserError(" ".join([*filter(None, [path]), *overrides])
+                        + f": {error}; see configs/default.py for the fields") from error
     return holder.value
+
+
+def fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]:
+    """All fields by their dotted names, without the sections that hold them."""
+    found = {}
+    for name, value in config.items():
+        inside = isinstance(value, ml_collections.ConfigDict)
+        found |= fields(value, f"{above}{name}.") if inside else {above + name: value}
+    return found
+
+
+def _run(file: Path) -> Any:
+    """What `get_config` of a file returns. The file is run anew, whatever was read before under its name."""
+    if file.suffix != ".py":
+        raise UserError(f"--config {file}: configuration files are Python with a function get_config, called .py (see "
+                        "configs/phantom.py); a trained network brings its own with --checkpoint")
+    try:
+        namespace = runpy.run_path(str(file), run_name="hae_jax_config")
+        get_config = namespace.get("get_config")
+        if not callable(get_config):
+            raise UserError(f"--config {file}: defines no function get_config, so it says nothing; see "
+                            "configs/phantom.py for one")
+        return get_config()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--config {file}{_line(file, error)}: {type(error).__name__}: {error}; correct the "
+                        "file") from error
+
+
+def _line(file: Path, error: BaseException) -> str:
+    """", line N" of the file in which an error arose; nothing if it is another file's."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        lines.append(error.lineno)
+    return f", line {lines[-1]}" if lines and lines[-1] else ""
+
+
+def _checked(path: str, config: Any) -> ml_collections.ConfigDict:
+    """The config, which has every field of the default one, of its kind, and no other."""
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config {path}: its get_config returns {type(config).__name__}, not a ConfigDict; end it "
+                        "with return config")
+    usual = default.get_config()
+    own, known = ({name: value for name, value in fields(tree).items() if not name.startswith("data.phantom")}
+                  for tree in (config, usual))
+    for names, what in ((own.keys() - known.keys(), "has a field that is not known"),
+                        (known.keys() - own.keys(), "lacks a field")):
+        if names:
+            raise UserError(f"--config {path}: {what}, {min(names)}; see configs/default.py for the fields")
+    for name, value in own.items():
+        try:
+            usual.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--config {path}: {name} is {value!r}; {error}") from error
+    return config
 
 
 def _file(path: str) -> Path:

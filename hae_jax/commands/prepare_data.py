@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import CASES_HELP, checked_table, entry_point
 from hae_jax.data.layouts import LAYOUTS, MODALITIES
 from hae_jax.data.prepare import prepare
 from hae_jax.data.store import verify_store
@@ -23,6 +23,7 @@ examples:
   python tools/prepare_data.py --source BraTS2021/ --output data/brats --workers 4
   python tools/prepare_data.py --source ATLAS_2/Training --output data/atlas --modalities t1
   python tools/prepare_data.py --source phantom/ --output data/phantom --train-fraction 0.6 --val-fraction 0.2
+  python tools/prepare_data.py --cases cases.csv --output data/own
   python tools/prepare_data.py --verify data/brats
 
 The default split is the published one; fewer than 20 cases need a larger --val-fraction."""
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Formatter)
     add = parser.add_argument
     add("--source", metavar="FOLDER", help="folder of cases in one of the layouts below")
+    add("--cases", metavar="FILE", help=CASES_HELP)
     add("--output", metavar="STORE", help="folder to make")
     add("--modalities", nargs="+", default=MODALITIES, choices=MODALITIES, metavar="NAME",
         help=f"the channels in their order, of {', '.join(MODALITIES)}")
@@ -54,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and prepares, or verifies. Exits with 1 if a case was skipped or a file has changed."""
     parser = _parser()
     flags = vars(parser.parse_args(argv))
-    verify = flags.pop("verify")
+    verify, table = flags.pop("verify"), flags.pop("cases")
+    if table is not None and flags["source"] is not None:
+        parser.error("give --source or --cases, not both")
+    flags["source"] = flags["source"] if table is None else checked_table(table)
     given = [flags["source"] is not None, flags["output"] is not None]
     if any(given) if verify is not None else not all(given):
-        parser.error("give --source and --output, or --verify alone")
+        parser.error("give --source (or --cases) and --output, or --verify alone")
     if verify is not None:
         problems = verify_store(verify)
         lines = problems or [f"{verify}: every file is as it was written"]

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
 
-from hae_jax.commands.config import read_config
+from hae_jax.commands.config import overridden, read_config
 from hae_jax.errors import UserError
+from hae_jax.files import read_json
 
 
 class Loaded(NamedTuple):
@@ -31,6 +30,7 @@ class Loaded(NamedTuple):
 
 DEMO_CONFIG, DEMO_WEIGHTS = "phantom", "phantom"  # of commands that are told neither
 _FIXED = ("--config.model.", "--config.diffusion.", "--config.training.", "--config.data.scaling")
+_FORMS = ("--config.model.attention=", "--config.model.convolution=")  # how the network is computed
 
 
 def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") -> Path:
@@ -47,13 +47,21 @@ def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") ->
     found = {}
     for path in Path(folder).glob("*/config.json"):
         steps = [step for step in (path.parent / "checkpoints").glob("*") if step.name.isdecimal()]
-        if steps and json.loads(path.read_text())["data"]["root"] == data_root:
+        if steps and _data_root(path) == data_root:
             found[max(step.stat().st_mtime for step in steps)] = path.parent
     if not found:
         raise UserError(f"{folder}/: no checkpoint that was trained on {data_root}; train one with python train.py "
                         f"--config {config_path} --workdir {folder}/{Path(config_path).stem} (or make demo), or name "
                         "one with --checkpoint")
     return found[max(found)]
+
+
+def _data_root(config: Path) -> str | None:
+    """The data that a run was trained on; None where a folder is no run of ours, or its config is damaged."""
+    try:
+        return read_json(config)["data"]["root"]
+    except (UserError, KeyError, TypeError, IndexError):
+        return None
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -65,7 +73,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for argument in overrides:
         if not argument.startswith("--config."):
             raise UserError(f"{argument}: unknown argument; see --help")
-        if argument.startswith(_FIXED):
+        if argument.startswith(_FIXED) and not argument.startswith(_FORMS):
             raise UserError(f"{argument}: belongs to the network's training and comes from its checkpoint; leave it "
                             "out (translation, data, evaluation and seed can be set)")
 
@@ -78,7 +86,7 @@ def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_coll
     """
     from hae_jax.runs import completed_config
 
-    return _overridden(completed_config(tree), overrides)
+    return overridden(completed_config(tree), overrides)
 
 
 def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -107,7 +115,9 @@ def network_and_config(
     Raises:
       UserError: if there is no such file or network, or an override does not fit.
     """
-    from hae_jax.training.weights import load_trained, trained_folder  # here, since --help shall not wait for JAX
+    from hae_jax.model import UNetConfig  # here, since --help shall not wait for JAX
+    from hae_jax.pipeline.cache_key import weights_hash
+    from hae_jax.training.weights import load_trained, trained_folder
 
     config = None
     if config_path or not checkpoint:
@@ -117,18 +127,24 @@ def network_and_config(
             return Loaded(None, {"path": "none needed", "parameters": config.translation.method},
                           Path("runs") / Path(config_path).stem), config
         checkpoint = checkpoint or (newest_run(config_path, config.data.root) if named else DEMO_WEIGHTS)
-    network = load_trained(checkpoint)
+    forms = dict(argument.removeprefix("--config.model.").split("=", 1) for argument in overrides
+                 if argument.startswith(_FORMS))
+    UNetConfig.from_mapping(forms)  # raises for an unknown form
+    network = load_trained(checkpoint, forms=forms)
     if network.config["model"].get("task") == "classify":
         raise UserError(f"{checkpoint}: is a classifier, which finds no lesions alone; name the network that it guides "
                         f"with --checkpoint, and give --classifier {checkpoint} --method classifier")
     config = with_network(config or trained_config(network.config, overrides), network.config)
+    with config.unlocked():
+        config.model.update(forms)
     learnt = tuple(network.config.get("data", {}).get("modalities", config.data.modalities))
     if tuple(config.data.modalities) != learnt:
         print(f"warning: the network was trained with the channels {', '.join(learnt)} in this order, "
               f"data.modalities gives it {', '.join(config.data.modalities)}", file=sys.stderr)
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
-        network = load_trained(checkpoint, ema=False)
-    return Loaded(network.model, network.identity, trained_folder(checkpoint)), config
+        network = load_trained(checkpoint, ema=False, forms=forms)
+    identity = {**network.identity, "sha256": weights_hash(network.model, config)}
+    return Loaded(network.model, identity, trained_folder(checkpoint)), config
 
 
 def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str) -> Loaded:
@@ -138,11 +154,13 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
       UserError: if there is no network to guide, the run holds no classifier, or its data or diffusion differ.
     """
     from hae_jax.model.classifier import GuidedNetwork
+    from hae_jax.model.config import FORM_FIELDS
+    from hae_jax.pipeline.cache_key import weights_hash
     from hae_jax.training.weights import load_trained
 
     if loaded.model is None:
         raise UserError(f"--classifier {run}: the method {config.translation.method} needs no network; leave it out")
-    found = load_trained(run)
+    found = load_trained(run, forms={name: config.model[name] for name in FORM_FIELDS if name in config.model})
     if found.config["model"].get("task") != "classify":
         raise UserError(f"--classifier {run}: is no classifier; name a run of configs/classifier.py")
     wanted = config.to_dict()
@@ -152,16 +170,7 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
         if json.dumps(its) != json.dumps(ours):
             raise UserError(f"--classifier {run}: was trained with {section}.{name} {its}, the network with {ours}; "
                             "train one with the network's settings")
-    return loaded._replace(model=GuidedNetwork(loaded.model, found.model),
-                           identity={**loaded.identity, "classifier": {**found.identity, "path": str(run)}})
+    guided = GuidedNetwork(loaded.model, found.model)
+    return loaded._replace(model=guided, identity={
+        **loaded.identity, "classifier": {**found.identity, "path": str(run)}, "sha256": weights_hash(guided, config)})
 
-
-def _overridden(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-    values = flags.FlagValues()
-    argv = ["config", *overrides]
-    try:
-        holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {error}; see configs/default.py for the fields") from error
-    return holder.value

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported after parsing: --help shall not wait for JAX.
     import jax
 
-    from hae_jax.commands.devices import choose_attention, use_all_cores, use_compilation_cache
+    from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.phantom.on_demand import ensure_phantom
     from hae_jax.training import dry_run, hosts, loop
     from hae_jax.training.profile import parse_span
@@ -63,7 +63,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         if said and jax.process_index() == 0:
             print("\n".join(said))
         if not only_says:
-            drops = config.model.dropout > 0 and config.model.sparse_pattern == "blocks"
-            choose_attention(config.model.dtype, gradients=True, dropout=drops)
             hosts.once(lambda: ensure_phantom(config.data, config.model.image_size))
             loop.train(config, arguments.workdir, profile=profile)

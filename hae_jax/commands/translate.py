@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import check_fields, entry_point
+from hae_jax.commands.common import CASES_HELP, check_fields, checked_table, entry_point
 from hae_jax.commands.config import CONFIG_HELP
 from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 from hae_jax.errors import UserError
@@ -25,6 +25,7 @@ examples:
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --config.translation.respacing=100
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --calibration brats_600 --save-healthy
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --num-shards 8 --shard $SLURM_ARRAY_TASK_ID
+  python translate.py --checkpoint runs/a --cases cases.csv --output FOLDER
 
 cases: BraTS 2021 or 2023 folders, Decathlon or nnU-Net folders with dataset.json, one volume per case for a network of
 one channel; with or without segmentation (docs/data.md)."""
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
                         "--method classifier")
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases, or one case; default: the test split of "
                         "the config's data")
+    parser.add_argument("--cases", metavar="FILE", help=CASES_HELP)
     parser.add_argument("--output", metavar="FOLDER", help="where the results go; default: RUN/translation, with the "
                         "names of --input and --method after it")
     parser.add_argument("--layout", choices=("plain", "bids"), default="plain", help="plain: one folder; bids: BIDS "
@@ -75,6 +77,12 @@ def _stop_when_told() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def _name(source: Path) -> str:
+    """What results are called after: a folder, or a table of cases without its ending."""
+    name = source.resolve().name
+    return name[:-4] if name.lower().endswith(".csv") else name
+
+
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, translates; exits with 1 if a case of this job failed."""
@@ -83,11 +91,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_fields(overrides)
     if arguments.input == "":
         raise UserError("--input is empty; name a folder of cases, or leave --input out")
+    if arguments.cases is not None:
+        if arguments.input is not None:
+            raise UserError("--input and --cases: give one of them")
+        arguments.input = checked_table(arguments.cases)
     overrides += [f"--config.translation.{field}={getattr(arguments, field)}" for field in _SHORTCUTS
                   if getattr(arguments, field) is not None]
 
     # Imported after parsing: --help shall not wait for JAX.
-    from hae_jax.commands.devices import choose_attention, use_all_cores, use_compilation_cache
+    from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import network_and_config, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom
     from hae_jax.pipeline.bids import RESULTS, write_derivatives
@@ -104,10 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibrated = config.translation.calibration or (network.run / CALIBRATION).is_file()
     if not (arguments.input and calibrated):  # else no prepared data are needed
         ensure_phantom(config.data, config.model.image_size)
-    if network.model is not None:
-        choose_attention(config.model.dtype, gradients=False)
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
-    name = ["translation", *([Path(arguments.input).resolve().name] if arguments.input else []),
+    name = ["translation", *([_name(Path(arguments.input))] if arguments.input else []),
             *([arguments.method] if arguments.method else [])]
     bids = arguments.layout == "bids"
     output = Path(arguments.output or network.results / "_".join([*name, *(["bids"] if bids else [])]))

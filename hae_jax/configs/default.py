@@ -51,6 +51,10 @@ def _model() -> ml_collections.ConfigDict:
     model.sparse_redraw = False  # draw the sparse pattern anew at each training step
     model.remat = "none"  # none, block or full: what the backward pass recomputes to save memory
     model.dtype = "float32"  # of computation: float32 or bfloat16; parameters are float32
+    # The code that computes; not a part of the network, so a run may go on, or its network be used, with another.
+    # auto: rows on CPUs, xla elsewhere; cudnn: FlashAttention on GPUs in bfloat16 (`hae_jax.ops.forms`).
+    model.attention = "auto"  # auto, xla or cudnn
+    model.convolution = "auto"  # auto (winograd on CPUs, xla elsewhere), xla or winograd
     return model
 
 
@@ -99,8 +103,8 @@ def _training() -> ml_collections.ConfigDict:
     training.p_uncond = 0.1  # share of labels that are dropped
     training.timesteps = "uniform"  # uniform, or loss-second-moment: more often where the loss is large
     training.nonfinite = "stop"  # when a loss or gradient is not finite: stop, or skip the step and count it
-    # Devices along ("data", "model"), -1: what is left. Batches are cut over both; parameters, averages and optimiser
-    # over "model": (-1, 1) is data parallel, (1, -1) FSDP, (4, 2) both.
+    # Devices along ("data", "model"), -1: what is left. Batches are cut over both; parameters, EMA weights and
+    # optimiser over "model": (-1, 1) is data parallel, (1, -1) FSDP, (4, 2) both.
     training.mesh = (-1, 1)
     training.log_every = 100  # steps
     training.save_every = 5_000  # steps; the last step is always saved
@@ -174,5 +178,6 @@ def _translation() -> ml_collections.ConfigDict:
 def _evaluation() -> ml_collections.ConfigDict:
     """What is shown."""
     evaluation = ml_collections.ConfigDict()
-    evaluation.overlay_slices = 4  # most anomalous slices in each case's picture
+    evaluation.overlay_slices = 4  # most anomalous slices in each case's picture; 0: no pictures
+    evaluation.report = True  # write report.html at the end
     return evaluation

@@ -4,7 +4,13 @@ The order of training slices is a function of (seed, position) alone. Nothing ab
 after step k asks for the batches from step k on, on as many processes and workers as it likes, and sees the same data.
 """
 
-import math
+import contextlib
+import errno
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -28,7 +34,7 @@ def train_batches(
     balance: bool = False,
     healthy_only: bool = False,
     scaling: str = "slice",
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+) -> "grain.DatasetIterator[dict[str, np.ndarray]] | _Workers":
     """Endless batches in random order; every slice once per epoch, each epoch in another order.
 
     Batches run across the ends of epochs, so that all have the same size. Process p of P gets rows p B/P .. (p+1) B/P
@@ -51,7 +57,7 @@ def train_batches(
 
     Returns:
       An iterator of dictionaries: image [B/P, H, W, C] float32 in [-1, 1]; label, case, slice [B/P] int32. With
-      workers, `close()` it when done.
+      workers, `close()` it when done; the death of one is a UserError.
 
     Raises:
       UserError: the split is empty, or one class of it where they are to be balanced, or a number does not fit.
@@ -68,24 +74,7 @@ def train_batches(
     shares = order.batch(batch_size // process_count)
     batches = shares[start_step * process_count + process_index::process_count].map(_TrainBatch(reader, scaling))
     dataset = batches.to_iter_dataset(_read_ahead(prefetch))
-    return iter(_in_processes(dataset, workers) if workers else dataset)
-
-
-def eval_batches(
-    reader: SplitReader, *, batch_size: int, prefetch: int = 4
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """All slices once, in stored order, in batches of one shape.
-
-    Returns:
-      An iterator of dictionaries: image [B, H, W, C] float32 in [-1, 1]; mask [B, H, W] uint8; label, case, slice [B]
-      int32; valid [B] bool. The last batch is filled up with its last slice, marked False in `valid`.
-
-    Raises:
-      UserError: the split is empty, or `batch_size` is not positive.
-    """
-    _check_batch_size(batch_size, reader)
-    batches = grain.MapDataset.range(math.ceil(len(reader) / batch_size)).map(_EvalBatch(reader, batch_size))
-    return iter(batches.to_iter_dataset(_read_ahead(prefetch)))
+    return _Workers(dataset, workers) if workers else iter(dataset)
 
 
 def _chosen(reader: SplitReader, healthy_only: bool) -> np.ndarray:  # [n] indices
@@ -128,29 +117,54 @@ class _TrainBatch(grain.transforms.Map):
         return {"image": to_model_range(rows["image"], self._scaling), **kept}
 
 
-class _EvalBatch(grain.transforms.Map):
-    """Number of a batch -> the batch, with its padding marked."""
-
-    def __init__(self, reader: SplitReader, batch_size: int):
-        self._reader = reader
-        self._batch_size = batch_size
-
-    def map(self, element: int) -> dict[str, np.ndarray]:
-        index = int(element) * self._batch_size + np.arange(self._batch_size)
-        last = len(self._reader) - 1
-        rows = self._reader.read(np.minimum(index, last))
-        return rows | {"image": to_model_range(rows["image"]), "valid": index <= last}
-
-
 def _read_ahead(prefetch: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
 
 
-def _in_processes(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
-    if not flags.FLAGS.is_parsed():
-        # Grain looks its own flags up before it starts a worker, which absl refuses in a program that parses none.
-        flags.FLAGS.mark_as_parsed()
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+class _Workers:
+    """A data set that is read in processes; what ends one of them becomes a UserError."""
+
+    def __init__(self, dataset: grain.IterDataset, workers: int):
+        if not flags.FLAGS.is_parsed():
+            # Grain looks its own flags up before it starts a worker, which absl refuses in a program that parses none.
+            flags.FLAGS.mark_as_parsed()
+        self._workers = workers
+        with self._deaths():
+            self._iterator = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+
+    def __iter__(self) -> "_Workers":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        with self._deaths():
+            return next(self._iterator)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._iterator.close()
+
+    @contextlib.contextmanager
+    def _deaths(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if died is None and not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM)):
+                raise
+            raise UserError(f"one of {self._workers} data workers {_fate(int(died[1]) if died else None)}; set "
+                            "data.workers=0, which reads in threads of this process") from error
+
+
+def _fate(code: int | None) -> str:
+    """What ended a worker, as far as its exit code tells (None: it ran out of room), and what would prevent it."""
+    shared = "/dev/shm"
+    if code in (None, -signal.SIGBUS):
+        free = f", {shutil.disk_usage(shared).free / 2**20:.3g} MiB are free" if os.path.isdir(shared) else ""
+        return f"found no room in {shared}{free}: make it larger (Docker: --shm-size=2g), lower data.prefetch"
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL), most likely for want of memory: lower data.workers or data.prefetch"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit status {code}"
+    return f"died ({name}); what it wrote stands above"
 
 
 def _check_batch_size(batch_size: int, reader: SplitReader) -> None:

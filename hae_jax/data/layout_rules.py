@@ -7,34 +7,32 @@ read here but dataset.json and, to tell 3-D from 4-D, a header.
 import collections
 import dataclasses
 import itertools
-import json
 import os
 import re
-import zlib
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-import nibabel as nib
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-
+from hae_jax.data.nifti import EXTENSIONS, is_4d
+from hae_jax.data.presence import absence, is_there
 from hae_jax.errors import UserError
+from hae_jax.files import read_json
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")  # also the order of a 4-D file that comes without dataset.json
-EXTENSIONS = (".nii.gz", ".nii", ".NII.GZ", ".NII")  # the first is that of a file to be named
-UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, zlib.error, ImageFileError, HeaderDataError)
 
 SYNONYMS = {"flair": ("flair", "t2f"), "t1": ("t1", "t1w", "t1n"),
             "t1ce": ("t1ce", "t1c", "t1gd", "t1gad", "ce-gadolinium_t1w", "ce-gad_t1w", "ce-gd_t1w"),
             "t2": ("t2", "t2w")}
 _BRATS_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w"}
-_SEGMENTATIONS = ("seg", "label-l_desc-t1lesion_mask", "consensus_gt", "lesion_mask", "lesion", "label", "labels",
+SEGMENTATIONS = ("seg", "label-l_desc-t1lesion_mask", "consensus_gt", "lesion_mask", "lesion", "label", "labels",
                   "mask")  # the first that is there is taken
-BRAIN_OR_LESION = ("label", "labels", "mask")  # only with exactly the image's name: they may as well be the brain's
+BRAIN_OR_LESION = ("label", "labels", "mask")  # taken only with an image's name: they may as well be the brain's
 
 _MODALITY_OF = {word: modality for modality, words in SYNONYMS.items() for word in words}
+_CHANNEL_OF = {re.sub("[^a-z0-9]", "", word): modality for word, modality in _MODALITY_OF.items()}
+_AMBIGUOUS = ("seg", *BRAIN_OR_LESION)
+_OF_LESIONS = re.compile("gliom|infarct|lesion|stroke|tumou?r|wmh", re.IGNORECASE)  # then whatever else the name says
 # Lazy, so that the longest ending wins: the lesion mask of ATLAS is not the "_mask" of something else.
-_NAME = re.compile(rf"(?:(?P<case>.*?)(?P<dash>[_-]))?(?P<word>{'|'.join((*_MODALITY_OF, *_SEGMENTATIONS))})",
+_NAME = re.compile(rf"(?:(?P<case>.*?)(?P<dash>[_-]))?(?P<word>{'|'.join((*_MODALITY_OF, *SEGMENTATIONS))})",
                    re.IGNORECASE)
 _ASSUMED = f"no dataset.json says what the file's volumes are; taken as {', '.join(MODALITIES)}, in this order"
 _BIDS_SUBJECT = re.compile("sub-[^_]+")
@@ -63,6 +61,7 @@ class CaseFiles:
     segmentation: Path | None
     problem: str | None = None  # why it cannot be used, if that is known from the names alone
     warnings: tuple[str, ...] = ()  # what was assumed about its files, one line each
+    patient: str | None = None  # whose it is, where a table of cases says so; None: as its name tells
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -83,7 +82,7 @@ class _Named:
     path: Path
     case: str  # what comes before the word
     dash: str  # between them
-    kind: str  # a modality, or one of _SEGMENTATIONS
+    kind: str  # a modality, or one of SEGMENTATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +166,11 @@ def _choose(files: list[_Named], prefix: str, kind: str) -> _Named | None:
 
 
 def _segmentation(files: list[_Named], name: str) -> Path | None:
-    for kind in _SEGMENTATIONS:
+    for kind in SEGMENTATIONS:
         file = _choose(files, name, kind)
         images = {other.case for other in files if other.kind in MODALITIES} | {name}
-        if file is not None and (kind not in BRAIN_OR_LESION or file.case in images):
+        if file is not None and (kind not in _AMBIGUOUS or file.case in images
+                                 or _OF_LESIONS.search(file.case.removeprefix(name))):
             return file.path
     return None
 
@@ -210,7 +210,7 @@ def _by_case(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
     assumed = () if described else (_ASSUMED,)
     cases = []
     for name, path in images.items():
-        if count == 1 or (described is None and len(modalities) == 1 and not _is_4d(path)):
+        if count == 1 or (described is None and len(modalities) == 1 and not is_4d(path)):
             cases.append(CaseFiles(name, (ImageFile(modalities[0], path),), _label(folder, name)))
         else:
             files = tuple(ImageFile(modality, path, k, count) for modality, k in position.items())
@@ -235,9 +235,11 @@ def _label(folder: Folder, name: str) -> Path | None:
     """
     if folder.name.startswith("images"):
         labels = folder.absolute.with_name(folder.name.replace("images", "labels", 1))
+        if labels.is_symlink() and (reason := absence(labels)):  # not to be taken for a case without a lesion
+            raise UserError(f"{labels}: {reason}")
         try:
-            there = [file for extension in EXTENSIONS if (file := labels / (name + extension)).is_file()]
-        except OSError as error:  # not to be taken for a case without a lesion
+            there = [file for extension in EXTENSIONS if is_there(file := labels / (name + extension))]
+        except OSError as error:
             raise UserError(f"{labels}: cannot be looked into ({error.strerror}); change its permissions") from error
         if there:
             return there[0]
@@ -258,7 +260,7 @@ class _Channels:
         Raises:
           UserError: one is not there, or there twice.
         """
-        known = [_MODALITY_OF.get(re.sub("[^a-z0-9]", "", name.lower())) for name in self.names]
+        known = [_CHANNEL_OF.get(re.sub("[^a-z0-9]", "", name.lower())) for name in self.names]
         for modality in modalities:
             if known.count(modality) != 1:
                 raise UserError(f"{self.source}: {known.count(modality) or 'no'} channels are {modality}, one is "
@@ -267,32 +269,27 @@ class _Channels:
         return {modality: known.index(modality) for modality in modalities}
 
 
+def _may_be_there(path: Path) -> bool:
+    try:
+        return is_there(path)
+    except OSError:  # the folder above is closed, which is not what was asked for
+        return False
+
+
 def _read_channels(folder: Folder) -> _Channels | None:
     """What dataset.json in a folder or the one above it says about the channels; None without such a file."""
     path = next((path for path in (folder.path / "dataset.json", folder.absolute.parent / "dataset.json")
-                 if path.is_file()), None)
+                 if _may_be_there(path)), None)
     if path is None:
         return None
+    if reason := absence(path):
+        raise UserError(f"{path}: {reason}")
+    facts = read_json(path)
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        names = {int(k): str(name) for k, name in (facts.get("channel_names") or facts["modality"]).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: no channel names can be read; give "channel_names": {{"0": "FLAIR", "1": "T1w", '
-                        "...}, or \"modality\" likewise") from error
+        names = {int(k): name.strip() for k, name in (facts.get("channel_names") or facts["modality"]).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path}: names no channels; give "channel_names": {{"0": "FLAIR", "1": "T1w", ...}}, or '
+                        '"modality" likewise') from error
     if sorted(names) != list(range(len(names))):
         raise UserError(f"{path}: its channels are numbered {', '.join(map(str, sorted(names)))}; count from 0")
     return _Channels(path, [names[k] for k in range(len(names))])
-
-
-def _is_4d(path: Path) -> bool:
-    try:
-        shape = nib.load(path).shape  # pyright: ignore[reportAttributeAccessIssue]
-    except UNREADABLE:  # reported when the case is read
-        return False
-    return len(shape) > 3 and shape[3] > 1
-
-
-def stem(path: Path) -> str:
-    """A NIfTI file's name without extension."""
-    return next((path.name.removesuffix(extension) for extension in EXTENSIONS if path.name.endswith(extension)),
-                path.name)

@@ -7,26 +7,29 @@ the first of `layout_rules.RULES` that finds a case in it decides; docs/data.md 
 import collections
 import dataclasses
 import os
+import re
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hae_jax.data.case_table import read_table
 from hae_jax.data.layout_rules import (
     BRAIN_OR_LESION,
-    EXTENSIONS,
     MODALITIES,
     RULES,
+    SEGMENTATIONS,
     SYNONYMS,
-    UNREADABLE,
     CaseFiles,
     Folder,
     ImageFile,
-    stem,
 )
+from hae_jax.data.nifti import EXTENSIONS, stem
+from hae_jax.data.presence import absence, real_name
 from hae_jax.errors import UserError
 
-__all__ = ["LAYOUTS", "MODALITIES", "SYNONYMS", "UNREADABLE", "CaseFiles", "ImageFile", "check_modalities",
-           "find_cases", "images_in"]
+__all__ = ["LAYOUTS", "MODALITIES", "SYNONYMS", "CaseFiles", "ImageFile", "check_modalities", "find_cases",
+           "images_in"]
 
 LAYOUTS = (  # title, example; for help texts and errors
     ("BraTS 2021", "<case>/<case>_flair.nii.gz, _t1, _t1ce, _t2, _seg"),
@@ -38,6 +41,8 @@ LAYOUTS = (  # title, example; for help texts and errors
 )
 _RESULTS = ("cases.csv", "records")  # a folder with both holds what translate.py wrote
 _NO_IMAGES = ("mask", "seg", "label", "labels")  # endings of files that are derived from images
+_FILE = re.compile(r"\.[a-z]\w{0,5}", re.IGNORECASE)  # ending of a name that is no folder's
+_OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # closed, and nobody's cases
 _SHOWN = 3  # names in a message
 
 
@@ -45,12 +50,12 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
     """Lists the cases in `folder` and the folders below it, sorted by name.
 
     Cases with one name are one case with a `problem`, as is a case with a file that is there twice (.nii and .nii.gz).
-    So is a folder, called by its path, whose cases cannot be told apart. NIfTI files that belong to no case and folders
-    that cannot be looked into are named in a warning on stderr.
+    So is a folder, called by its path, that cannot be looked into (closed, or a link to where nothing is), or whose
+    cases cannot be told apart. NIfTI files that belong to no case are named in a warning on stderr.
 
     Args:
-      folder: a data set in any of `LAYOUTS`, a single case's folder, or one file of a case. Hidden files and the
-        results of translate.py are passed over.
+      folder: a data set in any of `LAYOUTS`, a single case's folder, one file of a case, or a table of cases (.csv,
+        `case_table`). Hidden files and the results of translate.py are passed over.
       modalities: the channels wanted, in their order. Others that a case may have are ignored.
 
     Raises:
@@ -61,13 +66,15 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
     check_modalities(modalities)
     if _holds_results(folder):
         raise UserError(f"{folder}: holds results of translate.py, no cases; give the folder of the images")
-    if os.path.isfile(folder):
+    if reason := absence(folder):
+        reason = "no such folder" if reason == "missing" else reason
+        raise UserError(f"{folder}: {reason}; give a folder of cases, one case's folder, or a table of cases (.csv)")
+    if folder.suffix.lower() == ".csv":
+        return read_table(folder, modalities)
+    if folder.is_file():
         return [_case_of(folder, modalities)]
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder, or no permission to see it; give a folder of cases, or "
-                        "one case's folder")
-    cases, strays, misspelt, closed, faults = [], [], [], [], {}
-    for path in _folders(folder, closed):
+    cases, strays, misspelt, faults = [], [], [], {}
+    for path in _folders(folder, faults):
         listing = _listing(path, top=path == folder and not cases)  # beside folders of cases lie templates, too
         try:
             found = _cases_in(listing, modalities)
@@ -77,9 +84,9 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
         cases += [_without_twins(case) for case in found]
         strays += _strays(listing, found, modalities)
         misspelt += _misspelt(path)
-    passed_over = _passed_over(strays, misspelt, closed)
+    passed_over = _passed_over(strays, misspelt)
     if not cases:
-        raise next(iter(faults.values()), _no_cases(folder, passed_over))
+        raise _all_of(faults) if faults else _no_cases(folder, passed_over)
     if passed_over:
         print(f"warning: {folder}: passes over {passed_over} (docs/data.md)", file=sys.stderr)
     cases += [_failed(folder, path, modalities, error) for path, error in faults.items()]
@@ -102,6 +109,26 @@ def images_in(folder: Path) -> str:
         return "nothing"
 
 
+def looked_for(case: CaseFiles) -> str:
+    """Where a case's segmentation was looked for, and what lies there, in words."""
+    folder = case.folder
+    if folder.name.startswith("images"):
+        folder = folder.with_name(folder.name.replace("images", "labels", 1))
+        names = f"{folder.name}/{case.name}{EXTENSIONS[0]}"
+    else:
+        names = f"{case.name}_{SEGMENTATIONS[0]}{EXTENSIONS[0]}, or _{', _'.join(SEGMENTATIONS[1:])}"
+    try:
+        there = [file for file in _files(folder) if file not in case.paths]
+    except OSError:
+        there = []
+    return f"looked for: {names}; there: {_few(there) or 'no other file'}; rename it, or name it in a table, --cases"
+
+
+def _all_of(faults: dict[Path, UserError]) -> UserError:
+    first, *others = faults.values()
+    return UserError(f"{first} (and {len(others)} more places)") if others else first
+
+
 def _no_cases(folder: Path, passed_over: str) -> UserError:
     known = "; ".join(f"{title}: {example}" for title, example in LAYOUTS)
     return UserError(f"{folder}: no cases found; expected one of: {known}{f' ({passed_over})' if passed_over else ''}")
@@ -109,7 +136,7 @@ def _no_cases(folder: Path, passed_over: str) -> UserError:
 
 def _folders(
     top: Path,
-    closed: list[Path],  # gets what cannot be looked into
+    faults: dict[Path, UserError],  # gets what cannot be looked into
 ) -> Iterator[Path]:
     """The folders below, each real one once, and the folder itself last.
 
@@ -121,14 +148,14 @@ def _folders(
         if folder.resolve() in walked:
             continue
         walked.add(folder.resolve())
-        below = _subfolders(folder, closed)
+        below = _subfolders(folder, faults)
         if below is None or (folder != top and _holds_results(folder)):
             continue
         links += [path for path in below if path.is_symlink()]
         waiting += [path for path in reversed(below) if not path.is_symlink()]
         if folder != top:
             yield folder
-    if top not in closed:
+    if top not in faults:
         yield top
 
 
@@ -136,16 +163,16 @@ def _holds_results(folder: Path) -> bool:
     return all(os.path.exists(folder / name) for name in _RESULTS)
 
 
-def _subfolders(folder: Path, closed: list[Path]) -> list[Path] | None:
+def _subfolders(folder: Path, faults: dict[Path, UserError]) -> list[Path] | None:
     """The folders in one that may hold cases; None if it cannot be listed."""
     found = []
     try:
         entries = sorted(folder.iterdir())
-    except OSError:
-        closed.append(folder)
+    except OSError as error:
+        faults[folder] = UserError(f"{folder}: cannot be looked into ({error.strerror}); change its permissions")
         return None
     for path in entries:
-        if path.name[0] == "." or not _is_folder(path, closed):
+        if path.name[0] == "." or path.name in _OF_THE_SYSTEM or not _is_folder(path, faults):
             continue
         if path.name.startswith("labels") and os.path.isdir(folder / path.name.replace("labels", "images", 1)):
             continue
@@ -155,18 +182,21 @@ def _subfolders(folder: Path, closed: list[Path]) -> list[Path] | None:
     return found
 
 
-def _is_folder(path: Path, closed: list[Path]) -> bool:
+def _is_folder(path: Path, faults: dict[Path, UserError]) -> bool:
     try:
-        return path.is_dir()
-    except OSError:  # a link to where we may not go, or the folder shows its names only
-        closed.append(path)
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError:  # a link to nowhere or to where we may not go; what may be a case must not vanish
+        if not _FILE.fullmatch(path.suffix):
+            faults[path] = UserError(f"{path}: {absence(path)}")
         return False
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.iterdir()):
-        if file.name[0] != "." and file.name.endswith(EXTENSIONS) and os.path.isfile(file):
-            yield file
+    """The NIfTI files of a folder, with those that are there but cannot be read."""
+    for entry in sorted(folder.iterdir()):
+        path = entry.with_name(real_name(entry.name))
+        if path.name[0] != "." and path.name.endswith(EXTENSIONS) and not os.path.isdir(entry):
+            yield path
 
 
 def _misspelt(folder: Path) -> list[Path]:
@@ -219,9 +249,10 @@ def _without_twins(case: CaseFiles, chosen: Path | None = None) -> CaseFiles:
 
 def _with_its_stem(path: Path) -> list[Path]:
     """The files there that differ from `path` in their extension at most."""
-    there = [file for extension in EXTENSIONS if os.path.isfile(file := path.with_name(stem(path) + extension))]
+    there = [file for extension in EXTENSIONS if os.path.lexists(file := path.with_name(stem(path) + extension))]
     # Where a disk ignores capitals, one file is there under two names.
-    return [file for k, file in enumerate(there) if not any(file.samefile(other) for other in there[:k])]
+    return [file for k, file in enumerate(there) if not any(os.path.samestat(file.lstat(), other.lstat())
+                                                            for other in there[:k])]
 
 
 def _each_named_once(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
@@ -237,7 +268,10 @@ def _encodable(case: CaseFiles) -> CaseFiles:
     if case.name == os.fsencode(case.name).decode(errors="replace"):
         return case
     shown = os.fsencode(case.name).decode(errors="backslashreplace")
-    return dataclasses.replace(case, name=shown, problem=f"{shown}: its name is not UTF-8; rename its folder or files")
+    encoding = sys.getfilesystemencoding()
+    what = "its name is not UTF-8; rename its folder or files" if encoding == "utf-8" else (
+        f"its name cannot be read, since the locale here is {encoding}; set PYTHONUTF8=1")
+    return dataclasses.replace(case, name=shown, problem=f"{shown}: {what}")
 
 
 def _clash(cases: Sequence[CaseFiles]) -> CaseFiles:
@@ -266,15 +300,14 @@ def _strays(folder: Folder, cases: Sequence[CaseFiles], modalities: Sequence[str
     return [path for path in folder.files.values() if path not in known | derived]
 
 
-def _passed_over(strays: Sequence[Path], misspelt: Sequence[Path], closed: Sequence[Path]) -> str:
-    """What belongs to no case, is not read, or cannot be looked into, in words; empty if there is nothing of it."""
-    parts = [(strays, "NIfTI file", "in no known layout", _few(strays)),
-             (misspelt, "file", "to rename, since only .nii.gz, .nii, .NII.GZ and .NII are read", _few(misspelt)),
-             (closed, "place", "that cannot be looked into, change the permissions", _few(closed, full=True))]
-    return "; ".join(f"{len(paths)} {noun}{'s' if len(paths) > 1 else ''} {why}: {names}"
-                     for paths, noun, why, names in parts if paths)
+def _passed_over(strays: Sequence[Path], misspelt: Sequence[Path]) -> str:
+    """What belongs to no case, or is not read, in words; empty if there is nothing of it."""
+    parts = [(strays, "NIfTI file", "in no known layout"),
+             (misspelt, "file", "to rename, since only .nii.gz, .nii, .NII.GZ and .NII are read")]
+    return "; ".join(f"{len(paths)} {noun}{'s' if len(paths) > 1 else ''} {why}: {_few(paths)}"
+                     for paths, noun, why in parts if paths)
 
 
-def _few(paths: Sequence[Path], full: bool = False) -> str:
+def _few(paths: Sequence[Path]) -> str:
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(str(path) if full else path.name for path in paths[:_SHOWN]) + more
+    return ", ".join(path.name for path in paths[:_SHOWN]) + more

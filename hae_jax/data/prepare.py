@@ -7,11 +7,15 @@ published PyTorch code (`npy_{train,val,test}/patient_<case>/slice_<k>.npz`), wh
 import collections
 import dataclasses
 import functools
+import glob
 import multiprocessing
 import os
 import shutil
+import struct
 import time
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,12 +26,14 @@ import numpy as np
 from tqdm import tqdm
 
 from hae_jax.data.cases import MODALITIES, CaseFiles, find_cases, read_case
-from hae_jax.data.layouts import check_modalities
+from hae_jax.data.layouts import check_modalities, looked_for
+from hae_jax.data.lesion_mask import refuse_head_mask
 from hae_jax.data.orientation import ORIENTATION
+from hae_jax.data.presence import absence, is_there
 from hae_jax.data.slices import SPLITS, CaseSlices, case_slices, split_patients
 from hae_jax.data.store import MANIFEST, StoreWriter
 from hae_jax.errors import UserError
-from hae_jax.files import folder_written_whole
+from hae_jax.files import folder_written_whole, remove_leftovers
 from hae_jax.provenance import record
 
 _WITHOUT_LABELS = "imagesTs"  # the Decathlon's and nnU-Net's cases whose labels are kept secret
@@ -44,7 +50,7 @@ class PrepareReport:
     lesion_slices: dict[str, int]
     skipped: dict[str, str]  # case name -> reason
     seconds: float
-    warnings: dict[str, list[str]]  # what to know -> names of the cases that it is about
+    warnings: dict[str, list[str]]  # what to know -> names of the cases, or splits, that it is about
 
     def lines(self) -> list[str]:
         """The summary that the command prints."""
@@ -78,6 +84,7 @@ class _Loaded:
 class _NpzCase:
     name: str
     folder: Path
+    patient: None = None
 
 
 def prepare(
@@ -98,7 +105,8 @@ def prepare(
     read, so a broken case does not move other patients. Memory holds a few cases and one shard, however many cases.
 
     Args:
-      source: folder of NIfTI cases in any of `layouts.LAYOUTS`, or the parent of `npy_train`, `npy_val`, `npy_test`.
+      source: folder of NIfTI cases in any of `layouts.LAYOUTS`, a table of cases (.csv, `case_table`), or the parent
+        of `npy_train`, `npy_val`, `npy_test`.
       output: folder to make; complete or absent afterwards.
       modalities: the channels, in their order; those of PyTorch slices are taken to be these.
       image_size: side of the square slices, pixels. PyTorch slices must have it already.
@@ -117,11 +125,13 @@ def prepare(
         raise UserError(f"image_size {image_size} and workers {workers}: both must be at least 1")
     check_modalities(modalities)
     replaces = _must_replace(output, overwrite)
-    if any((source / folder).is_dir() for folder in _NPZ_SPLITS.values()):
+    if any(is_there(source / folder) for folder in _NPZ_SPLITS.values()):
         plan = _plan_npz(source, modalities, image_size)
     else:
         plan = _plan_nifti(source, modalities, image_size, train_fraction, val_fraction, seed)
     target = output.with_name(f".{os.getpid()}.new.{output.name}") if replaces else output
+    remove_leftovers(output.parent, glob.escape(target.name))
+    remove_leftovers(output.parent, f".*.new.{glob.escape(output.name)}")
     with folder_written_whole(target) as root:
         manifest, skipped, warnings = _write(root, source, plan, modalities, workers)
     if replaces:
@@ -141,7 +151,7 @@ def _write(
         try:
             if isinstance(result, str):
                 raise UserError(result)
-            writer.add(item.name, split, result.slices, result.affine)
+            writer.add(item.name, split, result.slices, result.affine, item.patient)
             added += 1
             for warning in result.warnings:
                 warnings[warning].append(item.name)
@@ -150,6 +160,8 @@ def _write(
     if not added:
         name, reason = next(iter(skipped.items()))
         raise UserError(f"{source}: none of {len(skipped)} cases can be used; the first, {name}: {reason}")
+    for split, warning in _one_class(writer.totals()):
+        warnings[warning].append(split)
     names = {split: [item.name for item in plan.split[split] if item.name not in skipped] for split in SPLITS}
     facts = {"source": str(source.resolve()), "layout": plan.layout, "modalities": list(modalities),
              "settings": plan.settings, "split": names, "skipped": skipped, "warnings": dict(warnings),
@@ -157,12 +169,22 @@ def _write(
     return writer.finish(facts), skipped, dict(warnings)
 
 
+def _one_class(splits: dict[str, dict[str, int]]) -> Iterator[tuple[str, str]]:
+    """Splits whose slices are all of one class, and what that means."""
+    for split in SPLITS:
+        slices, lesion = splits[split]["slices"], splits[split]["lesion_slices"]
+        if slices and lesion in (0, slices):
+            yield split, (f"{'all (100' if lesion else 'none (0'} %) of its slices have a lesion; training and "
+                          "calibration need both kinds: check the segmentations, or add cases")
+
+
 def _plan_nifti(
     source: Path, modalities: Sequence[str], image_size: int, train_fraction: float, val_fraction: float, seed: int
 ) -> _Plan:
     cases = {case.name: case for case in find_cases(source, modalities)
              if case.segmentation is not None or case.folder.name != _WITHOUT_LABELS}
-    split = split_patients(list(cases), train_fraction, val_fraction, seed)
+    split = split_patients(list(cases), train_fraction, val_fraction, seed,
+                           {name: case.patient for name, case in cases.items()})
     settings = {
         "image_size": image_size,
         "normalisation": "divided by the 99th percentile of the positive voxels, per case and modality",
@@ -176,14 +198,15 @@ def _plan_nifti(
 def _load_nifti(files: CaseFiles, image_size: int) -> _Loaded:
     if files.segmentation is None and not files.problem:
         raise UserError(f"{files.images[0].path}: no segmentation; a case without one can be translated, "
-                        "but neither trained nor measured on")
+                        f"but neither trained nor measured on ({looked_for(files)})")
     case = read_case(files)
+    if case.mask is not None:
+        refuse_head_mask(files.segmentation, case.mask, case.volumes)
     return _Loaded(case_slices(case, image_size), case.affine, case.warnings)
 
 
 def _plan_npz(source: Path, modalities: Sequence[str], image_size: int) -> _Plan:
-    split = {name: [_NpzCase(path.name.removeprefix("patient_"), path)
-                    for path in sorted((source / folder).glob("patient_*")) if path.is_dir()]
+    split = {name: [_NpzCase(path.name.removeprefix("patient_"), path) for path in _patients(source / folder)]
              for name, folder in _NPZ_SPLITS.items()}
     counts = collections.Counter(case.name for cases in split.values() for case in cases)
     if not counts:
@@ -196,7 +219,18 @@ def _plan_npz(source: Path, modalities: Sequence[str], image_size: int) -> _Plan
     return _Plan("PyTorch slices", settings, split, load)
 
 
+def _patients(folder: Path) -> list[Path]:
+    """The folders patient_<case> of a split, with those that are there but cannot be looked into."""
+    if not is_there(folder):
+        return []
+    if reason := absence(folder):
+        raise UserError(f"{folder}: {reason}")
+    return sorted(path for path in folder.glob("patient_*") if absence(path) or path.is_dir())
+
+
 def _load_npz(case: _NpzCase, modalities: Sequence[str], image_size: int) -> _Loaded:
+    if reason := absence(case.folder):
+        raise UserError(f"{case.folder}: {reason}")
     paths = {}
     for path in case.folder.glob("slice_*.npz"):
         position = path.stem.removeprefix("slice_")
@@ -218,11 +252,15 @@ def _load_npz(case: _NpzCase, modalities: Sequence[str], image_size: int) -> _Lo
 
 def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """One slice of the PyTorch layout: x (1, C, H, W) and y (1, 1, H, W) -> [H, W, C] and [H, W] float32."""
+    if reason := absence(path):
+        raise UserError(f"{path}: {reason}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x, y = arrays["x"].astype(np.float32), arrays["y"].astype(np.float32)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError,
+            NotImplementedError, RuntimeError, SyntaxError, IndexError, struct.error, zlib.error,
+            zipfile.BadZipFile, tokenize.TokenError) as error:  # whatever the bytes of a damaged file look like
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: x and y cannot be read ({reason}); copy it again") from error
     square = (image_size, image_size)
     if x.ndim != 4 or len(x) != 1 or x.shape[2:] != square or y.shape != (1, 1, *square):
@@ -230,6 +268,8 @@ def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
                         f"(1, 1, {image_size}, {image_size}); set --image-size to the slices' own")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise UserError(f"{path}: holds NaN or infinite values; repair or remove the case")
+    if y.min() < 0:
+        raise UserError(f"{path}: y holds {y.min():g}; a lesion mask is 0 outside and positive inside")
     return np.ascontiguousarray(x[0].transpose(1, 2, 0)), y[0, 0]
 
 
@@ -257,8 +297,8 @@ def _in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise UserError("a worker process was killed, most likely for want of memory; "
-                            "use fewer --workers") from error
+            raise UserError(f"one of {workers} worker processes was killed, most likely for want of memory; use fewer "
+                            "--workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

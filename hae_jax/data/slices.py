@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -34,17 +34,15 @@ class CaseSlices:
     masks: np.ndarray | None  # [S, H, W] float32, soft where the lesion's border was resized
     index: np.ndarray  # [S] int32, position along the volume's axis 2
     shape: tuple[int, int, int] | None  # (X, Y, Z) of the volume; None where the source does not tell
+    scales: np.ndarray | None = None  # [C] the raw intensity that is 1 in `images`; None where it is not known
 
 
 def normalise_volumes(
     volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
+    scales: np.ndarray,  # [C] of `intensity_scales`
 ) -> np.ndarray:  # [X, Y, Z, C] float32
-    """Divides each channel by its `intensity_scales`.
-
-    Raises:
-      ValueError: a channel has no positive voxel (`read_case` refuses such a case earlier).
-    """
-    return (volumes / intensity_scales(volumes).astype(volumes.dtype)).astype(np.float32, copy=False)
+    """Divides each channel by its scale."""
+    return (volumes / scales.astype(volumes.dtype)).astype(np.float32, copy=False)
 
 
 def intensity_scales(
@@ -74,7 +72,8 @@ def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
     Raises:
       UserError: no slice shows anything.
     """
-    volumes = normalise_volumes(case.volumes)
+    scales = intensity_scales(case.volumes)
+    volumes = normalise_volumes(case.volumes, scales)
     shows_brain = np.flatnonzero(volumes.mean(axis=-1).sum(axis=(0, 1)) > MIN_SLICE_SUM)
     if shows_brain.size == 0:
         raise UserError(f"case {case.name}: no axial slice shows any brain; check that the images are not blank, "
@@ -84,7 +83,7 @@ def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
     masks = None
     if case.mask is not None:
         masks = resize(case.mask[:, :, index].transpose(2, 0, 1).astype(np.float32), image_size)
-    return CaseSlices(np.ascontiguousarray(images), masks, index, case.volumes.shape[:3])
+    return CaseSlices(np.ascontiguousarray(images), masks, index, case.volumes.shape[:3], scales)
 
 
 def slice_spacing(
@@ -174,12 +173,20 @@ def slices_to_volume(
 
 
 def split_patients(
-    names: Sequence[str], train_fraction: float = 0.75, val_fraction: float = 0.05, seed: int = 10
+    names: Sequence[str], train_fraction: float = 0.75, val_fraction: float = 0.05, seed: int = 10,
+    patient: Mapping[str, str | None] | None = None,
 ) -> dict[str, list[str]]:
     """Splits patients as published: sorted names, shuffled, then int(train_fraction n), int(val_fraction n), the rest.
 
-    All visits of a patient (`patient_of`) come into one split. The defaults need 20 patients to give one for
-    validation. Fewer are not rearranged silently: the error names the option to set.
+    All visits of a patient come into one split. The defaults need 20 patients to give one for validation. Fewer are not
+    rearranged silently: the error names the option to set.
+
+    Args:
+      names: of the cases.
+      train_fraction: share of the patients.
+      val_fraction: share of the patients.
+      seed: of the order.
+      patient: whose each case is; where it does not say, the case's name does (`patient_of`).
 
     Returns:
       {"train": [...], "val": [...], "test": [...]} in shuffled order, without overlap. `test` may be empty.
@@ -192,7 +199,7 @@ def split_patients(
                         "and their sum at most 1")
     visits = collections.defaultdict(list)
     for name in sorted(names):
-        visits[patient_of(name)].append(name)
+        visits[(patient or {}).get(name) or patient_of(name)].append(name)
     patients = sorted(visits)
     if len(patients) < 2:
         raise UserError(f"{len(patients)} case(s) cannot be split; at least one to train on and one to validate is "

@@ -15,7 +15,7 @@ stores, `batches` reads them.
 import dataclasses
 import functools
 import hashlib
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ import numpy as np
 import tensorstore as ts
 
 from hae_jax.data.cases import MODALITIES
+from hae_jax.data.presence import absence
 from hae_jax.data.slices import SPLITS, CaseSlices
 from hae_jax.errors import UserError
-from hae_jax.files import write_json
+from hae_jax.files import read_json, write_json
 
 FORMAT = "hae-jax prepared slices"
 FORMAT_VERSION = 1
@@ -46,8 +47,10 @@ class StoreWriter:
         self._item_shape: tuple[int, ...] | None = None
         _write_group(root)
 
-    def add(self, name: str, split: str, slices: CaseSlices, affine: np.ndarray | None) -> None:
-        """Appends one case, which must have masks.
+    def add(
+        self, name: str, split: str, slices: CaseSlices, affine: np.ndarray | None, patient: str | None = None
+    ) -> None:
+        """Appends one case, which must have masks; `patient` says whose it is where its name does not.
 
         Raises:
           UserError: its slices have another size or number of channels than those before.
@@ -66,12 +69,17 @@ class StoreWriter:
                         cases=np.full(len(labels), len(self._cases), np.int32))
         self._cases.append({
             "name": name,
+            **({"patient": patient} if patient else {}),
             "split": split,
             "shape": None if slices.shape is None else list(slices.shape),
             "affine": None if affine is None else np.asarray(affine).tolist(),
             "slices": len(labels),
             "lesion_slices": int(labels.sum()),
         })
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Cases, slices and slices with a lesion so far, per split."""
+        return {split: _totals(self._cases, split) for split in SPLITS}
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Writes what is buffered, then the manifest with `facts` (source, modalities, settings, ...). Returns it."""
@@ -81,7 +89,7 @@ class StoreWriter:
             "format_version": FORMAT_VERSION,
             **facts,
             "slice_shape": None if self._item_shape is None else list(self._item_shape),
-            "splits": {split: _totals(self._cases, split) for split in SPLITS},
+            "splits": self.totals(),
             "cases": self._cases,
             "files": {path.relative_to(self._root).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
                       for path in _data_files(self._root)},
@@ -117,7 +125,7 @@ class Store:
 
     @property
     def cases(self) -> list[dict[str, Any]]:
-        """Per case: name, split, shape, affine, slices, lesion_slices. A batch's `case` counts in this list."""
+        """Per case: name, patient (if told), split, shape, affine, slices, lesion_slices. A batch counts in it."""
         return self.manifest["cases"]
 
 
@@ -209,17 +217,59 @@ def verify_store(root: str | Path) -> list[str]:
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     again = "make the dataset again with tools/prepare_data.py --overwrite"
-    try:
-        manifest = json.loads(path.read_text())
-        described = (manifest["format"], manifest["format_version"])
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise UserError(f"{root}: no prepared dataset here; make one with tools/prepare_data.py "
-                        f"--source FOLDER --output {root}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: unreadable; {again}") from error
-    if described != (FORMAT, FORMAT_VERSION):
+                        f"--source FOLDER --output {root}")
+    if reason := absence(path):
+        raise UserError(f"{path}: {reason}")
+    try:
+        manifest = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from error
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("format_version")) != (
+            FORMAT, FORMAT_VERSION):
         raise UserError(f"{path}: not format version {FORMAT_VERSION} of a prepared dataset; {again}")
+    if (field := _broken_field(manifest)) is not None:
+        raise UserError(f"{path}: field {field} is missing or of a wrong kind; {again}")
     return manifest
+
+
+def _broken_field(manifest: dict[str, Any]) -> str | None:
+    """The first field that is not as `StoreWriter` writes it, of those that the program uses."""
+    counts, names = ("cases", "slices", "lesion_slices"), manifest.get("modalities", [])
+    shape = manifest.get("slice_shape", ())
+    checks = {
+        "files": lambda files: all(_is_count(facts["bytes"]) and isinstance(facts["sha256"], str)
+                                   for facts in files.values()),
+        "splits": lambda splits: all(_is_count(splits[split][key]) for split in SPLITS for key in counts),
+        "cases": lambda cases: isinstance(cases, list) and all(
+            isinstance(case["name"], str) and _is_grid(case["shape"], case["affine"]) for case in cases),
+    }
+    for field, check in checks.items():
+        try:
+            good = check(manifest[field])
+        except (KeyError, TypeError, AttributeError):
+            good = False
+        if not good:
+            return field
+    if shape is not None and not (isinstance(shape, list) and len(shape) == 3 and all(map(_is_count, shape))):
+        return "slice_shape"
+    if not isinstance(manifest.get("split", {}), dict):
+        return "split"
+    return None if isinstance(names, list) and all(isinstance(name, str) for name in names) else "modalities"
+
+
+def _is_grid(shape: Any, affine: Any) -> bool:
+    """Whether these can be a volume's shape and affine; both may be None."""
+    if affine is not None:
+        rows = [row for row in affine if len(row) == 4 and all(isinstance(x, int | float) for x in row)]
+        if len(rows) != 4 or len(affine) != 4:
+            return False
+    return shape is None or (isinstance(shape, list) and len(shape) == 3 and all(map(_is_count, shape)))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class _SplitWriter:

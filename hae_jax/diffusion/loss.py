@@ -1,4 +1,8 @@
-"""The training loss, and how timesteps are drawn."""
+"""The training loss, and how timesteps are drawn.
+
+Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239; Nichol and Dhariwal 2021,
+"Improved Denoising Diffusion Probabilistic Models", arXiv:2102.09672.
+"""
 
 import dataclasses
 import math
@@ -29,9 +33,10 @@ def training_loss(
     t: jax.Array,  # [B]
     noise: jax.Array,  # [B, H, W, C]
 ) -> SampleLoss:
-    """Mean squared error on what the network predicts (Ho et al. 2020, eq. 14), plus the bound for a learned variance.
+    """Mean squared error on what the network predicts, plus the variational bound for a learned variance.
 
-    The bound teaches the variance alone: the mean enters it as a constant (Nichol & Dhariwal 2021, section 3.1).
+    mse = mean |eps - eps_theta(x_t, t)|^2 (Ho et al. 2020, eq. 14), or the same of x0. The bound teaches the variance
+    alone: the mean enters it as a constant (Nichol and Dhariwal 2021, section 3.1).
     """
     channels = x0.shape[-1]
     target = noise if process.predicts == "eps" else x0
@@ -47,8 +52,9 @@ def second_moment_weights(
     history: jax.Array,  # [T, 10] the last losses at each timestep
     count: jax.Array,  # [T] how many there are
 ) -> jax.Array:  # [T] probabilities
-    """Distribution over timesteps by the root mean square of recent losses (Nichol & Dhariwal 2021, eq. 18).
+    """Distribution over timesteps, p_t proportional to sqrt(E[L_t^2]), from recent losses.
 
+    Nichol and Dhariwal 2021, eq. 18, mixed with a uniform distribution of weight 0.001.
     Uniform until every timestep has a full history.
     """
     weights = jnp.sqrt(jnp.mean(jnp.square(history), axis=-1))
@@ -80,7 +86,10 @@ def empty_history(steps: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _variational_bound(process: Process, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """The bound's term at t in bits per dimension [B]: a KL divergence, or the decoder's likelihood at t = 0."""
+    """The bound's term at t in bits per dimension [B] (Ho et al. 2020, eq. 5).
+
+    KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), or -log p(x0 | x_1) at t = 0.
+    """
     schedule = process.schedule
     prediction = dataclasses.replace(process, clipping="none").predict(output, x_t, t)
     mean = process.posterior_mean(prediction.x0, x_t, t)
@@ -92,13 +101,16 @@ def _variational_bound(process: Process, output: jax.Array, x0: jax.Array, x_t: 
 
 
 def _normal_kl(mean1: jax.Array, log_variance1: jax.Array, mean2: jax.Array, log_variance2: jax.Array) -> jax.Array:
-    """KL divergence between Gaussians, nats, elementwise."""
+    """KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) - 1 + v1 / v2 + (m1 - m2)^2 / v2) / 2, nats, elementwise."""
     return 0.5 * (log_variance2 - log_variance1 - 1 + jnp.exp(log_variance1 - log_variance2)
                   + jnp.square(mean1 - mean2) * jnp.exp(-log_variance2))
 
 
 def _discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """Log-probability of the bin around x among 256 grey levels, nats, elementwise; the outermost bins are open."""
+    """Log-probability of the bin around x among 256 grey levels, nats, elementwise (Ho et al. 2020, eq. 13).
+
+    log(Phi((x - mean + 1/255) / scale) - Phi((x - mean - 1/255) / scale)); the outermost bins are open.
+    """
     upper = _normal_cdf((x - mean + 1 / 255) * jnp.exp(-log_scale))
     lower = _normal_cdf((x - mean - 1 / 255) * jnp.exp(-log_scale))
     mass = jnp.where(x < -0.999, upper, jnp.where(x > 0.999, 1 - lower, upper - lower))
@@ -106,7 +118,8 @@ def _discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Ar
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    """The tanh approximation that the trained code's bound is made of; the exact one differs from 1e-4 on."""
+    """(1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2: the approximation that the trained code's
+    bound is made of; the exact one differs from 1e-4 on."""
     return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -1,4 +1,9 @@
-"""Noise fields, each a function of its own key alone."""
+"""Noise fields, each a function of its own key alone.
+
+Sources: Wyatt et al. 2022, "AnoDDPM: Anomaly Detection with Denoising Diffusion Probabilistic Models using Simplex
+Noise", CVPR Workshops; Kascenas et al. 2022, "Denoising Autoencoders for Unsupervised Anomaly Detection in Brain MRI",
+MIDL.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,10 @@ def gaussian(
     keys: jax.Array,  # [B] keys, one per sample
     shape: tuple[int, ...],  # of one sample
 ) -> jax.Array:  # [B, *shape] float32
-    """Standard normal noise, each sample from its own key: the same whatever batch it shares."""
+    """eps ~ N(0, I) (Ho et al. 2020, arXiv:2006.11239, eq. 4).
+
+    Each sample comes from its own key, so it is the same whatever batch it shares.
+    """
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 

@@ -1,7 +1,11 @@
 """The diffusion process: noising, x0 and eps conversions, DDPM, DDIM and inversion steps, guidance.
 
 A denoiser is any function of (x_t, t) with original timesteps; the functions here turn its output into steps. All are
-pure and work under jit: t is an array of indices into the (possibly respaced) schedule.
+pure and work under jit: t is an array of indices into the (possibly respaced) schedule. a_t is alpha-bar at t.
+
+Sources: DDPM, Ho et al. 2020, arXiv:2006.11239; DDIM, Song et al. 2021, arXiv:2010.02502; learned variances, Nichol and
+Dhariwal 2021, arXiv:2102.09672; classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598; dynamic clipping,
+Saharia et al. 2022, arXiv:2205.11487.
 """
 
 import dataclasses
@@ -72,12 +76,12 @@ class Process:
         return _at(np.sqrt(a), t) * x0 + _at(np.sqrt(1 - a), t) * noise
 
     def x0_from_eps(self, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:  # [B, H, W, C]
-        """x0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t)."""
+        """x0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t) (Ho et al. 2020, eq. 4 solved for x0)."""
         a = self.schedule.alpha_bar
         return _at(np.sqrt(1 / a), t) * x_t - _at(np.sqrt(1 / a - 1), t) * eps
 
     def eps_from_x0(self, x_t: jax.Array, t: jax.Array, x0: jax.Array) -> jax.Array:  # [B, H, W, C]
-        """The inverse of `x0_from_eps` in x0."""
+        """eps = (x_t - sqrt(a_t) x0) / sqrt(1 - a_t): `x0_from_eps` solved for eps."""
         a = self.schedule.alpha_bar
         return (_at(np.sqrt(1 / a), t) * x_t - x0) / _at(np.sqrt(1 / a - 1), t)
 
@@ -95,7 +99,8 @@ class Process:
     def clip(self, x0: jax.Array) -> jax.Array:  # [B, H, W, C]
         """Clips a predicted x0 by the configured rule.
 
-        Dynamic: s = max(1, 0.99-quantile over H, W of |x0|) per sample and channel, clip(x0, -s, s) / s, in [-1, 1].
+        Dynamic (Saharia et al. 2022, section 2.3): s = max(1, 0.99-quantile over H, W of |x0|) per sample and channel,
+        clip(x0, -s, s) / s, in [-1, 1].
         """
         if self.clipping == "none":
             return x0
@@ -105,7 +110,10 @@ class Process:
         return jnp.clip(x0, -1, 1)
 
     def posterior_mean(self, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:  # [B, H, W, C]
-        """Mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7)."""
+        """Mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7).
+
+        sqrt(a_{t-1}) beta_t / (1 - a_t) x0 + sqrt(1 - beta_t) (1 - a_{t-1}) / (1 - a_t) x_t.
+        """
         return _at(self.schedule.posterior_coef_x0, t) * x0 + _at(self.schedule.posterior_coef_xt, t) * x_t
 
     def ddpm_step(
@@ -115,32 +123,31 @@ class Process:
         t: jax.Array,  # [B]
         noise: jax.Array,  # [B, H, W, C]
     ) -> jax.Array:  # [B, H, W, C]
-        """One ancestral step t -> t-1; the last one (t = 0) adds no noise (Ho et al. 2020, algorithm 2)."""
+        """One ancestral step t -> t-1, mean + sigma_t noise (Ho et al. 2020, algorithm 2). The last adds none."""
         mean = self.posterior_mean(prediction.x0, x_t, t)
         return mean + (t != 0)[:, None, None, None] * jnp.exp(0.5 * prediction.log_variance) * noise
 
-    def ddim_step(
-        self,
-        prediction: Prediction,
-        t: jax.Array,  # [B]
-        noise: jax.Array | None = None,  # [B, H, W, C]; needed for eta > 0
-        eta: float = 0.0,
-    ) -> jax.Array:  # [B, H, W, C]
-        """One DDIM step t -> t-1 (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 as noisy as DDPM."""
-        a, a_prev = self.schedule.alpha_bar, self.schedule.alpha_bar_prev
-        sigma = eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
-        x = _at(np.sqrt(a_prev), t) * prediction.x0 + _at(np.sqrt(1 - a_prev - sigma**2), t) * prediction.eps
-        if eta == 0:
-            return x
-        return x + (t != 0)[:, None, None, None] * _at(sigma, t) * noise
+    def ddim_step(self, prediction: Prediction, t: jax.Array) -> jax.Array:  # [B, H, W, C]
+        """One deterministic DDIM step t -> t-1 (Song et al. 2021, eq. 12 with sigma_t = 0).
+
+        x_{t-1} = sqrt(a_{t-1}) x0 + sqrt(1 - a_{t-1}) eps.
+        """
+        a_prev = self.schedule.alpha_bar_prev
+        return _at(np.sqrt(a_prev), t) * prediction.x0 + _at(np.sqrt(1 - a_prev), t) * prediction.eps
 
     def ddim_inversion_step(self, prediction: Prediction, t: jax.Array) -> jax.Array:  # [B, H, W, C]
-        """One DDIM step backwards in denoising, t -> t+1, with alpha-bar 0 after the last step."""
+        """One DDIM step backwards in denoising, t -> t+1 (Song et al. 2021, section 4.3 and eq. 14).
+
+        x_{t+1} = sqrt(a_{t+1}) x0 + sqrt(1 - a_{t+1}) eps, with a = 0 after the last step.
+        """
         a_next = self.schedule.alpha_bar_next
         return _at(np.sqrt(a_next), t) * prediction.x0 + _at(np.sqrt(1 - a_next), t) * prediction.eps
 
     def _log_variance(self, output: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Splits off a learned variance (Nichol & Dhariwal 2021, eq. 15); the fixed ones come from the schedule."""
+        """Splits off a learned variance; the fixed ones come from the schedule.
+
+        log sigma_t^2 = v log beta_t + (1 - v) log posterior variance, v in [0, 1] (Nichol and Dhariwal 2021, eq. 15).
+        """
         small = _at(self.schedule.posterior_log_variance, t)
         if self.variance == "fixed_small":
             return output, small
@@ -165,7 +172,7 @@ def sample(
     denoise: Denoiser,
     x: jax.Array,  # [B, H, W, C] noise at the last step
 ) -> jax.Array:  # [B, H, W, C]
-    """Deterministic DDIM sampling from the last step of the schedule to x0."""
+    """Deterministic DDIM sampling from the last step of the schedule to x0 (Song et al. 2021, eq. 12, sigma_t = 0)."""
 
     def step(x, t):
         t = jnp.full(x.shape[:1], t)

@@ -1,4 +1,8 @@
-"""Noise schedules in float64 NumPy: betas, alpha-bars, posterior coefficients, respacing."""
+"""Noise schedules in float64 NumPy: betas, alpha-bars, posterior coefficients, respacing.
+
+Sources: Ho et al. 2020, arXiv:2006.11239; Nichol and Dhariwal 2021, arXiv:2102.09672; DDIM strides, Song et al. 2021,
+arXiv:2010.02502.
+"""
 
 import dataclasses
 import math
@@ -29,7 +33,7 @@ class Schedule:
 
     @property
     def alpha_bar(self) -> np.ndarray:
-        """Cumulative product of 1 - beta."""
+        """a_t = prod_{s <= t} (1 - beta_s) (Ho et al. 2020, eq. 4)."""
         return np.cumprod(1 - self.betas)
 
     @property
@@ -45,7 +49,7 @@ class Schedule:
     # Ho et al. 2020, equations 6 and 7: q(x_{t-1} | x_t, x0) = N(coef_x0 x0 + coef_xt x_t, posterior_variance).
     @property
     def posterior_variance(self) -> np.ndarray:
-        """Variance of the true posterior; 0 at the first step."""
+        """beta_t (1 - a_{t-1}) / (1 - a_t); 0 at the first step."""
         return self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
 
     @property
@@ -56,12 +60,12 @@ class Schedule:
 
     @property
     def posterior_coef_x0(self) -> np.ndarray:
-        """Weight of x0 in the posterior mean."""
+        """beta_t sqrt(a_{t-1}) / (1 - a_t), the weight of x0 in the posterior mean."""
         return self.betas * np.sqrt(self.alpha_bar_prev) / (1 - self.alpha_bar)
 
     @property
     def posterior_coef_xt(self) -> np.ndarray:
-        """Weight of x_t in the posterior mean."""
+        """(1 - a_{t-1}) sqrt(1 - beta_t) / (1 - a_t), the weight of x_t in the posterior mean."""
         return (1 - self.alpha_bar_prev) * np.sqrt(1 - self.betas) / (1 - self.alpha_bar)
 
     @property
@@ -72,6 +76,8 @@ class Schedule:
 
 def make_schedule(name: str = "linear", steps: int = 1000, respacing: str = "") -> Schedule:
     """Builds a schedule, respaced on request.
+
+    Linear: beta from 1e-4 to 0.02, both times 1000 / T. Cosine: a_t = cos^2((t / T + 0.008) / 1.008 pi / 2).
 
     Args:
       name: "linear" (Ho et al. 2020, scaled to the number of steps), "cosine" (Nichol & Dhariwal 2021, eq. 17), or

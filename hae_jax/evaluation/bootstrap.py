@@ -1,6 +1,6 @@
-"""A figure over patients, and its interval: between which values it would lie, had other patients come.
+"""A metric over patients and its interval by the bootstrap over patients.
 
-Used by `running.py` (figures over slices) and `volumes.py` (figures per patient). Whole patients are drawn, never
+Used by `running.py` (metrics over slices) and `volumes.py` (metrics per patient). Whole patients are drawn, never
 slices, lesions or visits: those of one patient are alike and would make the interval too narrow.
 """
 
@@ -20,9 +20,9 @@ def share_of_sums(
     patients: Sequence[str],  # of each case
     seed: int = 0,
 ) -> dict[str, float | int | None]:
-    """What all cases' parts together are of their wholes together: `figure`, with "cases"."""
+    """What all cases' parts together are of their wholes together: `with_interval`, with "cases"."""
     drawn = [np.bincount(numbers(patients), weights=sample) for sample in (part, whole)]
-    return figure(drawn, lambda part, whole, axis: share(part.sum(axis=axis), whole.sum(axis=axis)), seed) | {
+    return with_interval(drawn, lambda part, whole, axis: share(part.sum(axis=axis), whole.sum(axis=axis)), seed) | {
         "cases": len(patients)}
 
 
@@ -32,7 +32,7 @@ def numbers(patients: Sequence[str]) -> np.ndarray:  # [cases] int
     return np.array([order[patient] for patient in patients], int)
 
 
-def figure(
+def with_interval(
     samples: Sequence[Sequence[float]],  # quantities, each with a value for every patient
     statistic: Callable[..., np.ndarray],  # of such quantities and `axis`, along which the patients lie
     seed: int = 0,

@@ -1,28 +1,23 @@
 """How good masks and maps are: per slice, over pixels, per slice label, per volume.
 
-Exact, from all slices at once; `running.py` has the same figures for more slices than memory holds. Reads arrays only;
-`report.py` writes what comes out of it. S: slices. An undefined value is None, so that it is null in JSON and never
-enters a mean unseen.
+Counts and shares of slices, which `running.py` sums over cases. Reads arrays only; `report.py` writes what comes out of
+it. S: slices. An undefined value is None, so that it is null in JSON and never enters a mean unseen.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hae_jax.evaluation.bootstrap import RESAMPLES
 
 _SMOOTH = 1e-6
-FIXED_THRESHOLDS = np.arange(1, 70) / 100  # the candidates for methods with one fixed threshold on the map
 
 DEFINITIONS = {
-    "mean, low, high": "the figure over the slices that count, which are of so many 'cases', and its 95% interval by "
+    "mean, low, high": "the metric over the slices that count, which are of so many 'cases', and its 95% interval by "
                        f"the percentile bootstrap over patients ({RESAMPLES} resamples; a patient is drawn with all "
                        "slices of all visits); null of fewer than two patients",
     "all_slices": "all slices; a slice that is called healthy has an empty mask",
     "lesion_slices": "only slices with a lesion by their label; every slice keeps its mask",
-    "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
-    "iou": "(I + s) / (P + Q - I + s) per slice, s = 1e-6, then the mean; an empty mask of an empty truth scores 1",
+    "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask without a lesion scores 1",
+    "iou": "(I + s) / (P + Q - I + s) per slice, s = 1e-6, then the mean; an empty mask without a lesion scores 1",
     "precision": "share of the mask's pixels that are lesion, over the pixels of all slices together",
     "recall": "share of the lesion's pixels that are in the mask, over the pixels of all slices together",
     "auroc": "area under the ROC curve of the continuous map, over the foreground pixels of all slices together; "
@@ -60,42 +55,6 @@ def foreground(
 ) -> np.ndarray:  # [S, H, W] bool
     """Pixels of the head, over which AUROC and AUPRC run: mean of all input channels above -0.95."""
     return images.mean(axis=-1) > -0.95
-
-
-def slice_metrics(
-    *,
-    mask: np.ndarray,  # [S, H, W] bool
-    mask_all: np.ndarray,  # [S, H, W] bool
-    map: np.ndarray,  # [S, H, W] float
-    lesion: np.ndarray,  # [S] bool
-    truth: np.ndarray,  # [S, H, W] bool or 0/1 integers
-    labels: np.ndarray,  # [S] 0 healthy, 1 lesion
-    foreground: np.ndarray,  # [S, H, W] bool
-    valid: np.ndarray | None = None,  # [S] bool
-) -> dict[str, dict[str, float | int | None]]:
-    """Everything that `DEFINITIONS` explains but for intervals, as nested dictionaries ready for JSON.
-
-    Args:
-      mask: masks that are empty where `lesion` is False, for all slices.
-      mask_all: masks of every slice, for the lesion slices.
-      map: continuous anomaly maps.
-      lesion: predicted labels.
-      truth: true masks.
-      labels: true labels, as the training saw them.
-      foreground: the pixels that AUROC and AUPRC count.
-      valid: False where a row is padding; all rows count where None.
-    """
-    rows = np.ones(len(labels), bool) if valid is None else np.asarray(valid, bool)
-    mask, mask_all, map, lesion, truth, labels, foreground = (
-        values[rows] for values in (mask, mask_all, map, lesion, truth, labels, foreground))
-    sick = labels > 0
-    return {
-        "all_slices": _ratios(pixel_shares(counts(mask, truth))) | _ranking(map, truth, foreground),
-        "lesion_slices": _ratios(pixel_shares(counts(mask_all, truth)[:, sick]))
-                     | _ranking(map[sick], truth[sick], foreground[sick]),
-        "slice_level": _ratios(label_shares(np.stack([as_bool(lesion), sick]))),
-        "shares": slice_shares(np.stack([as_bool(lesion), sick])),
-    }
 
 
 def counts(
@@ -155,25 +114,6 @@ def volume_ml(
     return float(np.count_nonzero(mask) * abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
-def best_threshold(
-    values: np.ndarray,  # [S, H, W] float
-    truth: np.ndarray,  # [S, H, W] bool or 0/1 integers
-    thresholds: Sequence[float] = FIXED_THRESHOLDS,
-    groups: np.ndarray | None = None,  # [S] int, e.g. the case of each slice
-) -> tuple[float, float]:
-    """The threshold whose masks `values >= threshold` have the highest mean Dice, and that Dice.
-
-    The mean runs over slices, or over groups of slices measured as one volume each. Of several equally good ones the
-    lowest listed first is taken.
-    """
-    groups = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    means = []
-    for threshold in thresholds:
-        means.append(_dice(*(np.bincount(groups, count) for count in counts(values >= threshold, truth))).mean())
-    best = int(np.argmax(means))
-    return float(thresholds[best]), float(means[best])
-
-
 def as_bool(mask: np.ndarray) -> np.ndarray:
     """A mask of bool or integers as bool.
 
@@ -191,22 +131,6 @@ def _dice(overlap: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def _iou(overlap: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return (overlap + _SMOOTH) / (p + q - overlap + _SMOOTH)
-
-
-def _ratios(shares: dict[str, tuple[float, int]]) -> dict[str, float | None]:
-    return {name: part / whole if whole else None for name, (part, whole) in shares.items()}
-
-
-def _ranking(
-    map: np.ndarray,  # [S, H, W]
-    truth: np.ndarray,  # [S, H, W] bool
-    foreground: np.ndarray,  # [S, H, W] bool
-) -> dict[str, float | None]:
-    """AUROC and AUPRC; None where all pixels are lesion, or none is."""
-    hits, values = as_bool(truth)[foreground], map[foreground]
-    if not hits.any() or hits.all():
-        return {"auroc": None, "auprc": None}
-    return {"auroc": float(roc_auc_score(hits, values)), "auprc": float(average_precision_score(hits, values))}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -1,7 +1,7 @@
 """AUROC and AUPRC of anomaly maps from histograms of their values, which patients can be added to and drawn from.
 
 A histogram's bins are as many as values need in a relative precision of 0.05 %: AUROC and AUPRC differ from the exact
-ones in the fifth digit. Of each patient a coarser one (0.8 %) stays, for the figures of other draws of
+ones in the fifth digit. Of each patient a coarser one (0.8 %) stays, for the metrics of other draws of
 patients.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from hae_jax.evaluation.bootstrap import figure, numbers, share
+from hae_jax.evaluation.bootstrap import numbers, share, with_interval
 
 _SHIFT = 12  # bits of a float32's mantissa that are left out: 11 of 23 stay, a relative width of 2^-11
 BINS = 1 << (32 - _SHIFT)
@@ -109,13 +109,13 @@ def coarse(
     return sparse.csr_array(histogram.reshape(-1, BINS // _FINE, _FINE).sum(axis=-1))
 
 
-def figures(
+def rankings(
     histogram: np.ndarray,  # [2, bins] of all patients
     cases: Sequence[sparse.csr_array],  # [2, bins / 16] of each, `coarse`
     patients: Sequence[str],  # of each case
     seed: int = 0,
 ) -> dict[str, dict[str, float | int | None]]:
-    """"auroc" and "auprc" of all patients together, with intervals from draws of patients (`bootstrap.figure`).
+    """"auroc" and "auprc" of all patients together, with intervals from draws of patients (`bootstrap.with_interval`).
 
     In a coarse bin all lesion pixels have the precision at its lower edge. What that takes from the AUPRC of all
     patients is given back bin by bin, also in draws: the error would be wider than the interval of many patients.
@@ -135,5 +135,5 @@ def figures(
         return of_drawn
 
     drawn = {"auroc": statistic(auroc), "auprc": statistic(functools.partial(auprc, correction=correction[columns]))}
-    return {name: figure([np.arange(len(drawn_from))], of, seed) | {"mean": mean, "cases": len(cases)}
+    return {name: with_interval([np.arange(len(drawn_from))], of, seed) | {"mean": mean, "cases": len(cases)}
             for (name, of), mean in zip(drawn.items(), ranking(histogram), strict=True)}

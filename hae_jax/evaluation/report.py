@@ -95,7 +95,7 @@ def case_result(
 
 def write_cases(path: str | os.PathLike, cases: Sequence[CaseResult]) -> None:
     """Writes one row per case under a header line. What is not known is an empty cell."""
-    with files.written_whole(path) as temporary, open(temporary, "w", newline="") as stream:
+    with files.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(field.name for field in dataclasses.fields(CaseResult))
         writer.writerows([_cell(value) for value in dataclasses.astuple(case)] for case in cases)
@@ -121,8 +121,8 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Results of several methods side by side, for the log.
 
     Args:
-      columns: for each method its nested dictionaries of numbers; what one method lacks is shown as "-". A figure
-        with an interval (`bootstrap.figure`) takes one line: 0.712 [0.650, 0.770].
+      columns: for each method its nested dictionaries of numbers; what one method lacks is shown as "-". A metric
+        with an interval (`bootstrap.with_interval`) takes one line: 0.712 [0.650, 0.770].
     """
     flat = {method: _flattened(results) for method, results in columns.items()}
     names = list(dict.fromkeys(name for results in flat.values() for name in results))
@@ -193,7 +193,7 @@ class ComparedMethod(NamedTuple):
 def write_comparison(
     folder: str | os.PathLike, rows: Sequence[ComparedMethod], phantom: bool, name: str = "comparison"
 ) -> None:
-    """Writes <name>.csv (all figures, to six digits; an empty cell where there is none) and <name>.md.
+    """Writes <name>.csv (all metrics, to six digits; an empty cell where there is none) and <name>.md.
 
     Args:
       folder: where to, made if absent.
@@ -202,14 +202,15 @@ def write_comparison(
       name: of the files.
     """
     rows = [ComparedMethod(*row) for row in rows]
-    with files.written_whole(Path(folder) / f"{name}.csv") as temporary, temporary.open("w", newline="") as stream:
+    with files.written_whole(Path(folder) / f"{name}.csv") as temporary, \
+            temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["method", "settings", "labels", *_COMPARED, "passes_per_slice", "seconds_per_slice",
                          "phantom"])
         for row in rows:
-            figures = [_found(row.results, *place) for place in _COMPARED.values()]
+            metrics_found = [_found(row.results, *place) for place in _COMPARED.values()]
             passes = "" if row.passes is None else row.passes
-            writer.writerow([row.method, row.settings, row.labels, *map(_cell, figures), passes,
+            writer.writerow([row.method, row.settings, row.labels, *map(_cell, metrics_found), passes,
                              _cell(row.seconds_per_slice), phantom])
     with files.written_whole(Path(folder) / f"{name}.md") as temporary:
         temporary.write_text(_comparison_page(rows, phantom), encoding="utf-8")
@@ -218,8 +219,8 @@ def write_comparison(
 def _comparison_page(rows: Sequence[ComparedMethod], phantom: bool) -> str:
     table = [["method", "settings", "threshold from", *_PRINTED, "passes per slice", "seconds per slice"]]
     for row in rows:
-        figures = [_shown(_found(row.results, *place), digits) for *place, digits in _PRINTED.values()]
-        table.append([row.method, row.settings, row.labels or "-", *figures, _shown(row.passes),
+        shown = [_shown(_found(row.results, *place), digits) for *place, digits in _PRINTED.values()]
+        table.append([row.method, row.settings, row.labels or "-", *shown, _shown(row.passes),
                       _shown(row.seconds_per_slice)])
     table.insert(1, ["---", "---", "---", *["---:"] * (len(table[0]) - 3)])
     lines = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in table)
@@ -227,7 +228,7 @@ def _comparison_page(rows: Sequence[ComparedMethod], phantom: bool) -> str:
         f"# {'PHANTOM figures' if phantom else 'Figures'} of {_extent(rows)}", "", *lines, "",
         "Threshold from: what the rule that chose the threshold has seen of the validation slices. The best single "
         "threshold is chosen with the ground truth of these very slices: no rule for one threshold can exceed it. "
-        "All-slice Dice: an empty mask of an empty truth scores 1, so that it rises with the share of healthy slices. "
+        "All-slice Dice: an empty mask without a lesion scores 1, so that it rises with the share of healthy slices. "
         "Volume Dice and HD95: means over the patients with a lesion, HD95 without those whose mask is empty. Lesion "
         "F1: a lesion is found if the mask touches it. In brackets the 95% interval, bootstrap over patients.", "",
         provenance.RESEARCH_USE, ""])

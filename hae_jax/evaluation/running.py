@@ -1,4 +1,4 @@
-"""The figures of `metrics.slice_metrics` from one case after the other, in memory that no pixel stays in.
+"""The metrics of slices from one case after the other, in memory that no pixel stays in.
 
 A slice leaves counts behind, which are exact, and its map joins the histograms of `ranking.py`.
 """
@@ -14,7 +14,7 @@ from hae_jax.evaluation.bootstrap import share_of_sums
 
 
 class SliceSums:
-    """What cases' slices add up to; `results` is what `metrics.slice_metrics` finds in all of them together."""
+    """What cases' slices add up to."""
 
     def __init__(self):
         self._patients: list[str] = []  # of each case
@@ -36,9 +36,17 @@ class SliceSums:
         labels: np.ndarray,  # [S] 0 healthy, 1 lesion
         foreground: np.ndarray,  # [S, H, W] bool
     ) -> None:
-        """Adds all slices of a case; see `metrics.slice_metrics` for the arguments.
+        """Adds all slices of a case.
 
-        Cases of one patient are drawn together.
+        Args:
+          patient: whose case it is; cases of one patient are drawn together.
+          mask: masks that are empty where `lesion` is False, for all slices.
+          mask_all: masks of every slice, for the lesion slices.
+          map: continuous anomaly maps.
+          lesion: predicted labels.
+          truth: ground truth.
+          labels: true labels, as the training saw them.
+          foreground: the pixels that AUROC and AUPRC count.
 
         Raises:
           TypeError: for a soft mask.
@@ -56,9 +64,9 @@ class SliceSums:
             self._dice += ranking.dice_by_threshold(own[inside], true[inside], np.count_nonzero(true))
 
     def results(self, seed: int = 0) -> dict[str, dict[str, Any]]:
-        """The figures with their intervals over patients (`bootstrap.figure`), ready for JSON; "shares" has none.
+        """The metrics, ready for JSON, with intervals over patients (`bootstrap.with_interval`); "shares" has none.
 
-        Cases without slices of a kind, as healthy ones in "lesion_slices", do not count for its figures.
+        Cases without slices of a kind, as healthy ones in "lesion_slices", do not count for its metrics.
 
         Raises:
           ValueError: if nothing was added.
@@ -67,11 +75,11 @@ class SliceSums:
         of_lesion = [counts[1][:, sick] for counts, (_, sick) in zip(self._counts, self._labels, strict=True)]
         of_all, of_sick = zip(*((coarse[:2] + coarse[2:], coarse[2:]) for coarse in self._coarse), strict=True)
         return {
-            "all_slices": self._figures(metrics.pixel_shares, every, seed)
+            "all_slices": self._shares(metrics.pixel_shares, every, seed)
                      | self._rankings(self._scores.sum(axis=0), of_all, every, seed),
-            "lesion_slices": self._figures(metrics.pixel_shares, of_lesion, seed)
+            "lesion_slices": self._shares(metrics.pixel_shares, of_lesion, seed)
                          | self._rankings(self._scores[1], of_sick, of_lesion, seed),
-            "slice_level": self._figures(metrics.label_shares, self._labels, seed),
+            "slice_level": self._shares(metrics.label_shares, self._labels, seed),
             "shares": metrics.slice_shares(np.concatenate(self._labels, axis=-1)),
             "upper_bound": {"lesion_slice_dice": self._upper_bound()},
         }
@@ -87,7 +95,7 @@ class SliceSums:
         slices = sum(int(sick.sum()) for _, sick in self._labels)
         return float(self._dice.max() / slices) if slices else None
 
-    def _figures(
+    def _shares(
         self,
         shares: Callable[[np.ndarray], dict[str, tuple[float, int]]],
         cases: Sequence[np.ndarray],  # of each what `shares` takes, slices along the last axis
@@ -107,7 +115,7 @@ class SliceSums:
         seed: int,
     ) -> dict[str, dict[str, Any]]:
         kept = _with_slices(cases)
-        return ranking.figures(scores, [coarse[k] for k in kept], [self._patients[k] for k in kept], seed)
+        return ranking.rankings(scores, [coarse[k] for k in kept], [self._patients[k] for k in kept], seed)
 
 
 def _with_slices(cases: Sequence[np.ndarray]) -> list[int]:

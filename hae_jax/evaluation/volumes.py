@@ -25,12 +25,12 @@ DEFINITIONS = {
     "iou": "volume IoU, over the lesion cases (an empty mask scores 0)",
     "hd95_mm": "the larger of the two directed 95th percentiles of the distances from the surface voxels of mask and "
                "truth to the other's nearest one, in mm; a surface voxel has one of its six neighbours outside. "
-               "Undefined where mask or truth is empty: its mean leaves out the missed cases",
-    "best_dice": "volume Dice of the map at the one threshold that is best for this patient, chosen with the truth in "
-                 "hand: a bound on what any threshold can reach. Over the lesion cases",
-    "lesions": "connected components of the truth in 3-D (26 neighbours), of any size; a lesion is found if at least "
-               "one of its voxels is in the mask, and a component of the mask is false if none of its voxels is in the "
-               "truth",
+               "Undefined where mask or ground truth is empty: its mean leaves out the missed cases",
+    "best_dice": "volume Dice of the map at the one threshold that is best for this patient, chosen with the "
+                 "ground truth: no single threshold can exceed it. Over the lesion cases",
+    "lesions": "connected components of the ground truth in 3-D (26 neighbours), of any size; a lesion is found if at "
+               "least one of its voxels is in the mask, and a component of the mask is false if none of its voxels is "
+               "in the ground truth",
     "lesion_recall": "share of the lesions of all patients together that are found",
     "lesion_precision": "share of the components of all patients' masks together that are not false",
     "lesion_f1": "2 lesions found / (2 lesions found + lesions not found + false components), all patients together",
@@ -42,7 +42,7 @@ DEFINITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class VolumeMetrics:
-    """One patient's figures; see `DEFINITIONS`. Every value is ready for JSON.
+    """One patient's metrics; see `DEFINITIONS`. Every value is ready for JSON.
 
     Attributes:
       volume_ml: of the mask, in millilitres.
@@ -152,7 +152,7 @@ def summarise(
 ) -> dict[str, dict[str, float | int | None] | int]:
     """Everything that `DEFINITIONS` explains over several cases, ready for JSON.
 
-    A figure is {"mean", "low", "high", "cases"}. Equal seeds draw equal patients, so that methods which were measured
+    A metric is {"mean", "low", "high", "cases"}. Equal seeds draw equal patients, so that methods which were measured
     on the same cases in the same order are compared on the same resamples.
 
     Args:

@@ -6,6 +6,7 @@ slice's result depends neither on the slices that share its batch nor on the num
 
 import contextlib
 import itertools
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from hae_jax.errors import UserError
 from hae_jax.localization.forward_process import network_denoisers
-from hae_jax.ops.platform import compiler_options
+from hae_jax.ops.forms import compiler_options
 
+_LOG = logging.getLogger(__name__)
 LARGEST_BATCH = 256  # slices; a device is busy long before
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _GB = 1e9
@@ -52,7 +53,6 @@ class SliceTranslator:
         mesh: Mesh,
         conditional: bool = True,
         max_memory_gb: float | None = None,
-        say: Callable[[str], None] = tqdm.write,
     ):
         """Places the parameters on the devices.
 
@@ -65,7 +65,6 @@ class SliceTranslator:
           conditional: whether the network takes class labels.
           max_memory_gb: choose the batch size by memory instead, the largest one up to `LARGEST_BATCH` that needs no
             more than this: on each device, or, where the devices are cores of one CPU, on all of them together.
-          say: what is called with news for the user.
 
         Raises:
           UserError: if the batch size is not positive.
@@ -73,7 +72,7 @@ class SliceTranslator:
         if batch_size < 1:
             raise UserError(f"translation.batch_size is {batch_size}: it must be at least 1")
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._mesh, self._say, self._max_memory_gb = mesh, say, max_memory_gb
+        self._mesh, self._max_memory_gb = mesh, max_memory_gb
         replicated, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (mesh.axis_names,)))
         graph, params = nnx.split(model)
         self._params = jax.device_put(params, replicated)
@@ -159,8 +158,8 @@ class SliceTranslator:
                             "smaller network, or a larger device") from error
         self.batch_size = max(size // 2 // self._mesh.size, 1) * self._mesh.size
         self._compiled.clear()
-        self._say(f"out of memory with batches of {size} slices: going on with {self.batch_size} "
-                  f"(--config.translation.batch_size={self.batch_size} avoids the first try)")
+        _LOG.info("out of memory with batches of %d slices: going on with %d (--config.translation.batch_size=%d "
+                  "avoids the first try)", size, self.batch_size, self.batch_size)
 
     def _executable(self, size: int, shape: tuple[int, ...]) -> Any:
         if size not in self._compiled:
@@ -180,7 +179,7 @@ class SliceTranslator:
             count = max(count * 9 // 10, 1)
         planned = self._planned_gb(count * unit, shape)
         self._compiled = {count * unit: self._compiled[count * unit]}
-        self._say(f"batches of {count * unit} slices: {planned:.2f} GB of the {limit:g} GB allowed")
+        _LOG.info("batches of %d slices: %.2f GB of the %g GB allowed", count * unit, planned, limit)
         return count * unit
 
     def _planned_gb(self, size: int, shape: tuple[int, ...]) -> float:

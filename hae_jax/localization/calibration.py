@@ -5,7 +5,6 @@ B: slices, T: forward steps, M: modalities that take part.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from hae_jax import files
 from hae_jax.errors import UserError
 
 _LEVELS = np.linspace(0.005, 0.095, 100)  # candidate thresholds: these quantiles of the healthy slices' similarity
+_BINS = 60  # of the histogram of anomaly scores
 _NORM_FLOOR = 1e-6  # each norm is clamped to it, as PyTorch's cosine_similarity does
 
 
@@ -34,6 +34,7 @@ class Calibration:
       lesion_slices: number of lesion slices it was made from.
       errors: how many of these slices the threshold puts on the wrong side.
       made_with: what it belongs to (checkpoint identity, guidance strength, steps, ...), ready for JSON.
+      slice_scores: `score_histogram` of the validation slices, for the report; empty where it is not known.
 
     Raises:
       ValueError: if the numbers are not finite or their lengths do not agree.
@@ -47,6 +48,7 @@ class Calibration:
     lesion_slices: int | None = None
     errors: int | None = None
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
+    slice_scores: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.modality or len(self.diff_max) != len(self.modality):
@@ -69,7 +71,8 @@ class Calibration:
         Raises:
           UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
         """
-        return loaded(cls, path, _KINDS, "calibrate first, or name a preset")
+        return loaded(cls, path, _KINDS, "calibrate first, or name a preset",
+                      optional=("slice_scores",))
 
 
 def loaded(
@@ -89,14 +92,13 @@ def loaded(
       UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
     """
     try:
-        fields = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {otherwise}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); delete it and calibrate again") from error
+        fields = files.read_json(path)
+    except UserError as error:
+        there = Path(path).is_file()
+        raise UserError(f"{error}; {'delete it and calibrate again' if there else otherwise}") from error
     try:
         return cls(**_checked_fields(fields, kinds, optional))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}; delete it and calibrate again") from error
 
 
@@ -130,6 +132,14 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(is_number(item) for item in value)
 
 
+def is_histogram(value: Any) -> bool:
+    """Whether a value out of JSON is a `score_histogram`, or empty."""
+    if not isinstance(value, dict) or not value:
+        return value == {}
+    return (set(value) == {"edges", "healthy", "lesion"} and all(map(_is_numbers, value.values()))
+            and len(value["healthy"]) == len(value["lesion"]) == len(value["edges"]) - 1)
+
+
 def _is_count(value: Any) -> bool:
     return value is None or (is_whole(value) and value >= 0)
 
@@ -143,7 +153,18 @@ _KINDS = {  # what each field looks like in JSON
     "lesion_slices": _is_count,
     "errors": _is_count,
     "made_with": lambda value: isinstance(value, dict),
+    "slice_scores": is_histogram,
 }
+
+
+def score_histogram(
+    scores: np.ndarray,  # [S] anomaly scores
+    labels: np.ndarray,  # [S] 0 healthy, 1 lesion
+) -> dict[str, list]:
+    """How many healthy and lesion slices have which anomaly score: "edges" [n + 1], "healthy" [n], "lesion" [n]."""
+    lesion, edges = np.asarray(labels) > 0, np.histogram_bin_edges(scores, _BINS)
+    return {"edges": edges.tolist(), "healthy": np.histogram(scores[~lesion], edges)[0].tolist(),
+            "lesion": np.histogram(scores[lesion], edges)[0].tolist()}
 
 
 def similarity(
@@ -214,6 +235,7 @@ def calibrate(
         lesion_slices=int(is_lesion.sum()),
         errors=errors,
         made_with=dict(made_with or {}),
+        slice_scores=score_histogram(1 - s, is_lesion),
     )
 
 

@@ -2,6 +2,10 @@
 
 They use the network of the forward process, or its unconditional twin; a threshold (`map_threshold.py`) turns their
 maps into masks. One scan each way, in memory that does not grow with the steps.
+
+Sources: DDIB, Su et al. 2023, arXiv:2203.08382; AnoDDPM, Wyatt et al. 2022, CVPR Workshops; classifier guidance, Wolleb
+et al. 2022, arXiv:2203.04306, and Dhariwal and Nichol 2021, arXiv:2105.05233; denoising autoencoder, Kascenas et al.
+2022, MIDL; DDIM, Song et al. 2021, arXiv:2010.02502.
 """
 
 import dataclasses
@@ -39,6 +43,8 @@ class Counterpart(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Ddib(MapThresholdMethod):
     """Dual diffusion implicit bridges (Su et al. 2023): inverted without a class, decoded as healthy, both by DDIM.
+
+    x_N = inversion(x0 | null), healthy = decode(x_N | healthy, w), map = mean over modalities of (healthy - x0)^2.
 
     Attributes:
       process: the diffusion process.
@@ -95,6 +101,8 @@ class Ddib(MapThresholdMethod):
 @dataclasses.dataclass(frozen=True)
 class AnoDdpm(MapThresholdMethod):
     """AnoDDPM (Wyatt et al. 2022): noised part of the way, then denoised by DDPM without a class.
+
+    x_N = sqrt(a_N) x0 + sqrt(1 - a_N) noise, healthy = DDPM from x_N, map = mean over modalities of (healthy - x0)^2.
 
     A network that knows the healthy only is what the method is meant for; one with classes answers under its null
     condition.
@@ -158,7 +166,8 @@ class ClassifierGuidance(MapThresholdMethod):
     """Diffusion with classifier guidance (Wolleb et al. 2022): inverted by DDIM, then decoded towards "healthy".
 
     On the way back eps becomes eps - s sqrt(1 - alpha_bar_t) grad_x log p(healthy | x_t), with p of a classifier that
-    was trained on noised slices (Dhariwal and Nichol 2021, eq. 14 and algorithm 2).
+    was trained on noised slices (Dhariwal and Nichol 2021, eq. 14 and algorithm 2). The map is the mean over modalities
+    of |healthy - x0|.
 
     Attributes:
       process: the diffusion process; its network predicts the noise.
@@ -220,8 +229,8 @@ class ClassifierGuidance(MapThresholdMethod):
 class Dae(MapThresholdMethod):
     """Denoising autoencoder (Kascenas et al. 2022): trained on healthy slices to take coarse noise away.
 
-    What it takes away from a slice without noise is called a lesion. It is a process of one step here
-    (`make_schedule`, "single") whose network predicts x0.
+    What it takes away from a slice without noise is called a lesion: map = mean over modalities of |f(x0) - x0|. It
+    is a process of one step here (`make_schedule`, "single") whose network predicts x0.
 
     Attributes:
       process: the process of one step.
@@ -258,7 +267,10 @@ class Dae(MapThresholdMethod):
 
 
 def inverted(process: Process, denoise: Denoiser, x0: jax.Array, steps: int) -> jax.Array:  # [B, H, W, C]
-    """x at level `steps` by DDIM inversion steps t -> t+1, of an x0 that counts as being at level 0."""
+    """x at level `steps` by DDIM inversion steps t -> t+1, of an x0 that counts as being at level 0.
+
+    Song et al. 2021, section 4.3: the ODE of DDIM, integrated towards noise.
+    """
 
     def step(x, t):
         t = jnp.full(x.shape[:1], t)
@@ -268,7 +280,10 @@ def inverted(process: Process, denoise: Denoiser, x0: jax.Array, steps: int) -> 
 
 
 def decoded(process: Process, denoise: Denoiser, x: jax.Array, steps: int) -> jax.Array:  # [B, H, W, C]
-    """x0 by deterministic DDIM steps t = steps-1..0, of an x that counts as being at level steps-1."""
+    """x0 by deterministic DDIM steps t = steps-1..0, of an x that counts as being at level steps-1.
+
+    Song et al. 2021, eq. 12 with sigma_t = 0.
+    """
     return _walked_back(process, denoise, x, steps, lambda prediction, x, t: process.ddim_step(prediction, t))
 
 

@@ -1,5 +1,9 @@
 """The forward process of FPDM: noising a slice step by step, and watching where "healthy" and the slice part ways.
 
+Source: Che et al., "AnoFPDM: Anomaly Detection with Forward Process of Diffusion Models for Brain MRI",
+arXiv:2404.15683, and its code (named "published" here). Guidance: Ho and Salimans 2022, arXiv:2207.12598. Inversion:
+Song et al. 2021, arXiv:2010.02502.
+
 One scan with running sums: memory does not grow with the steps, and each step takes three network passes, two of them
 in one batch. What it returns goes to `calibration` and `masks`.
 """
@@ -155,7 +159,7 @@ def step_keys(keys: jax.Array, step: int | jax.Array) -> jax.Array:  # [B], () -
 
 
 def guided_output(healthy: jax.Array, null: jax.Array, guidance: float | None) -> jax.Array:  # [B, H, W, C]
-    """The network's guided output; None leaves the healthy one."""
+    """(1 + w) f(x, t, healthy) - w f(x, t, null) (Ho and Salimans 2022, eq. 6); with w None, f(x, t, healthy)."""
     return healthy if guidance is None else guide(healthy, null, guidance)
 
 
@@ -166,7 +170,10 @@ def forward_process(
     noise: Callable[[jax.Array], jax.Array],  # step () -> [B, H, W, C]
     settings: ForwardSettings,
 ) -> Translation:
-    """Walks `settings.steps` steps of the forward process and compares two predictions of x0 at each.
+    """Walks `settings.steps` steps of the forward process and compares two predictions of x0 at each (Che et al.).
+
+    G_t is the guided prediction of x0 from x_t, R_t the reference. t_e = argmax_t mean (G_t - R_t)^2, the map is
+    (1 / t_e) sum_{t < t_e} (G_t - X)^2.
 
     x_0 is noised once; x_{t} then comes from x_{t-1} by a DDIM inversion step under the null condition. With the
     inversion "published" **this step takes x_{t-1} as if it were at level t** (network and coefficients at t): an
@@ -222,7 +229,7 @@ def _walk(process, denoisers, x0, noise, settings, counts: Callable[..., jax.Arr
 
 
 def _map_term(process, errors, difference, t, settings) -> jax.Array:  # [B, H, W, M]
-    """What step t gives to the map."""
+    """What step t gives to the map: (G_t - X)^2, or (G_t - R_t)^2, or that over (B_t (1 + w))^2 (`ForwardSettings`)."""
     if settings.maps == "mse":
         return errors
     if settings.maps == "gradient_unscaled":
@@ -272,7 +279,7 @@ def _predictions(process, denoisers, x, t, settings) -> tuple[jax.Array, jax.Arr
 
 
 def _next(process, denoisers, x, x0, t, noise, settings) -> jax.Array:
-    """x at step t, from x at step t - 1 or from x0."""
+    """x at step t: by DDIM inversion from step t - 1 (Song et al. 2021, eq. 14), or noised anew from x0."""
     if not settings.d_reverse:
         return process.noised(x0, t, noise(t[0]))
     level = t if settings.inversion == "published" else t - 1

@@ -207,7 +207,7 @@ class Localizer:
         known, translated = [], []
         for patient in dict.fromkeys(patients):
             own = [i for i, other in enumerate(patients) if other == patient]
-            images, inputs = self._inputs(slices[own])
+            images, inputs = self._inputs(slices[own], intensity_scales(slices[own]))
             translated += self._translated(inputs, images, patient)
             truth = np.zeros(images.shape[:3]) if masks is None else resize(np.asarray(masks, np.float32)[own],
                                                                             self._image_size)
@@ -242,7 +242,8 @@ class Localizer:
                          for m, channel in enumerate(self.method.modality)], axis=-1)
 
     def _of_slices(self, slices: np.ndarray, spacing: tuple[float, float, float] | None, name: str) -> Localized:
-        images, inputs = self._inputs(slices)
+        scales = intensity_scales(slices)
+        images, inputs = self._inputs(slices, scales)
         results = stacked(self._translated(inputs, images, name))
         heads, shape = images.any(axis=-1), slices.shape[1:3]
         grid = SliceGrid(np.arange(len(slices)), self._pixel_spacing(spacing, shape))
@@ -254,7 +255,6 @@ class Localizer:
             return slices_to_volume(values, index, (*shape, len(index))).transpose(2, 0, 1)
 
         if healthy is not None:
-            scales = intensity_scales(slices)
             channels = list(self.method.modality)
             normalised = from_model_range(healthy, images[..., channels], self._scaling)
             healthy = np.stack([restored(normalised[..., m]) * scales[channel] * everywhere
@@ -276,9 +276,10 @@ class Localizer:
             raise UserError("images: a channel has no positive value; give raw intensities with background 0")
         return images
 
-    def _inputs(self, slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [S, h, w, C] each
+    def _inputs(self, slices: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [S, h, w, C] each
         """Slices normalised together and resized, and as the network takes them."""
-        images = resize(normalise_volumes(slices).transpose(0, 3, 1, 2), self._image_size).transpose(0, 2, 3, 1)
+        images = normalise_volumes(slices, scales).transpose(0, 3, 1, 2)
+        images = resize(images, self._image_size).transpose(0, 2, 3, 1)
         return images, to_model_range(images, self._scaling)
 
     def _translated(

@@ -55,6 +55,7 @@ class MapThreshold:
       lesion_share: share of lesion pixels in lesion slices, by the rule "mixture"; None for the others.
       made_with: what it belongs to (checkpoint identity, settings, data, ...), ready for JSON.
       probability: curves that turn maps into probabilities (`probability.fit`); None where there are none.
+      slice_scores: `calibration.score_histogram` of the validation slices, for the report; empty where it is not known.
 
     Raises:
       ValueError: if a threshold is not finite.
@@ -74,6 +75,7 @@ class MapThreshold:
     lesion_share: float | None = None
     made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
     probability: dict[str, Any] | None = None
+    slice_scores: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not (math.isfinite(self.threshold) and math.isfinite(self.slice_threshold)):
@@ -90,7 +92,7 @@ class MapThreshold:
         Raises:
           UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
         """
-        return calibration.loaded(cls, path, _KINDS, "calibrate first", optional=("probability",))
+        return calibration.loaded(cls, path, _KINDS, "calibrate first", optional=("probability", "slice_scores"))
 
     def described(self) -> str:
         """One line for the log."""
@@ -125,6 +127,7 @@ _KINDS = {  # what each field looks like in JSON
     "lesion_share": _none_or(calibration.is_number),
     "made_with": lambda value: isinstance(value, dict),
     "probability": _none_or(probability.is_curves),
+    "slice_scores": calibration.is_histogram,
 }
 
 
@@ -170,7 +173,7 @@ class MapThresholdMethod:
         return MapThreshold(
             self.name, self.rule, rules.LABELS[self.rule], chosen.value, cut, errors, None if math.isnan(auc) else auc,
             int((~labels).sum()), int(labels.sum()), chosen.expected_dice, chosen.interval or (), chosen.lesion_share,
-            dict(made_with), probability.fit(samples, scores, labels))
+            dict(made_with), probability.fit(samples, scores, labels), calibration.score_histogram(scores, labels))
 
     def samples(
         self, results: Iterable[tuple[NamedTuple, ValidationSlice]]

@@ -120,7 +120,7 @@ class Residual(MapThresholdMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Hae(MapThresholdMethod):
-    """The published forward process: see `forward_process`, `calibration` and `masks`.
+    """The published forward process (Che et al., arXiv:2404.15683): see `forward_process`, `calibration` and `masks`.
 
     With the rule "quantile", as published; with another one, its map averaged over the modalities is thresholded.
     """
@@ -250,7 +250,7 @@ def make_method(config: ml_collections.ConfigDict) -> Method:
       UserError: for values that cannot be, or a network that does not fit the method.
     """
     wanted = config.translation
-    check_choice("method", wanted.method, METHODS)
+    check_choice("method", wanted.method, tuple(METHODS))
     check_choice("clipping", wanted.clipping, ("static", "dynamic", "none"))
     if wanted.rule is not None:
         check_choice("rule", wanted.rule, tuple(rules.LABELS))
@@ -263,7 +263,7 @@ def make_method(config: ml_collections.ConfigDict) -> Method:
     if wanted.method in _NEED_CLASSES and config.model.num_classes is None:
         raise UserError(f"translation.method is {wanted.method!r}: it needs a network with classes, and "
                         "model.num_classes is None; use anoddpm-simplex or anoddpm-gaussian with this one")
-    return _MAKERS[wanted.method](config)
+    return METHODS[wanted.method](config)
 
 
 def _rule(config: ml_collections.ConfigDict, own: str) -> str:
@@ -372,7 +372,7 @@ def _walk(config: ml_collections.ConfigDict, field: str) -> tuple[Process, int]:
 
 
 _NEED_CLASSES = ("residual", "hae", "ddib")
-_MAKERS: dict[str, Callable[[ml_collections.ConfigDict], Method]] = {
+METHODS: dict[str, Callable[[ml_collections.ConfigDict], Method]] = {  # by the name on the command line
     "residual": residual_method,
     "hae": _hae,
     "ddib": _ddib,
@@ -382,4 +382,3 @@ _MAKERS: dict[str, Callable[[ml_collections.ConfigDict], Method]] = {
     "dae": _dae,
     "threshold": IntensityThreshold.of,
 }
-METHODS = tuple(_MAKERS)

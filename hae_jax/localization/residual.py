@@ -1,5 +1,7 @@
 """The residual map: what the network takes away from a slice at low noise, guided towards "healthy".
 
+Sources of its parts: Ho et al. 2020, arXiv:2006.11239; Ho and Salimans 2022, arXiv:2207.12598.
+
 Ours. A few timesteps at low noise take the place of the published
 walk of hundreds (`forward_process`): two network passes for each timestep and noise draw.
 """
@@ -85,8 +87,8 @@ def residual(
 
     map = K * sum_m a_m mean_{t, draw} (x0 - G_t)_m: G_t is the prediction of x0 from x_t (Ho et al. 2020, eq.
     9 and 15), guided to the class "healthy" (Ho and Salimans 2022, eq. 6), x_t is x0 noised to t, a_m the weight of
-    modality m, K a Gaussian. The positive part is taken last, after filters across slices: noise
-    then cancels instead of adding up.
+    modality m, K a Gaussian. The positive part is taken last, after filters across slices: noise then cancels instead
+    of adding up.
     """
     modality, weights = jnp.asarray(settings.modality), jnp.asarray(settings.weights, jnp.float32)
     timesteps = jnp.asarray(settings.timesteps)

@@ -1,13 +1,11 @@
-"""A case in: slices for the network. Masks, maps and pseudo-healthy reconstructions out: NIfTI on the case's own grid.
+"""A case in: slices for the network. Masks, maps and pseudo-healthy reconstructions out: on the case's own grid.
 
 The first and the last stage of a translation; slicing and its reverse are those of `hae_jax.data.slices`. In between,
-volumes lie in the orientation that networks are trained in; `write_volume` turns them back.
+volumes lie in the orientation that networks are trained in; `hae_jax.data.nifti.write_volume` turns them back.
 """
 
 import dataclasses
-import os
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
@@ -16,13 +14,11 @@ from hae_jax.data.slices import (
     CaseSlices,
     case_slices,
     from_model_range,
-    intensity_scales,
     slice_spacing,
     slices_to_volume,
     to_model_range,
 )
 from hae_jax.errors import UserError
-from hae_jax.files import written_whole
 from hae_jax.localization.masks import SliceGrid
 
 
@@ -37,7 +33,6 @@ class SlicedCase:
       scaling: how `inputs` were made of them (`to_model_range`).
       affine: [4, 4] voxels, reoriented, to mm.
       grid: of the files.
-      scales: [C] the raw intensity that is 1 in `slices.images`.
       head: [X, Y, Z] bool, reoriented: where anything is shown, and what that encloses.
       truth: [X, Y, Z] bool, reoriented: the lesion; None without a segmentation.
       warnings: what is unusual about the case, in words.
@@ -49,7 +44,6 @@ class SlicedCase:
     scaling: str
     affine: np.ndarray
     grid: Grid
-    scales: np.ndarray
     head: np.ndarray
     truth: np.ndarray | None
     warnings: tuple[str, ...]
@@ -90,7 +84,7 @@ def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "im
         raise UserError(f"{where}: what the images of {case.name} show is lost when its slices are made "
                         f"{image_size} x {image_size} px; check them, or remove the case")
     return SlicedCase(case.name, to_model_range(slices.images, scaling), slices, scaling, case.affine, case.grid,
-                      intensity_scales(case.volumes), head(case.volumes), case.mask, tuple(case.warnings))
+                      head(case.volumes), case.mask, tuple(case.warnings))
 
 
 def head(
@@ -145,36 +139,5 @@ def healthy_volume(
     """The pseudo-healthy reconstruction of one modality in the file's own intensities; zero where there is no head."""
     images = case.slices.images[..., channel:channel + 1]
     normalised = from_model_range(healthy[..., None], images, case.scaling)[..., 0]
-    return map_volume(normalised * case.scales[channel], case.slices) * case.head
+    return map_volume(normalised * case.slices.scales[channel], case.slices) * case.head
 
-
-def write_volume(
-    path: str | os.PathLike,
-    values: np.ndarray,  # [X, Y, Z] reoriented, of the type to be stored
-    grid: Grid,
-    description: str,
-) -> None:
-    """Writes a NIfTI file on another image's grid, whole or not at all.
-
-    Shape, zooms, qform and sform with their codes, and units are those of the image, to the last bit; what its header
-    says about intensities is replaced.
-
-    Args:
-      path: ending in .nii or .nii.gz.
-      values: the volume.
-      grid: of the image.
-      description: what it is, at most 79 characters.
-    """
-    values, header = np.ascontiguousarray(grid.restore(values)), grid.header.copy()
-    header.set_data_shape(values.shape)  # the image may be 4-D, or 3-D in 4 dimensions
-    header.set_data_dtype(values.dtype)
-    header.set_slope_inter(1, 0)
-    header.set_intent("none")
-    header["cal_min"], header["cal_max"] = 0, values.max()
-    header["descrip"] = description
-    header.extensions.clear()  # whatever another program noted there was about the input's intensities
-    image_type = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    # Without an affine of its own the image keeps the header's; given one, nibabel would rewrite the codes.
-    image = image_type(values, None, header)
-    with written_whole(path) as temporary:
-        nib.save(image, temporary)

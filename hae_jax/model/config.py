@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args, get_origin
 
 from hae_jax.errors import UserError
+from hae_jax.ops import forms
 
 DEFAULT_CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -39,12 +40,17 @@ VARIANTS = {
 }
 _CHOICES = {
     "task": ("denoise", "classify"),
-    "variant": tuple(VARIANTS),
+    "variant": VARIANTS,
     "null_context": ("batch", "sample", "keep"),
     "sparse_pattern": ("blocks", "trained", "dense"),
     "remat": ("none", "block", "full"),
     "dtype": ("float32", "bfloat16"),
+    "attention": forms.ATTENTION,
+    "convolution": forms.CONVOLUTION,
 }
+# Fields that say how the network is computed. They are no part of its identity: a run may go on, and its network be
+# used, with others.
+FORM_FIELDS = ("attention", "convolution")
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -92,6 +98,8 @@ class UNetConfig:
       remat: what the backward pass recomputes: "none"; "block", each ResBlock, attention and hybrid block by itself;
         "full", these within each group of them between two skips, so that little else than the skips is kept.
       dtype: compute type; parameters, norms, softmax and the output head stay float32.
+      attention: the code that computes attention: "auto", "xla" or "cudnn", and what `hae_jax.ops.forms` lists besides.
+      convolution: the code that computes convolutions: "auto", "xla" or "winograd".
 
     Raises:
       UserError: where the fields do not make a network.
@@ -123,6 +131,8 @@ class UNetConfig:
     sparse_redraw: bool = False
     remat: str = "none"
     dtype: str = "float32"
+    attention: str = "auto"
+    convolution: str = "auto"
     task: str = "denoise"
 
     def __post_init__(self):

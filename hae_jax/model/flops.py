@@ -1,9 +1,11 @@
 """What one pass through a network costs, counted on shapes alone; what the log's model FLOP/s are made of.
 
-A multiplication and an addition are two operations. Counted are convolutions and matrix products as this network does
-them (sparse attention computes only the blocks that it keeps); recomputation by remat is not, nor what XLA may save.
+A multiplication and an addition are two operations. Counted are convolutions (as direct sums) and matrix products as
+this network does them (sparse attention computes only the blocks that it keeps); recomputation by remat is not, nor
+what XLA may save.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -45,10 +47,16 @@ _PEAKS = (
 )
 
 
+def countable(config: UNetConfig) -> UNetConfig:
+    """The network in forms whose operations show: neither hidden in a kernel nor saved by Winograd's form."""
+    attention = config.attention if config.attention == "materialised" else "xla"
+    return dataclasses.replace(config, convolution="xla", attention=attention)
+
+
 @functools.cache
 def forward_flops(config: UNetConfig) -> int:
     """Operations of the forward pass of one image with its label, at the config's image size."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
+    graph, params = nnx.split(nnx.eval_shape(lambda: make_network(countable(config), nnx.Rngs(0))))
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, config.in_channels), jnp.float32)
     row = jax.ShapeDtypeStruct((1,), jnp.int32)
     if config.task == "classify":

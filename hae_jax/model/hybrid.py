@@ -1,4 +1,8 @@
-"""The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale."""
+"""The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale.
+
+Source: the decoder of the heterogeneous auto-encoder, Lu et al. 2024, "Anomaly Detection for Medical Images Using
+Heterogeneous Auto-Encoder", IEEE Transactions on Image Processing 33, doi:10.1109/TIP.2024.3381435.
+"""
 
 import math
 
@@ -22,6 +26,7 @@ from hae_jax.model.layers import (
     torch_uniform,
     uniform,
 )
+from hae_jax.ops.forms import attention_form
 
 _SCALES = (1, 4, 8)  # patch sizes of the per-scale transformer
 _REGIONS = (4, 8)  # patch sizes of the regional tokens in the joint one
@@ -60,7 +65,9 @@ class MultiHeadAttention(nnx.Module):
         if blocked is not None or not is_sparse or self.config.sparse_pattern == "dense":
             return sparse.attend(q, k, v, blocked, drop)
         if self.config.sparse_pattern == "blocks":
-            return sparse.attend_blocks(q, k, v, sparse.block_links(count, self._pattern_key(randomness)), drop)
+            links = sparse.block_links(count, self._pattern_key(randomness))
+            form = attention_form(self.config.attention, self.config.dtype)
+            return sparse.attend_blocks(q, k, v, links, drop, form=form)
         per_scale = self.config.rules.hybrid == "per_scale"
         trained_mask = sparse.trained_mask_per_scale if per_scale else sparse.trained_mask_joint
         return sparse.attend(q, k, v, trained_mask(count, self._pattern_key(randomness)), drop)
@@ -128,7 +135,7 @@ class PerScaleHybrid(nnx.Module):
     def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
         self.cnn_block = ResBlock(channels, channels, config, rngs, scale_shift=False)
         self.transformer_block = PerScaleTransformer(channels, config, rngs)
-        self.fusion_conv = conv(2 * channels, channels, 1, rngs, dtype=config.dtype)
+        self.fusion_conv = conv(2 * channels, channels, 1, config, rngs)
         self.fusion_norm = group_norm(channels, rngs, dtype=config.dtype, groups=_FUSION_GROUPS)
 
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
@@ -152,7 +159,7 @@ class JointTransformer(nnx.Module):
         self.regional_norms = nnx.List([layer_norm(channels, rngs, dtype=dtype) for _ in _REGIONS])
         self.shares_projection = rules.projection == "shared"
         if self.shares_projection:
-            self.shared_patch_embed = conv(channels, channels, 1, rngs, dtype=dtype)
+            self.shared_patch_embed = conv(channels, channels, 1, config, rngs)
         else:
             self.patch_projections = nnx.List(
                 [linear(size * size * channels, channels, rngs, dtype=dtype) for size in _REGIONS])
@@ -192,9 +199,9 @@ class ConvBranch(nnx.Module):
 
     def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
         self.norm1 = group_norm(channels, rngs, dtype=config.dtype)
-        self.conv1 = conv(channels, channels, 3, rngs, dtype=config.dtype)
+        self.conv1 = conv(channels, channels, 3, config, rngs)
         self.norm2 = group_norm(channels, rngs, dtype=config.dtype)
-        self.conv2 = conv(channels, channels, 3, rngs, dtype=config.dtype)
+        self.conv2 = conv(channels, channels, 3, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
         x = self.conv1(self.norm1(x, silu=True))
@@ -209,7 +216,7 @@ class JointHybrid(nnx.Module):
         self.conv_branch = ConvBranch(channels, config, rngs)
         self.transformer_branch = JointTransformer(channels, config, rngs)
         self.emb_proj = linear(config.embedding_width, channels, rngs, dtype=config.dtype)
-        self.fusion = conv((2 if self.concatenates else 1) * channels, channels, 1, rngs, dtype=config.dtype)
+        self.fusion = conv((2 if self.concatenates else 1) * channels, channels, 1, config, rngs)
 
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
         h = x + self.emb_proj(nnx.silu(cond.emb))[:, None, None, :]

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from hae_jax.model.config import NORM_GROUPS, UNetConfig
 from hae_jax.ops.convolution import conv2d
-from hae_jax.ops.dropped_attention import kept_bound
+from hae_jax.ops.forms import convolution_form
 from hae_jax.ops.group_norm import GroupNorm
 
 EPSILON = 1e-5  # of every norm, as in PyTorch; Flax's default is 1e-6
@@ -87,20 +87,29 @@ def _initializer(on_host: Callable, traced: Callable) -> nnx.Initializer:
 class Conv(nnx.Conv):
     """Flax's convolution, computed by `conv2d`: square kernels, strides and padding."""
 
+    form = "auto"  # of `hae_jax.ops.forms.CONVOLUTION`
+
     def __call__(
         self,
         x: jax.Array,  # [B, H, W, C]
     ) -> jax.Array:  # [B, H', W', D]
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], self.bias[...]), dtype=self.dtype)
-        return conv2d(x, kernel, self.strides[0], self.padding) + bias
+        form = convolution_form(self.form)
+        return conv2d(x, kernel, self.strides[0], self.padding, form=form) + bias
 
 
-def conv(in_channels: int, out_channels: int, kernel: int, rngs: nnx.Rngs, *, dtype: Any,
-         stride: int = 1, zero: bool = False) -> Conv:
-    """A convolution with PyTorch's symmetric padding (SAME pads differently at stride 2) and initialisation."""
+def conv(in_channels: int, out_channels: int, kernel: int, config: UNetConfig, rngs: nnx.Rngs, *,
+         dtype: Any = None, stride: int = 1, zero: bool = False) -> Conv:
+    """A convolution with PyTorch's symmetric padding (SAME pads differently at stride 2) and initialisation.
+
+    Args:
+      dtype: of computation; None: the config's.
+    """
     init = nnx.initializers.zeros if zero else torch_uniform(in_channels * kernel**2)
-    return Conv(in_channels, out_channels, (kernel, kernel), (stride, stride), padding=kernel // 2,
-                dtype=dtype, kernel_init=init, bias_init=init, rngs=rngs)
+    layer = Conv(in_channels, out_channels, (kernel, kernel), (stride, stride), padding=kernel // 2,
+                 dtype=dtype or config.dtype, kernel_init=init, bias_init=init, rngs=rngs)
+    layer.form = config.convolution
+    return layer
 
 
 def linear(in_features: int, out_features: int, rngs: nnx.Rngs, *, dtype: Any, zero: bool = False) -> nnx.Linear:
@@ -176,7 +185,7 @@ def kept(
 
     for _ in range(keys.ndim):
         draw = jax.vmap(draw)
-    words, bound = draw(keys), kept_bound(rate)
+    words, bound = draw(keys), max(1, round((1 - rate) * 2**16))
     halves = (words & 0xFFFF) < bound, (words >> 16) < bound
     halves = jax.lax.optimization_barrier(halves)  # or what they are fused into draws each word twice
     return jnp.concatenate(halves, axis=-1)[..., :last], bound / 2**16
@@ -206,7 +215,7 @@ class Downsample(nnx.Module):
     """Halves the resolution: 3x3 convolution with stride 2, or average pooling."""
 
     def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
-        self.op = conv(channels, channels, 3, rngs, dtype=config.dtype, stride=2) if config.conv_resample else None
+        self.op = conv(channels, channels, 3, config, rngs, stride=2) if config.conv_resample else None
 
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
         return self.op(x) if self.op is not None else pool(x, 2)
@@ -216,7 +225,7 @@ class Upsample(nnx.Module):
     """Doubles the resolution: nearest neighbour, then a 3x3 convolution if configured."""
 
     def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, 3, rngs, dtype=config.dtype) if config.conv_resample else None
+        self.conv = conv(channels, channels, 3, config, rngs) if config.conv_resample else None
 
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
         x = repeat2(x)
@@ -237,12 +246,12 @@ class ResBlock(nnx.Module):
         self.activate = config.rules.unfused_silu
         self.resample = resample
         self.in_norm = group_norm(in_channels, rngs, dtype=dtype)
-        self.in_conv = conv(in_channels, out_channels, 3, rngs, dtype=dtype)
+        self.in_conv = conv(in_channels, out_channels, 3, config, rngs)
         self.emb_proj = linear(config.embedding_width, out_channels * (2 if self.scale_shift else 1), rngs, dtype=dtype)
         self.out_norm = group_norm(out_channels, rngs, dtype=dtype)
         self.dropout = Dropout(config.dropout)
-        self.out_conv = conv(out_channels, out_channels, 3, rngs, dtype=dtype, zero=True)
-        self.skip = conv(in_channels, out_channels, 1, rngs, dtype=dtype) if in_channels != out_channels else None
+        self.out_conv = conv(out_channels, out_channels, 3, config, rngs, zero=True)
+        self.skip = conv(in_channels, out_channels, 1, config, rngs) if in_channels != out_channels else None
 
     def __call__(
         self,

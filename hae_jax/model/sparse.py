@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hae_jax.model.layers import HeadDropout
-from hae_jax.ops import dropped_attention, fused_attention
-from hae_jax.ops.platform import is_cpu
+from hae_jax.ops import cudnn_attention
 
 Drop = Callable[[jax.Array], jax.Array]  # attention weights [B, ...] -> the same with dropout
 
@@ -60,45 +59,49 @@ def attend_blocks(
     v: jax.Array,  # [B, N, h, d]
     links: jax.Array,  # [blocks, seen] int32
     drop: HeadDropout | None = None,
+    *,
+    form: str,
 ) -> jax.Array:  # [B, N, h, d]
-    """Attention of each block of queries over the blocks of keys that it is linked to; nothing else is computed."""
-    tokens, size = q.shape[1], block_size(q.shape[1])
-    if tokens % size == 0 and drop is None and fused_attention.is_chosen(q, "cudnn_sparse"):
-        return _by_rows(fused_attention.attend_rows, q, k, v, links)
-    if tokens % size == 0 and drop is not None and dropped_attention.is_chosen(q, size, links.shape[1] * size):
-        keys = jax.random.key_data(drop.keys)
-        return _by_rows(lambda *qkv: dropped_attention.attend(*qkv, keys, drop.rate), q, k, v, links)
+    """Attention of each block of queries over the blocks of keys that it is linked to; nothing else is computed.
+
+    Args:
+      form: of `hae_jax.ops.forms.attention_form`; where weights are dropped, "cudnn" is computed as "xla".
+    """
+    if form == "materialised":
+        return attend(q, k, v, ~_seen_pairs(links, q.shape[1]), drop)
+    if form == "cudnn" and drop is None and q.shape[1] % block_size(q.shape[1]) == 0 and cudnn_attention.fits(q):
+        return _attend_rows(q, k, v, links)
 
     def one_head(q, k, v, head):
         return _attend_blocks(q, k, v, links, (lambda p: drop(p, head)) if drop else None)
 
-    return _over_heads(one_head, q, k, v)
+    return _over_heads(one_head, q, k, v, one_by_one=form == "rows")
 
 
-def _by_rows(
-    attend_rows: Callable[..., jax.Array],  # [B, n, size, h, d], keys, values -> like queries
-    q: jax.Array,  # [B, N, h, d]
-    k: jax.Array,  # [B, N, h, d]
-    v: jax.Array,  # [B, N, h, d]
-    links: jax.Array,  # [blocks, seen] int32
-) -> jax.Array:  # [B, N, h, d]
-    """`attend_blocks` of whole blocks, each block of queries a row for a dense kernel."""
+def _seen_pairs(links: jax.Array, tokens: int) -> jax.Array:  # [blocks, seen] -> [N, N] bool
+    """The pattern pair by pair: True where query (row) sees key (column)."""
+    blocks, size = len(links), block_size(tokens)
+    seen = jnp.zeros((blocks, blocks), bool).at[jnp.arange(blocks)[:, None], links].set(True)
+    return jnp.repeat(jnp.repeat(seen, size, axis=0), size, axis=1)[:tokens, :tokens]
+
+
+def _attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, links: jax.Array) -> jax.Array:
+    """`attend_blocks` of whole blocks, each block of queries a row for cuDNN's dense kernel."""
     batch, tokens, heads, depth = q.shape
     q, k, v = (a.reshape(batch, len(links), -1, heads, depth) for a in (q, k, v))
     k, v = (a[:, links].reshape(batch, len(links), -1, heads, depth) for a in (k, v))
-    return attend_rows(q, k, v).reshape(batch, tokens, heads, depth)
+    return cudnn_attention.attend_rows(q, k, v).reshape(batch, tokens, heads, depth)
 
 
-def _over_heads(one_head: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`one_head` (three arrays [B, N, d] and the head's number) for each head of [B, N, h, d]. The hardware's choice.
+def _over_heads(one_head: Callable, q: jax.Array, k: jax.Array, v: jax.Array, *, one_by_one: bool) -> jax.Array:
+    """`one_head` (three arrays [B, N, d] and the head's number) for each head of [B, N, h, d].
 
-    Its weights are computed again for the gradient, so that only q, k and v are kept. On CPU one head after the other:
-    a head's arrays stay in the caches (measured at 4416 tokens, 8 heads of 16 numbers, with gradients: a fifth of the
-    memory of all heads at once, and no slower). Elsewhere all at once, as many small processors need; no GPU path
-    was timed.
+    Its weights are computed again for the gradient, so that only q, k and v are kept. With one head after the other a
+    head's arrays stay in a CPU's caches (measured at 4416 tokens, 8 heads of 16 numbers, with gradients: a fifth of
+    the memory of all heads at once, and no slower). All at once is for accelerators; it was not timed on one.
     """
     heads = jnp.arange(q.shape[2])
-    if not is_cpu():
+    if not one_by_one:
         at_once = jax.vmap(one_head, in_axes=(2, 2, 2, 0), out_axes=2)
         return jax.checkpoint(at_once)(q, k, v, heads)
     one_head = jax.checkpoint(one_head, prevent_cse=False)  # a loop's body shares no expression with its gradient's

@@ -54,7 +54,7 @@ class UNet(nnx.Module):
         self.output_blocks = _decoder(config, skips, rngs)
         # In float32 whatever the rest computes in: the head costs nothing, and its rounding would be the output's.
         self.head_norm = group_norm(config.widths[0], rngs, dtype=jnp.float32)
-        self.head_conv = conv(config.widths[0], config.out_channels, 3, rngs, dtype=jnp.float32, zero=True)
+        self.head_conv = conv(config.widths[0], config.out_channels, 3, config, rngs, dtype="float32", zero=True)
         dropouts = [module for _, module in nnx.iter_modules(self) if isinstance(module, Dropout)]
         for i, dropout in enumerate(dropouts):
             dropout.layer = i
@@ -181,7 +181,7 @@ def _masked(block: nnx.List, height: int, width: int) -> int:
 def encoder(config: UNetConfig, rngs: nnx.Rngs) -> tuple[nnx.List, list[int]]:
     """The encoder's blocks, and the channels that each hands to the decoder."""
     width = config.widths[0]
-    blocks = [nnx.List([conv(config.in_channels, width, 3, rngs, dtype=config.dtype)])]
+    blocks = [nnx.List([conv(config.in_channels, width, 3, config, rngs)])]
     skips = [width]
     for level, out in enumerate(config.widths):
         for _ in range(config.num_res_blocks):

@@ -152,7 +152,7 @@ def _claim(output: Path, settings: Settings, subjects: int) -> None:
         raise UserError(f"{output}: holds files but no {MANIFEST}, so it is no phantom; give a new or empty folder")
     output.mkdir(parents=True, exist_ok=True)
     with written_whole(output / "README.md") as path:
-        path.write_text(_readme(settings, subjects))
+        path.write_text(_readme(settings, subjects), encoding="utf-8")
     write_json(output / MANIFEST, _manifest(settings, subjects, complete=False))
 
 

@@ -80,12 +80,12 @@ def draw_phantom(
     Raises:
       UserError: no cases in `folder`.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # here, since it is slow to import; not pyplot, whose backend may be absent
 
     rows = _rows(find_cases(folder, modalities), subjects)
     titles = (*modalities, f"{modalities[0]} + segmentation")
-    figure, axes = plt.subplots(len(rows), len(titles), figsize=(2 * len(titles), 2.35 * len(rows) + 0.35),
-                                facecolor="black", squeeze=False, layout="constrained")
+    figure = Figure(figsize=(2 * len(titles), 2.35 * len(rows) + 0.35), facecolor="black", layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, color="white", fontsize=9)
     for line, (name, images, mask) in zip(axes, rows, strict=True):
@@ -98,7 +98,6 @@ def draw_phantom(
     figure.suptitle("Phantom figure: template anatomy,\ndrawn lesions, no patient", color="white", fontsize=9)
     with written_whole(output) as temporary:
         figure.savefig(temporary, dpi=110, facecolor="black")
-    plt.close(figure)
     return Path(output)
 
 

@@ -1,5 +1,6 @@
 """The phantom on demand: what makes the program run where there is no data yet. Used by training and translation."""
 
+import logging
 from pathlib import Path
 
 import ml_collections
@@ -8,6 +9,7 @@ from hae_jax.data.prepare import prepare
 from hae_jax.errors import UserError
 from hae_jax.phantom.cohort import make_phantom
 
+_LOG = logging.getLogger(__name__)
 _TRAINING, _VALIDATION = 2, 6  # subjects of a phantom that methods are compared on
 
 
@@ -43,9 +45,9 @@ def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
     phantom, root = data.phantom, Path(data.root)
     if phantom is None or root.exists():
         return
-    print(f"{root} is not there yet: making a phantom of {phantom.subjects} subjects in {phantom.cases}")
+    _LOG.info("%s is not there yet: making a phantom of %d subjects in %s", root, phantom.subjects, phantom.cases)
     make_phantom(phantom.cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,
                  size=phantom.size, workers=phantom.workers, kind=phantom.get("kind", "tumour"))
     report = prepare(phantom.cases, root, image_size=image_size, train_fraction=phantom.train_fraction,
                      val_fraction=phantom.val_fraction, workers=phantom.workers, modalities=data.modalities)
-    print("\n".join(report.lines()))
+    _LOG.info("\n".join(report.lines()))

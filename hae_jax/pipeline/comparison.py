@@ -6,7 +6,7 @@ Every entry is a run of its own (`run.py`) in its own folder, so what is there a
 import contextlib
 import copy
 import dataclasses
-import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
+from hae_jax.console import only_warnings
 from hae_jax.errors import UserError
 from hae_jax.evaluation import figures, report
 from hae_jax.files import write_json
 from hae_jax.localization import rules
 from hae_jax.localization.methods import make_method
-from hae_jax.localization.validation import calibration_path
-from hae_jax.pipeline.plan import calibration_inputs, identified, make_plan
-from hae_jax.pipeline.translate import shipped_calibration, translate
+from hae_jax.pipeline import checks
+from hae_jax.pipeline.calibrations import available
+from hae_jax.pipeline.translate import translate
 from hae_jax.provenance import record
 
+_LOG = logging.getLogger(__name__)
 _STEPS_SHOWN = {"all-slice Dice": ("all_slices", "dice"), "lesion-slice Dice": ("lesion_slices", "dice"),
                 "lesion-slice AUPRC": ("lesion_slices", "auprc"), "slice accuracy": ("slice_level", "accuracy")}
 
@@ -80,19 +82,17 @@ def check(
       UserError: naming the entry that cannot run.
     """
     own = [_own_config(entry, config) for entry in entries]
-    for entry, its_config in zip(entries, own, strict=True):  # what costs nothing and makes no folders comes first
-        with _named(entry):
-            method = make_method(its_config)
-            if method.network and entry.network.model is None:
-                raise UserError("needs a network; name one with --checkpoint")
-    for entry, its_config in zip(entries, own, strict=True):
-        # What a plan has to say besides is said when its turn has come.
-        with _named(entry), contextlib.redirect_stdout(io.StringIO()):
-            plan = make_plan(its_config, Path(output) / entry.folder, source)
-            identity = identified(entry.network.identity, entry.network.model, its_config)
-            if (plan.calibration or shipped_calibration(plan, identity, entry.network.shipped)) is None:
-                calibration_path(plan.method, plan.store, entry.network.calibrations,
-                                 calibration_inputs(its_config, plan.store, plan.method, identity))
+    # What a check has to say besides errors is said when the entry's turn has come.
+    with only_warnings():
+        for entry, its_config in zip(entries, own, strict=True):  # what costs nothing and makes no folders comes first
+            with _named(entry):
+                checks.check_settings(its_config, make_method(its_config), entry.network.model)
+        for entry, its_config in zip(entries, own, strict=True):
+            with _named(entry):
+                store = checks.find_inputs(its_config, source).store
+                checks.make_output(Path(output) / entry.folder, source)
+                available(its_config, store, make_method(its_config), entry.network.identity,
+                          entry.network.calibrations, entry.network.shipped)
 
 
 def compare(
@@ -148,10 +148,10 @@ def _measured(
     rows, phantom = [], False
     for entry in entries:
         own = _own_config(entry, config)
-        print(f"{entry.title}:", flush=True)
+        _LOG.info("%s:", entry.title)
         if own.translation.calibration != config.translation.calibration:
-            print(f"calibration: {config.translation.calibration} is for {config.translation.method} alone; "
-                  f"{entry.title} takes its own")
+            _LOG.info("calibration: %s is for %s alone; %s takes its own", config.translation.calibration,
+                      config.translation.method, entry.title)
         done = translate(entry.network.model, entry.network.identity, own, mesh, output=output / entry.folder,
                          source=source, calibrations=entry.network.calibrations, shipped=entry.network.shipped)
         if done.failed:
@@ -180,7 +180,7 @@ def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collectio
     own, trained = copy.deepcopy(config), copy.deepcopy(entry.network.config)
     with own.unlocked():
         own.translation.update(entry.settings)
-        own.evaluation.overlay_slices = 0
+        own.evaluation.overlay_slices, own.evaluation.report = 0, False  # the tables are what is looked at
         if entry.settings.get("method", own.translation.method) != config.translation.method:
             own.translation.calibration = None
         if trained is not None:

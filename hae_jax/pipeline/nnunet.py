@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 
 from hae_jax.data.cases import CaseFiles, find_cases, read_case
+from hae_jax.data.nifti import write_volume
 from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole, write_json
-from hae_jax.localization.volume import write_volume
 from hae_jax.provenance import RESEARCH_USE
 
 ORDER = "sure_cases.csv"

@@ -5,8 +5,9 @@ A case is in memory only from its reading until its files are written; what the 
 
 import collections
 import dataclasses
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -14,22 +15,25 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from hae_jax import provenance
 from hae_jax.data.cases import CaseFiles
+from hae_jax.data.nifti import write_volume
 from hae_jax.errors import UserError
 from hae_jax.evaluation import metrics
 from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
+from hae_jax.files import disk_refuses, write_json
 from hae_jax.localization.batched import Slice
 from hae_jax.localization.map_threshold import stacked
 from hae_jax.localization.masks import Masks
 from hae_jax.localization.validation import Translator
-from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, read_slices, write_volume
-from hae_jax.pipeline import records
-from hae_jax.pipeline.plan import Plan, case_digest, of_phantom
-from hae_jax.pipeline.probability import meaning_files, probability_volumes, write_meanings
+from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, read_slices
+from hae_jax.pipeline.probability import meaning_files, probability_volumes
+from hae_jax.pipeline.results_folder import ResultsFolder
+from hae_jax.pipeline.summary import Answer, Measured
 
+_LOG = logging.getLogger(__name__)
+SLICES = "slices"  # folder of what the report page reads
 _CASE_FAULTS = (UserError, OSError, MemoryError)  # what concerns one case; everything else is a bug and ends the run
 _READ_AHEAD = 2  # cases, while the devices work on those before
 
@@ -41,59 +45,59 @@ class TranslatedCase(NamedTuple):
     result: Any  # a NamedTuple of NumPy arrays [S, ...]
 
 
-class Calibrations(NamedTuple):
-    """What turns maps into masks: for the run's method, and for its baseline if it has one."""
+class CalibratedMethod(NamedTuple):
+    """A method and what turns its maps into masks."""
 
-    method: Any
-    baseline: Any | None
-
-
-class _Origin(NamedTuple):
-    """What a record says of where its case comes from."""
-
-    digest: str
-    folder: str
-    phantom: bool
+    method: Any  # see `hae_jax.localization.methods.Method`
+    calibration: Any
 
 
-def process_cases(
-    plan: Plan, cases: Sequence[CaseFiles], translator: Translator, calibrations: Calibrations,
-    inputs: Mapping[str, Any],
-) -> dict[str, str]:
+class CaseWork(NamedTuple):
+    """What is done with every case of a run.
+
+    Attributes:
+      config: the config tree.
+      results: where the files go.
+      localizer: the run's method.
+      baseline: the intensity threshold, measured beside it; None where it has nothing to be chosen on.
+    """
+
+    config: ml_collections.ConfigDict
+    results: ResultsFolder
+    localizer: CalibratedMethod
+    baseline: CalibratedMethod | None
+
+
+def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Translator) -> None:
     """Translates cases, writes each one's files as soon as it is complete, and its record after them.
 
-    A case that fails leaves a record that says why; the others go on. Where not even that can be written, the reason
-    is returned, by the case's name.
+    A case that fails leaves a record that says why; the others go on.
 
     Args:
-      plan: the run.
+      work: what is done with each.
       cases: those to work on.
       translator: the run's method at work.
-      calibrations: of the method and its baseline.
-      inputs: of the run, for the records.
+
+    Raises:
+      OSError: nothing can be written any more, which would be the same for every case after it.
     """
-    origins = {case.name: _Origin(case_digest(inputs, case), str(case.folder.resolve()), of_phantom(case))
-               for case in cases}
-    before, unrecorded = time.monotonic(), {}
-
-    def failed(name: str, reason: str) -> None:
-        try:
-            records.write(plan.output, name, _record(origins[name], inputs, failed=reason), None)
-        except OSError:  # the disk is full, say, which may be the very reason
-            unrecorded[name] = reason
-        tqdm.write(f"failed {name}: {reason}")
-
+    files = {case.name: case for case in cases}
+    for case in cases:
+        work.results.begin(case)
+    before = time.monotonic()
     with tqdm(total=len(cases), desc="translating",
               bar_format="{l_bar}{bar}| {n:.1f}/{total_fmt} cases [{elapsed}<{remaining}]") as bar:
-        for name, done in _translated(cases, plan.config, translator, bar):
+        for name, done in _translated(cases, work.config, translator, bar):
             try:
                 if isinstance(done, Exception):
                     raise done
-                _finish(plan, done, calibrations, origins[name], inputs, before)
+                _finish(work, files[name], done, before)
                 before = time.monotonic()  # not after a failure: the devices were at work on the next case already
             except _CASE_FAULTS as error:
-                failed(name, _reason(error))
-    return unrecorded
+                if disk_refuses(error):
+                    raise
+                work.results.fail(name, _reason(error))
+                _LOG.info("failed %s: %s", name, _reason(error))
 
 
 def _reason(error: Exception) -> str:
@@ -121,7 +125,7 @@ def _translated(
             for warning in case.warnings:
                 said[warning] += 1
                 if said[warning] == 1:
-                    tqdm.write(f"{name}: {warning}")
+                    _LOG.info("%s: %s", name, warning)
             reading[name] = case
             for image, intensity, index in zip(case.inputs, case.slices.images, case.slices.index, strict=True):
                 yield Slice(image, name, int(index), intensity)
@@ -139,7 +143,7 @@ def _translated(
     yield from broken
     for warning, count in said.items():
         if count > 1:
-            tqdm.write(f"{count - 1} more case{'s' if count > 2 else ''}: {warning}")
+            _LOG.info("%d more case%s: %s", count - 1, "s" if count > 2 else "", warning)
 
 
 def _read_ahead(
@@ -160,80 +164,87 @@ def _read_ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _finish(
-    plan: Plan, done: TranslatedCase, calibrations: Calibrations, origin: _Origin, inputs: Mapping[str, Any],
-    before: float,  # when the case before was done
-) -> None:
-    """Makes the masks, writes the volumes, the picture and the record."""
-    case, method, wanted = done.case, plan.method, plan.config.translation
-    masks = method.masks(done.result, calibrations.method, case.heads, case.slice_grid)
+def _finish(work: CaseWork, files: CaseFiles, done: TranslatedCase, before: float) -> None:
+    """Makes the masks, writes the volumes, the picture and the record; `before` is when the last case was done."""
+    case, config, (method, calibration) = done.case, work.config, work.localizer
+    masks = method.masks(done.result, calibration, case.heads, case.slice_grid)
     mask, anomaly = in_head(case, masks.mask, masks.map)
-    volumes = {"mask": (mask.astype(np.uint8), "lesion mask"), "map": (anomaly, "anomaly map")}
     healthy = method.healthy(done.result)
-    if wanted.save_healthy and healthy is not None:
-        for m, channel in enumerate(method.modality):
-            modality = plan.config.data.modalities[channel]
-            volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
-                                              f"pseudo-healthy {modality}")
-    if wanted.save_probability:
-        volumes |= probability_volumes(case, method, done.result, masks, calibrations.method)
-    shown = plan.config.evaluation.overlay_slices > 0
-    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *([_overlay(case.name)] if shown else []),
-               *meaning_files(case.name, volumes)]
-    records.begin(plan.output, case.name, tuple(written))
+    volumes = _volumes(work, case, mask, anomaly, healthy)
+    if config.translation.save_probability:
+        volumes |= probability_volumes(case, method, done.result, masks, calibration)
+    shown = config.evaluation.overlay_slices > 0
+    documents = {f"{SLICES}/{case.name}.json": _slices(files, case, masks), **meaning_files(case.name, volumes)}
+    written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *documents,
+               *([_overlay(case.name)] if shown else [])]
+    work.results.writing(case.name, written)
     for name, (values, description) in zip(written[:len(volumes)], volumes.values(), strict=True):
-        write_volume(plan.output / name, values, case.grid, f"{description}, HAE-JAX, research use only")
-    write_meanings(plan.output, case.name, volumes)
+        write_volume(work.results.path / name, values, case.grid, f"{description}, HAE-JAX, research use only")
+    for name, facts in documents.items():
+        write_json(work.results.path / name, facts)
     row = case_result(case.name, mask, case.truth, case.affine, masks.lesion, masks.score, 0.0, anomaly)
     if shown:
-        _draw(plan, done, healthy, masks, row, origin.phantom)
-    measured = _measured(plan, case, masks, row, calibrations)
+        _draw(work, done, healthy, masks, row)
+    measured = _measured(work, case, masks, row)
     row = dataclasses.replace(row, seconds=time.monotonic() - before)
-    records.write(plan.output, case.name, _record(origin, inputs, files=tuple(written), row=row), measured)
+    work.results.commit(case.name, written, row, measured)
 
 
-def _measured(
-    plan: Plan, case: SlicedCase, masks: Masks, row: CaseResult, calibrations: Calibrations
-) -> records.Measured | None:
+def _volumes(
+    work: CaseWork, case: SlicedCase, mask: np.ndarray, anomaly: np.ndarray, healthy: np.ndarray | None
+) -> dict[str, tuple[np.ndarray, str]]:
+    """The volumes to write by the end of their file names, each with its description."""
+    volumes = {"mask": (mask.astype(np.uint8), "lesion mask"), "map": (anomaly, "anomaly map")}
+    if work.config.translation.save_healthy and healthy is not None:
+        for m, channel in enumerate(work.localizer.method.modality):
+            modality = work.config.data.modalities[channel]
+            volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
+                                              f"pseudo-healthy {modality}")
+    return volumes
+
+
+def _slices(files: CaseFiles, case: SlicedCase, masks: Masks) -> dict[str, Any]:
+    """What the report page needs of a case and no other file has: its files, its warnings, its slices' scores."""
+    return {
+        "images": [{"modality": image.modality, "path": str(image.path.resolve()), "volume": image.volume,
+                    "volumes": image.volumes} for image in files.images],
+        "segmentation": None if files.segmentation is None else str(files.segmentation.resolve()),
+        "warnings": case.warnings,
+        "slice": case.slices.index.tolist(),
+        "anomaly_score": masks.score.tolist(),
+        "lesion": masks.lesion.tolist(),
+        "truth": None if case.slice_truth is None else case.slice_truth.any(axis=(1, 2)).tolist(),
+    }
+
+
+def _measured(work: CaseWork, case: SlicedCase, masks: Masks, row: CaseResult) -> Measured | None:
     """The answers of the method and its baseline, if there is anything to measure them against."""
     if case.truth is None:
         return None
-    answers = {plan.method.name: records.Answer(masks, row.measured)}
-    if plan.baseline is not None:
-        baseline = plan.baseline.masks(plan.baseline.intensity(case.slices.images), calibrations.baseline,
-                                      case.heads, case.slice_grid)
-        mask, anomaly = in_head(case, baseline.mask, baseline.map)
-        answers[plan.baseline.name] = records.Answer(
-            baseline, volume_metrics(mask, case.truth, case.affine, anomaly))
-    return records.Measured(case.slice_truth, metrics.foreground(case.inputs), answers)
-
-
-def _record(
-    origin: _Origin, inputs: Mapping[str, Any], files: tuple[str, ...] = (), row: CaseResult | None = None,
-    failed: str | None = None,
-) -> records.Record:
-    made_by = {name: value for name, value in provenance.record().items() if name not in ("notice", "versions")}
-    return records.Record(origin.digest, files, row, failed, records.digest(inputs), made_by, origin.folder,
-                          origin.phantom)
+    answers = {work.localizer.method.name: Answer(masks, row.measured)}
+    if work.baseline is not None:
+        method, calibration = work.baseline
+        own = method.masks(method.intensity(case.slices.images), calibration, case.heads, case.slice_grid)
+        mask, anomaly = in_head(case, own.mask, own.map)
+        answers[method.name] = Answer(own, volume_metrics(mask, case.truth, case.affine, anomaly))
+    return Measured(case.slice_truth, metrics.foreground(case.inputs), answers)
 
 
 def _overlay(case: str) -> str:
     return f"{case}_overlay.png"
 
 
-def _draw(plan: Plan, done: TranslatedCase, healthy: np.ndarray | None, masks: Masks, row: CaseResult,
-          phantom: bool) -> None:
+def _draw(work: CaseWork, done: TranslatedCase, healthy: np.ndarray | None, masks: Masks, row: CaseResult) -> None:
     """The overlay of the most anomalous slices."""
-    case, path = done.case, plan.output / _overlay(done.case.name)
-    shown = most_anomalous(masks.score, plan.config.evaluation.overlay_slices)
-    title = f"{case.name}{' (phantom figure)' if phantom else ''}: mask {row.volume_ml:.1f} ml"
+    case, path, modality = done.case, work.results.path / _overlay(done.case.name), work.localizer.method.modality
+    shown = most_anomalous(masks.score, work.config.evaluation.overlay_slices)
+    title = f"{case.name}{' (phantom figure)' if work.results.phantom(case.name) else ''}: mask {row.volume_ml:.1f} ml"
     if row.dice is not None:
-        title += f", truth {row.true_volume_ml:.1f} ml, volume Dice {row.dice:.2f}"
-    modality = plan.method.modality
+        title += f", ground truth {row.true_volume_ml:.1f} ml, volume Dice {row.dice:.2f}"
     overlay_figure(
         path, case.inputs[shown], case.inputs[shown][..., list(modality)] if healthy is None else healthy[shown],
         masks.map[shown], masks.mask[shown], None if case.truth is None else case.slice_truth[shown],
-        channels=plan.config.data.modalities, modality=modality, title=title,
+        channels=work.config.data.modalities, modality=modality, title=title,
         row_titles=[f"slice {case.slices.index[s]}, score {masks.score[s]:.4g}" for s in shown])
 
 

@@ -1,11 +1,9 @@
 """Probability and uncertainty of a finished case as files: NIfTI on the case's grid, JSON that says what they mean."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hae_jax.files import write_json
 from hae_jax.localization import probability
 from hae_jax.localization.masks import Masks
 from hae_jax.localization.volume import SlicedCase
@@ -29,9 +27,3 @@ def meaning_files(case: str, kinds: Any) -> dict[str, dict[str, Any]]:
     """JSON that lies beside the volumes of these kinds, by its file's name."""
     return {f"{case}_{kind}.json": {"Description": MEANINGS[kind], "Units": "arbitrary", "Range": [0, 1]}
             for kind in kinds if kind in MEANINGS}
-
-
-def write_meanings(output: Path, case: str, kinds: Any) -> None:
-    """Writes them."""
-    for name, facts in meaning_files(case, kinds).items():
-        write_json(output / name, facts)

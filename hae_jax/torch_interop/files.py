@@ -15,11 +15,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from hae_jax.data.presence import absence
 from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
 NESTED = ("state_dict", "model", "ema")  # under which people keep a state dict, tried in this order
-_PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put in front of all names
 _SAFETENSORS_FLOATS = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
 
 
@@ -37,26 +37,31 @@ def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED) -> dict[st
     """Reads names and arrays from a .safetensors file, or from anything that `torch.save` wrote.
 
     Args:
-      path: the file. The state dict may be nested under one of the usual keys, and its names may have the prefix of a
-        wrapper; both are taken off.
+      path: the file; what it is tells its content, not its ending. The state dict may be nested under one of the usual
+        keys, and all its names may have the prefix of a wrapper (`module.`, `model.`, `net.`); both are taken off.
       nested: the keys, the preferred one first.
 
     Returns:
       float32 arrays, in the file's order.
 
     Raises:
-      UserError: for a missing or damaged file, a pickle that wants more than arrays, or one without a state dict.
+      UserError: for a missing or damaged file, a pickle that wants more than arrays, one without a state dict, or
+        weights that are not finite.
     """
     path = _existing(path)
-    if path.suffix == ".safetensors":
-        return _without_prefix(_read_safetensors(path))
+    if _is_safetensors(path):
+        return _checked_finite(path, _without_prefix(_read_safetensors(path)))
     found = _load(path)
+    if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
+        raise UserError(f"{path}: is the state of an optimizer; give it with --optimizer, and the weights (model*.pt, "
+                        "ema_*.pt) with --checkpoint")
     while isinstance(found, Mapping) and (keys := [k for k in nested if isinstance(found.get(k), Mapping)]):
         found = found[keys[0]]
     if not isinstance(found, Mapping) or not found:
         raise UserError(f"{path}: no state dict in it, neither plain nor under {', '.join(nested)}; save one with "
                         "torch.save(model.state_dict(), ...)")
-    return _without_prefix({str(name): _as_array(path, name, value) for name, value in found.items()})
+    return _checked_finite(
+        path, _without_prefix({str(name): _as_array(path, name, value) for name, value in found.items()}))
 
 
 def read_adamw(path: str | Path) -> AdamW:
@@ -69,7 +74,16 @@ def read_adamw(path: str | Path) -> AdamW:
     found = _load(path)
     if not isinstance(found, Mapping) or not {"state", "param_groups"} <= found.keys():
         raise UserError(f"{path}: not the state dict of an optimiser (it has no state and param_groups); give opt*.pt")
-    groups, state = found["param_groups"], found["state"]
+    try:
+        return _adamw(path, found["param_groups"], found["state"])
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not the state of AdamW ({type(error).__name__}: {error}); leave --optimizer "
+                        "out") from error
+
+
+def _adamw(path: Path, groups: Any, state: Any) -> AdamW:
     if len(groups) != 1:
         raise UserError(f"{path}: {len(groups)} parameter groups, so that the order of the parameters is not known; "
                         "leave --optimizer out")
@@ -77,8 +91,10 @@ def read_adamw(path: str | Path) -> AdamW:
     seen = [entry for entry in entries if entry is not None]
     if not seen or any(not {"step", "exp_avg", "exp_avg_sq"} <= entry.keys() for entry in seen):
         raise UserError(f"{path}: no moments of Adam or AdamW in it (step, exp_avg, exp_avg_sq); leave --optimizer out")
-    moments = ([None if entry is None else _as_array(path, f"{name} of parameter {i}", entry[name])
-                for i, entry in enumerate(entries)] for name in ("exp_avg", "exp_avg_sq"))
+    moments = [[None if entry is None else _as_array(path, f"{name} of parameter {i}", entry[name])
+                for i, entry in enumerate(entries)] for name in ("exp_avg", "exp_avg_sq")]
+    for name, arrays in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+        _checked_finite(path, {f"{name} of parameter {i}": a for i, a in enumerate(arrays) if a is not None})
     settings = {name: groups[0][name] for name in ("lr", "weight_decay", "betas", "eps") if name in groups[0]}
     return AdamW(path, max(int(entry["step"]) for entry in seen), *moments, settings)
 
@@ -109,9 +125,16 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    if reason := "is a folder" if path.is_dir() else absence(path):
+        raise UserError(f"{path}: {'no such file' if reason == 'missing' else reason}")
     return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the content: the length of a JSON header, and the header. A .pt is a zip file or a bare pickle."""
+    with path.open("rb") as file:
+        beginning = file.read(9)
+    return (beginning[8:] == b"{" and beginning[:2] != b"PK") or path.suffix.lower() == ".safetensors"
 
 
 def _torch(path: Path) -> Any:
@@ -123,7 +146,7 @@ def _torch(path: Path) -> Any:
 
 
 def _load(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         raise UserError(f"{path}: a .safetensors file holds no optimiser; give opt*.pt")
     torch = _torch(path)
     try:
@@ -140,8 +163,12 @@ def _load(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    content = path.read_bytes()
+    if len(content) > 9 and content[8:9] != b"{" and (content[:2] == b"PK" or content[:1] == b"\x80"):
+        raise UserError(f"{path}: was written by torch.save, although its name says safetensors; rename it to "
+                        f"{path.stem}.pt")
     try:
-        entries = safetensors.deserialize(path.read_bytes())
+        entries = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: damaged or truncated ({error}); copy it again") from error
     arrays = {}
@@ -162,7 +189,24 @@ def _as_array(path: Path, name: Any, value: Any) -> np.ndarray:
 
 
 def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for prefix in (p for _ in _PREFIXES for p in _PREFIXES):  # one wrapper may be around the other
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    """Without what wrappers (DataParallel, torch.compile, Lightning) put in front of all names.
+
+    A network's own names never begin all alike.
+    """
+    while len(first := {name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
+        state = {name.removeprefix(f"{min(first)}."): value for name, value in state.items()}
+    return state
+
+
+def _checked_finite(path: Path, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays.
+
+    Raises:
+      UserError: values are not finite.
+    """
+    bad = {name: count for name, value in state.items() if (count := int((~np.isfinite(value)).sum()))}
+    if bad:
+        name = next(iter(bad))
+        raise UserError(f"{path}: {len(bad)} of {len(state)} arrays hold NaN or infinite values, first {name} "
+                        f"({bad[name]} of {state[name].size}); the training had diverged, take an earlier file")
     return state

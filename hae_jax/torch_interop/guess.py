@@ -36,8 +36,12 @@ def guess_network(shapes: _Shapes) -> dict[str, Any]:
     try:
         return _guess(shapes)
     except KeyError as error:
-        raise UserError(f"not the weights of one of the five networks: {error.args[0]} is missing") from error
-    except (IndexError, ValueError) as error:
+        missing = error.args[0]
+        longer = next((name for name in shapes if name.endswith(f".{missing}") or f".{missing}." in name), None)
+        there = "" if longer is None else (f", but {longer} is there: save the network alone, without what stands "
+                                           "before its names")
+        raise UserError(f"not the weights of one of the five networks: {missing} is missing{there}") from error
+    except (IndexError, ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise UserError("not the weights of one of the five networks: the shapes do not belong together") from error
 
 

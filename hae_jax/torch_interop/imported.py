@@ -206,7 +206,7 @@ def _write(folder: Path, state: TrainState, tree: dict[str, Any], weights: Weigh
     write_json(folder / "config.json", tree)
     write_json(folder / "imported.json", record() | {"files": files, "step": weights.step, "seed": tree["seed"]})
     if config_text:
-        (folder / "config.py").write_text(config_text)
+        (folder / "config.py").write_text(config_text, encoding="utf-8")
 
 
 def _verified(folder: Path, state: TrainState, network: UNetConfig, sources: list[Source], weights: Weights) -> str:

@@ -9,7 +9,7 @@ are made before that, so every checkpoint has them. What is found damaged is ren
 import json
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,21 +21,19 @@ from jax.experimental import multihost_utils
 
 from hae_jax.errors import UserError
 from hae_jax.model import UNet
+from hae_jax.model.config import FORM_FIELDS
 from hae_jax.training.guard import agreed, disk_errors
-from hae_jax.training.integrity import damage, is_sealed, move_aside, seal
+from hae_jax.training.integrity import damage, move_aside, seal
 from hae_jax.training.mesh import make_mesh, replicated
 from hae_jax.training.state import TrainState, abstract_network, network_config
 
+_LOG = logging.getLogger(__name__)
 # What a resumed run may change without becoming another run.
 _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "data.prefetch", "data.phantom",
                 "model.remat", "training.steps", "training.log_every", "training.save_every", "training.keep",
-                "training.sample_", "training.mesh", "training.fsdp", "training.accumulation", "training.nonfinite",
+                "training.sample_", "training.mesh", "training.accumulation", "training.nonfinite",
                 "training.validat", "training.localization", "training.wandb")
-# What a checkpoint means that was written before these fields existed.
-_BEFORE = {"data.modalities": ["flair", "t1", "t1ce", "t2"], "data.balance": False, "data.healthy_only": False,
-           "data.scaling": "slice", "model.task": "denoise", "training.initial_weights": None,
-           "diffusion.noise": "gaussian",
-           "training.timesteps": "uniform"}
+_FREE_NAMES = tuple(f"model.{name}" for name in FORM_FIELDS)
 # Field of the state -> its item; the other fields make up the item "progress".
 _ITEMS = {"params": "params", "ema": "ema", "opt_state": "optimizer"}
 # Orbax completes these as it commits; they hold dates, and nothing is read from them.
@@ -129,28 +127,22 @@ class Checkpoints:
 
         Args:
           step: which.
-          like: the initial state of the same network; its values are taken only for what the checkpoint, written by
-            an older version, does not have yet.
+          like: a state of the same network, of which the shapes count.
           shardings: where each leaf shall lie.
 
         Raises:
-          UserError: if the checkpoint lacks arrays of the network.
+          UserError: if the checkpoint lacks arrays of the state.
         """
         abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings)
-        initial, where = _items(like), _items(shardings)
-        wanted, lacking = {}, {}
-        for item, value in _items(abstract).items():
-            leaves, there = _named(value), _stored_names(self.folder / str(step) / item)
-            wanted[item] = {name: leaf for name, leaf in leaves.items() if name in there}
-            lacking |= {f"{item}/{name}": (item, name) for name in leaves if name not in there}
-        self._check_lacking(step, lacking)
+        wanted = {item: _named(value) for item, value in _items(abstract).items()}
+        lacking = [f"{item}/{name}" for item, leaves in wanted.items()
+                   for name in sorted(leaves.keys() - set(_stored_names(self.folder / str(step) / item)))]
+        if lacking:
+            raise UserError(f"{self.folder / str(step)}: lacks {len(lacking)} arrays, first {lacking[0]}; another "
+                            "version has written it, go on with that one")
         found = self._manager.restore(
             step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(w) for item, w in wanted.items()}))
-        for item, name in lacking.values():
-            value = np.asarray(_named(initial[item])[name])
-            found[item][name] = jax.make_array_from_callback(
-                value.shape, _named(where[item])[name], value.__getitem__)
-        return _state({item: _unnamed(value, found[item]) for item, value in initial.items()})
+        return _state({item: _unnamed(value, found[item]) for item, value in _items(like).items()})
 
     def close(self) -> None:
         """Waits until everything is written.
@@ -170,8 +162,8 @@ class Checkpoints:
             if problem is None:
                 for bad, reason in damaged.items():
                     aside = move_aside(self.folder / str(bad))
-                    print(f"{self._workdir}: checkpoint {bad} is damaged ({reason}); it is kept as {aside.name}, "
-                          f"checkpoint {step} is used", flush=True)
+                    _LOG.info("%s: checkpoint %s is damaged (%s); it is kept as %s, checkpoint %s is used",
+                              self._workdir, bad, reason, aside.name, step)
                 return step
             damaged[step] = problem
         if damaged:
@@ -182,28 +174,22 @@ class Checkpoints:
         # Called by Orbax in the first process, when all have written their files and nothing is renamed yet.
         seal(self.folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}", _COMMIT_FILES)
 
-    def _check_lacking(self, step: int, lacking: dict[str, tuple[str, str]]) -> None:
-        foreign = [name for name, (item, _) in lacking.items() if item != "progress"]
-        if foreign:
-            raise UserError(f"{self.folder / str(step)}: lacks {len(foreign)} arrays, first {foreign[0]}; another "
-                            "version has written it, go on with that one")
-        if lacking and jax.process_index() == 0:
-            print(f"{self._workdir}: checkpoint {step} is older and lacks {', '.join(lacking)}; these begin anew",
-                  flush=True)
-
     def _failed(self) -> str:
         steps = [int(path.name) for path in self.folder.glob("*") if path.name.isdecimal()]
         kept = f"checkpoint {max(steps)} is kept" if steps else "there is none yet"
         return f"{self._workdir}: checkpoint {self._saving} could not be saved, {kept}"
 
 
-def load_network(workdir: str | Path, *, step: int | None = None, ema: bool = True) -> Network:
+def load_network(
+    workdir: str | Path, *, step: int | None = None, ema: bool = True, forms: Mapping[str, str] | None = None
+) -> Network:
     """Reads a trained network from a run's folder, in which nothing is changed.
 
     Args:
       workdir: the folder that `train.py --workdir` wrote.
       step: which checkpoint; None: the newest that is not damaged.
       ema: the averaged parameters (of the first rate) instead of the last ones.
+      forms: how the network shall be computed (`model.config.FORM_FIELDS`), instead of as in training.
 
     Raises:
       UserError: if there is no such checkpoint, or it is damaged.
@@ -215,16 +201,16 @@ def load_network(workdir: str | Path, *, step: int | None = None, ema: bool = Tr
     manager = _manager(folder, create=False, save_root_metadata=False)
     step = _sound_step(workdir, folder, sorted(manager.all_steps(), reverse=True), step)
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-    graph, params = abstract_network(network_config(config))
+    graph, params = abstract_network(network_config(config, forms))
     sharding = replicated(make_mesh())
-    averages = len(config["training"]["ema_rates"]) if ema else 0
-    item, tree = ("ema", (params,) * averages) if averages else ("params", params)
+    sets = len(config["training"]["ema_rates"]) if ema else 0
+    item, tree = ("ema", (params,) * sets) if sets else ("params", params)
     abstract = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for name, a in _named(tree).items()}
     found = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))[item]
     manager.close()
     loaded = _unnamed(tree, found)
-    loaded = loaded[0] if averages else loaded
-    parameters = f"ema {config['training']['ema_rates'][0]}" if averages else "params"
+    loaded = loaded[0] if sets else loaded
+    parameters = f"ema {config['training']['ema_rates'][0]}" if sets else "params"
     identity = {"path": str(folder / str(step)), "step": step, "parameters": parameters}
     return Network(config, nnx.merge(graph, loaded), identity)
 
@@ -235,9 +221,9 @@ def check_same_run(workdir: str | Path, saved: dict[str, Any], config: dict[str,
     Raises:
       UserError: naming every field that differs.
     """
-    old, new = _BEFORE | _flat(saved), _flat(json.loads(json.dumps(config)))
-    differing = [name for name in sorted(old.keys() | new.keys())
-                 if old.get(name) != new.get(name, _BEFORE.get(name)) and not name.startswith(_FREE_FIELDS)]
+    old, new = _flat(saved), _flat(json.loads(json.dumps(config)))
+    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)
+                 and not name.startswith(_FREE_FIELDS) and name not in _FREE_NAMES]
     if differing:
         changes = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in differing)
         raise UserError(f"{workdir}: its checkpoints belong to another config ({changes}); use another --workdir, or "
@@ -271,7 +257,7 @@ def _sound_step(workdir: str | Path, folder: Path, steps: list[int], wanted: int
         problem = _damage(folder / str(step), ("config", "params", "ema"))
         if problem is None:
             for bad, reason in damaged.items():
-                print(f"{workdir}: checkpoint {bad} is damaged ({reason}); checkpoint {step} is used", flush=True)
+                _LOG.info("%s: checkpoint %s is damaged (%s); checkpoint %s is used", workdir, bad, reason, step)
             return step
         damaged[step] = problem
     raise _all_damaged(folder, damaged)
@@ -279,19 +265,7 @@ def _sound_step(workdir: str | Path, folder: Path, steps: list[int], wanted: int
 
 def _damage(folder: Path, items: Collection[str] | None = None) -> str | None:
     """What is wrong with a checkpoint, or with these items of it; None if nothing is."""
-    if is_sealed(folder):
-        return damage(folder, items)
-    # Of an older version: all that can be said is whether it can be read.
-    try:
-        ocp.JsonCheckpointHandler().restore(folder / "config")
-        for item in items or (*_ITEMS.values(), "progress"):
-            if item != "config":
-                as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in _stored_names(folder / item)}
-                ocp.PyTreeCheckpointHandler().restore(
-                    folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"no checksums, and not readable: {' '.join(str(error).split())[:200]}"
-    return None
+    return damage(folder, items)
 
 
 def _stored_names(item: Path) -> Collection[str]:

@@ -1,5 +1,6 @@
 """What a training would be, without doing any of it: `train.py --dry-run`. Nothing is compiled or written."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,9 @@ from hae_jax.data.slices import SPLITS
 from hae_jax.data.store import Store, open_store
 from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
+from hae_jax.model.config import FORM_FIELDS
 from hae_jax.model.flops import TRAINING_FACTOR, device_peak_flops, forward_flops, training_flops
 from hae_jax.model.layers import Randomness
-from hae_jax.ops.platform import accelerator_forms
 from hae_jax.training.mesh import bytes_per_device, check_batch_size, make_mesh
 from hae_jax.training.settings import check_settings
 from hae_jax.training.state import (
@@ -63,14 +64,14 @@ def activation_bytes(network: UNetConfig, rows: int) -> int:
 
     Where the network recomputes (remat), what the largest recomputed part needs is added, since it is there at once.
     XLA may need less, by computing again what costs little, or more, for its own workspaces. Counted are the forms of
-    accelerators (`hae_jax.ops.platform`), which on CPUs are an upper bound.
+    accelerators (`hae_jax.ops.forms`), which on CPUs are an upper bound, unless the config names others.
 
     Args:
       rows: images on one device at once.
     """
-    loss, params = _loss(network, rows)
-    with accelerator_forms():
-        return _needed_bytes(loss, [params])
+    forms = {field: "xla" for field in FORM_FIELDS if getattr(network, field) == "auto"}
+    loss, params = _loss(dataclasses.replace(network, **forms), rows)
+    return _needed_bytes(loss, [params])
 
 
 def _network_lines(network: UNetConfig, state: TrainState) -> list[str]:
@@ -95,7 +96,7 @@ def _memory_lines(
 ) -> list[str]:
     shardings = shardings_of(mesh, state)
     sizes = {name: bytes_per_device(getattr(state, field), getattr(shardings, field)) for name, field in (
-        ("parameters", "params"), ("averages", "ema"), ("optimiser", "opt_state"))}
+        ("parameters", "params"), ("EMA weights", "ema"), ("optimiser", "opt_state"))}
     # While parts are accumulated, the sum and the gradients of one part are there together.
     sizes["gradients"] = sizes["parameters"] * (1 + (config.training.accumulation > 1))
     rows = config.training.batch_size // config.training.accumulation // mesh.size

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from jax.experimental import multihost_utils
 from hae_jax.errors import UserError
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+_LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they kill
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -77,8 +79,8 @@ class RunLock:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            print(f"warning: {self._workdir}: its file system has no locks ({error.strerror}); make sure that no "
-                  "other job trains there", file=sys.stderr)
+            _LOG.warning("%s: its file system has no locks (%s); make sure that no other job trains there",
+                         self._workdir, error.strerror)
         self._sign()
         # Half-written files of a run that was killed; nobody else writes here now.
         for leftover in filter(Path.is_file, self._workdir.glob(".*.partial.*")):

@@ -19,6 +19,7 @@ from hae_jax.training.lifeline import Lifeline
 
 _HEARTBEAT = 60  # seconds without a sign of life after which JAX takes a process for dead
 _SHUTDOWN = 60  # seconds that a process that has ended waits for the others
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 _FLAGS = "--coordinator HOST:PORT, --num-processes N and --process-id I"
 
 
@@ -123,9 +124,10 @@ def _initialize(explicit: dict[str, str | int], timeout: float) -> None:
     # Flags say everything: what the scheduler says may be about something else.
     detection = {"cluster_detection_method": "deactivate"} if explicit else {}
     try:
-        jax.distributed.initialize(
-            **explicit, **detection, initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
-            shutdown_timeout_seconds=_SHUTDOWN)
+        with _without_proxies():
+            jax.distributed.initialize(
+                **explicit, **detection, initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
+                shutdown_timeout_seconds=_SHUTDOWN)
     except Exception as error:  # of JAX, or of the client of the scheduler
         raise UserError(f"the processes cannot be joined ({error}); give {_FLAGS}, or --num-processes 1 to train "
                         "alone") from error
@@ -133,6 +135,17 @@ def _initialize(explicit: dict[str, str | int], timeout: float) -> None:
         alarm.cancel()
     if not explicit and has_host_to_itself(os.environ):
         jax.config.update("jax_cuda_visible_devices", "all")
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Inside, no proxy is set: a cluster's is for the web, and gRPC would ask it for the other processes."""
+    names = [name for name in os.environ if name.lower() in _PROXIES]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def has_host_to_itself(environment: Mapping[str, str]) -> bool:

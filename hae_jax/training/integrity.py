@@ -26,11 +26,6 @@ def seal(folder: Path, without: Collection[str] = ()) -> None:
         write_json(folder / CHECKSUMS, {"files": dict(zip(names, sums, strict=True))})
 
 
-def is_sealed(folder: Path) -> bool:
-    """Whether there are checksums to compare with."""
-    return (folder / CHECKSUMS).exists()
-
-
 def damage(folder: Path, parts: Collection[str] | None = None) -> str | None:
     """Compares the files of a sealed folder with their checksums.
 
@@ -45,7 +40,7 @@ def damage(folder: Path, parts: Collection[str] | None = None) -> str | None:
         expected = json.loads((folder / CHECKSUMS).read_bytes())["files"]
         expected = {str(name): {"size": int(file["size"]), "crc32": str(file["crc32"])}
                     for name, file in expected.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{CHECKSUMS} is not readable"
     names = [name for name in expected if parts is None or name.split("/")[0] in parts]
     with ThreadPoolExecutor() as pool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.files import write_json
 from hae_jax.model import UNetConfig
+from hae_jax.model.config import FORM_FIELDS
 from hae_jax.provenance import record
 from hae_jax.training.checkpoint import Checkpoints, check_same_run, checkpoint_bytes
 from hae_jax.training.guard import Guard, RunLock, check_workdir
@@ -45,8 +47,9 @@ from hae_jax.training.validation import Validation
 from hae_jax.training.watch import Report
 from hae_jax.training.weights import load_trained
 
+_LOG = logging.getLogger(__name__)
 # Fields of the network that say how it computes, not what its parameters are.
-_FREE_OF_WEIGHTS = ("dropout", "remat", "dtype", "sparse_pattern", "sparse_seed", "sparse_redraw")
+_FREE_OF_WEIGHTS = ("dropout", "remat", "dtype", "sparse_pattern", "sparse_seed", "sparse_redraw", *FORM_FIELDS)
 
 
 class Run(NamedTuple):
@@ -92,7 +95,7 @@ def train(
     """
     run = _check(config, Path(workdir), devices, profile)
     if jax.process_count() > 1:
-        print(describe(), flush=True)
+        _LOG.info("%s", describe())
     with RunLock(run.workdir), Guard() as guard, \
             contextlib.closing(Checkpoints(run.workdir, config.training.keep)) as checkpoints:
         latest = checkpoints.recover()
@@ -212,10 +215,13 @@ def _loop(
         process_index=jax.process_index(), process_count=jax.process_count(), workers=run.config.data.workers,
         prefetch=run.config.data.prefetch, balance=run.config.data.balance,
         healthy_only=run.config.data.healthy_only, scaling=run.config.data.scaling)
-    pending, stopping = None, False
+    pending, stopping, saved = None, False, start
     for done in range(start + 1, training.steps + 1):
         profiler.before(done)
-        batch = report.next(batches)
+        try:
+            batch = report.next(batches)
+        except UserError as error:
+            raise _saved_first(run, checkpoints, state, pending, saved, error) from error
         # Asked to stop, a process says so to all of them through the batch: they must stop at the same step.
         stop = np.full(len(batch["label"]), guard.stop_requested(), np.int32)
         inputs = {"image": batch["image"], "label": batch["label"], "stop": stop}
@@ -234,9 +240,25 @@ def _loop(
             state = report.write(done, state)
         if save:
             checkpoints.save(state, run.tree)
+            saved = done
         profiler.after(done, state)
         if stopping and done < training.steps:
             raise guard.stopped(run.workdir, done)
+
+
+def _saved_first(
+    run: Run, checkpoints: Checkpoints, state: TrainState, pending: tuple[int, dict[str, jax.Array]] | None, saved: int,
+    error: UserError,
+) -> UserError:
+    """Saves what was trained before the data ended; the error with what is kept. `saved` is the last step on disk."""
+    done = saved if pending is None else pending[0]
+    if done > saved and jax.process_count() == 1:  # several must save together, and the others still wait
+        _stop_unless_finite(run, checkpoints, *pending)
+        checkpoints.save(state, run.tree)
+        saved = done
+    lost = f", {done - saved} steps after it are lost" if done > saved else ""
+    kept = f"step {saved} is saved{lost}: the same command goes on from there" if saved else f"nothing is saved{lost}"
+    return UserError(f"{error}; {kept}")
 
 
 def _sampler(run: Run, graph: nnx.GraphDef) -> Callable | None:
@@ -284,4 +306,4 @@ def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: 
 
 def _say(message: str) -> None:
     if jax.process_index() == 0:
-        print(message, flush=True)
+        _LOG.info("%s", message)

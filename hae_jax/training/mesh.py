@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hae_jax.errors import UserError
 
 _SMALLEST_SHARDED = 2**14  # elements; below this, gathering a parameter costs more than holding it
-_PARTS = {"params": "parameters", "ema": "averages", "opt_state": "optimiser"}  # fields of the state, in words
+_PARTS = {"params": "parameters", "ema": "EMA weights", "opt_state": "optimiser"}  # fields of the state, in words
 
 
 def make_mesh(shape: Sequence[int] = (-1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -99,7 +99,7 @@ def _shard_bytes(leaf: Any, sharding: NamedSharding) -> int:
 def sharding_table(abstract_state: Any, shardings: Any) -> str:
     """Where everything lies, as text: a line for each parameter, then sums for each part of the state.
 
-    Averages and the optimiser's moments have the shapes of the parameters and lie where these do: sums are enough.
+    EMA weights and the optimiser's moments have the shapes of the parameters and lie where these do: sums are enough.
 
     Args:
       abstract_state: the state, or its shapes and dtypes.

@@ -1,5 +1,6 @@
 """A profile of some steps on request: `train.py --profile 10:15`."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from hae_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
@@ -94,6 +97,6 @@ class Profiler:
             self._records = False
             jax.profiler.stop_trace()
             newest = max(self.folder.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
-            print(f"profile of steps {self._span.first} to {self._span.last}: {newest.parent}\n"
-                  f"  open {newest.name} at https://ui.perfetto.dev, or in TensorBoard with\n"
-                  f"  pip install tensorboard xprof; tensorboard --logdir {self.folder}")
+            _LOG.info("profile of steps %d to %d: %s\n  open %s at https://ui.perfetto.dev, or in TensorBoard with\n"
+                      "  pip install tensorboard xprof; tensorboard --logdir %s", self._span.first, self._span.last,
+                      newest.parent, newest.name, self.folder)

@@ -1,5 +1,6 @@
-"""What training changes: parameters, optimiser, averages, step. Built abstractly first, then directly sharded."""
+"""What training changes: parameters, optimiser, EMA weights, step. Built abstractly first, then directly sharded."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -70,13 +71,17 @@ def empty_window() -> Window:
     return Window(*(jnp.zeros((), jnp.float32) for _ in range(3)), jnp.zeros(LOSS_BINS), jnp.zeros(LOSS_BINS))
 
 
-def network_config(config: dict[str, Any]) -> UNetConfig:
+def network_config(config: dict[str, Any], forms: Mapping[str, str] | None = None) -> UNetConfig:
     """The network's config from a config tree; a learned variance doubles the output channels.
+
+    Args:
+      config: the config tree.
+      forms: fields of the network that replace its own, of `model.config.FORM_FIELDS`.
 
     Raises:
       UserError: where the fields do not make a network.
     """
-    fields = dict(config["model"])
+    fields = {**config["model"], **(forms or {})}
     if fields.get("out_channels") is None and config["diffusion"]["variance"] == "learned_range":
         fields["out_channels"] = 2 * fields["in_channels"]
     return UNetConfig.from_mapping(fields)
@@ -136,7 +141,7 @@ def sharded_initial_state(
     follows from them is computed there.
 
     Args:
-      rates: number of averages.
+      rates: number of sets of EMA weights.
       seed: of the parameters.
       history_steps: T where the losses of the timesteps are remembered (`remembered_timesteps`); None: they are not.
 
@@ -156,7 +161,7 @@ def sharded_initial_state(
 def _from_params(
     params: nnx.State, optimizer: optax.GradientTransformation, rates: int, history_steps: int | None
 ) -> TrainState:
-    # Copies: donated buffers must not be shared between parameters and averages.
+    # Copies: donated buffers must not be shared between parameters and EMA weights.
     ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(rates))
     return initial_state(params, optimizer.init(params), ema, history_steps)
 

@@ -1,4 +1,4 @@
-"""One optimisation step: noise, timesteps, dropped labels, loss, gradients, update, averages."""
+"""One optimisation step: noise, timesteps, dropped labels, loss, gradients, update, EMA weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
 from hae_jax.model.conditioning import context_rule
 from hae_jax.model.layers import Randomness
-from hae_jax.ops.platform import compiler_options
+from hae_jax.ops.forms import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated
 from hae_jax.training.noise import draw_noise
 from hae_jax.training.state import LOSS_BINS, LossHistory, TrainState, Window
@@ -144,7 +144,7 @@ def make_train_step(
 
 @jax.jit
 def state_norms(state: TrainState) -> dict[str, jax.Array]:
-    """What the log says of a state: parameter_norm, and how far the averages are from the parameters, relative to it.
+    """What the log says of a state: parameter_norm, and the distance of the EMA weights from the parameters, over it.
 
     Not part of the step, since it reads everything once more. ema_distance is the first average's, ema_distance_2 the
     second's, and so on.
@@ -178,7 +178,7 @@ def _loss_function(graph: nnx.GraphDef, config: UNetConfig, process: Process, sh
 def _updated(
     state: TrainState, optimizer: optax.GradientTransformation, gradients: nnx.State, rates: tuple[float, ...]
 ) -> TrainState:
-    """The state with new parameters, optimiser state and averages."""
+    """The state with new parameters, optimiser state and EMA weights."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = tuple(jax.tree.map(lambda e, p, rate=rate: rate * e + (1 - rate) * p, average, params)

@@ -4,7 +4,6 @@
 step. Unlike a run folder it cannot be resumed.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from flax import nnx
 
 from hae_jax import weights
 from hae_jax.errors import UserError
-from hae_jax.files import write_json
+from hae_jax.files import read_json, write_json
 from hae_jax.torch_interop.files import read_state_dict, write_state_dict
 from hae_jax.torch_interop.weights import load_torch_state, torch_state
 from hae_jax.training import checkpoint
@@ -63,40 +62,42 @@ def trained_folder(path: str | Path) -> Path:
     return shipped if not Path(path).exists() and str(path) == shipped.name and shipped.is_dir() else Path(path)
 
 
-def load_trained(path: str | Path, *, ema: bool = True) -> Network:
+def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str] | None = None) -> Network:
     """Reads a trained network from a run folder (`load_network`), or from what `export_weights` wrote.
 
     Args:
       path: the folder, or the name of shipped weights, such as "phantom".
       ema: the EMA weights instead of the last ones.
+      forms: as in `load_network`.
 
     Raises:
       UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.
     """
     path = trained_folder(path)
     if not (path / WEIGHTS).is_file():
-        return checkpoint.load_network(path, ema=ema)
+        return checkpoint.load_network(path, ema=ema, forms=forms)
     if not ema:
         raise UserError(f"{path}: holds EMA weights alone; leave translation.ema as it is")
-    return load_weights(path)
+    return load_weights(path, forms)
 
 
-def load_weights(folder: str | Path) -> Network:
+def load_weights(folder: str | Path, forms: Mapping[str, str] | None = None) -> Network:
     """Reads what `export_weights` wrote; the parameters are float32 again.
 
     Raises:
       UserError: a file is missing or damaged, or the weights do not fit the config.
     """
     path = Path(folder) / CONFIG
+    described = read_json(path)
     try:
-        described = json.loads(path.read_text())
-        config, step = described["config"], described["step"]
-        graph, params = abstract_network(network_config(config))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy the folder again") from error
+        config, step = described["config"], int(described["step"])
+        rate = float(config["training"]["ema_rates"][0])
+        graph, params = abstract_network(network_config(config, forms))
+    except Exception as error:  # whatever the network raises for settings that cannot be
+        raise UserError(f"{path}: cannot be read as the config of a network ({type(error).__name__}: {error}); copy "
+                        "the folder again") from error
     model = nnx.merge(graph, params)
     load_torch_state(model, read_state_dict(path.with_name(WEIGHTS)))
     identity = {"path": str(Path(folder) / WEIGHTS), "step": step,
-                "parameters": described.get("parameters")
-                or f"ema {config['training']['ema_rates'][0]}, half precision"}
+                "parameters": described.get("parameters") or f"ema {rate}, half precision"}
     return Network(config, model, identity)

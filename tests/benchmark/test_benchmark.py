@@ -1,20 +1,21 @@
 """The benchmark as a whole, on the smallest network: rows, ratios, files, mistakes."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 
-from hae_jax.benchmark import memory, run
-from hae_jax.benchmark.measure import Compiled
-from hae_jax.benchmark.memory import largest_batch, memory_of_training
+from hae_jax.benchmark import run
+from hae_jax.benchmark.programs import Settings, with_model
 from hae_jax.benchmark.results import Result, Row
 from hae_jax.benchmark.run import benchmark
-from hae_jax.benchmark.settings import Settings, with_model
 from hae_jax.commands.benchmark import main
 from hae_jax.configs import default
 from hae_jax.errors import UserError
+from hae_jax.training.dry_run import activation_bytes
 from hae_jax.training.mesh import make_mesh
+from hae_jax.training.state import network_config
 
 
 @pytest.fixture
@@ -41,7 +42,6 @@ def test_every_part_has_its_rows(tiny, tmp_path):
         ("train", "ours"), ("forward", "ours"), ("translate", "ours"), ("input", "0 workers")]
     train, forward, translate, loader = result.rows
     assert train.flops == 3 * forward.flops
-    assert train.model_bytes == 3 * forward.model_bytes
     assert translate.flops == pytest.approx(2 * 3 * forward.flops, rel=0.01)  # two steps of three passes
     assert train.memory > forward.memory > 0
     assert loader.time_ratio == pytest.approx(loader.images_per_second / train.images_per_second)
@@ -57,80 +57,29 @@ def test_every_part_has_its_rows(tiny, tmp_path):
 
 def test_baselines_compare_with_ours_and_variants_with_the_first(tiny):
     config = with_model(tiny, channel_mult=(1, 1))
-    settings = Settings(("forward",), ("fpdm", "hae_lite"), ("sparse",), batch=2, steps=1, repeats=1)
+    settings = Settings(("forward",), ("fpdm", "hae_lite"), ("attention",), batch=2, steps=1, repeats=1)
     rows = benchmark(config, settings, make_mesh(devices=jax.devices()[:1]), str).rows
-    # fpdm has no sparse attention.
     assert [(row.variant, row.form) for row in rows] == [
-        ("fpdm", "ours"), ("hae_lite", "ours"), ("hae_lite", "sparse naive")]
+        (variant, form) for variant in ("fpdm", "hae_lite") for form in ("ours", "attention naive")]
     time = [row.seconds[0] for row in rows]
-    assert [row.time_ratio for row in rows] == pytest.approx([1, time[1] / time[0], time[2] / time[1]])
-    assert rows[2].flops > rows[1].flops == rows[2].model_flops
+    assert [row.time_ratio for row in rows] == pytest.approx(
+        [1, time[1] / time[0], time[2] / time[0], time[3] / time[2]])
+    assert rows[3].flops > rows[2].flops == rows[3].model_flops
 
 
-def test_options_are_tried_one_at_a_time(tiny):
-    options = ("xla_cpu_prefer_vector_width=512", "xla_cpu_enable_fast_math=true")
-    settings = Settings(("forward",), ("fpdm",), (), batch=2, steps=1, repeats=1, options=options, profile=True)
-    said = []
-    rows = benchmark(tiny, settings, make_mesh(devices=jax.devices()[:1]), said.append).rows
-    assert [row.form for row in rows] == ["ours", *(f"ours, {option}" for option in options)]
-    assert rows[1].time_ratio == pytest.approx(rows[1].seconds[0] / rows[0].seconds[0])
-    assert len({row.flops for row in rows}) == 1
-    (profile,) = [text for text in said if "forward fpdm: the parts that take longest" in text]
-    assert "norm, 32 channels, 16 px" in profile
-
-
-@pytest.mark.parametrize(("option", "said"), [
-    ("xla_cpu_sleep=true", "--option xla_cpu_sleep=true: No such compile option"),
-    ("xla_cpu_prefer_vector_width=wide", "--option xla_cpu_prefer_vector_width=wide: While setting"),
-    ("attention=cudnn", "--option attention=cudnn: that kernel needs a GPU"),
-    ("attention=flash", "set it to xla or to some of cudnn, cudnn_sparse, pallas, joined by"),
-])
-def test_options_that_are_not_to_be_had(tiny, option, said):
-    settings = Settings(("forward",), ("fpdm",), (), batch=2, steps=1, repeats=1, options=(option,))
-    with pytest.raises(UserError, match=said):
-        benchmark(tiny, settings, make_mesh(devices=jax.devices()[:1]), str)
-
-
-def test_memory_is_planned_for_batches_that_are_not_run(tiny, monkeypatch, tmp_path):
-    lowered = []
-
-    def plan(lower, devices, plan_only):
-        lowered.append(lower.__self__.images)
-        return Compiled(None, 1.0, int(2e9 + lowered[-1] * 1e8), 0)
-
-    monkeypatch.setattr(memory, "compile_program", plan)
-    monkeypatch.setattr(memory, "_FORMS", (("naive", "none"), ("ours", "block")))
-    result = memory_of_training(tiny, 8, make_mesh(devices=jax.devices()[:1]), str)
-    theirs, ours = result.rows
-    assert lowered == [4, 8, 4, 8]
-    assert ours.kept < theirs.kept
-    assert ours.per_image == pytest.approx(1e8, rel=0.01)
-    assert ours.largest[24] < ours.largest[40] < ours.largest[80]
-    assert "batch in 24 GB" in result.write(tmp_path)[0].read_text()
-    with pytest.raises(UserError, match="--batch 7"):
-        memory_of_training(tiny, 7, make_mesh(devices=jax.devices()[:1]), str)
-
-
-def test_ours_trains_in_less_than_half_of_the_naive_memory(tiny, monkeypatch):
-    """By the compiler's own plan, of a network with everything that the naive form is wasteful about."""
-    config = with_model(tiny, variant="hae_v2", image_size=48, channel_mult=(1, 1), num_heads=1, dtype="bfloat16")
-    monkeypatch.setattr(memory, "_FORMS", (("naive", "block"), ("ours", "block")))
-    theirs, ours = memory_of_training(config, 2, make_mesh(devices=jax.devices()[:1]), str).rows
-    assert 0 < ours.peak < theirs.peak / 2
-    assert 0 < ours.per_image < ours.peak
-    assert ours.largest[24] > 2
-
-
-def test_largest_batch_fills_nine_tenths_of_a_card():
-    peak = 2e9 + 10 * 1e8  # a state of 2 GB and 10 images
-    assert largest_batch(peak, 10, 1e8, 24) == (0.9 * 24e9 - 2e9) // 1e8
-    assert largest_batch(60e9, 10, 1e8, 24) == 0
+def test_the_backward_pass_keeps_less_than_half_of_what_the_naive_one_keeps(tiny):
+    """By shapes: of a network with everything that the naive form is wasteful about."""
+    config = with_model(tiny, variant="hae_v2", image_size=48, channel_mult=(1, 1), num_heads=1)
+    network = network_config(config.to_dict())
+    ours, theirs = (activation_bytes(dataclasses.replace(network, attention=form), 2)
+                    for form in ("auto", "materialised"))
+    assert 0 < ours < theirs / 2
 
 
 @pytest.mark.parametrize(("arguments", "parts", "baselines"), [
     ([], ("train", "forward", "translate", "input"), ("naive",)),
     (["--input"], ("train", "input"), ()),
-    (["--input", "--baseline", "context"], ("train", "input"), ("context",)),
+    (["--input", "--baseline", "attention"], ("train", "input"), ("attention",)),
     (["--part", "blocks"], ("blocks",), ("naive",)),
     (["--baseline", "none"], ("train", "forward", "translate", "input"), ()),
 ])
@@ -166,14 +115,12 @@ def test_attention_keeps_its_size_in_pixels():
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--part", "sleep"], "--part sleep: choose among train, forward, translate, input, blocks"),
     (["--variant", "unet"], "--variant unet: choose among fpdm"),
-    (["--baseline", "slow"], "--baseline slow: choose among naive, context"),
-    (["--option", "fast"], "--option fast: give NAME=VALUE"),
+    (["--baseline", "slow"], "--baseline slow: choose among naive, attention"),
     (["--batch", "0"], "--batch 0: must be at least 1"),
     (["--part", ","], "argument --part: names nothing"),
     (["--output", __file__], "test_benchmark.py: is a file; give a folder"),
     (["--repeats", "0"], "--repeats 0: must be at least 1"),
     (["--part", "forward", "--batch", "3", "--config.training.accumulation=2"], "--batch is 3"),
-    (["--memory", "--batch", "5"], "--batch 5: --memory compares"),
     (["--speed"], "--speed: unknown argument"),
     (["--part", "translate", "--steps", "2000"], "--steps 2000: diffusion.steps is 1000"),
 ])

@@ -17,7 +17,7 @@ from hae_jax.training.mesh import make_mesh
 def _little():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hae_jax.benchmark.measure._SHORTEST_TURN", 1e-9)
-        patch.setattr(blocks, "_SIZES", {"attention": (12, 32), "sparse": (150, 8),
+        patch.setattr(blocks, "_SIZES", {"attention": (12, 32), "sparse": (150, 8), "patches": (160, 8),
                                          "convolutions": ((3, 16, 128, 128), (1, 8, 4, 8)),
                                          "norm": (16, 64), "noise": (16, 2)})
         yield
@@ -32,11 +32,11 @@ def outputs():
 
 def test_forms_are_the_same_but_for_what_is_left_out(outputs):
     sames = {  # the others leave out the context, or see all tokens
-        "attention at 12 px": ("ours", "context naive"),
+        "attention at 12 px": ("ours", "naive"),
         "sparse attention, 150 tokens": ("dense", "dense by jax.nn"),
         "sparse layer, 144 tokens": (),
-        "3x3 convolution, 128 to 128 channels, 16 px": ("ours", "naive"),
-        "1x1 convolution, 4 to 8 channels, 8 px": ("ours", "naive"),
+        "3x3 convolution, 128 to 128 channels, 16 px": ("ours", "xla"),
+        "1x1 convolution, 4 to 8 channels, 8 px": ("ours", "xla"),
         "norm with SiLU, 64 channels, 16 px": ("ours", "naive"),
         "dropout, 64 channels, 16 px": (),
         "simplex noise, 16 px, 2 channels": (),

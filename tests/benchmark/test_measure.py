@@ -5,17 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hae_jax.benchmark.floor import least_bytes
 from hae_jax.benchmark.measure import (
     compile_program,
     copy_speed,
     in_turns,
+    longest_kernels,
     matmul_peak,
     peak_of_first_call,
     sharing_memory,
 )
-from hae_jax.benchmark.table import number, render, seconds, size
-from hae_jax.ops.convolution import conv2d
+from hae_jax.benchmark.results import number, render, seconds, size
 from hae_jax.training.mesh import make_mesh
 
 
@@ -83,23 +82,13 @@ def test_matmul_peak_is_positive_and_cores_share_a_memory(monkeypatch):
     assert sharing_memory(mesh) == 2
 
 
-def test_least_traffic_is_that_of_layers_with_weights():
-    def f(x, kernel, weights):
-        h = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        tokens = jax.nn.relu(h).reshape(2, 16, 8) @ weights
-        scores = jnp.einsum("btd,bsd->bts", tokens, tokens)
-        return jax.lax.scan(lambda c, _: (c @ weights, None), scores @ tokens, length=3)[0]
-
-    x, kernel, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 4, 4, 8), (3, 3, 8, 8), (8, 8)))
-    tokens = 2 * 16 * 8
-    assert least_bytes(f, x, kernel, weights) == 4 * ((2 * tokens + 9 * 64) + 4 * (2 * tokens + 64))
-
-
-def test_least_traffic_of_a_convolution_is_that_of_the_direct_form():
-    """Whatever a CPU makes of it: Winograd's points are neither read nor written by the direct sum."""
-    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 32, 32, 64), (3, 3, 64, 128)))
-    least = least_bytes(lambda x, kernel: conv2d(x, kernel, padding=1), x, kernel)
-    assert least == 4 * (2 * 32 * 32 * (64 + 128) + 9 * 64 * 128)
+def test_a_profile_names_the_kernels_that_take_longest():
+    x = jnp.ones((600, 600))
+    program = jax.jit(lambda x: (jax.lax.fori_loop(0, 3, lambda _, y: y @ x, x), jnp.sin(x))).lower(x).compile()
+    found = longest_kernels(lambda: jax.block_until_ready(program(x)), count=3)
+    assert not found[0][0].startswith("while")  # whose time is that of the products within
+    assert found[0][1] >= found[-1][1] > 0
+    assert 0.5 < found[0][2] <= sum(share for _, _, share in found) < 1.001
 
 
 def test_table_lines_up_and_sets_numbers_right():

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from hae_jax.commands import runs
 from hae_jax.commands.translate import main
@@ -39,14 +40,16 @@ def calls(monkeypatch):
     """Replaces the network and the work; records what would have been done."""
     found = {"loaded": [], "failed": {}}
 
-    def load(workdir, *, ema=True):
+    def load(workdir, *, ema=True, forms=None):
         found["loaded"].append((str(workdir), ema))
+        found["forms"] = forms
         tree = json.loads((Path(workdir) / "config.json").read_text())
-        return checkpoint.Network(tree, "model", {"path": str(workdir), "step": 10, "parameters": "ema"})
+        identity = {"path": str(workdir), "step": 10, "parameters": "ema"}
+        return checkpoint.Network(tree, nnx.Linear(1, 1, rngs=nnx.Rngs(0)), identity)
 
     def translate(model, identity, config, mesh, **places):
         found.update(config=config, identity=identity, **places)
-        return run.Report(Path(places["output"]), 1, 1, 1, found["failed"], {}, "a table", [], 1.0, None)
+        return run.Summary(Path(places["output"]), 1, 1, 1, found["failed"], {}, "a table", [], 1.0, None)
 
     monkeypatch.setattr(checkpoint, "load_network", load)
     monkeypatch.setattr(run, "translate", translate)
@@ -109,6 +112,21 @@ def test_settings_come_from_the_checkpoint_with_overrides(calls):
     assert calls["config"].model.model_channels == 64
     assert calls["loaded"] == [("runs/a", True), ("runs/a", False)]
     assert (calls["output"], calls["source"]) == (Path("runs/a/translation_cases"), "some/cases")
+
+
+def test_how_the_network_is_computed_can_be_chosen_and_nothing_else_of_it(calls, capsys):
+    tree = default.get_config().to_dict()
+    _train("a", tree)
+    main(["--checkpoint", "runs/a", "--config.model.attention=cudnn", "--config.model.convolution=xla"])
+    assert calls["forms"] == {"attention": "cudnn", "convolution": "xla"}
+    assert calls["config"].model.attention == "cudnn"
+    main(["--checkpoint", "runs/a"])
+    assert (calls["forms"], calls["config"].model.attention) == ({}, "auto")
+    status, lines = _exit(["--config.model.attention=flash"], capsys)  # of the shipped network
+    assert status == 2
+    assert lines == ["error: model.attention is 'flash': choose one of auto, xla, cudnn, rows, materialised"]
+    _, (line,) = _exit(["--checkpoint", "runs/a", "--config.model.attention_resolutions=(2,)"], capsys)
+    assert "belongs to the network's training" in line
 
 
 def test_a_config_gives_settings_and_the_checkpoint_the_network(calls):

@@ -1,12 +1,15 @@
 """The order of training slices is a function of (seed, position); evaluation sees every slice once."""
 
 import itertools
+import multiprocessing
+import signal
 import time
 
 import numpy as np
 import pytest
 
-from hae_jax.data.batches import eval_batches, train_batches
+from hae_jax.data import batches as batches_module
+from hae_jax.data.batches import train_batches
 from hae_jax.data.slices import CaseSlices, to_model_range
 from hae_jax.data.store import StoreWriter, open_store
 from hae_jax.errors import UserError
@@ -113,6 +116,10 @@ def test_worker_processes_and_no_prefetch_change_nothing(reader):
     try:
         for batch in expected:
             assert_equal(next(workers), batch)
+        for child in multiprocessing.active_children():
+            child.kill()
+        with pytest.raises(UserError, match=r"one of 2 data workers was killed \(SIGKILL\).*set data\.workers=0"):
+            take(workers, 20)  # what was read ahead comes first
     finally:
         workers.close()
 
@@ -153,19 +160,6 @@ def test_a_class_without_slices_cannot_be_balanced(tmp_path):
         train_batches(open_store(tmp_path).split("train"), batch_size=2, seed=0, balance=True)
 
 
-def test_evaluation_sees_each_slice_once_in_order_and_marks_padding(reader):
-    batches = list(eval_batches(reader, batch_size=5))
-    assert all(batch["image"].shape == (5, SIZE, SIZE, 4) for batch in batches)
-    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    assert joined["valid"].sum() == COUNT
-    assert not joined["valid"][COUNT:].any()
-    rows = reader.read(range(COUNT))
-    for key in ("mask", "label", "case", "slice"):
-        np.testing.assert_array_equal(joined[key][joined["valid"]], rows[key])
-    np.testing.assert_array_equal(joined["image"][joined["valid"]], to_model_range(rows["image"]))
-    assert [batch["valid"].all() for batch in eval_batches(reader, batch_size=COUNT)] == [True]
-
-
 @pytest.mark.parametrize(("options", "says"), [
     ({"batch_size": 0}, "batch_size 0"),
     ({"batch_size": -4}, "batch_size -4"),
@@ -181,5 +175,21 @@ def test_numbers_that_do_not_fit(reader, options, says):
 def test_empty_split_is_named(store):
     with pytest.raises(UserError, match=r"val: the split has no slices"):
         train_batches(store.split("val"), batch_size=2, seed=0)
-    with pytest.raises(UserError, match=r"val: the split has no slices"):
-        eval_batches(store.split("val"), batch_size=2)
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (RuntimeError(f"Worker process was terminated unexpectedly with exit code {-signal.SIGBUS}."), "/dev/shm"),
+    (RuntimeError("terminated unexpectedly with exit code 3."), "exit status 3"),
+    (OSError(28, "No space left on device"), "no room in /dev/shm"),
+])
+def test_a_worker_s_death_is_one_line(reader, monkeypatch, error, says):
+    def died():
+        raise error
+        yield
+
+    monkeypatch.setattr(batches_module.grain.IterDataset, "mp_prefetch", lambda *_: died())
+    with pytest.raises(UserError, match=rf"one of 2 data workers .*{says}.*set data\.workers=0"):
+        next(train_batches(reader, batch_size=6, seed=3, workers=2))
+    error = RuntimeError("ours")
+    with pytest.raises(RuntimeError, match="ours"):
+        next(train_batches(reader, batch_size=6, seed=3, workers=2))

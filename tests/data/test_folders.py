@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hae_jax.data.cases import MODALITIES, find_cases, read_case
+from hae_jax.data.layouts import looked_for
 from hae_jax.errors import UserError
 
 
@@ -75,15 +76,84 @@ def test_a_closed_folder_does_not_end_the_others(tmp_path, capsys, closed):
     brats(tmp_path, "secret")
     (tmp_path / "out").symlink_to(tmp_path / "secret" / "deeper", target_is_directory=True)
     closed.add("secret")
-    assert [case.name for case in find_cases(tmp_path)] == ["a"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "passes over 2 places that cannot be looked into, change the permissions: " in line
-    assert str(tmp_path / "secret") in line
+    cases = {case.name: case for case in find_cases(tmp_path)}
+    assert cases.keys() == {"a", "out", "secret"}
+    assert cases["a"].problem is None
+    for name in ("out", "secret"):  # said, and the exit status is not 0
+        with pytest.raises(UserError, match=rf"{name}: .*\(?Permission denied\)?"):
+            read_case(cases[name])
     closed.add(tmp_path.name)
-    with pytest.raises(UserError, match=r"no cases found.*\(1 place that cannot be looked into"):
+    with pytest.raises(UserError, match=r"cannot be looked into \(Permission denied\)"):
         find_cases(tmp_path)
-    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"Permission denied"):
         find_cases(tmp_path / "secret" / "secret_t1.nii.gz")
+
+
+def test_what_dead_links_lead_to_is_missed(tmp_path):
+    for name in ("a", "b", "c", "e"):
+        brats(tmp_path / "data", name)
+    for path in ("b/b_seg", "c/c_t1"):
+        (tmp_path / "data" / f"{path}.nii.gz").unlink()
+        (tmp_path / "data" / f"{path}.nii.gz").symlink_to("/mnt/gone/file.nii.gz")
+    (tmp_path / "data" / "d").symlink_to("/mnt/gone/d")
+    (tmp_path / "data" / "e" / "e_seg.nii.gz").rename(tmp_path / "data" / "e" / ".e_seg.nii.gz.icloud")
+    (tmp_path / "data" / "notes.txt").symlink_to("/mnt/gone/notes.txt")  # nobody's case
+    good, *lost = find_cases(tmp_path / "data")
+    assert good.name == "a"
+    read_case(good)
+    assert [case.name for case in lost] == ["b", "c", "d", "e"]
+    for case, says in zip(lost, ("b_seg.nii.gz: links to /mnt/gone", "c_t1.nii.gz: links to /mnt/gone",
+                                 "d: links to /mnt/gone/d", "only its placeholder .e_seg.nii.gz.icloud"), strict=True):
+        with pytest.raises(UserError, match=says):
+            read_case(case)
+
+
+def test_content_that_was_not_fetched_is_said(tmp_path):
+    brats(tmp_path, "a")
+    flair = tmp_path / "a" / "a_flair.nii.gz"
+    content = flair.read_bytes()
+    for text, says in ((b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
+                       (b"/annex/objects/MD5E-s1--x.nii.gz\n", "datalad get")):
+        flair.write_bytes(text)
+        with pytest.raises(UserError, match=rf"a_flair\.nii\.gz: .*{says}"):
+            read_case(find_cases(tmp_path)[0])
+    flair.unlink()
+    flair.symlink_to("../.git/annex/objects/x/y/z")
+    with pytest.raises(UserError, match="datalad get"):
+        read_case(find_cases(tmp_path)[0])
+    flair.unlink()
+    flair.write_bytes(content)
+    read_case(find_cases(tmp_path)[0])
+
+
+def test_a_dead_dataset_json_or_labels_folder_is_said(tmp_path):
+    for name in ("one", "two"):
+        save(tmp_path / name / "imagesTr" / "a_0000.nii.gz")
+    (tmp_path / "one" / "dataset.json").symlink_to("/mnt/gone/dataset.json")
+    (tmp_path / "two" / "labelsTr").symlink_to("/mnt/gone/labelsTr")
+    for name, file in (("one", "dataset.json"), ("two", "labelsTr")):
+        with pytest.raises(UserError, match=rf"{file}: links to /mnt/gone/{file}"):
+            find_cases(tmp_path / name, ("t1",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "utf-16"])
+def test_encodings_of_dataset_json(tmp_path, encoding):
+    save(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    text = json.dumps({"name": "Läsionen", "channel_names": {"0": "T1"}}, ensure_ascii=False)
+    (tmp_path / "dataset.json").write_text(text, encoding=encoding)
+    assert [case.name for case in find_cases(tmp_path, ("t1",))] == ["a"]
+
+
+@pytest.mark.parametrize(("word", "taken"), [
+    ("seg", True), ("tumor_seg", True), ("t1_lesion_mask", True), ("t1_brain_seg", False), ("pve_seg", False),
+    ("brain_mask", False), ("t1_tissue_label", False)])
+def test_segmentations_of_tissue_are_not_taken_for_lesions(tmp_path, word, taken):
+    brats(tmp_path, "a", segmentation=word)
+    (case,) = find_cases(tmp_path)
+    assert (case.segmentation is not None) == taken
+    if not taken:
+        assert f"there: a_{word}.nii.gz" in looked_for(case)
+        assert "a_seg.nii.gz" in looked_for(case)
 
 
 def test_closed_labels_are_not_taken_for_none(tmp_path, closed):

@@ -159,16 +159,19 @@ def test_a_dataset_that_does_not_name_its_modalities_opens(source, tmp_path):
     assert open_store(tmp_path / "store").modalities is None
 
 
-def write_t1(path, shape, spacing=(1, 1, 1)):
+def write_t1(path, shape, spacing=(1, 1, 1), lesion=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = np.random.default_rng(0).integers(50, 99, shape).astype(np.int16)
+    if lesion:
+        image[:] = 0
+        image[2:4, 2:4, 1] = 1
     nib.save(nib.Nifti1Image(image, np.diag([*spacing, 1])), path)
 
 
 def test_unsegmented_test_images_take_no_place_in_the_split(tmp_path):
     for i in range(4):
         write_t1(tmp_path / "raw" / "imagesTr" / f"c{i}_0000.nii.gz", (9, 9, 3))
-        write_t1(tmp_path / "raw" / "labelsTr" / f"c{i}.nii.gz", (9, 9, 3))
+        write_t1(tmp_path / "raw" / "labelsTr" / f"c{i}.nii.gz", (9, 9, 3), lesion=True)
         write_t1(tmp_path / "raw" / "imagesTs" / f"d{i}_0000.nii.gz", (9, 9, 3))
     report = prepare(tmp_path / "raw", tmp_path / "store", modalities=("t1",), image_size=16, **HALF)
     assert report.cases == {"train": 2, "val": 1, "test": 1}
@@ -178,7 +181,7 @@ def test_unsegmented_test_images_take_no_place_in_the_split(tmp_path):
 def test_one_warning_for_all_cases_that_it_is_about(tmp_path):
     for i in range(4):
         write_t1(tmp_path / "raw" / f"c{i}.nii.gz", (9, 9, 3), spacing=(1 + (i > 0), 1, 1))
-        write_t1(tmp_path / "raw" / f"c{i}_seg.nii.gz", (9, 9, 3), spacing=(1 + (i > 0), 1, 1))
+        write_t1(tmp_path / "raw" / f"c{i}_seg.nii.gz", (9, 9, 3), (1 + (i > 0), 1, 1), lesion=True)
     report = prepare(tmp_path / "raw", tmp_path / "store", modalities=("t1",), image_size=16, **HALF)
     ((warning, names),) = report.warnings.items()
     assert "18 x 9 mm" in warning

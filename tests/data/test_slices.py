@@ -11,6 +11,7 @@ from hae_jax.data.cases import find_cases, read_case
 from hae_jax.data.slices import (
     case_slices,
     from_model_range,
+    intensity_scales,
     normalise_volumes,
     patient_of,
     resize,
@@ -70,10 +71,13 @@ def test_blank_case_is_refused(case):
 
 
 def test_normalisation_ignores_scale_and_background(case):
-    expected = normalise_volumes(case.volumes)
-    scaled = normalise_volumes(case.volumes * np.float32([1, 10, 0.5, 3]))
+    def normalised(volumes):
+        return normalise_volumes(volumes, intensity_scales(volumes))
+
+    expected = normalised(case.volumes)
+    scaled = normalised(case.volumes * np.float32([1, 10, 0.5, 3]))
     np.testing.assert_allclose(scaled, expected, rtol=1e-6)
-    padded = normalise_volumes(np.pad(case.volumes, ((0, 9), (0, 0), (3, 0), (0, 0))))
+    padded = normalised(np.pad(case.volumes, ((0, 9), (0, 0), (3, 0), (0, 0))))
     np.testing.assert_array_equal(padded[:-9, :, 3:], expected)
     for channel in range(4):
         values = expected[..., channel]

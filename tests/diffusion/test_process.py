@@ -90,14 +90,6 @@ def test_variants_of_the_process_equal_the_reference(extras, key, process, netwo
         close(jnp.broadcast_to(prediction.log_variance, x.shape), extras[f"{key}_log_variance"], atol=2e-5)
 
 
-def test_stochastic_ddim_step_equals_the_reference(extras):
-    process = Process(LINEAR.schedule, variance="fixed_small")
-    t = extras["t"]
-    x = process.noised(extras["x0"], t, extras["noise"])
-    prediction = process.predict(0.3 * x, x, t)
-    close(process.ddim_step(prediction, t, extras["noise"], eta=0.7), extras["ddim_eta0.7"])
-
-
 def test_the_last_ddpm_step_adds_no_noise(case):
     t = jnp.zeros(3, jnp.int32)
     prediction = LINEAR.predict(toy(null=True)(case["x0"], t, None), case["x0"], t)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from exact_metrics import slice_metrics
 
 from hae_jax.evaluation import metrics
 
@@ -25,7 +26,7 @@ def slices(golden):
     ("setting", "key"), [("all_slices", "metrics_cc_filtered"), ("lesion_slices", "metrics_unhealthy_only")])
 def test_slice_metrics_golden(golden, slices, setting, key):
     z = np.load(golden / "masks.npz")
-    found = metrics.slice_metrics(**slices)[setting]
+    found = slice_metrics(**slices)[setting]
     # the names stored there are the right ones: precision is 1 (every predicted pixel is lesion), recall is not;
     # the values were computed in float32
     for name, value in zip(z["metrics_names"], z[key], strict=True):
@@ -33,7 +34,7 @@ def test_slice_metrics_golden(golden, slices, setting, key):
 
 
 def test_slice_level_and_shares(slices):
-    found = metrics.slice_metrics(**slices)
+    found = slice_metrics(**slices)
     # called lesion: 0, 1, 2, 3, 4; labels: 1, 1, 0, 1, 1, 0
     assert found["slice_level"] == {"accuracy": 5 / 6, "precision": 4 / 5, "recall": 1.0}
     assert found["shares"] == {"slices": 6, "healthy": 2 / 6, "called_lesion": 5 / 6}
@@ -44,17 +45,17 @@ def test_padding_never_enters(slices):
     padded = {name: np.concatenate([v, rng.permutation(v)[:3] if v.dtype == bool else v[:3] + 1])
               for name, v in slices.items()}
     valid = np.arange(9) < 6
-    assert metrics.slice_metrics(**padded, valid=valid) == metrics.slice_metrics(**slices)
-    assert metrics.slice_metrics(**padded) != metrics.slice_metrics(**slices)
+    assert slice_metrics(**padded, valid=valid) == slice_metrics(**slices)
+    assert slice_metrics(**padded) != slice_metrics(**slices)
 
 
 def test_mixed_uses_gated_masks_and_unhealthy_all_masks(slices):
     missed = {**slices, "lesion": np.zeros(6, bool), "mask": np.zeros_like(slices["mask"])}
-    found = metrics.slice_metrics(**missed)
+    found = slice_metrics(**missed)
     assert found["all_slices"]["dice"] == pytest.approx(2 / 6, abs=1e-6)  # the two healthy slices score 1
     assert found["all_slices"]["precision"] is None
     assert found["all_slices"]["recall"] == 0
-    assert found["lesion_slices"] == metrics.slice_metrics(**slices)["lesion_slices"]
+    assert found["lesion_slices"] == slice_metrics(**slices)["lesion_slices"]
     assert found["slice_level"]["precision"] is None
 
 
@@ -81,10 +82,10 @@ def test_auroc_counts_the_foreground_only():
     head = np.array([[[True] * 4, [False] * 4]])
     arguments = {"mask": truth, "mask_all": truth, "map": anomaly, "lesion": np.array([True]), "truth": truth,
                  "labels": np.array([1])}
-    found = metrics.slice_metrics(**arguments, foreground=head)["all_slices"]
+    found = slice_metrics(**arguments, foreground=head)["all_slices"]
     assert found["auroc"] == pytest.approx(3 / 4)  # of the four pairs, (2, 3) is in the wrong order
     assert found["auprc"] == pytest.approx((1 / 1 + 2 / 3) / 2)
-    everywhere = metrics.slice_metrics(**arguments, foreground=np.ones_like(head))["all_slices"]
+    everywhere = slice_metrics(**arguments, foreground=np.ones_like(head))["all_slices"]
     assert everywhere["auroc"] < found["auroc"]
 
 
@@ -97,23 +98,23 @@ def test_foreground_is_strictly_above_the_limit():
 
 def test_undefined_values_are_null(slices):
     healthy_only = {name: values[[2, 5]] for name, values in slices.items()}
-    found = metrics.slice_metrics(**healthy_only)
+    found = slice_metrics(**healthy_only)
     assert found["all_slices"]["dice"] == 1
     assert found["all_slices"]["recall"] is found["all_slices"]["auroc"] is found["all_slices"]["auprc"] is None
     assert set(found["lesion_slices"].values()) == {None}
     assert found["slice_level"]["recall"] is None
-    nothing = metrics.slice_metrics(**slices, valid=np.zeros(6, bool))
+    nothing = slice_metrics(**slices, valid=np.zeros(6, bool))
     assert nothing["shares"] == {"slices": 0, "healthy": None, "called_lesion": None}
     json.dumps([found, nothing], allow_nan=False)
 
 
 def test_soft_masks_are_refused(slices):
     with pytest.raises(TypeError, match="threshold a soft mask"):
-        metrics.slice_metrics(**{**slices, "truth": slices["truth"].astype(np.float32)})
+        slice_metrics(**{**slices, "truth": slices["truth"].astype(np.float32)})
 
 
 def test_every_name_has_a_definition(slices):
-    found = metrics.slice_metrics(**slices)
+    found = slice_metrics(**slices)
     assert {*found, *found["all_slices"]} <= set(metrics.DEFINITIONS)
 
 
@@ -125,26 +126,3 @@ def test_volumes():
     assert metrics.volume_dice(mask, np.ones_like(mask)) == pytest.approx(2 / 3)
     oblique = np.array([[0, -2, 0, 90], [1, 0, 0, 80], [0, 0, 3, 70], [0, 0, 0, 1.0]])  # 6 mm3 a voxel, flipped
     assert metrics.volume_ml(mask, oblique) == pytest.approx(3.0)
-
-
-def test_best_threshold_finds_the_lesion_level():
-    rng = np.random.default_rng(3)
-    truth = rng.random((5, 16, 16)) < 0.2
-    values = np.where(truth, 0.5, 0.3)
-    threshold, found = metrics.best_threshold(values, truth)
-    assert threshold == pytest.approx(0.31)  # the first that separates
-    assert found == pytest.approx(1)
-    assert metrics.best_threshold(values, truth, [0.1, 0.5, 0.6])[0] == 0.5  # >= keeps the value itself
-
-
-def test_best_threshold_groups_slices_to_volumes():
-    rng = np.random.default_rng(4)
-    truth = rng.random((6, 8, 8)) < 0.3
-    values = rng.random((6, 8, 8)) * 0.5 + 0.3 * truth
-    case = np.array([7, 7, 2, 2, 2, 9])
-    threshold, found = metrics.best_threshold(values, truth, groups=case)
-    by_hand = [np.mean([metrics.volume_dice(values[case == c] >= t, truth[case == c]) for c in (2, 7, 9)])
-               for t in metrics.FIXED_THRESHOLDS]
-    assert found == pytest.approx(max(by_hand))
-    assert threshold == metrics.FIXED_THRESHOLDS[np.argmax(by_hand)]
-    assert (metrics.FIXED_THRESHOLDS[[0, -1]] == [0.01, 0.69]).all()

@@ -76,7 +76,7 @@ def test_intervals_of_patients_who_are_alike_hold_the_figure():
         own = ranking.score_histogram(hits[mostly], scores[mostly])
         histogram += own
         patients.append(ranking.coarse(own))
-    found = ranking.figures(histogram, patients, list(map(str, range(20))))
+    found = ranking.rankings(histogram, patients, list(map(str, range(20))))
     for name, value in found.items():
         assert value["low"] < value["mean"] < value["high"] < value["low"] + 2e-3, name
         assert value["cases"] == 20

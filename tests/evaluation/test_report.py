@@ -161,7 +161,7 @@ def test_comparison_reads_back_from_markdown(tmp_path, compared):
     report.write_comparison(tmp_path, compared, phantom=True)
     page = (tmp_path / "comparison.md").read_text()
     assert page.startswith("# PHANTOM figures of 3 cases, 40 slices, 38% of them healthy\n")
-    assert "an empty mask of an empty truth scores 1" in page
+    assert "an empty mask without a lesion scores 1" in page
     assert "Research use only" in page
     table = [line.replace("\\|", "/").strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
     header, _, *rows = table

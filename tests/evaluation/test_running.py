@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from exact_metrics import slice_metrics
 
 from hae_jax.evaluation import metrics, running
-from hae_jax.evaluation.bootstrap import figure
+from hae_jax.evaluation.bootstrap import with_interval
 
 
 def _slices(seed, count, size=24, sick=0.5):
@@ -34,7 +35,7 @@ def _together(patients):
 
 def test_patients_add_up_to_the_figures_of_all_slices_together():
     patients = [_slices(seed, count) for seed, count in enumerate((7, 1, 12, 4))]
-    found, expected = _sums(patients).results(), metrics.slice_metrics(**_together(patients))
+    found, expected = _sums(patients).results(), slice_metrics(**_together(patients))
     assert found.pop("shares") == expected.pop("shares")
     bound, together = found.pop("upper_bound")["lesion_slice_dice"], _together(patients)
     rows = together["labels"] > 0
@@ -54,7 +55,7 @@ def test_intervals_are_of_draws_of_whole_patients():
     """Against draws made one by one and measured by the exact functions."""
     patients = [_slices(seed, 3 + seed, size=12, sick=0.2 * (seed % 5)) for seed in range(6)]
     found, rng = _sums(patients).results(), np.random.default_rng(1)
-    drawn = [metrics.slice_metrics(**_together([patients[index] for index in rng.integers(0, 6, 6)]))
+    drawn = [slice_metrics(**_together([patients[index] for index in rng.integers(0, 6, 6)]))
              for _ in range(400)]
     compared = [*(("all_slices", name) for name in ("dice", "precision", "auroc", "auprc")),
                 ("slice_level", "accuracy"), ("slice_level", "recall")]
@@ -97,7 +98,7 @@ def test_equal_seeds_draw_equal_patients():
     found = _sums(patients).results(seed=3)
     assert found == _sums(patients).results(seed=3) != _sums(patients).results(seed=4)
     shares = np.array([metrics.label_shares(np.stack([p["lesion"], p["labels"] > 0]))["accuracy"] for p in patients]).T
-    own = figure(shares, lambda part, whole, axis: part.sum(axis=axis) / whole.sum(axis=axis), seed=3)
+    own = with_interval(shares, lambda part, whole, axis: part.sum(axis=axis) / whole.sum(axis=axis), seed=3)
     assert found["slice_level"]["accuracy"] == own | {"cases": 5}
 
 

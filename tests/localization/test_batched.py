@@ -142,10 +142,11 @@ class _Broken(tuple):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_out_of_memory_makes_batches_smaller_and_is_said(toy_network, mesh_of, monkeypatch, late):
+def test_out_of_memory_makes_batches_smaller_and_is_said(toy_network, mesh_of, monkeypatch, on_message, late):
     expected = _translate(toy_network(), mesh_of(1), _slices(11), batch_size=4)
     said, crowded = [], _Crowded(monkeypatch, room=2, late=late)
-    translator = SliceTranslator(toy_network(), METHOD, batch_size=8, seed=0, mesh=mesh_of(1), say=said.append)
+    on_message(said.append)
+    translator = SliceTranslator(toy_network(), METHOD, batch_size=8, seed=0, mesh=mesh_of(1))
     found = list(translator(iter(_slices(11))))
     assert [item.index for item, _ in found] == [item.index for item in _slices(11)]
     _assert_close(stacked(result for _, result in found), expected)
@@ -157,7 +158,7 @@ def test_out_of_memory_makes_batches_smaller_and_is_said(toy_network, mesh_of, m
 
 def test_no_room_for_a_single_slice(toy_network, mesh_of, monkeypatch):
     _Crowded(monkeypatch, room=0)
-    translator = SliceTranslator(toy_network(), METHOD, batch_size=2, seed=0, mesh=mesh_of(1), say=lambda text: None)
+    translator = SliceTranslator(toy_network(), METHOD, batch_size=2, seed=0, mesh=mesh_of(1))
     with pytest.raises(UserError, match="one slice on each device does not fit"):
         list(translator(iter(_slices(3))))
 
@@ -171,13 +172,13 @@ def test_other_errors_of_the_device_are_not_hidden(toy_network, mesh_of, monkeyp
         _translate(toy_network(), mesh_of(1), _slices(3))
 
 
-def test_the_batch_size_can_be_chosen_by_memory(toy_network, mesh_of, monkeypatch):
+def test_the_batch_size_can_be_chosen_by_memory(toy_network, mesh_of, monkeypatch, on_message):
     monkeypatch.setattr(batched, "LARGEST_BATCH", 16)
     said = []
+    on_message(said.append)
 
     def chosen(limit):
-        translator = SliceTranslator(toy_network(), METHOD, batch_size=1, seed=0, mesh=mesh_of(2), max_memory_gb=limit,
-                                     say=said.append)
+        translator = SliceTranslator(toy_network(), METHOD, batch_size=1, seed=0, mesh=mesh_of(2), max_memory_gb=limit)
         translator.prepare((8, 8, 4))
         return translator
 

@@ -114,7 +114,8 @@ def _edited(**changes):
     (_edited(made_with=[]), "made_with has the wrong kind"),
     (_edited(diff_max=[0.1]), "1 values for 2 modalities"),
     (_edited(diff_max=[0.1, -0.1]), "negative"),
-    (_edited(threshold=float("nan")), "finite"),
+    (_edited(threshold=float("nan")), "NaN is no number"),
+    (_edited(threshold=10**400), "too large"),
     ([], "not a JSON object"),
 ])
 def test_a_damaged_file_is_named(tmp_path, fields, message):

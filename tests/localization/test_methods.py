@@ -322,7 +322,7 @@ def _edited(**changes):
     (_edited(threshold="gone"), "field threshold is missing"),
     (_edited(speed=3), "field speed is not known"),
     (_edited(threshold="high"), "threshold has the wrong kind"),
-    (_edited(threshold=float("nan")), "finite"),
+    (_edited(threshold=float("nan")), "NaN is no number"),
     (_edited(slice_threshold=None), "slice_threshold has the wrong kind"),
     (_edited(lesion_slices=-1), "lesion_slices has the wrong kind"),
     (_edited(rule="best"), "rule has the wrong kind"),

@@ -6,6 +6,7 @@ import pytest
 import SimpleITK as sitk
 
 from hae_jax.data.cases import find_cases, read_case
+from hae_jax.data.nifti import write_volume
 from hae_jax.data.orientation import Grid
 from hae_jax.data.slices import CaseSlices, case_slices
 from hae_jax.localization.volume import (
@@ -15,7 +16,6 @@ from hae_jax.localization.volume import (
     map_volume,
     mask_volume,
     read_slices,
-    write_volume,
 )
 
 BRATS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
@@ -98,7 +98,7 @@ def test_a_healthy_counterpart_equal_to_the_input_is_the_input(tmp_path, case_wr
     case_writer(tmp_path, "a", seed=0)
     case = read_slices(find_cases(tmp_path)[0], 24)
     back = healthy_volume(case.inputs[..., 3], case, 3)
-    expected = map_volume(case.slices.images[..., 3] * case.scales[3], case.slices)
+    expected = map_volume(case.slices.images[..., 3] * case.slices.scales[3], case.slices)
     np.testing.assert_allclose(back, expected, atol=1e-2)  # raw intensities, 50 to 250
     assert 50 < back[..., 1:-1].mean() < 150
 

@@ -11,10 +11,10 @@ from network_helpers import assert_close, shapes_in
 
 from hae_jax.model.attention import attend_with_context
 from hae_jax.model.conditioning import Context
-from hae_jax.ops.pixel_attention import CPU_ROWS
+from hae_jax.ops.cpu.rows import ROWS
 
 T, E, HEADS, DEPTH = 300, 40, 2, 8
-ROWS = ("class", "null", "class unseen", "null unseen")
+CASES = ("class", "null", "class unseen", "null unseen")
 SEEN = np.array([True, True, False, False])
 NAMES = ("q", "k", "v", "c", "kernel", "bias")
 COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "collective-permute"
@@ -24,14 +24,14 @@ def drawn(tokens: int = T, width: int = E) -> dict[str, np.ndarray]:
     """The arguments; a class row and a null row (c = 0) that see their context, and two that do not."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)
-    q, k, v = (draw(len(ROWS), tokens, HEADS, DEPTH) for _ in range(3))
-    c = draw(len(ROWS), width) * np.array([1, 0, 1, 0], np.float32)[:, None]
+    q, k, v = (draw(len(CASES), tokens, HEADS, DEPTH) for _ in range(3))
+    c = draw(len(CASES), width) * np.array([1, 0, 1, 0], np.float32)[:, None]
     kernel = draw(width, HEADS * 2 * DEPTH) / np.float32(width**0.5)
     return dict(zip(NAMES, (q, k, v, c, kernel, draw(HEADS * 2 * DEPTH)), strict=True))
 
 
-def rank_one(q, k, v, c, kernel, bias):
-    return attend_with_context(q, k, v, Context(c, jnp.asarray(SEEN)), kernel, bias)
+def rank_one(q, k, v, c, kernel, bias, form="rows"):
+    return attend_with_context(q, k, v, Context(c, jnp.asarray(SEEN)), kernel, bias, form)
 
 
 def product_form(q, k, v, c, kernel, bias):
@@ -83,20 +83,20 @@ def test_equals_the_product_form_in_float64(arguments, scale):
     arguments = arguments | {"c": scale * arguments["c"]}
     out, gradients = OURS(arguments)
     expected, expected_gradients = exact(arguments)
-    for row in range(len(ROWS)):
+    for row in range(len(CASES)):
         assert_close(out[row], expected[row], 1e-5 * scale)
     for name, gradient in gradients.items():
         assert_close(gradient, expected_gradients[name], 1e-5 * scale)
 
 
-@pytest.mark.parametrize("tokens", [1, CPU_ROWS, CPU_ROWS + 1])  # a prime: one query to a step
+@pytest.mark.parametrize("tokens", [1, ROWS, ROWS + 1])  # a prime: one query to a step
 def test_any_number_of_pixels(tokens):
     arguments = drawn(tokens)
     assert_close(jax.jit(rank_one)(**arguments), product_form(**arguments), 1e-5)
 
 
 def test_without_context_it_is_plain_attention(arguments):
-    out = attend_with_context(*(arguments[name] for name in "qkv"), None, arguments["kernel"], arguments["bias"])
+    out = attend_with_context(*(arguments[name] for name in "qkv"), None, None, None, "rows")
     assert_close(out[2:], product_form(**arguments)[2:], 1e-5)
 
 
@@ -125,22 +125,22 @@ def test_neither_the_product_nor_context_keys_are_built(arguments):
     forms = rank_one, jax.grad(lambda *a: rank_one(*a).sum(), argnums=tuple(range(6)))
     shapes = [shape for form in forms for shape in shapes_in(form, *arguments.values())]
     assert any(T in shape for shape in shapes)
-    assert not any(shape.count(E) > 1 or (E in shape and DEPTH in shape and len(ROWS) in shape) for shape in shapes)
+    assert not any(shape.count(E) > 1 or (E in shape and DEPTH in shape and len(CASES) in shape) for shape in shapes)
 
 
 def test_no_square_of_tokens_is_kept_for_the_backward_pass(arguments):
     _, pull = jax.vjp(rank_one, *arguments.values())
     kept = [leaf.shape for leaf in jax.tree.leaves(pull)]
-    assert (len(ROWS), HEADS, T) in kept  # the log-sum-exps
-    assert max(np.prod(shape, dtype=int) for shape in kept) == len(ROWS) * T * HEADS * DEPTH
+    assert (len(CASES), HEADS, T) in kept  # the log-sum-exps
+    assert max(np.prod(shape, dtype=int) for shape in kept) == len(CASES) * T * HEADS * DEPTH
 
 
 def test_on_a_cpu_no_square_of_tokens_exists_at_all():
-    arguments = drawn(tokens=2 * CPU_ROWS, width=320)
+    arguments = drawn(tokens=2 * ROWS, width=320)
     compiled = value_and_gradients(rank_one).lower(arguments).compile().as_text()
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", compiled)]
-    pairs = len(ROWS) * HEADS * 2 * CPU_ROWS
-    assert pairs * CPU_ROWS in sizes  # the scores of one step
+    pairs = len(CASES) * HEADS * 2 * ROWS
+    assert pairs * ROWS in sizes  # the scores of one step
     assert max(sizes) < pairs * 320
 
 
@@ -163,7 +163,8 @@ def test_rows_on_different_devices_do_not_meet(arguments):
     seen = jax.device_put(jnp.asarray(SEEN), shardings["q"])
 
     def rows(arguments, seen):  # parameters are constants here: their gradients do sum over the batch
-        run = lambda q, k, v, c: attend_with_context(q, k, v, Context(c, seen), arguments["kernel"], arguments["bias"])
+        run = lambda q, k, v, c: attend_with_context(q, k, v, Context(c, seen), arguments["kernel"], arguments["bias"],
+                                                   "rows")
         out, pull = jax.vjp(run, *(arguments[name] for name in "qkvc"))
         return out, pull(out)
 

@@ -45,6 +45,8 @@ from hae_jax.model import UNetConfig
     ({"zero_threshold": -1e-6}, "zero_threshold"),
     ({"sparse_seed": 0.5}, "sparse_seed"),
     ({"sparse_redraw": "step"}, "sparse_redraw"),
+    ({"attention": "flash"}, "attention is 'flash': choose one of auto, xla, cudnn"),
+    ({"convolution": "fft"}, "convolution is 'fft': choose one of auto, xla, winograd"),
 ])
 def test_a_bad_field_is_named_in_one_line(fields: dict, named: str):
     with pytest.raises(UserError, match=named) as caught:

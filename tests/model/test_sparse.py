@@ -1,5 +1,8 @@
 """Sparse patterns have the structure that they promise, and skipping blocks changes the work, not the result."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,16 +43,9 @@ def test_few_tokens_still_have_links(tokens: int):
     assert (links == np.arange(len(links))[:, None]).any(1).all()
 
 
-@pytest.fixture(params=["cpu", "gpu"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Head after head, then all heads at once: both of the hardware's paths, run where the tests run."""
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
-    return request.param
-
-
-@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("form", ["rows", "xla", "materialised"])
 @pytest.mark.parametrize("tokens", [100, 256, 276])  # the last block of 100 and 276 is ragged
-def test_blocks_equal_dense_attention_with_the_same_pattern(tokens: int):
+def test_blocks_equal_dense_attention_with_the_same_pattern(tokens: int, form: str):
     links, size = np.asarray(sparse.block_links(tokens, KEY)), sparse.block_size(tokens)
     block = np.arange(tokens) // size
     blocked = ~(links[block][:, :, None] == block).any(1)  # [N, N]
@@ -63,19 +59,20 @@ def test_blocks_equal_dense_attention_with_the_same_pattern(tokens: int):
             return jnp.sum(out * direction), out
         return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))(*qkv)
 
-    (_, out), gradients = with_gradients(sparse.attend_blocks, links)
+    (_, out), gradients = with_gradients(functools.partial(sparse.attend_blocks, form=form), links)
     (_, expected), expected_gradients = with_gradients(sparse.attend, blocked)
     assert_close(out, expected, 1e-5)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         assert_close(gradient, wanted, 1e-5)
 
 
+@pytest.mark.parametrize("form", ["rows", "xla"])
 @pytest.mark.parametrize("tokens", [1024, 4416])
-def test_blocks_never_build_all_pairs(path: str, tokens: int):
+def test_blocks_never_build_all_pairs(form: str, tokens: int):
     heads = 2
     q = jnp.zeros((1, tokens, heads, 4))
-    forward = lambda q: sparse.attend_blocks(q, q, q, sparse.block_links(tokens, KEY))
-    limit = (heads if path == "gpu" else 1) * 0.11 * tokens**2
+    forward = lambda q: sparse.attend_blocks(q, q, q, sparse.block_links(tokens, KEY), form=form)
+    limit = (heads if form == "xla" else 1) * 0.11 * tokens**2
     for f in (forward, jax.grad(lambda q: forward(q).sum())):
         shapes = list(shapes_in(f, q))
         assert max(np.prod(shape, dtype=int) for shape in shapes) <= limit
@@ -89,11 +86,11 @@ def test_a_ragged_last_block_sees_and_gives_nothing_of_its_filling():
     tokens = 100
     links = sparse.block_links(tokens, KEY)
     q, k = jnp.full((1, tokens, 1, 4), 30.0), jnp.full((1, tokens, 1, 4), -30.0)
-    out = sparse.attend_blocks(q, k, jnp.ones_like(q), links)
+    out = sparse.attend_blocks(q, k, jnp.ones_like(q), links, form="rows")
     np.testing.assert_allclose(out, 1, rtol=1e-5)
 
 
-def test_dropout_of_weights_differs_by_head_and_is_the_same_on_both_paths(monkeypatch: pytest.MonkeyPatch):
+def test_dropout_of_weights_differs_by_head_and_is_the_same_in_both_forms():
     attention = MultiHeadAttention(8, UNetConfig(**SMALL, dropout=0.5), nnx.Rngs(0))
     keys = Randomness(jax.random.split(KEY, 2), KEY)
     ones = jnp.ones((2, 3, 8, 16))
@@ -104,8 +101,8 @@ def test_dropout_of_weights_differs_by_head_and_is_the_same_on_both_paths(monkey
     assert 0.4 < (masks[0][0] != masks[0][1]).mean() < 0.6  # each sample its own
     tokens = jax.random.normal(KEY, (2, TOKENS, 8))
     outs = []
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+    for form in ("rows", "xla"):
+        attention.config = dataclasses.replace(attention.config, attention=form)
         outs.append(attention(tokens, keys, None, is_sparse=True))
     assert_close(outs[0], outs[1], 1e-5)
     assert np.abs(outs[0] - attention(tokens, None, None, is_sparse=True)).max() > 1e-3

@@ -15,8 +15,8 @@ from hae_jax.files import write_json
 from hae_jax.localization.map_threshold import MapThreshold
 from hae_jax.model import UNet
 from hae_jax.pipeline import export
+from hae_jax.pipeline.cache_key import calibration_key, weights_hash
 from hae_jax.pipeline.nnunet import ORDER, export_nnunet
-from hae_jax.pipeline.plan import calibration_inputs, identified
 from hae_jax.runs import TrainedRun, load_run
 from hae_jax.training.state import network_config
 from hae_jax.training.weights import SHIPPED
@@ -27,10 +27,10 @@ def trained(one_level_config, tmp_path, monkeypatch):
     """A network as `load_run` gives it from a run folder, with a calibration of its own."""
     config = one_level_config
     model = UNet(network_config(config.to_dict()), nnx.Rngs(0))
-    identity = identified({"path": "runs/a/7", "step": 7, "parameters": "ema 0.9"}, model, config)
+    identity = {"path": "runs/a/7", "step": 7, "parameters": "ema 0.9", "sha256": weights_hash(model, config)}
     run = TrainedRun(model, config, identity, tmp_path / "runs" / "a")
     made = MapThreshold("residual", "healthy_fpr", "image labels", 0.25, 0.5, 0, 1.0, 3, 4,
-                        made_with=calibration_inputs(config, None, run.method, identity))
+                        made_with=calibration_key(config, None, run.method, identity))
     (run.folder / "calibrations").mkdir(parents=True)
     made.save(run.folder / "calibrations" / "residual_000000000000.json")
     monkeypatch.setattr(export, "load_run", lambda source: run)

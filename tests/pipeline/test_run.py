@@ -23,11 +23,12 @@ from hae_jax.pipeline.translate import translate
 
 
 def test_a_run_writes_everything(run, config, prepared, tmp_path):
-    config.evaluation.overlay_slices = 2
+    config.evaluation.overlay_slices, config.evaluation.report = 2, True
     report = run(devices=4)
     (name,) = read_json(prepared / "store" / "manifest.json")["split"]["test"]
-    written = {f"{name}_mask.nii.gz", f"{name}_map.nii.gz", f"{name}_overlay.png", "calibration.json",
-               "calibration_threshold.json", "cases.csv", "metrics.json", "manifest.json", "records"}
+    written = {f"{name}_mask.nii.gz", f"{name}_map.nii.gz", f"{name}_overlay.png", "slices", "calibration.json",
+               "calibration_threshold.json", "cases.csv", "metrics.json", "manifest.json", "records",
+               "report.html"}
     kept = {path.name for path in (tmp_path / "out").glob("*_????????????.json")}  # calibrations by what they are of
     assert {name.split("_")[0] for name in kept} == {"hae", "threshold"}
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."} == written | kept

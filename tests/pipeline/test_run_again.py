@@ -12,9 +12,10 @@ import pytest
 from run_helpers import read_json, read_volume
 
 from hae_jax.errors import UserError
-from hae_jax.localization import methods, validation
-from hae_jax.pipeline import per_case, records
-from hae_jax.pipeline.plan import fingerprint
+from hae_jax.localization import methods
+from hae_jax.pipeline import calibrations, per_case
+from hae_jax.pipeline.cache_key import digest, weights_hash
+from hae_jax.pipeline.results_folder import RECORDS, ResultsFolder
 
 
 def test_what_was_done_already_is_not_done_again(run, config, three_cases, tmp_path):
@@ -63,12 +64,12 @@ def test_masks_are_made_anew_for_a_calibration_that_came_later(run, config, thre
     assert run(three_cases, calibrations=kept).translated == 3
 
 
-def test_a_run_waits_for_another_in_the_same_folder(run, three_cases, tmp_path, monkeypatch):
-    (tmp_path / "out" / records.FOLDER).mkdir(parents=True)
-    other = (tmp_path / "out" / records.FOLDER / ".0-of-1.lock").open("a")
+def test_a_run_waits_for_another_in_the_same_folder(run, three_cases, tmp_path, on_message):
+    (tmp_path / "out" / RECORDS).mkdir(parents=True)
+    other = (tmp_path / "out" / RECORDS / ".0-of-1.lock").open("a")
     fcntl.flock(other, fcntl.LOCK_EX)
     said = []
-    monkeypatch.setattr("builtins.print", lambda *line, **_: said.append(line[0]) or other.close())
+    on_message(lambda message: said.append(message) or other.close())
     assert run(three_cases).finished == 3
     assert said[0] == f"{tmp_path / 'out'}: another run is at work there; waiting for its end"
 
@@ -171,34 +172,33 @@ def test_shards_share_a_folder(run, config, three_cases, tmp_path, monkeypatch):
                                       read_volume(tmp_path / "whole" / f"{name}_map.nii.gz"))
     with pytest.raises(UserError, match="--shard 2 of --num-shards 2"):
         run(three_cases, num_shards=2, shard=2)
-    read = records.read_measured
-    monkeypatch.setattr(records, "read_measured", lambda output, case: (
-        case == "a" and records.begin(output, case, ())) or read(output, case))  # by another shard, with --overwrite
+    read = ResultsFolder.measured
+    monkeypatch.setattr(ResultsFolder, "measured", lambda self, case: (
+        case == "a" and self.writing(case, ())) or read(self, case))  # by another shard, with --overwrite
     assert run(three_cases, num_shards=2, shard=1).finished == 2
     assert len((tmp_path / "out" / "cases.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, dies):
+def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, on_message, dies):
     made = types.SimpleNamespace(save=lambda path: path.write_text("own"))
     method = types.SimpleNamespace(name="toy", load_calibration=lambda path: path.read_text(),
                                    calibrate=lambda *_: made)
-    monkeypatch.setattr(validation, "validation_results", lambda *_: None)
-    path = tmp_path / f"toy_{records.digest({})[:12]}.json"
+    monkeypatch.setattr(calibrations, "validation_results", lambda *_: None)
+    path = tmp_path / f"toy_{digest({})[:12]}.json"
     other = (tmp_path / f".{path.name}.lock").open("a")
     fcntl.flock(other, fcntl.LOCK_EX)
     said = []
 
-    def other_ends(line, flush=False):
-        said.append(line)
+    def other_ends(message):
+        said.append(message)
         if not other.closed:
             if not dies:
                 path.write_text("the other's")
             other.close()
 
-    monkeypatch.setattr("builtins.print", other_ends)
-    store = types.SimpleNamespace(split=lambda name: [0])
-    assert validation.calibrated(None, method, store, tmp_path, {}) == (made if dies else "the other's")
+    on_message(other_ends)
+    assert calibrations.calibrated(None, method, None, tmp_path, {}) == (made if dies else "the other's")
     assert said[0].endswith("waiting for it")
     assert {file for file in tmp_path.iterdir() if file.name[0] != "."} == {path}
 
@@ -257,12 +257,14 @@ def test_results_that_no_longer_hold_are_taken_away(run, config, three_cases, tm
     assert left == {"a_mask.nii.gz", "a_map.nii.gz", "c_mask.nii.gz", "c_map.nii.gz"}
 
 
-def test_fingerprint(toy_network, config):
-    assert fingerprint(toy_network(0), config) == fingerprint(toy_network(0), config)
-    assert fingerprint(toy_network(0), config) != fingerprint(toy_network(1), config)
-    before = fingerprint(toy_network(0), config)
+def test_weights_hash(toy_network, config):
+    assert weights_hash(toy_network(0), config) == weights_hash(toy_network(0), config)
+    assert weights_hash(toy_network(0), config) != weights_hash(toy_network(1), config)
+    before = weights_hash(toy_network(0), config)
+    config.model.attention, config.model.convolution = "cudnn", "xla"  # how it is computed is no part of it
+    assert weights_hash(toy_network(0), config) == before
     config.model.num_heads = 2
-    assert fingerprint(toy_network(0), config) != before
+    assert weights_hash(toy_network(0), config) != before
 
 
 def test_a_calibration_that_came_with_the_weights_is_used(run, config, prepared, three_cases, tmp_path, capsys):

@@ -61,6 +61,8 @@ def test_all_precisions_become_float32(tmp_path, dtype, suffix):
     lambda state: {"ema": state},
     lambda state: {f"module.{name}": value for name, value in state.items()},
     lambda state: {"model": {f"module._orig_mod.{name}": value for name, value in state.items()}},
+    lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}},  # Lightning
+    lambda state: {f"net.module.{name}": value for name, value in state.items()},
     lambda state: {name: torch.nn.Parameter(value) for name, value in state.items()},
 ])
 @pytest.mark.parametrize("new", [True, False])
@@ -108,6 +110,32 @@ def test_a_truncated_file_is_one_line(tmp_path, kind):
         text = message(read_state_dict, path)
         # Cut within the name of a class, an old file asks for one that PyTorch does not know.
         assert "damaged or truncated" in text or (kind == "legacy" and length == 300 and "refused" in text)
+
+
+def test_a_file_is_what_it_holds_not_what_it_is_called(tmp_path):
+    for name in ("a.pt", "a.SAFETENSORS", "a.ckpt"):
+        safetensors.torch.save_file(tensors(STATE), tmp_path / name)
+        read = read_state_dict(tmp_path / name)
+        same({name: read[name] for name in STATE})
+    torch.save(tensors(STATE), tmp_path / "b.safetensors")
+    assert "was written by torch.save, although its name says safetensors" in message(
+        read_state_dict, tmp_path / "b.safetensors")
+
+
+def test_an_optimizer_given_as_weights_is_named(tmp_path):
+    torch.save({"state": {}, "param_groups": [{"params": [0]}]}, tmp_path / "opt000006.pt")
+    text = message(read_state_dict, tmp_path / "opt000006.pt")
+    assert "is the state of an optimizer; give it with --optimizer" in text
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
+    name = next(iter(STATE))
+    state = {**tensors(STATE), name: torch.full(STATE[name].shape, bad)}
+    torch.save(state, tmp_path / "a.pt")
+    text = message(read_state_dict, tmp_path / "a.pt")
+    assert f"1 of {len(STATE)} arrays hold NaN or infinite values, first {name} " in text
+    assert "had diverged" in text
 
 
 def test_what_is_no_state_dict_is_named(tmp_path):

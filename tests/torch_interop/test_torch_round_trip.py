@@ -67,8 +67,8 @@ class OurLayers(nnx.Module):
     def __init__(self):
         keys, dtype = ParameterKeys(jax.random.key(0)), "float32"
         self.dense = linear(C, 48, keys, dtype=dtype)
-        self.conv = conv(C, 24, 3, keys, dtype=dtype)
-        self.down = conv(C, C, 3, keys, dtype=dtype, stride=2)
+        self.conv = conv(C, 24, 3, CONFIG, keys)
+        self.down = conv(C, C, 3, CONFIG, keys, stride=2)
         self.group_norm = group_norm(C, keys, dtype=dtype)
         self.layer_norm = layer_norm(C, keys, dtype=dtype)
         self.attention = MultiHeadAttention(C, CONFIG, keys)

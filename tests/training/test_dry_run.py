@@ -22,7 +22,7 @@ def test_it_describes_the_training(tiny_config, tiny_store, tmp_path, monkeypatc
     assert f"{count:,} ({4 * count / 1e6:.1f} MB" in line(lines, "parameters")
     assert "4 x cpu on 1 host" in line(lines, "devices")
     assert "8 = 4 devices x 1 accumulated parts x 2 images" in line(lines, "batch")
-    assert f"parameters {4 * count / 2**20:.1f} MiB, averages {4 * count / 2**20:.1f} MiB" in line(lines, "memory")
+    assert f"parameters {4 * count / 2**20:.1f} MiB, EMA weights {4 * count / 2**20:.1f} MiB" in line(lines, "memory")
     assert "FLOP per step" in line(lines, "operations")
     assert "1 cases, 24 slices, 50.0% of them with a lesion" in line(lines, "train")
     assert "60 steps of 8 images are 20.0 epochs" in lines[-1]
@@ -41,7 +41,7 @@ def test_sharding_and_accumulation_show_in_the_memory(tiny_config, monkeypatch):
         return float(text.split(f"{name} ")[1].split(" MiB")[0])
 
     assert mebibytes(parts, "optimiser") < 0.9 * mebibytes(whole, "optimiser")  # the small ones lie everywhere
-    assert mebibytes(parts, "optimiser") == pytest.approx(2 * mebibytes(parts, "averages"), rel=0.1)
+    assert mebibytes(parts, "optimiser") == pytest.approx(2 * mebibytes(parts, "EMA weights"), rel=0.1)
     assert mebibytes(parts, "gradients") == pytest.approx(2 * mebibytes(parts, "parameters"), rel=0.1)
     assert (mebibytes(whole, "activations"), mebibytes(parts, "activations")) == (2, 1)
 

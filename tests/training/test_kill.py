@@ -1,104 +1,91 @@
 """Processes that are killed at any moment, or asked to stop: run again, they give the run that nobody disturbed."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 from signal import SIGKILL, SIGTERM, SIGUSR1
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from spawned import spawned
 
 from hae_jax.data.slices import CaseSlices
 from hae_jax.data.store import StoreWriter
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, LOG_EVERY, VALIDATE_EVERY, SAVE_EVERY = 70, 3, 4, 5
 # What is waited for: that it begins (to build and to restore), a line of the log, or the n-th save; then a random time
 # of at most so many seconds; then the signal.
 DISTURBANCES = [("begins", 3, SIGKILL), ("save 1", 0.03, SIGKILL), ("line", 0.4, SIGKILL), ("save 2", 0.03, SIGKILL),
                 ("line", 0.6, SIGKILL), ("save 1", 0.01, SIGKILL), ("line", 0.2, SIGTERM), ("save 2", 0.03, SIGKILL),
                 ("line", 0.2, SIGKILL), ("save 1", 0, SIGKILL), ("line", 0.2, SIGUSR1), ("line", 0.8, SIGKILL)]
-SCRIPT = f"""
-import sys
-from hae_jax.configs import default
-from hae_jax.training import log, loop
 
-write = log.RunLog.write
 
-def announced(*args, **kwargs):
-    write(*args, **kwargs)
-    print("line", flush=True)
+def train(said, store, workdir):
+    """In another process: says when it begins and when a line of the log is written."""
+    from hae_jax.configs import default
+    from hae_jax.training import log, loop
 
-log.RunLog.write = announced
-config = default.get_config()
-config.data.root = sys.argv[1]
-config.model.update(dict(variant="fpdm", image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,),
-                         attention_resolutions=(), dropout=0.0))
-config.training.update(dict(batch_size=2, steps={STEPS}, log_every={LOG_EVERY}, save_every={SAVE_EVERY}, sample_every=0,
-                            validate_every={VALIDATE_EVERY}, validation_slices=2, ema_rates=(0.9,), learning_rate=1e-3))
-sys.stdin.read()
-print("begins", flush=True)
-loop.train(config, sys.argv[2])
-"""
+    write = log.RunLog.write
+
+    def announced(*args, **kwargs):
+        write(*args, **kwargs)
+        said.send("line")
+
+    log.RunLog.write = announced
+    config = default.get_config()
+    config.data.root = str(store)
+    config.model.update({"variant": "fpdm", "image_size": 8, "model_channels": 32, "num_res_blocks": 1,
+                         "channel_mult": (1,), "attention_resolutions": (), "dropout": 0.0})
+    config.training.update({
+        "batch_size": 2, "steps": STEPS, "log_every": LOG_EVERY, "save_every": SAVE_EVERY, "sample_every": 0,
+        "validate_every": VALIDATE_EVERY, "validation_slices": 2, "localization_every": 0,
+        "ema_rates": (0.9,), "learning_rate": 1e-3})
+    said.send("begins")
+    loop.train(config, workdir)
 
 
 class Worker:
-    """A process that has imported everything (which takes longest) and trains when it is told to."""
+    """A process that trains."""
 
-    def __init__(self, store, workdir):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
-        self.workdir = workdir
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, store, workdir], env=environment, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self._error = []
-        self._reader = threading.Thread(target=lambda: self._error.append(self.process.stderr.read()), daemon=True)
-        self._reader.start()
-
-    def begin(self):
-        self.process.stdin.close()
-        self.wait_for("begins")
+    def __init__(self, process, heard, workdir, output):
+        self.process, self.workdir, self._heard, self._output = process, workdir, heard, output
 
     def wait_for(self, word):
         """Returns when the process has said this."""
-        if not any(line == f"{word}\n" for line in self.process.stdout):
-            raise AssertionError(f"ended before {word!r}: {self.end()}")
+        try:
+            while self._heard.recv() != word:
+                pass
+        except EOFError:
+            raise AssertionError(f"ended before {word!r}: {self.end()}") from None
 
     def wait_for_save(self, number):
         """Returns while the `number`-th save from now is under way."""
         seen = set()
         while len(seen) < number:
-            assert self.process.poll() is None, self.end()
+            assert self.process.is_alive(), self.end()
             seen.update(half_written(self.workdir))
             time.sleep(0.001)
 
     def end(self):
-        """Waits for the end and returns the exit status and what went to stderr."""
-        self.process.stdout.read()
-        self._reader.join()
-        return self.process.wait(), self._error[0]
+        """Waits for the end and returns the exit status and what was printed."""
+        self.process.join()
+        return self.process.exitcode, self._output.read_text(errors="replace")
 
 
-def workers(store, workdir, count):
-    """So many workers, one after the other; the next one gets ready while one trains."""
-    started = [Worker(store, workdir)]
-    try:
-        for i in range(count):
-            if i + 1 < count:
-                started.append(Worker(store, workdir))
-            started[i].begin()
-            yield started[i]
-    finally:
-        for worker in started:
-            worker.process.kill()
+@contextlib.contextmanager
+def worker(store, workdir):
+    """A process that has begun to train."""
+    heard, said = multiprocessing.Pipe(duplex=False)
+    output = workdir.with_suffix(".txt")
+    with spawned(train, said, store, workdir, devices=1, output=output) as process:
+        said.close()
+        found = Worker(process, heard, workdir, output)
+        found.wait_for("begins")
+        yield found
 
 
 def half_written(workdir):
@@ -154,30 +141,32 @@ def store(tmp_path_factory):
 
 def test_a_run_that_is_killed_ten_times_and_asked_to_stop_twice_is_the_run_that_nobody_disturbed(store, tmp_path):
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "run"
-    for worker in workers(store, undisturbed, 1):
-        status, error = worker.end()
-        assert status == 0, error
+    run_to_the_end(store, undisturbed)
     rng, in_saves, saved = random.Random(0), 0, 0
-    series = workers(store, workdir, len(DISTURBANCES) + 1)
-    for (event, at_most, number), worker in zip(DISTURBANCES, series, strict=False):
-        if event == "line":
-            worker.wait_for(event)
-        elif event.startswith("save"):
-            worker.wait_for_save(int(event[-1]))
-        time.sleep(rng.uniform(0, at_most))
-        worker.process.send_signal(number)
-        status, error = worker.end()
+    for event, at_most, number in DISTURBANCES:
+        with worker(store, workdir) as run:
+            if event == "line":
+                run.wait_for(event)
+            elif event.startswith("save"):
+                run.wait_for_save(int(event[-1]))
+            time.sleep(rng.uniform(0, at_most))
+            os.kill(run.process.pid, number)
+            status, printed = run.end()
         if number == SIGKILL:
-            assert status == -SIGKILL, error
+            assert status == -SIGKILL, printed
             in_saves += bool(half_written(workdir))
         else:
-            assert status == 75, error
+            assert status == 75, printed
             before, saved = saved, max(int(path.name) for path in (workdir / "checkpoints").iterdir())
             assert before < saved < STEPS
-            assert f"{workdir}: stopped by {number.name}, step {saved} is saved; the same command goes on" in error
+            assert f"{workdir}: stopped by {number.name}, step {saved} is saved; the same command goes on" in printed
     assert sum(number == SIGKILL for *_, number in DISTURBANCES) == 10
     assert in_saves >= 3
-    for worker in series:
-        status, error = worker.end()
-        assert status == 0, error
+    run_to_the_end(store, workdir)
     assert_same_run(workdir, undisturbed)
+
+
+def run_to_the_end(store, workdir):
+    with worker(store, workdir) as run:
+        status, printed = run.end()
+    assert status == 0, printed

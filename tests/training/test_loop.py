@@ -1,5 +1,6 @@
 """The whole loop on a tiny network: devices, accumulation, resuming, what it writes, how it stops."""
 
+import itertools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from hae_jax.errors import UserError
 from hae_jax.torch_interop.weights import torch_state
-from hae_jax.training import checkpoint
+from hae_jax.training import checkpoint, loop
 from hae_jax.training.loop import train
 from hae_jax.training.weights import export_weights
 
@@ -184,3 +185,18 @@ def test_a_run_does_not_go_on_with_another_config(tiny_config, finished):
     tiny_config.model.num_heads = 2
     with pytest.raises(UserError, match=r"num_heads was 4, is 2; training\.learning_rate was 0\.001, is 0\.0005"):
         train(tiny_config, finished)
+
+
+def test_what_was_trained_is_saved_before_a_worker_s_death(one_level_config, tmp_path, one_level, monkeypatch):
+    batches = loop.train_batches
+
+    def dying(*arguments, **options):
+        yield from itertools.islice(batches(*arguments, **options), 2)
+        raise UserError("one of 2 data workers was killed")
+
+    monkeypatch.setattr(loop, "train_batches", dying)
+    with pytest.raises(UserError, match="was killed; step 2 is saved: the same command goes on from there"):
+        train(one_level_config, tmp_path)
+    monkeypatch.undo()
+    train(one_level_config, tmp_path)
+    np.testing.assert_array_equal(losses(tmp_path), losses(one_level))

@@ -71,7 +71,8 @@ def test_the_table_says_what_lies_where():
     lines = [" ".join(line.split()) for line in table.splitlines()]
     assert lines[0] == "mesh: data 2 x model 2"
     assert {"kernel 512 x 1024 float32 -, model 1,048,576", "bias 64 float32 replicated 256",
-            "parameters 2,097,408 1,048,832", "averages 2,097,152 1,048,576", "state 6,291,716 3,145,988"} <= set(lines)
+            "parameters 2,097,408 1,048,832", "EMA weights 2,097,152 1,048,576",
+            "state 6,291,716 3,145,988"} <= set(lines)
 
 
 @pytest.mark.parametrize("mesh", [(4, 1), (1, 4), (2, 2)])

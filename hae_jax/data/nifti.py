@@ -1,0 +1,233 @@
+"""NIfTI files: the only reader and the only writer.
+
+A volume is read as float32 in LPS with its grid on disk, and written back on that grid. What a header says about its
+numbers (data type, units, voxel size) is followed or refused, never passed over.
+"""
+
+import contextlib
+import gzip
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from hae_jax.data.orientation import Grid
+from hae_jax.data.presence import absence, pointer
+from hae_jax.errors import UserError
+from hae_jax.files import written_whole
+
+EXTENSIONS = (".nii.gz", ".nii", ".NII.GZ", ".NII")  # the first is that of a file to be named
+SPACING = (0.02, 30.0)  # mm between voxels; anything else is no image of a head
+SIZES_AGREE = 0.01  # relative difference of two voxel sizes that says nothing
+
+_UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, KeyError, AttributeError, zlib.error,
+               ImageFileError, HeaderDataError)
+_UNITS = {0: ("unknown", 1.0), 1: ("metres", 1000.0), 2: ("millimetres", 1.0), 3: ("micrometres", 0.001)}  # -> mm
+_CODES = range(6)  # of the space that sform and qform lead to
+_GZIP = b"\x1f\x8b"
+_HEADER_SIZES = {348, 540}  # the first number of a NIfTI-1 or NIfTI-2 file
+_CHUNK = 2**22  # bytes
+
+
+def stem(path: Path) -> str:
+    """A NIfTI file's name without extension."""
+    return next((path.name.removesuffix(extension) for extension in EXTENSIONS if path.name.endswith(extension)),
+                path.name)
+
+
+def is_4d(path: Path) -> bool:
+    """Whether a file holds several volumes; False where it cannot be read, which is reported when the case is."""
+    try:
+        image: Any = nib.load(path)
+        shape = image.shape
+    except (*_UNREADABLE, MemoryError):
+        return False
+    return len(shape) > 3 and shape[3] > 1
+
+
+def read_volume(
+    path: Path, volume: int | None = None, volumes: int = 1, wanted: Sequence[str] = ()
+) -> tuple[np.ndarray, Grid]:
+    """Reads one volume.
+
+    Args:
+      path: the file.
+      volume: position along the fourth axis; None: the file is 3-D.
+      volumes: that the file must have.
+      wanted: the modalities of the case; for errors.
+
+    Returns:
+      [X, Y, Z] float32 in LPS, and its grid on disk with the affine in mm.
+
+    Raises:
+      UserError: the file is not there, is damaged, has other dimensions, numbers that are no intensities (complex, RGB,
+        NaN), or no voxel size.
+    """
+    _check_file(path)
+    with _reading(path):
+        image: Any = nib.load(path)
+    _check_kind(path, image)
+    _check_shape(path, image.shape, () if volume is None else (volumes,), wanted)
+    affine = _affine_mm(path, image)
+    with _reading(path), np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which is said below
+        if extra := image.shape[3:]:  # reads the one volume only
+            image = image.slicer[(..., *(0 if n == 1 else volume for n in extra))]
+        values = image.get_fdata(dtype=np.float32, caching="unchanged")
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: holds NaN or infinite voxels; repair or remove the case")
+    grid = Grid(values.shape, affine, image.header)
+    return grid.reorient(values), grid
+
+
+def header_warnings(grid: Grid) -> list[str]:
+    """What is unusual about a header's numbers, in words."""
+    found = []
+    if grid.header["qform_code"] == 0 and grid.header["sform_code"] == 0:
+        found.append(f"the header tells no orientation (qform and sform codes are 0); taken as {grid.axes}")
+    spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)
+    if not _plausible(spacing):
+        found.append(f"its voxels are {_mm(spacing)}, which is no image of a head; millilitres and millimetres of the "
+                     "results are wrong if that is; correct the voxel size in the header")
+    zooms = np.array(grid.header.get_zooms()[:3], float) * _UNITS[int(grid.header["xyzt_units"]) & 7][1]
+    if grid.header["sform_code"] != 0 and not np.allclose(spacing, zooms, rtol=SIZES_AGREE, atol=0):
+        found.append(f"the header gives two voxel sizes, {_mm(spacing)} (sform) and {_mm(zooms)} (pixdim); the sform "
+                     "is used, other programs may use the other")
+    return found
+
+
+def write_volume(
+    path: str | os.PathLike,
+    values: np.ndarray,  # [X, Y, Z] in LPS, of the type to be stored
+    grid: Grid,
+    description: str,
+) -> None:
+    """Writes a NIfTI file on another image's grid, whole or not at all.
+
+    Shape, zooms, qform and sform with their codes, and units are those of the image, to the last bit; what its header
+    says about intensities is replaced.
+
+    Args:
+      path: ending in .nii or .nii.gz.
+      values: the volume.
+      grid: of the image.
+      description: what it is, at most 79 characters.
+    """
+    values, header = np.ascontiguousarray(grid.restore(values)), grid.header.copy()
+    header.set_data_shape(values.shape)  # the image may be 4-D, or 3-D in 4 dimensions
+    header.set_data_dtype(values.dtype)
+    header.set_slope_inter(1, 0)
+    header.set_intent("none")
+    header["cal_min"], header["cal_max"] = 0, values.max()
+    header["descrip"] = description
+    header.extensions.clear()  # whatever another program noted there was about the input's intensities
+    image_type = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    # Without an affine of its own the image keeps the header's; given one, nibabel would rewrite the codes.
+    image = image_type(values, None, header)
+    with written_whole(path) as temporary:
+        nib.save(image, temporary)
+
+
+def _check_file(path: Path) -> None:
+    """What can be said without nibabel: whether the file is there and whole, and compressed as its name says.
+
+    Compressed files are read to their end, where their checksum is: nibabel stops before, and would take damage for
+    data.
+    """
+    if reason := absence(path):
+        raise UserError(f"{path}: {reason}")
+    with _reading(path), path.open("rb") as stream:
+        beginning = stream.read(128)
+    if reason := pointer(beginning):
+        raise UserError(f"{path}: {reason}")
+    named_gz, is_gz = path.suffix.lower() == ".gz", beginning.startswith(_GZIP)
+    if is_gz and not named_gz:
+        raise UserError(f"{path}: is compressed, although its name says that it is not; rename it to {path.name}.gz")
+    if named_gz and not is_gz:
+        if {int.from_bytes(beginning[:4], order) for order in ("little", "big")} & _HEADER_SIZES:
+            raise UserError(f"{path}: is not compressed, although its name says so; rename it to {path.stem}")
+        raise UserError(f"{path}: cannot be read (it is neither compressed nor NIfTI); copy or download it again")
+    if is_gz:
+        with _reading(path), gzip.open(path) as stream:
+            while stream.read(_CHUNK):
+                pass
+
+
+def _check_kind(path: Path, image: object) -> None:
+    if not isinstance(image, nib.Nifti1Image):  # CIFTI, Analyze, ...
+        raise UserError(f"{path}: is {type(image).__name__.removesuffix('Image')}, not a NIfTI volume; convert it")
+    dtype = np.dtype(image.get_data_dtype())
+    if dtype.kind == "c":
+        raise UserError(f"{path}: holds complex numbers ({dtype}); export the magnitude image")
+    if dtype.names:
+        raise UserError(f"{path}: is a colour image ({len(dtype.names)} channels a voxel); export the intensities, "
+                        "one number a voxel")
+    if dtype.kind not in "iuf":
+        raise UserError(f"{path}: its data type {dtype} is no number; export it as float32 or int16")
+
+
+def _check_shape(path: Path, shape: tuple[int, ...], expected: tuple[int, ...], wanted: Sequence[str]) -> None:
+    if any(size < 1 for size in shape):
+        raise UserError(f"{path}: has shape {shape}, so no voxels; its header is damaged or the image empty; copy or "
+                        "export it again")
+    if len(shape) < 3 or tuple(n for n in shape[3:] if n != 1) != expected:
+        what = f"{expected[0]} volumes along a fourth axis, or a file for each modality (<case>_{wanted[0]}.nii.gz, " \
+               "...)" if expected else "one 3-D volume"
+        raise UserError(f"{path}: has shape {shape}; expected {what} (wanted: {', '.join(wanted) or 'a mask'})")
+
+
+def _affine_mm(path: Path, image: nib.Nifti1Image) -> np.ndarray:  # [4, 4]
+    """Voxel -> mm, whatever the unit of length in the header."""
+    header = image.header
+    unit, millimetres = _UNITS.get(int(header["xyzt_units"]) & 7, (None, 0))
+    if unit is None:
+        raise UserError(f"{path}: its unit of length is not known (xyzt_units is {int(header['xyzt_units'])}); correct "
+                        "the header")
+    with _reading(path), image.file_map["image"].get_prepare_fileobj("rb") as stream:
+        stored = type(header).from_fileobj(stream, check=False)  # before nibabel's repairs, which guess
+    for code in ("sform_code", "qform_code"):
+        if int(stored[code]) not in _CODES:
+            raise UserError(f"{path}: its header is damaged ({code} is {int(stored[code])}); copy or export it again")
+    if header["sform_code"] == 0:  # else the voxel size is the sform's
+        sizes = stored["pixdim"][1:4]  # nibabel makes 1 of 0
+        if not np.isfinite(sizes).all() or not sizes.all():
+            raise UserError(f"{path}: its header gives no voxel size (pixdim is {', '.join(map(str, sizes))}); correct "
+                            "the header")
+    affine = image.affine if millimetres == 1 else np.diag([millimetres] * 3 + [1]) @ image.affine
+    with np.errstate(all="ignore"):
+        usable = np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3
+    if not usable:
+        raise UserError(f"{path}: its affine cannot be inverted; repair the header's sform and qform")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if millimetres != 1 and not _plausible(spacing):
+        raise UserError(f"{path}: its voxels are {_mm(spacing)}, since its header counts in {unit}; correct xyzt_units "
+                        "or the voxel size")
+    return affine
+
+
+def _plausible(spacing: np.ndarray) -> bool:
+    return bool((spacing >= SPACING[0]).all() and (spacing <= SPACING[1]).all())
+
+
+def _mm(spacing: np.ndarray) -> str:
+    return " x ".join(f"{size:.3g}" for size in spacing) + " mm"
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(f"{path}: does not fit in memory; if its header tells a wrong size, copy or download it "
+                        "again") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: no permission to read it; change its permissions") from error
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        again = "export" if isinstance(error, HeaderDataError) else "copy or download"
+        raise UserError(f"{path}: cannot be read ({reason}); {again} it again") from error

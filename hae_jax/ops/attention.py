@@ -1,0 +1,74 @@
+"""Softmax attention that keeps no T x T array for its backward pass and also returns its log-sum-exp.
+
+The log-sum-exp is what a softmax needs to be joined with another one afterwards.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hae_jax.ops.cpu import rows as cpu
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention(
+    q: jax.Array,  # [B, h, T, d]
+    k: jax.Array,  # [B, h, S, d]
+    v: jax.Array,  # [B, h, S, d]
+    by_rows: bool,
+) -> tuple[jax.Array, jax.Array]:  # [B, h, T, d] and [B, h, T], float32
+    """softmax(q.k / sqrt(d)) v, and log sum_s exp(q.k_s / sqrt(d)); scores, sums and outputs are float32.
+
+    Args:
+      by_rows: some queries at a time, for CPUs.
+    """
+    return _forward(q, k, v, by_rows)[0]
+
+
+def _forward(q, k, v, by_rows):
+    out, lse = cpu.forward(_forward_block, q, k, v) if by_rows else _forward_block(q, k, v)
+    return (out, lse), (q, k, v, out, lse)
+
+
+def _backward(by_rows, residuals, cotangents):
+    """FlashAttention's backward pass (Dao et al. 2022, arXiv:2205.14135, algorithm 4): weights recomputed from the
+    log-sum-exp."""
+    q, k, v, out, lse = residuals
+    dout, dlse = cotangents
+    arguments = q, dout.astype(v.dtype), lse, (dout * out).sum(-1) - dlse, k, v
+    dq, dk, dv = cpu.backward(_backward_block, *arguments) if by_rows else _backward_block(*arguments)
+    return dq.astype(q.dtype), dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype)
+
+
+attention.defvjp(_forward, _backward)
+
+
+def _forward_block(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scores = _scores(q, k)
+    peak = scores.max(-1)
+    p = jnp.exp(scores - peak[..., None])
+    total = p.sum(-1)
+    out = _product("bhts,bhsd->bhtd", p.astype(v.dtype), v) / total[..., None]
+    return out, peak + jnp.log(total)
+
+
+def _backward_block(q, dout, lse, shift, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What some of the queries add to dq [B, h, T, d], dk and dv, float32, through ds = p (dp - shift).
+
+    dk and dv are [B, h, d, S]: with S first these two products are three times slower in XLA's CPU backend.
+    """
+    p = jnp.exp(_scores(q, k) - lse[..., None])
+    ds = p * (_product("bhtd,bhsd->bhts", dout, v) - shift[..., None]) * q.shape[-1] ** -0.5
+    ds = ds.astype(q.dtype)
+    dk = _product("bhtd,bhts->bhds", q, ds)
+    dv = _product("bhtd,bhts->bhds", dout, p.astype(v.dtype))
+    return _product("bhts,bhsd->bhtd", ds, k), dk, dv
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:  # [B, h, T, S] float32
+    return _product("bhtd,bhsd->bhts", q, k) * q.shape[-1] ** -0.5
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+

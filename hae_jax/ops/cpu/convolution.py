@@ -1,0 +1,125 @@
+"""Convolutions on CPUs, in the form that is fastest for the shape.
+
+XLA's convolution comes near to the speed of a matrix product, but not everywhere: its gradient for the kernel is slow
+for large images, 1x1 kernels and few channels. What is done instead, and where (measured; `tools/benchmark.py --part
+blocks` measures it again):
+
+- 1x1 kernels: one matrix product;
+- 3x3 kernels of stride 1: Winograd's form, in tiles of 4x4 outputs from 32 px and 64 channels on both sides on, in
+  tiles of 2x2 outputs from 16 px and 128 channels on, but not for the gradient for the kernel;
+- at most 16 channels on one side: the gradient for the kernel as one product with the patches of that side,
+  and the gradient for the input likewise where the output has so few;
+- all else: XLA's convolution.
+
+Each gives the same to float32 rounding. bfloat16 is computed in float32 and rounded at the end.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hae_jax.ops import direct
+from hae_jax.ops.cpu import winograd
+
+_MANY_CHANNELS = 128  # from here on, products of the points of Winograd's small tiles are large enough to be fast
+_SEVERAL_CHANNELS = 64  # the same for its large tiles
+_FEW_CHANNELS = 16  # up to here, the 9-fold patches of an image are cheaper than what XLA does
+_SMALLEST = 16  # outputs along the shorter side; with fewer, transforming the kernel costs more than it saves
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv2d(
+    x: jax.Array,  # [B, H, W, C]
+    kernel: jax.Array,  # [kh, kw, C, D], dtype of x
+    stride: int,
+    padding: int,
+) -> jax.Array:  # [B, H', W', D]
+    """`direct.convolve`, with gradients of its own. Reverse-mode derivatives only."""
+    dtype, (x, kernel) = x.dtype, _float32(x, kernel)
+    if _is_pointwise(kernel, stride, padding):
+        y = jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
+    elif _winograd_wins(x, kernel, stride, padding):
+        y = winograd.convolve(x, kernel, padding)
+    else:
+        y = direct.convolve(x, kernel, stride, padding)
+    return y.astype(dtype)
+
+
+def _forward(x, kernel, stride, padding):
+    return conv2d(x, kernel, stride, padding), (x, kernel)
+
+
+def _backward(stride, padding, inputs, g):
+    x, kernel = inputs
+    dtype, arrays = x.dtype, _float32(x, kernel, g)
+    gradients = _input_gradient(*arrays, stride, padding), _kernel_gradient(*arrays, stride, padding)
+    return tuple(gradient.astype(dtype) for gradient in gradients)
+
+
+conv2d.defvjp(_forward, _backward)
+
+
+def _input_gradient(x, kernel, g, stride, padding):
+    if _is_pointwise(kernel, stride, padding):
+        return jnp.einsum("bhwd,cd->bhwc", g, kernel[0, 0])
+    if _winograd_wins(x, kernel, stride, padding):
+        return winograd.input_gradient(kernel, g, padding)
+    if kernel.shape[3] <= _FEW_CHANNELS and _is_unit_square(kernel, stride, padding):
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        patches = jnp.concatenate(_shifted(g, kernel.shape, 1, kernel.shape[0] - 1 - padding), -1)
+        return patches @ turned.reshape(-1, kernel.shape[2])
+    transpose = jax.linear_transpose(lambda x: direct.convolve(x, kernel, stride, padding), x)
+    return transpose(g)[0]
+
+
+def _kernel_gradient(x, kernel, g, stride, padding):
+    shape = kernel.shape
+    height, width, inputs, outputs = shape
+    if _winograd_wins(x, kernel, stride, padding) and winograd.has_large_tiles(*x.shape[1:3], padding):
+        return winograd.kernel_gradient(x, g, padding)
+    if inputs <= _FEW_CHANNELS:
+        patches = jnp.concatenate(_shifted(x, shape, stride, padding), -1)
+        return jnp.einsum("bhwp,bhwd->pd", patches, g).reshape(shape)
+    if outputs <= _FEW_CHANNELS and _is_unit_square(kernel, stride, padding):
+        patches = jnp.concatenate(_shifted(g, shape, 1, height - 1 - padding), -1)
+        turned = jnp.einsum("bhwc,bhwp->cp", x, patches).reshape(inputs, height, width, outputs)
+        return turned.transpose(1, 2, 0, 3)[::-1, ::-1]
+    if _is_pointwise(kernel, stride, padding):
+        return jnp.einsum("bhwc,bhwd->cd", x, g).reshape(shape)
+    return jax.linear_transpose(lambda k: direct.convolve(x, k, stride, padding), kernel)(g)[0]
+
+
+def _float32(*arrays):
+    return [array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array for array in arrays]
+
+
+def _is_pointwise(kernel, stride, padding):
+    return kernel.shape[:2] == (1, 1) and stride == 1 and padding == 0
+
+
+def _is_unit_square(kernel, stride, padding):
+    """Whether the gradient for the input is itself a convolution of stride 1 with symmetric padding."""
+    return stride == 1 and kernel.shape[0] == kernel.shape[1] > padding
+
+
+def _winograd_wins(x, kernel, stride, padding):
+    if kernel.shape[:2] != (3, 3) or stride != 1 or padding > 2 or x.dtype != jnp.float32:
+        return False
+    channels, height, width = min(kernel.shape[2:]), *x.shape[1:3]
+    if winograd.has_large_tiles(height, width, padding):
+        return channels >= _SEVERAL_CHANNELS
+    return channels >= _MANY_CHANNELS and min(height, width) + 2 * padding - 2 >= _SMALLEST
+
+
+def _shifted(
+    x: jax.Array,  # [B, H, W, C]
+    kernel_shape: tuple[int, ...],  # (kh, kw, ...)
+    stride: int,
+    padding: int,
+) -> list[jax.Array]:  # kh kw arrays [B, H', W', C]
+    """What each point of the kernel sees at each output."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    height, width = ((n - k) // stride * stride + 1 for n, k in zip(x.shape[1:3], kernel_shape, strict=False))
+    return [x[:, i:i + height:stride, j:j + width:stride]
+            for i in range(kernel_shape[0]) for j in range(kernel_shape[1])]

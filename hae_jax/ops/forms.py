@@ -1,0 +1,71 @@
+"""Which form of an operation a program gets. The only place where a platform decides on code.
+
+A network's config names the forms (`model.attention`, `model.convolution`), and the layers ask here while a program is
+traced, so a program contains one form of each operation. All forms give the same numbers but for rounding.
+"""
+
+from typing import Any
+
+import jax
+
+ATTENTION = ("auto", "xla", "cudnn", "rows", "materialised")
+CONVOLUTION = ("auto", "xla", "winograd")
+_HALF = ("bfloat16", "float16")
+_ON_CPUS = {"attention": "rows", "convolution": "winograd"}
+
+
+def automatic(operation: str, platform: str) -> str:
+    """What "auto" stands for, in any dtype: the forms for CPUs on CPUs, and XLA's elsewhere.
+
+    It is never "cudnn": nobody has timed that form on a GPU yet.
+
+    Args:
+      operation: "attention" or "convolution".
+      platform: "cpu", "gpu" or "tpu".
+    """
+    return _ON_CPUS[operation] if platform == "cpu" else "xla"
+
+
+def attention_form(choice: str, dtype: Any, platform: str | None = None) -> str:
+    """The form of attention that a choice stands for.
+
+    - "auto": see `automatic`.
+    - "xla": all heads and queries at once, and the scores computed again for the gradient.
+    - "rows": head after head and some queries at a time, so that scores stay in a CPU's caches.
+    - "cudnn": cuDNN's FlashAttention on GPUs in 16 bits, for head sizes that it takes; elsewhere as "auto".
+    - "materialised": the class context as E more tokens, the sparse pattern as a mask on dense attention. This is the
+      benchmark's baseline.
+
+    Args:
+      choice: one of `ATTENTION`.
+      dtype: of computation.
+      platform: "cpu", "gpu" or "tpu"; None: JAX's default backend.
+    """
+    platform = platform or jax.default_backend()
+    if choice == "auto" or (choice == "cudnn" and not (platform == "gpu" and jax.numpy.dtype(dtype).name in _HALF)):
+        return automatic("attention", platform)
+    return choice
+
+
+def convolution_form(choice: str, platform: str | None = None) -> str:
+    """The form of convolutions that a choice stands for.
+
+    - "auto": see `automatic`.
+    - "xla": XLA's convolution and its gradients.
+    - "winograd": Winograd's form, or a matrix product, for the shapes where it is faster on a CPU (`ops.cpu`).
+
+    Args:
+      choice: one of `CONVOLUTION`.
+      platform: "cpu", "gpu" or "tpu"; None: JAX's default backend.
+    """
+    return automatic("convolution", platform or jax.default_backend()) if choice == "auto" else choice
+
+
+def compiler_options() -> dict[str, Any]:
+    """XLA's options for the large programs (training step, translation).
+
+    On CPUs, the order of operations that needs the least memory: measured, a tenth less, and a little faster. There are
+    none elsewhere, since nothing was measured there.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}

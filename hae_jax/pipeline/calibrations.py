@@ -1,0 +1,213 @@
+"""Which calibration a run uses: the user's, that which came with the weights, a kept one, or one made now.
+
+Calibrations are kept under their key (`cache_key.calibration_key`), so that none is used for another network or other
+settings.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from hae_jax.data.store import Store
+from hae_jax.errors import UserError
+from hae_jax.files import one_at_a_time, written_whole
+from hae_jax.localization.calibration import PRESETS, Calibration, preset
+from hae_jax.localization.methods import Method
+from hae_jax.localization.validation import Translator, validation_results
+from hae_jax.pipeline.cache_key import calibration_key, digest
+
+_LOG = logging.getLogger(__name__)
+
+
+def available(
+    config: ml_collections.ConfigDict, store: Store | None, method: Method, identity: Mapping[str, Any], folder: Path,
+    shipped: str | Path | None = None,
+) -> Any | None:
+    """The calibration of a method, as far as nothing has to be computed.
+
+    In this order: that of `translation.calibration`; that which came with the weights; without a prepared dataset, the
+    newest one in `folder` that was made with this network and these settings.
+
+    Args:
+      config: the config tree.
+      store: the prepared dataset, where there is one.
+      method: the method.
+      identity: the network's.
+      folder: where calibrations are kept.
+      shipped: the file of the calibration that came with the weights; it need not exist.
+
+    Returns:
+      None: `calibrated` makes it on the validation slices, or finds it in `folder`.
+
+    Raises:
+      UserError: if the user's calibration does not fit, or there is neither a calibration nor validation data.
+    """
+    key = calibration_key(config, store, method, identity)
+    found = _users(config, method, identity) or _shipped(shipped, method, key)
+    if found is not None:
+        return found
+    if store is None:
+        path = newest_for_other_data(method, folder, key)
+        _LOG.info("calibration: %s is used again", path)
+        return method.load_calibration(path)
+    if not kept_file(method, folder, key).exists() and len(store.split("val")) == 0:
+        raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
+                        "prepare the data with a larger --val-fraction")
+    return None
+
+
+def calibrated(
+    translator: Translator, method: Method, store: Store, folder: Path, key: Mapping[str, Any], scaling: str = "slice"
+) -> Any:
+    """The calibration of a method with this key: the kept one, else one made on the validation slices and kept.
+
+    Of several processes that want the same one, the first makes it and the others wait.
+
+    Args:
+      translator: the method at work, a `SliceTranslator` or an `IntensityReader`.
+      method: the method.
+      store: the prepared dataset, of which the validation slices are used, with what of their labels and masks the
+        method asks for.
+      folder: where calibrations are kept, made if absent.
+      key: of `cache_key.calibration_key`.
+      scaling: of the slices, the network's (`to_model_range`).
+
+    Raises:
+      UserError: if there are not both kinds of slices, or the file is damaged.
+    """
+    path = kept_file(method, folder, key)
+    if path.exists():
+        _LOG.info("calibration: %s is used again", path)
+        return _said(method.load_calibration(path))
+    with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: _LOG.info(
+            "calibration: another process is making %s; waiting for it", path)):
+        if not path.exists():
+            made = method.calibrate(validation_results(translator, store, scaling), key)
+            made.save(path)
+            return _said(made)
+    return _said(method.load_calibration(path))
+
+
+def kept_file(method: Method, folder: Path, key: Mapping[str, Any]) -> Path:
+    """Where the calibration with this key is kept."""
+    return folder / f"{method.name}_{digest(key)[:12]}.json"
+
+
+def newest_for_other_data(method: Method, folder: Path, key: Mapping[str, Any]) -> Path:
+    """The newest calibration in `folder` whose key differs from the wanted one in its data alone.
+
+    Raises:
+      UserError: if there is none.
+    """
+    for path in sorted(folder.glob(f"{method.name}_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if fits(method.load_calibration(path), key):
+            return path
+    fitting = _fitting_presets(method, key)
+    raise UserError(
+        f"calibration: neither data.root ({key['data']['root']}) holds a prepared dataset, whose validation "
+        f"slices would be needed, nor {folder} a calibration of this network with these settings; prepare data, or "
+        f"name a calibration.json{f' or a preset ({fitting})' if fitting else ''} with --calibration")
+
+
+def fits(calibration: Any, key: Mapping[str, Any]) -> bool:
+    """Whether a calibration was made with this network and these settings, on whatever data."""
+    found, wanted = ({name: value for name, value in own.items() if name != "data"}
+                     for own in (json.loads(json.dumps(calibration.made_with)), key))
+    return found == wanted
+
+
+def writable(folder: str | Path | None, otherwise: Path) -> Path:
+    """`folder`, made if absent; `otherwise` where it is None or can only be read.
+
+    The calibrations in a folder that can only be read are copied to `otherwise`.
+    """
+    if folder is None:
+        return otherwise
+    with contextlib.suppress(OSError):
+        Path(folder).mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    with contextlib.suppress(OSError):
+        for path in Path(folder).glob("*_????????????.json"):
+            if not (otherwise / path.name).exists():
+                with written_whole(otherwise / path.name) as temporary:
+                    shutil.copy2(path, temporary)  # with its time, by which the newest is found
+    return otherwise
+
+
+def _said(made: Any) -> Any:
+    if hasattr(made, "described"):
+        _LOG.info("calibration: %s, %s", made.method, made.described())
+    return made
+
+
+def _fitting_presets(method: Method, key: Mapping[str, Any]) -> str:
+    """The published calibrations that a run with these settings could take: they are the forward process's own."""
+    if method.name != "hae":
+        return ""
+    modality = tuple(key["settings"]["modality"])
+    return ", ".join(name for name, preset in PRESETS.items() if preset.modality == modality)
+
+
+def _shipped(path: str | Path | None, method: Method, key: Mapping[str, Any]) -> Any | None:
+    """The calibration that came with the weights, if it was made with this network, method and settings."""
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        found = method.load_calibration(path)
+    except UserError:  # of another method or rule
+        return None
+    if not fits(found, key):
+        return None
+    _LOG.info("calibration: %s came with the weights", path)
+    return found
+
+
+def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[str, Any]) -> Any | None:
+    """The calibration that the user names; says how it differs from the run."""
+    name = config.translation.calibration
+    if name is None:
+        return None
+    published = method.name == "hae" and method.rule == "quantile"
+    of_published = name in PRESETS or _is_published(Path(name))
+    if of_published != published and (name in PRESETS or Path(name).is_file()):
+        of_this = "--method hae and its own rule" if of_published else "another method or rule"
+        raise UserError(f"--calibration {name}: is for {of_this}, and this run has the method {method.name} with the "
+                        f"rule {method.rule}; leave it out, or take one that this method has made")
+    found = preset(name) if name in PRESETS else _from_file(name, method)
+    if published and found.modality != tuple(config.translation.modality):
+        raise UserError(f"--calibration {name}: made for the modalities {found.modality}, but translation.modality is "
+                        f"{tuple(config.translation.modality)}")
+    for field, value in found.made_with.get("settings", found.made_with).items():
+        if field in config.translation and json.dumps(value) != json.dumps(config.translation[field]):
+            _LOG.info("calibration: %s was made with %s %s, this run has %s; its threshold may not fit", name, field,
+                      value, config.translation[field])
+    if found.made_with.get("checkpoint", {}).get("sha256") not in (None, identity.get("sha256")):
+        _LOG.info("calibration: %s belongs to another network; its threshold may not fit", name)
+    return found
+
+
+def _from_file(name: str, method: Method) -> Calibration:
+    try:
+        return method.load_calibration(name)
+    except UserError as error:
+        # What follows the last semicolon is advice for files of our own, such as to delete them.
+        what = str(error).rpartition("; ")[0]
+        presets = f" (a file, or {', '.join(PRESETS)})" if method.name == "hae" else ""
+        raise UserError(f"--calibration {what}; give another{presets}, or leave --calibration out") from error
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a calibration's file is the forward process's own; what cannot be read is for `load` to complain of."""
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return True
+    return not isinstance(fields, dict) or "method" not in fields

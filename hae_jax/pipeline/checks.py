@@ -1,0 +1,155 @@
+"""What a run works on, found and checked before anything is computed: settings, dataset, cases, output folder."""
+
+import logging
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from hae_jax.data.cases import CaseFiles, find_cases
+from hae_jax.data.store import MANIFEST, Store, open_store
+from hae_jax.errors import UserError
+from hae_jax.localization.methods import Method
+from hae_jax.phantom import cohort as phantom
+
+_LOG = logging.getLogger(__name__)
+
+
+class Inputs(NamedTuple):
+    """The data of a run.
+
+    Attributes:
+      store: the prepared dataset, where there is one.
+      cases: of all shards.
+      missing: cases of the test split that are not where they were prepared from, with the reason.
+    """
+
+    store: Store | None
+    cases: list[CaseFiles]
+    missing: dict[str, str]
+
+    @property
+    def validates_lesions(self) -> bool:
+        """Whether there are validation slices with a lesion."""
+        return self.store is not None and bool(self.store.split("val").rows["labels"].any())
+
+
+def find_inputs(config: ml_collections.ConfigDict, source: str | Path | None) -> Inputs:
+    """Opens the prepared dataset and finds the cases.
+
+    Args:
+      config: the config tree.
+      source: folder of cases; None: the test split of `data.root`, from the folder that it was prepared from.
+
+    Raises:
+      UserError: if there are no cases, or the dataset does not fit the network.
+    """
+    store = _store(config, needed=source is None)
+    if source is None:
+        return Inputs(store, *_test_cases(store, config))
+    return Inputs(store, find_cases(source, config.data.modalities), {})
+
+
+def check_settings(config: ml_collections.ConfigDict, method: Method, model: Any) -> None:
+    """Refuses settings that cannot be, and a network that does not fit the method.
+
+    Raises:
+      UserError: naming the setting.
+    """
+    wanted = config.translation
+    if wanted.components < 0:
+        raise UserError(f"translation.components is {wanted.components}: it must not be negative; 0 removes nothing")
+    if wanted.batch_size < 1:
+        raise UserError(f"translation.batch_size is {wanted.batch_size}: it must be at least 1")
+    if wanted.filter_dimensions not in (2, 3):
+        raise UserError(f"translation.filter_dimensions is {wanted.filter_dimensions}: choose 2, each slice "
+                        "alone, or 3")
+    if config.evaluation.overlay_slices < 0:
+        raise UserError(f"evaluation.overlay_slices is {config.evaluation.overlay_slices}: it must not be negative; 0 "
+                        "draws nothing")
+    if wanted.max_memory_gb is not None and not 0 < wanted.max_memory_gb < math.inf:
+        raise UserError(f"--max-memory {wanted.max_memory_gb:g}: give the gigabytes that a device may use, more than 0")
+    if len(config.data.modalities) != config.model.in_channels:
+        raise UserError(f"data.modalities names {len(config.data.modalities)} channels "
+                        f"({', '.join(config.data.modalities)}), the network has {config.model.in_channels}")
+    if method.network and model is None:
+        raise UserError("needs a network; name one with --checkpoint")
+    if method.name == "classifier" and not hasattr(model, "classifier"):
+        raise UserError("translation.method is 'classifier': it needs a classifier; name its run with --classifier")
+    if wanted.save_healthy and not method.network:
+        _LOG.info("save_healthy: the method %s makes no pseudo-healthy reconstructions, so none are written",
+                  method.name)
+
+
+def check_shard(shard: int, num_shards: int) -> None:
+    """Refuses a shard that is not one of them.
+
+    Raises:
+      UserError: if it is not.
+    """
+    if not 0 <= shard < num_shards:
+        raise UserError(f"--shard {shard} of --num-shards {num_shards}: shards are counted from 0 to "
+                        f"{max(num_shards - 1, 0)}")
+
+
+def make_output(output: str | Path, source: str | Path | None) -> Path:
+    """Makes the folder for the results, if absent.
+
+    Raises:
+      UserError: if it is the folder of the cases, or cannot be written to.
+    """
+    output = Path(output)
+    if source is not None and output.resolve() == Path(source).resolve():
+        raise UserError(f"{output}: is the folder of the cases themselves; give another one with --output")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give a folder for the results with --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made or written to ({error.strerror}: {error.filename}); give another "
+                        "folder with --output") from error
+    return output
+
+
+def of_phantom(case: CaseFiles) -> bool:
+    """Whether a case is a phantom's, as the manifest of its phantom says."""
+    folder = case.folder.resolve()
+    # Unlike Path.is_file, isfile is also False where a folder is closed to us.
+    return any(os.path.isfile(parent / phantom.MANIFEST) for parent in (folder, *list(folder.parents)[:2]))
+
+
+def _store(config: ml_collections.ConfigDict, needed: bool) -> Store | None:
+    root = Path(config.data.root)
+    if not needed and not (root / MANIFEST).is_file():
+        return None
+    store = open_store(root)
+    found, size = store.manifest["slice_shape"], config.model.image_size
+    if found != [size, size, config.model.in_channels]:
+        raise UserError(f"{store.root}: its slices are {found} (H, W, channels), the network takes "
+                        f"{[size, size, config.model.in_channels]}; name the data that it was trained on with "
+                        "--config.data.root")
+    if store.modalities not in (None, tuple(config.data.modalities)):
+        raise UserError(f"{store.root}: its channels are {', '.join(store.modalities)}, data.modalities says "
+                        f"{', '.join(config.data.modalities)}; give --config.data.modalities in the store's order")
+    return store
+
+
+def _test_cases(store: Store, config: ml_collections.ConfigDict) -> tuple[list[CaseFiles], dict[str, str]]:
+    """The cases of the test split on their own grid, and those that have gone from the folder they were read from."""
+    names, folder = store.manifest["split"]["test"], store.manifest["source"]
+    if not names:
+        raise UserError(f"{store.root}: its test split is empty; give cases with --input FOLDER")
+    try:
+        found = {case.name: case for case in find_cases(folder, config.data.modalities)}
+    except UserError as error:
+        raise UserError(f"{store.root}: the cases that it was prepared from are not there ({error}); give cases with "
+                        "--input FOLDER") from error
+    missing = {name: f"{folder}: the case is not there any more" for name in names if name not in found}
+    if len(missing) == len(names):
+        raise UserError(f"{folder}: none of the test cases of {store.root} are there; give cases with --input FOLDER")
+    return [found[name] for name in sorted(names) if name in found], missing

@@ -1,0 +1,258 @@
+"""A folder of results: which cases are finished in it, so that a run can be stopped, split and continued.
+
+Each case has a record, which is written when all its other files are there. A record counts for its cache key alone:
+with other settings, another network or a changed input file the case is done again.
+"""
+
+import dataclasses
+import json
+import logging
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hae_jax import provenance
+from hae_jax.data.cases import CaseFiles
+from hae_jax.data.slices import patient_of
+from hae_jax.errors import UserError
+from hae_jax.evaluation import report
+from hae_jax.evaluation.report import CaseResult
+from hae_jax.evaluation.volumes import VolumeMetrics
+from hae_jax.files import write_json, written_whole
+from hae_jax.localization.masks import Masks
+from hae_jax.localization.methods import IntensityThreshold
+from hae_jax.pipeline import cache_key
+from hae_jax.pipeline.checks import of_phantom
+from hae_jax.pipeline.summary import (
+    CASES,
+    MANIFEST,
+    METRICS,
+    Answer,
+    Context,
+    Measured,
+    Record,
+    Summary,
+    Tally,
+    summarise,
+    write_tables,
+)
+
+_LOG = logging.getLogger(__name__)
+
+RECORDS = "records"
+CALIBRATION, BASELINE = "calibration.json", f"calibration_{IntensityThreshold.name}.json"
+_CHANGED = "its files were changed while it was translated; give the command again"
+
+
+class ResultsFolder:
+    """The results of a run, and of earlier ones with the same key.
+
+    Attributes:
+      path: the folder.
+      key: of the run (`cache_key.run_key`).
+      cases: those of all shards.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any], cases: Sequence[CaseFiles]):
+        """Takes a folder that exists."""
+        self.path, self.key, self.cases = path, key, list(cases)
+        self._begun: dict[str, Record] = {}  # by the case's name, without files
+        (path / RECORDS).mkdir(exist_ok=True)
+        if not (path / CASES).exists():
+            report.write_cases(path / CASES, [])  # with it and the records, the folder is not taken for cases
+
+    def lock(self, shard: int, num_shards: int) -> Path:
+        """The file that is locked while this shard is worked on: two runs at once could mix the files of a case."""
+        return self.path / RECORDS / f".{shard}-of-{num_shards}.lock"
+
+    def finished(self, case: CaseFiles) -> bool:
+        """Whether a case's results are there, made with this key and from its files as they are now."""
+        record = self._record(case)
+        return record is not None and record.failed is None
+
+    def check_namesakes(self, cases: Sequence[CaseFiles]) -> None:
+        """Refuses to replace the results of another patient whose case has the same name.
+
+        Raises:
+          UserError: if results that are there were made from a case in another folder.
+        """
+        for case in cases:
+            record, own = self._any_record(case.name), str(case.folder.resolve())
+            if record is not None and record.row is not None and record.folder != own:
+                raise UserError(f"{self.path}: holds results of another case {case.name}, from {record.folder}; give "
+                                f"another folder with --output, or --overwrite to replace them by those of {own}")
+
+    def begin(self, case: CaseFiles) -> None:
+        """Notes what a case looks like before it is read: a change of its files while it is worked on is found."""
+        self._begun[case.name] = Record(
+            cache_key.case_key(self.key, case), (), None, None, cache_key.digest(self.key), {},
+            str(case.folder.resolve()), case.patient or patient_of(case.name), of_phantom(case))
+
+    def phantom(self, case: str) -> bool:
+        """Whether a case that was begun is a phantom's."""
+        return self._begun[case].phantom
+
+    def writing(self, case: str, files: Sequence[str]) -> None:
+        """Says that a case's files are about to be written: until `commit`, what lies there counts for no key.
+
+        Files of earlier results stay known, to be deleted by `commit`.
+        """
+        before = self._any_record(case)
+        there = tuple(dict.fromkeys((*(() if before is None else before.files), *files)))
+        self._write(case, Record("", there, None, None, "", {}, "", "", False))
+
+    def commit(self, case: str, files: Sequence[str], row: CaseResult, measured: Measured | None) -> None:
+        """Writes the record of a case whose files are all there; what earlier results left besides is deleted.
+
+        Args:
+          case: its name.
+          files: the names of its files.
+          row: of cases.csv.
+          measured: what the metrics need; None without a segmentation.
+        """
+        self._replace(case, dataclasses.replace(self._begun[case], files=tuple(files), row=row), measured)
+
+    def fail(self, case: str, reason: str) -> None:
+        """Writes why a case has no results."""
+        self._replace(case, dataclasses.replace(self._begun[case], failed=reason), None)
+
+    def invalidate(self, cases: Sequence[CaseFiles]) -> None:
+        """Takes back what the tables say of results that are about to be replaced: a run may be stopped before its end.
+
+        Shards that begin with cases of their own leave the tables of the others alone.
+        """
+        if self.key_of_tables() in (None, self.key) and not any(self._has_results(case.name) for case in cases):
+            return
+        replaced = {case.name for case in cases}
+        stay = [record.row for name, record in self.records().items() if record.row and name not in replaced]
+        report.write_cases(self.path / CASES, stay)
+        for name in (METRICS, MANIFEST, CALIBRATION, BASELINE):
+            (self.path / name).unlink(missing_ok=True)
+
+    def key_of_tables(self) -> dict[str, Any] | None:
+        """The key of the run that wrote the tables; None where there are none, or the manifest is damaged."""
+        try:
+            return json.loads((self.path / MANIFEST).read_text()).get("inputs")
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def save_calibrations(self, method: Any, baseline: Any | None) -> None:
+        """Writes what the masks are made with, beside them."""
+        method.save(self.path / CALIBRATION)
+        if baseline is None:
+            (self.path / BASELINE).unlink(missing_ok=True)
+        else:
+            baseline.save(self.path / BASELINE)
+
+    def summary(self, context: Context, worked_on: Sequence[CaseFiles]) -> Summary:
+        """Writes the tables of all cases with this key, those of other shards included.
+
+        Shards may end at the same time; the one that writes last looks once more, so that no case is left out.
+
+        Args:
+          context: of the run.
+          worked_on: the cases that this run has worked on.
+        """
+        while True:
+            records, tally = self.records(), Tally()
+            for name in [name for name, record in records.items() if record.row]:
+                measured = self.measured(name)
+                if self._has_results(name):
+                    tally.add(records[name].patient, measured)
+                else:  # another process has begun it anew
+                    del records[name]
+            names = [case.name for case in worked_on]
+            changed = {name: _CHANGED for name in names if name not in records}
+            done = summarise(self.path, context, [case.name for case in self.cases], records, tally, names, changed)
+            # Without anything done, the manifest goes on to tell of the run that has made the results.
+            write_tables(self.path, self.key, context, records, done,
+                         rewrite_manifest=bool(done.translated or done.failed) or self.key_of_tables() != self.key)
+            if all(self._record(case) is None for case in self.cases if case.name not in records):
+                return done
+
+    def records(self) -> dict[str, Record]:
+        """The records with this key by the case's name: of this run's cases, and of cases from elsewhere."""
+        own = {case.name for case in self.cases}
+        others = {name: self._whole_record(name) for name in self._names() if name not in own}
+        return {case.name: record for case in self.cases if (record := self._record(case))} | {
+            name: record for name, record in others.items()
+            if record is not None and record.row is not None and record.run_key == cache_key.digest(self.key)}
+
+    def measured(self, case: str) -> Measured | None:
+        """What `commit` was given to be measured.
+
+        Raises:
+          UserError: if the file is damaged.
+        """
+        path = self._arrays(case)
+        volumes = json.loads(self._facts(case).read_text()).get("volumes")
+        try:
+            return _read_measured(path, volumes) if volumes else None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path}: is damaged ({error}); delete it and {self._facts(case).name} beside it, and the "
+                            "case is done again") from error
+
+    def _record(self, case: CaseFiles) -> Record | None:
+        """The record of a case with this key, whose files are all there."""
+        record = self._whole_record(case.name)
+        return record if record is not None and record.key == cache_key.case_key(self.key, case) else None
+
+    def _whole_record(self, case: str) -> Record | None:
+        record = self._any_record(case)
+        return record if record and all((self.path / name).is_file() for name in record.files) else None
+
+    def _any_record(self, case: str) -> Record | None:
+        """The record of a case with whatever key; a damaged one is said aloud and does not count."""
+        path = self._facts(case)
+        try:
+            facts = json.loads(path.read_text())
+            if facts.pop("volumes", None) and not zipfile.is_zipfile(self._arrays(case)):
+                raise ValueError(f"{self._arrays(case).name} beside it is not whole")
+            row = facts["row"] and CaseResult(**facts["row"])
+            return Record(**facts | {"row": row, "files": tuple(facts["files"])})
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _LOG.info("%s: is damaged (%s), the case counts as not done", path, error)
+            return None
+
+    def _has_results(self, case: str) -> bool:
+        record = self._any_record(case)
+        return record is not None and record.row is not None
+
+    def _names(self) -> list[str]:
+        return sorted(path.stem for path in (self.path / RECORDS).glob("*.json") if not path.name.startswith("."))
+
+    def _replace(self, case: str, record: Record, measured: Measured | None) -> None:
+        before = self._any_record(case)
+        for name in () if before is None else set(before.files) - set(record.files):
+            (self.path / name).unlink(missing_ok=True)
+        if measured is not None:
+            with written_whole(self._arrays(case)) as temporary:
+                np.savez_compressed(temporary, truth=measured.truth, foreground=measured.foreground, **{
+                    f"{method}/{field}": value for method, answer in measured.answers.items()
+                    for field, value in answer.masks._asdict().items()})
+        made_by = {name: value for name, value in provenance.record().items() if name not in ("notice", "versions")}
+        self._write(case, dataclasses.replace(record, made_by=made_by), {
+            method: dataclasses.asdict(answer.volume) for method, answer in measured.answers.items()}
+            if measured else {})
+
+    def _write(self, case: str, record: Record, volumes: Mapping[str, Any] | None = None) -> None:
+        write_json(self._facts(case), dataclasses.asdict(record) | {"volumes": volumes or {}})
+
+    def _facts(self, case: str) -> Path:
+        return self.path / RECORDS / f"{case}.json"
+
+    def _arrays(self, case: str) -> Path:
+        return self.path / RECORDS / f"{case}.npz"
+
+
+def _read_measured(path: Path, volumes: Mapping[str, Mapping[str, Any]]) -> Measured:
+    with np.load(path) as arrays:
+        answers = {method: Answer(Masks(*(arrays[f"{method}/{field}"] for field in Masks._fields)),
+                                  VolumeMetrics(**facts)) for method, facts in volumes.items()}
+        return Measured(arrays["truth"], arrays["foreground"], answers)

@@ -1,0 +1,275 @@
+"""What a case leaves behind, and what the cases of a run add up to: tables, metrics, manifest, a printed summary."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from hae_jax import provenance
+from hae_jax.evaluation import report, volumes
+from hae_jax.evaluation.report import CaseResult
+from hae_jax.evaluation.running import SliceSums
+from hae_jax.evaluation.volumes import VolumeMetrics
+from hae_jax.files import write_json
+from hae_jax.localization.masks import Masks
+from hae_jax.localization.methods import IntensityThreshold, Method
+from hae_jax.localization.rules import LABELS
+from hae_jax.report.write import PAGE
+
+CASES, METRICS, MANIFEST = "cases.csv", "metrics.json", "manifest.json"
+_SHOWN = 5  # names in a line
+
+
+class Answer(NamedTuple):
+    """What one method says about a case."""
+
+    masks: Masks  # at network resolution
+    volume: VolumeMetrics  # on the case's own grid
+
+
+class Measured(NamedTuple):
+    """What the metrics need of a case that has a segmentation, at network resolution."""
+
+    truth: np.ndarray  # [S, H, W] bool
+    foreground: np.ndarray  # [S, H, W] bool
+    answers: dict[str, Answer]  # by method
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A case that was worked on.
+
+    Attributes:
+      key: its cache key.
+      files: names of the files it wrote, in the folder of results.
+      row: its row of cases.csv; None where it failed.
+      failed: why it failed; None where it did not.
+      run_key: digest of the run's key alone, without the case's files.
+      made_by: host, time, git revision and command.
+      folder: where the case lies, absolute and without links: whose results these are.
+      patient: whose case it is.
+      phantom: whether the case is a phantom's.
+    """
+
+    key: str
+    files: tuple[str, ...]
+    row: CaseResult | None
+    failed: str | None
+    run_key: str
+    made_by: dict[str, Any]
+    folder: str
+    patient: str
+    phantom: bool
+
+
+class Context(NamedTuple):
+    """What the tables say of a run besides its cases.
+
+    Attributes:
+      config: the config tree.
+      method: the method.
+      origin: "checkpoint" and "devices", ready for JSON.
+      own: names of this shard's cases.
+      missing: cases that should be there, and why they are not.
+      phantom: whether a case of any shard is a phantom's.
+      start: of the run, by `time.monotonic`.
+    """
+
+    config: ml_collections.ConfigDict
+    method: Method
+    origin: dict[str, Any]
+    own: frozenset[str]
+    missing: dict[str, str]
+    phantom: bool
+    start: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run did.
+
+    Attributes:
+      output: the folder that holds it.
+      finished: number of cases with results, of this run and of those before it.
+      translated: how many of them this run has worked on.
+      wanted: number of cases in all shards.
+      failed: why others have none, by name.
+      results: the metrics by method; empty where no case has a segmentation.
+      table: the same as text under a headline; None where there are none.
+      pictures: the overlays.
+      seconds: duration of this run.
+      seconds_per_slice: of all finished cases, reading and writing included, compilation not.
+      phantom: whether a case among them is a phantom's.
+      unflagged: names of finished cases in which no slice was called a lesion slice.
+      elsewhere: those of the failed that are other shards' cases.
+    """
+
+    output: Path
+    finished: int
+    translated: int
+    wanted: int
+    failed: dict[str, str]
+    results: dict[str, dict[str, Any]]
+    table: str | None
+    pictures: list[Path]
+    seconds: float
+    seconds_per_slice: float | None
+    phantom: bool = False
+    unflagged: tuple[str, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
+
+    @property
+    def failed_here(self) -> bool:
+        """Whether a case of this shard has failed."""
+        return bool(self.failed.keys() - self.elsewhere)
+
+    def lines(self) -> list[str]:
+        """The summary that the command prints."""
+        return [
+            self.table or "no finished case has a segmentation, so there are no metrics",
+            *([self._empty()] if self.unflagged else []),
+            *(f"failed {name}{' (of another shard)' if name in self.elsewhere else ''}: {reason}"
+              for name, reason in self.failed.items()),
+            f"{self._how()}; look at",
+            *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / METRICS)),
+            provenance.RESEARCH_USE,
+            *([str(page)] if (page := self.output / PAGE).is_file() else []),
+        ]
+
+    def _empty(self) -> str:
+        more = ", ..." if len(self.unflagged) > _SHOWN else ""
+        return (f"{len(self.unflagged)} of {self.finished} cases: no slice was called a lesion slice, so the mask is "
+                f"empty ({', '.join(self.unflagged[:_SHOWN])}{more})")
+
+    def _how(self) -> str:
+        again = self.finished - self.translated
+        parts = [f"{self.translated} cases translated in {self.seconds:.0f} s"] if self.translated or not again else []
+        if again:
+            parts.append(f"{again} cases were there already, made from the same network, files and settings "
+                         "(--overwrite makes them anew)")
+        if left := self.wanted - self.finished - len(self.failed):
+            parts.append(f"{left} are left to other shards")
+        return ", ".join(parts)
+
+
+class Tally:
+    """Sums over the cases that have a segmentation, for several methods side by side.
+
+    Of a case only sums and counts stay, so that memory does not grow with pixels.
+
+    Attributes:
+      cases: number of cases that count.
+      slices: number of their slices.
+    """
+
+    def __init__(self):
+        self.cases = 0
+        self.slices = 0
+        self._methods: dict[str, _Sums] = {}
+
+    def add(self, patient: str, case: Measured | None) -> None:
+        """Adds a case with every method's answer; None, a case without a segmentation, is passed over.
+
+        Args:
+          patient: whose case it is; several may be one's, who is drawn with all of them.
+          case: what is measured.
+
+        Raises:
+          ValueError: if a map is not finite.
+        """
+        if case is None:
+            return
+        self.cases += 1
+        self.slices += len(case.truth)
+        labels = case.truth.any(axis=(1, 2)).astype(int)  # as in a prepared dataset
+        for name, (masks, volume) in case.answers.items():
+            sums = self._methods.setdefault(name, _Sums(SliceSums(), [], []))
+            sums.slices.add(patient, mask=masks.mask, mask_all=masks.mask_all, map=masks.map, lesion=masks.lesion,
+                            truth=case.truth, labels=labels, foreground=case.foreground)
+            sums.volumes.append(volume)
+            sums.patients.append(patient)
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """For each method that answered for every case: `running.SliceSums`'s, and "volumes". Empty without cases.
+
+        Where the intensity threshold has answered as well, the others have "above_threshold".
+        """
+        complete = {name: sums for name, sums in self._methods.items() if len(sums.volumes) == self.cases}
+        baseline = complete.get(IntensityThreshold.name)
+        return {name: sums.slices.results() | {"volumes": volumes.summarise(sums.volumes, sums.patients)}
+                | ({} if baseline in (None, sums) else {"above_threshold": {
+                    "lesion_slice_dice": sums.slices.paired_dice(baseline.slices),
+                    "volume_dice": volumes.paired_dice(sums.volumes, baseline.volumes, sums.patients)}})
+                for name, sums in complete.items()}
+
+
+class _Sums(NamedTuple):
+    """Of one method."""
+
+    slices: SliceSums
+    volumes: list[VolumeMetrics]  # of each case that it answered for
+    patients: list[str]  # likewise
+
+
+def write_tables(output: Path, key: Mapping[str, Any], context: Context, records: Mapping[str, Record],
+                 done: Summary, rewrite_manifest: bool) -> None:
+    """Writes cases.csv, metrics.json and, if asked for, manifest.json."""
+    config, method = context.config, context.method
+    report.write_cases(output / CASES, _finished(records))
+    report.write_metrics(
+        output / METRICS, done.results.get(method.name, {}),
+        baselines={name: result for name, result in done.results.items() if name != method.name},
+        method=method.name, rule=method.rule, labels=LABELS[method.rule], cases=done.finished,
+        seconds_per_slice=done.seconds_per_slice, phantom=done.phantom, image_size=config.model.image_size,
+        **context.origin, inputs=key, settings=config.translation.to_dict(), seed=config.seed)
+    if rewrite_manifest:
+        write_json(output / MANIFEST, {
+            **provenance.record(), **context.origin, "inputs": key, "seed": config.seed, "seconds": done.seconds,
+            "phantom": done.phantom, "table": done.table, "failed": done.failed,
+            "cases": {name: {"folder": record.folder, "files": record.files, "made_by": record.made_by}
+                      for name, record in records.items()},
+            "config": config.to_dict()})
+
+
+def summarise(output: Path, context: Context, cases: Sequence[str], records: Mapping[str, Record], tally: Tally,
+              worked_on: Sequence[str], changed: Mapping[str, str]) -> Summary:
+    """Sums a run up.
+
+    Args:
+      output: the folder of results.
+      context: of the run.
+      cases: names of the cases of all shards.
+      records: those with the run's key, by the case's name.
+      tally: of the finished ones.
+      worked_on: names of the cases that this run has worked on.
+      changed: those of them whose files were changed meanwhile, with what is said of that.
+    """
+    finished, results = _finished(records), tally.results()
+    phantom = context.phantom or any(record.phantom for record in records.values())
+    failed = context.missing | {name: record.failed for name, record in records.items() if record.failed} | changed
+    slices = sum(row.slices for row in finished)
+    return Summary(
+        output, len(finished), sum(name not in failed for name in worked_on),
+        len(cases) + len(context.missing) + len(records.keys() - set(cases)), failed, results,
+        _table(context.config.model.image_size, tally, results, phantom),
+        [output / name for record in records.values() for name in record.files if name.endswith(".png")],
+        time.monotonic() - context.start, sum(row.seconds for row in finished) / slices if slices else None, phantom,
+        tuple(row.case for row in finished if not row.lesion_slices), frozenset(set(cases) - context.own))
+
+
+def _finished(records: Mapping[str, Record]) -> list[CaseResult]:
+    return [record.row for record in records.values() if record.row]
+
+
+def _table(size: int, tally: Tally, results: dict[str, dict[str, Any]], phantom: bool) -> str | None:
+    if not results:
+        return None
+    healthy = next(iter(results.values()))["shares"]["healthy"]
+    headline = (f"{'PHANTOM figures' if phantom else 'figures'} from {tally.cases} cases, {tally.slices} slices "
+                f"of {size} x {size} px, {healthy:.0%} of them healthy (where an empty mask scores 1 over all slices); "
+                "in brackets the 95% interval over patients")
+    return f"{headline}\n{report.metrics_table(results)}"

@@ -1,0 +1,281 @@
+"""One case of a folder of results: what the page says of it, and the volumes that it shows.
+
+Everything is turned to LPS, as translation does, so that slice numbers are those of the scores. X, Y, Z: its axes.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hae_jax.data.cases import CaseFiles, ImageFile, read_case
+from hae_jax.data.layouts import MODALITIES
+from hae_jax.data.nifti import read_volume
+from hae_jax.data.orientation import Grid
+from hae_jax.errors import UserError
+from hae_jax.report import sprites
+from hae_jax.report.privacy import Privacy
+from hae_jax.report.results import Thresholds, read_json
+
+_LOOSE = 1.25  # factor up and down on both thresholds, between which the volume is called uncertain
+_SPECK_ML = 1.0  # added to the volumes, so that specks count little
+_MASK_BIT, _TRUTH_BIT = 1, 2
+_SHOWN_MAP = 2.0  # times the threshold: the upper end of the map's colours
+
+
+@dataclasses.dataclass
+class ReadCase:
+    """A case in memory.
+
+    Attributes:
+      facts: of slices/<case>.json; empty where it is missing.
+      grid: of its volumes; None where no volume can be read.
+      images: [X, Y, Z] float32 by modality.
+      healthy: pseudo-healthy reconstructions, likewise.
+      map: [X, Y, Z] float32.
+      mask: [X, Y, Z] bool.
+      truth: [X, Y, Z] bool.
+      warnings: what the case's translation warned of, and what cannot be shown.
+    """
+
+    facts: dict[str, Any]
+    grid: Grid | None = None
+    images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    healthy: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    map: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    truth: np.ndarray | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+def case_files(folder: Path, name: str) -> list[Path]:
+    """The files that the page's case is made of, as far as they are there."""
+    facts = _facts(folder, name, [])
+    own = [folder / "slices" / f"{name}.json", *(folder / file for file in _volumes(name))]
+    return [path for path in (*own, *(_paths(facts))) if path.is_file()]
+
+
+def case_folders(folder: Path, name: str) -> list[str]:
+    """The folders that the images of a case lie in, which messages may name."""
+    return list({str(path.parent) for path in _paths(_facts(folder, name, []))})
+
+
+def _facts(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
+    return read_json(folder / "slices" / f"{name}.json", notes)
+
+
+def _paths(facts: dict[str, Any]) -> list[Path]:
+    """The files of the case itself, images first."""
+    paths = [Path(image["path"]) for image in facts.get("images", [])]
+    return [*paths, *([Path(facts["segmentation"])] if facts.get("segmentation") else [])]
+
+
+def _volumes(name: str) -> dict[str, str]:
+    """The volumes that translation may have written, and what each is."""
+    return {f"{name}_mask.nii.gz": "mask", f"{name}_map.nii.gz": "map",
+            **{f"{name}_healthy_{modality}.nii.gz": f"pseudo-healthy {modality}" for modality in MODALITIES}}
+
+
+def read(folder: Path, name: str) -> ReadCase:
+    """Reads what there is of a case; what cannot be read becomes a warning.
+
+    Args:
+      folder: the results.
+      name: of the case.
+    """
+    warnings: list[str] = []
+    facts = _facts(folder, name, warnings)
+    case = ReadCase(facts, warnings=[*facts.get("warnings", []), *warnings])
+    if facts:
+        _read_images(case, name)
+    for file, what in _volumes(name).items():
+        if (folder / file).is_file():
+            _read_result(case, folder / file, what)
+        elif what in ("mask", "map"):
+            case.warnings.append(f"{file} is missing")
+    return case
+
+
+def _read_images(case: ReadCase, name: str) -> None:
+    facts = case.facts
+    try:
+        images = tuple(ImageFile(image["modality"], Path(image["path"]), image["volume"], image["volumes"])
+                       for image in facts["images"])
+        truth = facts["segmentation"]
+        found = read_case(CaseFiles(name, images, None if truth is None else Path(truth)))
+    except (KeyError, TypeError, UserError, OSError, MemoryError) as error:
+        case.warnings.append(f"its images are not shown: {error}")
+        return
+    case.grid, case.truth = found.grid, found.mask
+    case.images = {image.modality: found.volumes[..., c] for c, image in enumerate(images)}
+
+
+def _read_result(case: ReadCase, path: Path, what: str) -> None:
+    """A volume that translation wrote, into its place."""
+    try:
+        values, grid = read_volume(path)
+    except UserError as error:
+        case.warnings.append(f"not shown: {error}")
+        return
+    case.grid = case.grid or grid
+    if values.shape != case.grid.reoriented_shape:
+        case.warnings.append(f"{path.name} has another shape than the case's images and is not shown")
+    elif what == "mask":
+        case.mask = values > 0.5
+    elif what == "map":
+        case.map = values
+    else:
+        case.healthy[what.split()[-1]] = values
+
+
+def uncertainty(case: ReadCase, thresholds: Thresholds) -> float | None:
+    """How much the lesion volume depends on the thresholds, from 0 to 1; None where each slice has its own.
+
+    (V- - V+) / (V- + V+ + 1 ml): V- is the volume of the map above both thresholds divided by 1.25, V+ above both
+    multiplied by it.
+    """
+    facts = case.facts
+    if case.map is None or thresholds.pixel is None or not facts.get("slice"):
+        return None
+    values, scores = case.map[:, :, facts["slice"]], np.array(facts["anomaly_score"])
+
+    def volume(factor: float) -> float:
+        called = scores >= thresholds.slice * factor if thresholds.gated else np.ones(len(scores), bool)
+        return np.count_nonzero(values[..., called] >= thresholds.pixel * factor) * _voxel_ml(case.grid)
+
+    most, least = volume(1 / _LOOSE), volume(_LOOSE)
+    return (most - least) / (most + least + _SPECK_ML)
+
+
+def _voxel_ml(grid: Grid) -> float:
+    return abs(float(np.linalg.det(grid.affine[:3, :3]))) / 1000
+
+
+def entry(case: ReadCase, folder: Path, name: str, thresholds: Thresholds, privacy: Privacy) -> dict[str, Any]:
+    """What the page's table, charts and contact sheet have of a case, ready for JSON."""
+    facts, found = case.facts, uncertainty(case, thresholds)
+    return {
+        "uncertainty": None if found is None else round(found, 4),
+        "warnings": [privacy.text(warning) for warning in case.warnings],
+        "index": facts.get("slice", []),
+        "score": [float(f"{score:.4g}") for score in facts.get("anomaly_score", [])],
+        "lesion": [int(called) for called in facts.get("lesion", [])],
+        "truth": None if facts.get("truth") is None else [int(label) for label in facts["truth"]],
+        "thumbnail": _thumbnail(case),
+        **({"files": [], "commands": []} if privacy.anonymous else {
+            "files": _links(folder, name), "commands": _commands(case, folder, name)}),
+    }
+
+
+def _background(case: ReadCase) -> np.ndarray | None:  # [X, Y, Z] uint8
+    """The first image in its grey window, or the map where there is none."""
+    for volume in case.images.values():
+        return sprites.to_bytes(volume, *sprites.window(volume))
+    return None if case.map is None else sprites.to_bytes(case.map, *sprites.window(case.map))
+
+
+def _thumbnail(case: ReadCase) -> str | None:
+    """The most anomalous slice; without scores, the one in the middle."""
+    shown = _background(case)
+    if shown is None:
+        return None
+    scores = case.facts.get("anomaly_score")
+    z = case.facts["slice"][int(np.argmax(scores))] if scores else shown.shape[2] // 2
+    mask = np.zeros(shown.shape, bool) if case.mask is None else case.mask
+    x, y, _ = sprites.head_box(shown > 0)
+    spacing = np.linalg.norm(case.grid.reoriented_affine[:3, :3], axis=0)
+    return sprites.thumbnail(shown[x, y, z], mask[x, y, z], tuple(spacing[:2]))
+
+
+def _links(folder: Path, name: str) -> list[dict[str, str]]:
+    return [{"text": what, "href": urllib.parse.quote(os.fsencode(file))} for file, what in _volumes(name).items()
+            if (folder / file).is_file()]
+
+
+def _commands(case: ReadCase, folder: Path, name: str) -> list[dict[str, str]]:
+    """A command line for each viewer, to be given in the folder of results."""
+    there = {what: file for file, what in _volumes(name).items() if (folder / file).is_file()}
+    if "mask" not in there or "map" not in there:
+        return []
+    image = next(iter(_paths(case.facts)), None)
+    shown = there["map"] if image is None else _relative(image, folder)
+    quoted, mask, heat = map(shlex.quote, (shown, there["mask"], there["map"]))
+    slicer = (f"slicer.util.loadVolume({shown!r}); slicer.util.loadVolume({there['map']!r}); "
+              f"slicer.util.loadSegmentation({there['mask']!r})")
+    return [{"program": "ITK-SNAP", "text": f"itksnap -g {quoted} -s {mask} -o {heat}"},
+            {"program": "3D Slicer", "text": f"Slicer --python-code {shlex.quote(slicer)}"},
+            {"program": "FSLeyes", "text": f"fsleyes {quoted} {heat} -cm hot -a 50 {mask} -cm red -a 50"}]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Where a file lies, seen from the results; only its name where both share nothing but the root."""
+    folder = folder.resolve()
+    common = os.path.commonpath([path, folder])
+    return path.name if common == os.path.sep else os.path.relpath(path, folder)
+
+
+def volumes(case: ReadCase, thresholds: Thresholds) -> dict[str, Any] | None:
+    """What the case view draws, ready for JSON; None where no volume can be read."""
+    if case.grid is None:
+        return None
+    box = sprites.head_box(_shown(case))
+    shape = tuple(side.stop - side.start for side in box)
+    tile, columns, per_sheet = sprites.layout(shape)
+    origin = [side.start for side in box]
+    affine = case.grid.reoriented_affine
+    return {
+        "shape": shape, "origin": origin, "tile": tile, "columns": columns, "perSheet": per_sheet,
+        "spacing": [round(float(mm), 4) for mm in np.linalg.norm(affine[:3, :3], axis=0)],
+        "affine": np.round(affine[:3], 4).tolist(),
+        "images": [{"name": name, "sheets": sprites.sheets(_grey(volume, volume, box)),
+                    "healthy": _healthy(case, name, volume, box)} for name, volume in case.images.items()],
+        "map": _map(case, box, thresholds),
+        "labels": _labels(case, box),
+        "hasMask": case.mask is not None, "hasTruth": case.truth is not None,
+    }
+
+
+def _shown(case: ReadCase) -> np.ndarray:  # [X, Y, Z] bool
+    shown = np.zeros(case.grid.reoriented_shape, bool)
+    for volume in (*case.images.values(), case.map, case.mask):
+        if volume is not None:
+            shown |= volume != 0
+    return shown
+
+
+def _grey(volume: np.ndarray, of: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
+    """A volume in the grey window of another, so that both can be compared by eye."""
+    return sprites.to_bytes(volume[box], *sprites.window(of))
+
+
+def _healthy(case: ReadCase, name: str, volume: np.ndarray, box: tuple[slice, ...]) -> list[str] | None:
+    return sprites.sheets(_grey(case.healthy[name], volume, box)) if name in case.healthy else None
+
+
+def _map(case: ReadCase, box: tuple[slice, ...], thresholds: Thresholds) -> dict[str, Any] | None:
+    """The map; all cases share one colour scale where one threshold holds for all slices."""
+    if case.map is None:
+        return None
+    high = _SHOWN_MAP * thresholds.pixel if thresholds.pixel else sprites.window(case.map)[1]
+    return {"sheets": sprites.sheets(sprites.to_bytes(case.map[box], 0, high)), "high": float(f"{high:.4g}"),
+            "threshold": thresholds.pixel and float(f"{thresholds.pixel:.4g}")}
+
+
+def _labels(case: ReadCase, box: tuple[slice, ...]) -> list[str] | None:
+    if case.mask is None and case.truth is None:
+        return None
+    labels = np.zeros(case.grid.reoriented_shape, np.uint8)
+    for bit, mask in ((_MASK_BIT, case.mask), (_TRUTH_BIT, case.truth)):
+        if mask is not None:
+            labels |= np.uint8(bit) * mask.astype(np.uint8)
+    return sprites.sheets(labels[box], exact=True)
+
+
+def fingerprint(folder: Path, name: str) -> str:
+    """What changes when a file of the case changes: names, sizes and times of all."""
+    return json.dumps([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in case_files(folder, name)])

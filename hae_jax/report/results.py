@@ -1,0 +1,131 @@
+"""A folder of results as it lies on disk: rows, failures, metrics, calibration, and what of it is missing.
+
+Reads every file by itself. One that is missing or damaged becomes a note, not an error: a report is wanted most where
+something went wrong.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+_TEXTS = ("case",)  # columns of cases.csv that are no numbers
+_COUNTS = ("slices", "lesion_slices", "lesions", "lesions_found", "lesions_predicted", "false_lesions")
+_UNGATED = ("threshold",)  # methods that keep masks in slices which are called healthy
+
+
+@dataclasses.dataclass
+class Thresholds:
+    """What turned maps into masks.
+
+    Attributes:
+      pixel: a voxel belongs to the mask where the map is at least this; None where each slice has its own.
+      slice: a slice is called a lesion slice where its anomaly score is at least this.
+      gated: whether the masks of other slices are empty.
+    """
+
+    pixel: float | None
+    slice: float | None
+    gated: bool = True
+
+
+@dataclasses.dataclass
+class Results:
+    """What there is.
+
+    Attributes:
+      folder: where it lies.
+      rows: of finished cases, by name: numbers as numbers, None for an empty cell.
+      failed: why others have no results, by name.
+      manifest, metrics, calibration: the files of these names; empty where they are missing.
+      notes: what is missing or damaged, one line each.
+    """
+
+    folder: Path
+    rows: dict[str, dict[str, Any]]
+    failed: dict[str, str]
+    manifest: dict[str, Any]
+    metrics: dict[str, Any]
+    calibration: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def phantom(self) -> bool:
+        """Whether a phantom's case is among them."""
+        return bool(self.manifest.get("phantom") or self.metrics.get("phantom"))
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """Of the calibration."""
+        found = self.calibration
+        if "diff_max" in found:  # the published forward process: a similarity, which is low where there is a lesion
+            return Thresholds(None, 1 - found["threshold"])
+        fixed = found.get("rule") != "quantile"
+        return Thresholds(found.get("threshold") if fixed else None, found.get("slice_threshold"),
+                          found.get("method") not in _UNGATED)
+
+
+def is_results(folder: Path) -> bool:
+    """Whether translate.py has written into a folder."""
+    return (folder / "cases.csv").is_file() or (folder / "records").is_dir()
+
+
+def read_results(folder: Path) -> Results:
+    """Reads what is there."""
+    notes: list[str] = []
+    manifest, metrics, calibration = (
+        read_json(folder / f"{name}.json", notes) for name in ("manifest", "metrics", "calibration"))
+    rows, records = _read_rows(folder / "cases.csv", notes), _read_records(folder / "records", notes)
+    failed = dict(manifest.get("failed") or {})
+    if not manifest:
+        notes.append("the run is not finished, or was stopped: what it says of all cases together is missing; give "
+                     "its command again")
+        rows |= {name: record["row"] for name, record in records.items() if record.get("row") and name not in rows}
+        failed = {name: record["failed"] for name, record in records.items() if record.get("failed")}
+        begun = [name for name, record in records.items() if not (record.get("row") or record.get("failed"))]
+        failed |= dict.fromkeys(begun, "its results are being written, or were when the run was stopped")
+    return Results(folder, rows, {name: why for name, why in failed.items() if name not in rows}, manifest, metrics,
+                   calibration, notes)
+
+
+def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON object; empty, and noted, where the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+        reason = "is no JSON object"
+    except FileNotFoundError:
+        reason = "is missing"
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read ({error})"
+    notes.append(f"{path.name} {reason}")
+    return {}
+
+
+def _read_rows(path: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+    try:
+        with path.open(newline="", errors="surrogateescape") as stream:
+            return {row["case"]: {name: _number(name, value) for name, value in row.items() if name}
+                    for row in csv.DictReader(stream)}
+    except FileNotFoundError:
+        notes.append(f"{path.name} is missing")
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        notes.append(f"{path.name} cannot be read ({error})")
+    return {}
+
+
+def _number(column: str, text: str | None) -> Any:
+    if column in _TEXTS:
+        return text
+    if not text:
+        return None
+    value = int(text) if column in _COUNTS else float(text)
+    return value if math.isfinite(value) else None
+
+
+def _read_records(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+    found = {path.stem: read_json(path, notes) for path in sorted(folder.glob("*.json")) if path.name[0] != "."}
+    return {name: record for name, record in found.items() if record}

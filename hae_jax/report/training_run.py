@@ -1,0 +1,134 @@
+"""A run folder of train.py as it lies on disk: the log's columns, the sample grids, what was trained."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hae_jax.report import sprites
+from hae_jax.report.page import Pictures
+from hae_jax.report.privacy import Privacy
+from hae_jax.report.results import read_json
+
+_POINTS = 1500  # of a curve: more than a screen has columns for
+_STEP = re.compile(r"step_(\d+)\.png$")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether train.py has written into a folder."""
+    return (folder / "metrics.jsonl").is_file() or (
+        (folder / "config.json").is_file() and (folder / "checkpoints").is_dir())
+
+
+def run_data(folder: Path, pictures: Pictures, privacy: Privacy) -> dict[str, Any]:
+    """What the page shows of a run, ready for JSON; the sample grids go to `pictures`.
+
+    Args:
+      folder: the run.
+      pictures: of the page.
+      privacy: cleans what is said.
+    """
+    notes: list[str] = []
+    config, record = read_json(folder / "config.json", notes), read_json(folder / "run.json", notes)
+    lines = _lines(folder / "metrics.jsonl", notes)
+    samples = _samples(folder / "samples", pictures, notes)
+    facts = _facts(config, record, lines, folder)
+    return {"kind": "run", "title": f"Training run {folder.resolve().name}",
+            "facts": [[name, privacy.text(str(value))] for name, value in facts],
+            "progress": [lines[-1]["step"] if lines else 0, (config.get("training") or {}).get("steps")],
+            "columns": _columns(lines), "samples": samples, "notes": [privacy.text(note) for note in notes],
+            "versions": _versions(record)}
+
+
+def _versions(record: Mapping[str, Any]) -> list[list[str]]:
+    return [[name, str(version)] for name, version in (record.get("versions") or {}).items()]
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The log's whole lines; the last one may be half-written while training goes on."""
+    found = []
+    try:
+        texts = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        notes.append(f"{path.name}: {'is missing' if isinstance(error, FileNotFoundError) else error.strerror}; there "
+                     "are no curves")
+        return []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            found.append({**line, "step": int(line["step"])})
+        except (ValueError, KeyError, TypeError):
+            if number < len(texts):
+                notes.append(f"{path.name}: line {number} is damaged and left out")
+    if not texts:
+        notes.append(f"{path.name} is empty; the first line comes after training.log_every steps")
+    return found
+
+
+def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float | None]]]:
+    """By name the points [step, value] of every column of numbers, thinned out to what a screen can show."""
+    columns: dict[str, list[list[float | None]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and (value is None or isinstance(value, int | float)):
+                finite = value is not None and math.isfinite(value)
+                columns.setdefault(name, []).append([line["step"], float(f"{value:.5g}") if finite else None])
+    return {name: _thinned(points) for name, points in columns.items()}
+
+
+def _thinned(points: list[list[float | None]]) -> list[list[float | None]]:
+    """Means of neighbours, so that a spike still shows; a gap stays one only where all of a group is missing."""
+    size = -(-len(points) // _POINTS)
+    if size == 1:
+        return points
+    groups = (points[start:start + size] for start in range(0, len(points), size))
+    return [_mean(group) for group in groups]
+
+
+def _mean(group: Sequence[Sequence[float | None]]) -> list[float | None]:
+    values = [value for _, value in group if value is not None]
+    return [group[-1][0], float(f"{sum(values) / len(values):.5g}") if values else None]
+
+
+def _samples(folder: Path, pictures: Pictures, notes: list[str]) -> list[list[Any]]:
+    """[step, name of the picture] of every grid that can be read, in order."""
+    found = sorted((int(match[1]), path) for path in folder.glob("step_*.png") if (match := _STEP.search(path.name)))
+    shown = []
+    for step, path in found:
+        name = f"samples_{step}"
+        try:
+            with Image.open(path) as image:
+                pictures.add(name, {"picture": sprites.data_url(image.convert("RGB"))})
+            shown.append([step, name])
+        except (OSError, ValueError) as error:
+            notes.append(f"{path.name} is damaged and not shown ({error})")
+    return shown
+
+
+def _facts(
+    config: Mapping[str, Any], record: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], folder: Path
+) -> list[tuple[str, Any]]:
+    training, model = config.get("training") or {}, config.get("model") or {}
+    steps = training.get("steps")
+    done = lines[-1]["step"] if lines else 0
+    whole = f"{done:,} of {steps:,}" if isinstance(steps, int) else f"{done:,}"
+    checkpoints = sorted(int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
+    facts = {
+        "step": whole,
+        "command": " ".join(map(str, record.get("command") or [])),
+        "last started": record.get("created"),
+        "data": (config.get("data") or {}).get("root"),
+        "network": model.get("name") or model.get("variant"),
+        "image size": model.get("image_size") and f"{model['image_size']} x {model['image_size']} px",
+        "batch size": training.get("batch_size"),
+        "learning rate": training.get("learning_rate"),
+        "checkpoints kept": ", ".join(f"{step:,}" for step in checkpoints),
+        "devices": ", ".join(map(str, record.get("devices") or [])),
+        "git revision": record.get("git_revision"),
+        "seed": config.get("seed"),
+    }
+    return [(name, value) for name, value in facts.items() if value not in (None, "")]

@@ -1,0 +1,30 @@
+"""The rule by which forms of operations are chosen, and the options of XLA."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hae_jax.ops.forms import attention_form, compiler_options, convolution_form
+
+
+@pytest.mark.parametrize(("choice", "dtype", "platform", "form"), [
+    ("auto", "float32", "cpu", "rows"), ("auto", "bfloat16", "gpu", "xla"), ("auto", "bfloat16", "tpu", "xla"),
+    ("cudnn", "bfloat16", "gpu", "cudnn"), ("cudnn", "float32", "gpu", "xla"), ("cudnn", "bfloat16", "cpu", "rows"),
+    ("cudnn", "bfloat16", "tpu", "xla"), ("xla", "float32", "cpu", "xla"),
+    ("materialised", "float32", "gpu", "materialised")])
+def test_attention(choice, dtype, platform, form):
+    assert attention_form(choice, dtype, platform) == form
+
+
+@pytest.mark.parametrize(("choice", "platform", "form"), [
+    ("auto", "cpu", "winograd"), ("auto", "gpu", "xla"), ("xla", "cpu", "xla"), ("winograd", "gpu", "winograd")])
+def test_convolution(choice, platform, form):
+    assert convolution_form(choice, platform) == form
+
+
+def test_options_are_for_cpus_alone_and_known_to_xla(monkeypatch):
+    options = compiler_options()
+    assert options
+    jax.jit(jnp.sin).lower(jnp.ones(3)).compile(options)  # raises for what it does not know
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compiler_options() == {}
