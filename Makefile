@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND := Agg
 
-.PHONY: demo test setup clean
+.PHONY: demo test notebook setup clean
 
 demo: .venv/installed
 	$(BIN)/python train.py --config configs/phantom.py --workdir runs/phantom
@@ -14,6 +14,11 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Executes the notebook anew, after a change of examples/localize.py or of what it shows.
+notebook: .venv/installed-dev
+	$(BIN)/jupytext --to ipynb examples/localize.py
+	PYTHONPATH="$(CURDIR)" $(BIN)/jupyter-execute --inplace examples/localize.ipynb
 
 setup: .venv/installed
 

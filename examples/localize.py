@@ -43,11 +43,11 @@ from hae_jax.phantom.cohort import make_phantom
 # %% [markdown]
 # ## A case
 #
-# Five small phantom subjects. `read_case` finds the modalities of a case and turns them to LPS: right to left, front
+# Four small phantom subjects. `read_case` finds the modalities of a case and turns them to LPS: right to left, front
 # to back, bottom to top. For your own data, `find_cases` takes BraTS folders and the other layouts of docs/data.md.
 
 # %%
-folder = make_phantom(tempfile.mkdtemp() + "/phantom", subjects=5, size=0.12, workers=1, progress=False)
+folder = make_phantom(tempfile.mkdtemp() + "/phantom", subjects=4, size=0.12, workers=1, progress=False)
 cases = [read_case(files) for files in find_cases(folder)]
 case = cases[0]
 print(case.name, case.volumes.shape, "X, Y, Z and flair, t1, t1ce, t2")
@@ -120,7 +120,7 @@ print("mask:", other.mask.shape, "the same lesion:",
 slices, labels, patients, heights = [], [], [], []
 for validation in cases[1:]:
     shown = np.flatnonzero(validation.volumes.any(axis=(0, 1, 3)))
-    for k in shown[::2]:
+    for k in shown[::3]:
         slices.append(validation.volumes[:, :, k])
         labels.append(int(validation.mask[:, :, k].any()))
         patients.append(validation.name)
