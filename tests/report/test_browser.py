@@ -62,7 +62,7 @@ def visit(browser):
 
 
 def _until(page, expression, seconds=60):
-    """Waits until JavaScript is true. Playwright's own waiting evaluates strings in the page, which its policy refuses."""
+    """Waits until JavaScript is true; Playwright's own waiting evaluates strings, which the page's policy refuses."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"not within {seconds} s: {expression}"
