@@ -42,6 +42,8 @@ def stem(path: Path) -> str:
 
 def is_4d(path: Path) -> bool:
     """Whether a file holds several volumes; False where it cannot be read, which is reported when the case is."""
+    if absence(path):
+        return False
     try:
         shape = nib.load(path).shape
     except (*_UNREADABLE, MemoryError):
