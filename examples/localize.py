@@ -1,0 +1,191 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Lesions in arrays: `hae_jax.Localizer`
+#
+# `Localizer` takes NumPy arrays and gives masks. This page runs on the phantom (template anatomy with drawn lesions)
+# with the network that comes with the program; it needs neither data nor a GPU. It takes a minute or two on two
+# cores.
+#
+# **Research use only. Not a medical device; not for diagnosis or treatment.**
+#
+# `pip install hae-jax jupyterlab ipywidgets`, then open this page. `localize.py` is the same page as a script
+# (`jupytext --sync localize.ipynb` keeps both alike).
+
+# %%
+import dataclasses
+import tempfile
+
+import ipywidgets
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+from hae_jax import Localizer, forward_process
+from hae_jax.data.cases import find_cases, read_case
+from hae_jax.diffusion.process import Process
+from hae_jax.diffusion.schedule import make_schedule
+from hae_jax.localization.forward_process import Denoisers, ForwardSettings, step_noise
+from hae_jax.phantom.cohort import make_phantom
+
+# %% [markdown]
+# ## A case
+#
+# Five small phantom subjects. `read_case` finds the modalities of a case and turns them to LPS: right to left, front
+# to back, bottom to top. For your own data, `find_cases` takes BraTS folders and the other layouts of docs/data.md.
+
+# %%
+folder = make_phantom(tempfile.mkdtemp() + "/phantom", subjects=5, size=0.12, workers=1, progress=False)
+cases = [read_case(files) for files in find_cases(folder)]
+case = cases[0]
+print(case.name, case.volumes.shape, "X, Y, Z and flair, t1, t1ce, t2")
+
+# %% [markdown]
+# `Localizer.load` takes the name of shipped weights, a run folder of `train.py`, or a folder of exported weights. It
+# is called with a volume of raw intensities with background 0, and the affine from voxels to mm.
+
+# %%
+localizer = Localizer.load("phantom", batch_size=8)
+found = localizer(case.volumes, case.affine, name=case.name)
+print("mask:", found.mask.shape, f"{found.mask.sum() * abs(np.linalg.det(case.affine[:3, :3])) / 1000:.0f} ml")
+print("ground truth:", f"{case.mask.sum() * abs(np.linalg.det(case.affine[:3, :3])) / 1000:.0f} ml")
+print("slices called lesion slices:", found.slice_index[found.lesion_slices])
+
+
+# %%
+def show(k, found=found, case=case):
+    """One axial slice: flair, what it would be without a lesion, the anomaly map, the mask and the ground truth."""
+    healthy = np.zeros(case.volumes.shape[:3]) if found.pseudo_healthy is None else found.pseudo_healthy[..., 0]
+    panels = {"flair": case.volumes[..., 0], "pseudo-healthy flair": healthy, "anomaly map": found.anomaly_map,
+              "mask (white: ground truth)": found.mask}
+    figure, axes = plt.subplots(1, 4, figsize=(9, 2.6))
+    for ax, (title, volume) in zip(axes, panels.items(), strict=True):
+        ax.imshow(volume[..., k].T, cmap="gray" if "flair" in title else "magma", vmin=0,
+                  vmax=max(float(volume.max()), 1e-6))
+        ax.set_title(title, fontsize=8)
+        ax.axis("off")
+    if case.mask[..., k].any():
+        axes[3].contour(case.mask[..., k].T, [0.5], colors="white", linewidths=0.8)
+    figure.tight_layout()
+    plt.show()
+
+
+most = int(found.slice_index[found.slice_scores.argmax()])
+show(most)
+
+# %% [markdown]
+# The same with a slider (in a running notebook):
+
+# %%
+ipywidgets.interact(show, k=ipywidgets.IntSlider(most, 0, case.volumes.shape[2] - 1, description="slice"),
+                    found=ipywidgets.fixed(found), case=ipywidgets.fixed(case))
+
+# %% [markdown]
+# ## An array of your own
+#
+# Any array will do: here the four channels as a list, from a scanner that stores right to left as left to right and
+# with another axis first. The affine says so, and the mask comes back in the array's own axes.
+
+# %%
+own = [np.ascontiguousarray(case.volumes[::-1, ..., c].transpose(2, 0, 1)) for c in range(4)]
+flip = np.eye(4)
+flip[0, 0], flip[0, 3] = -1, case.volumes.shape[0] - 1  # x of `case` = n - 1 - x of `own`
+order = np.eye(4)[:, [2, 0, 1, 3]]  # (z, x, y) of `own`
+affine = case.affine @ flip @ order
+other = localizer(own, affine, name=case.name)
+print("mask:", other.mask.shape, "the same lesion:",
+      np.array_equal(other.mask.transpose(1, 2, 0)[::-1], found.mask))
+
+# %% [markdown]
+# ## Two rules for the mask
+#
+# A rule chooses the threshold of the map on validation slices. `healthy_fpr` lets a share of the healthy slices'
+# pixels through; `mixture` takes the threshold with the largest expected Dice. Both look at image labels alone:
+# lesion in this slice, yes or no. `calibrate` takes slices, their labels and, so that intervals and normalisation are
+# right, the patients.
+
+# %%
+slices, labels, patients, heights = [], [], [], []
+for validation in cases[1:]:
+    shown = np.flatnonzero(validation.volumes.any(axis=(0, 1, 3)))
+    for k in shown[::2]:
+        slices.append(validation.volumes[:, :, k])
+        labels.append(int(validation.mask[:, :, k].any()))
+        patients.append(validation.name)
+        heights.append((k - shown[0]) / (shown[-1] - shown[0]))
+print(len(slices), "slices,", sum(labels), "of them with a lesion")
+
+method, masks = localizer.method, {}
+for rule in ("healthy_fpr", "mixture"):
+    localizer.method = dataclasses.replace(method, rule=rule, healthy_fpr=0.005)
+    print(localizer.calibrate(np.array(slices), labels, patients=patients, heights=heights).described())
+    masks[rule] = localizer(case.volumes, case.affine, name=case.name)
+
+# %%
+figure, axes = plt.subplots(1, 3, figsize=(8, 2.8))
+for ax, (title, volume) in zip(axes, [*((rule, masks[rule].mask) for rule in masks),
+                                      ("probability", masks["mixture"].probability)], strict=True):
+    ax.imshow(volume[..., most].T, cmap="magma", vmin=0, vmax=1)
+    if case.mask[..., most].any():
+        ax.contour(case.mask[..., most].T, [0.5], colors="white", linewidths=0.8)
+    if title in masks:
+        mask = masks[title].mask
+        title += f", volume Dice {2 * (mask & case.mask).sum() / (mask.sum() + case.mask.sum()):.2f}"
+    ax.set_title(title, fontsize=8)
+    ax.axis("off")
+figure.tight_layout()
+plt.show()
+
+# %% [markdown]
+# These are figures of one phantom subject, with a handful of validation slices; they say nothing about patients.
+#
+# ## Your own denoiser in the forward process
+#
+# `forward_process` is the published method as one pure function. It asks for a denoiser with two faces: the answer
+# under no condition, and both answers, under "healthy" and under no condition. Any function of (x, t) will do. This
+# one has not learnt anything. It believes that healthy tissue is never brighter than a ceiling.
+
+# %%
+process = Process(make_schedule("linear", 1000))
+alpha_bar = jnp.asarray(process.schedule.alpha_bar, jnp.float32)
+
+
+def eps_of(x, t, ceiling):
+    """The noise in x_t if the slice without noise is x_t, scaled back and cut off at the ceiling."""
+    a = alpha_bar[t][:, None, None, None]
+    return (x - jnp.sqrt(a) * jnp.minimum(x / jnp.sqrt(a), ceiling)) / jnp.sqrt(1 - a)
+
+
+denoisers = Denoisers(lambda x, t: eps_of(x, t, 9.0),
+                      lambda x, t: (eps_of(x, t, 0.5), eps_of(x, t, 9.0)))
+flair = case.volumes[..., most, :1] / np.percentile(case.volumes[..., 0][case.volumes[..., 0] > 0], 99)
+x0 = jnp.asarray(np.clip(2 * flair - 1, -1, 1))[None]  # [1, X, Y, 1] in [-1, 1]
+settings = ForwardSettings(steps=20, guidance=1.0, modality=(0,))
+noise = step_noise(jax.random.split(jax.random.key(0), 1), x0.shape[1:])
+walked = forward_process(process, denoisers, x0, noise, settings)
+
+figure, axes = plt.subplots(1, 3, figsize=(8, 2.6))
+for ax, title, image in zip(axes, ("flair", "prediction, healthy", "anomaly map"),
+                            (x0[0, ..., 0], walked.healthy[0, ..., 0], walked.map[0, ..., 0]), strict=True):
+    ax.imshow(np.asarray(image).T, cmap="magma" if "map" in title else "gray")
+    ax.set_title(title, fontsize=8)
+    ax.axis("off")
+figure.tight_layout()
+plt.show()
+
+# %% [markdown]
+# With a network of yours, `Localizer(denoisers, process, image_size=..., channels=...)` does the rest;
+# `numpy_denoisers` takes one outside JAX, such as a PyTorch module. Folders of NIfTI files are `translate.py`'s
+# (docs/translation.md).
