@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from PIL import Image
-from translated_cases import AFFINE, SHAPE, write_case
+from run_helpers import AFFINE, SHAPE, write_case
 
 THRESHOLD = 0.4
 SLICES = list(range(1, SHAPE[2] - 1))

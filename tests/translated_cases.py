@@ -2,21 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
-from run_helpers import IDENTITY
+from run_helpers import IDENTITY, write_case
 
 from hae_jax.configs import default
-from hae_jax.data.cases import MODALITIES
 from hae_jax.data.prepare import prepare
 from hae_jax.pipeline.cache_key import weights_hash
 from hae_jax.pipeline.translate import translate
-
-SHAPE = (20, 24, 9)
-AFFINE = np.array([[-1.5, 0.1, 0, 12], [0.1, -1.2, 0, 30.5], [0, 0, 4, -20], [0, 0, 0, 1]])
 
 
 class ToyNetwork(nnx.Module):
@@ -28,25 +23,6 @@ class ToyNetwork(nnx.Module):
     def __call__(self, x, t, y=None, null=False):
         healthy = jnp.broadcast_to(~jnp.asarray(null), x.shape[:1])[:, None, None, None]
         return jnp.tanh(x @ self.kernel[...] + 0.01 * t[:, None, None, None]) + 0.2 * healthy * x
-
-
-def write_case(folder, name, seed, lesion=True, affine=AFFINE, segmented=True):
-    """A bright ball in noise as a BraTS 2021 case; the lowest and highest slices are empty."""
-    rng = np.random.default_rng(seed)
-    volumes = rng.integers(50, 100, (4, *SHAPE)).astype(np.int16)
-    volumes[..., [0, -1]] = 0
-    truth = np.zeros(SHAPE, np.uint8)
-    if lesion:
-        truth[6:13, 8:15, 3:6] = 2
-    volumes[:, truth > 0] += np.int16(150)
-    (folder / name).mkdir(parents=True)
-    for suffix, data in zip((*MODALITIES, "seg"), (*volumes, truth), strict=True):
-        if suffix != "seg" or segmented:
-            image = nib.Nifti1Image(data, affine)
-            image.set_qform(affine, 1)
-            image.set_sform(affine, 4)
-            image.header.set_xyzt_units("mm", "sec")
-            nib.save(image, folder / name / f"{name}_{suffix}.nii.gz")
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ class _Workers:
             died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
             if died is None and not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM)):
                 raise
-            raise UserError(f"one of {self._workers} data workers {_fate(int(died[1]) if died else None)}; set "
+            raise UserError(f"one of {self._workers} data workers {_fate(int(died[1]) if died else None)}; or set "
                             "data.workers=0, which reads in threads of this process") from error
 
 

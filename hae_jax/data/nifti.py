@@ -43,6 +43,8 @@ def stem(path: Path) -> str:
 
 def is_4d(path: Path) -> bool:
     """Whether a file holds several volumes; False where it cannot be read, which is reported when the case is."""
+    if absence(path):
+        return False
     try:
         image: Any = nib.load(path)
         shape = image.shape

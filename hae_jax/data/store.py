@@ -217,6 +217,8 @@ def verify_store(root: str | Path) -> list[str]:
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     again = "make the dataset again with tools/prepare_data.py --overwrite"
+    if (reason := absence(root)) not in (None, "missing"):
+        raise UserError(f"{root}: {reason}")
     if not os.path.lexists(path):
         raise UserError(f"{root}: no prepared dataset here; make one with tools/prepare_data.py "
                         f"--source FOLDER --output {root}")

@@ -1,5 +1,6 @@
 """From a folder to its page: finds out what the folder is, reads it, and writes report.html."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hae_jax.report.training_run import is_run, run_data
 PAGE = "report.html"
 _ANONYMOUS = "report_anonymous.html"
 LIMIT_MB = 25.0
+_FORMAT = 1  # of pictures beside a page; another one makes them anew
 _OWN_MB = 0.5  # of the limit: style, code and the table
 
 
@@ -86,9 +88,14 @@ def _cases(results: Results, pictures: Pictures, privacy: Privacy) -> Iterator[d
     """The entry of each finished case; its pictures are made, or taken from beside the page where they still fit."""
     for name, row in sorted(results.rows.items()):
         label = privacy.label(name)
-        key = f"1 {results.thresholds} {label} {cases.fingerprint(results.folder, name)}"
+        key = _key(results.thresholds, label, cases.fingerprint(results.folder, name))
         entry = pictures.known(label, key) or _made(results, name, label, key, pictures, privacy)
         yield {"name": label, **_numbers(row), **entry}
+
+
+def _key(*parts: Any) -> str:
+    """A digest: the files that it is of may bear names that the page hides."""
+    return hashlib.sha256(repr((_FORMAT, *parts)).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _made(results: Results, name: str, label: str, key: str, pictures: Pictures, privacy: Privacy) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hae_jax import weights
+from hae_jax.data.presence import absence, is_there
 from hae_jax.errors import UserError
 from hae_jax.files import read_json, write_json
 from hae_jax.torch_interop.files import read_state_dict, write_state_dict
@@ -74,7 +75,9 @@ def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str]
       UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.
     """
     path = trained_folder(path)
-    if not (path / WEIGHTS).is_file():
+    if (reason := absence(path)) not in (None, "missing"):  # a dead link or a closed folder
+        raise UserError(f"{path}: {reason}")
+    if not is_there(path / WEIGHTS):
         return checkpoint.load_network(path, ema=ema, forms=forms)
     if not ema:
         raise UserError(f"{path}: holds EMA weights alone; leave translation.ema as it is")

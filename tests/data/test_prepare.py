@@ -230,6 +230,21 @@ def test_broken_pytorch_slices(npz_source, tmp_path):
         prepare(npz_source, tmp_path / "other")
 
 
+def test_slices_behind_dead_links_are_said(npz_source, tmp_path):
+    (npz_source / "npy_train" / "patient_00001" / "slice_4.npz").symlink_to("/mnt/gone/slice_4.npz")
+    (npz_source / "npy_test" / "patient_00009").symlink_to("/mnt/gone/patient_00009")
+    report = prepare(npz_source, tmp_path / "store")
+    assert report.skipped.keys() == {"00001", "00009"}
+    assert all("links to /mnt/gone/" in reason for reason in report.skipped.values())
+    shutil.rmtree(npz_source / "npy_val")
+    (npz_source / "npy_val").symlink_to("/mnt/gone/npy_val")
+    with pytest.raises(UserError, match="npy_val: links to /mnt/gone/npy_val"):
+        prepare(npz_source, tmp_path / "other")
+    (tmp_path / "lost").symlink_to("/mnt/gone/store")
+    with pytest.raises(UserError, match="lost: links to /mnt/gone/store"):
+        open_store(tmp_path / "lost")
+
+
 def test_command_from_another_folder_and_verify(source, tmp_path, capsys):
     script = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
     output = tmp_path / "a folder" / "store"

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from report_folders import SLICES, THRESHOLD, write_results, write_run
-from translated_cases import SHAPE
+from run_helpers import SHAPE
 
 from hae_jax.commands.report import main
 from hae_jax.errors import UserError
