@@ -198,13 +198,10 @@ def test_sheets_hold_every_slice_once(monkeypatch):
     assert (tile, columns, per_sheet, len(drawn)) == ((16, 16), 2, 4, 3)
 
 
-def test_names_of_files_that_are_no_text(tmp_path):
-    results = write_results(tmp_path, ("caf\udce9",))
-    page = write_report(results, limit_mb=SMALL)
-    data = _data(page)
-    assert data["cases"][0]["name"] == "caf\\udce9"
-    assert data["cases"][0]["files"][0]["href"] == "caf%E9_mask.nii.gz"
-    assert (results / data["outside"]["caf\\udce9"].replace("%5C", "\\")).is_file()
+def test_names_of_files_that_are_no_text(results):
+    """Such a case fails; the page says so with an escape."""
+    _edit(results / "manifest.json", failed={"caf\udce9": "/in/caf\udce9.nii: its name is no text"})
+    assert _data(write_report(results))["failed"] == [["caf\\udce9", "caf\\udce9.nii: its name is no text"]]
 
 
 @pytest.mark.parametrize(("message", "clean"), [
