@@ -36,4 +36,5 @@ def get_config() -> ml_collections.ConfigDict:
         config.training.localization_slices = 32
         config.training.sample_every = 100
         config.training.sample_steps = 10
+        config.translation.save_healthy = True  # the report shows the reconstructions, too
     return config

@@ -9,6 +9,7 @@ from hae_jax.localization.batched import IntensityReader
 from hae_jax.localization.methods import IntensityThreshold
 from hae_jax.localization.validation import validation_results
 from hae_jax.pipeline.calibrations import calibrated, kept_file, newest_for_other_data
+from hae_jax.runs import load_run
 
 MADE_WITH = {"settings": {"method": "threshold", "modality": [0, 3]}, "data": {"root": "data"}}
 
@@ -54,3 +55,12 @@ def test_the_file_is_known_before_it_is_made(method, prepared, tmp_path):
     calibrated(IntensityReader(method.intensity), method, store, tmp_path, MADE_WITH)
     assert path.is_file()
     assert newest_for_other_data(method, tmp_path, MADE_WITH | {"data": {"root": "gone"}}) == path
+
+
+@pytest.mark.parametrize("name", ["phantom", "phantom_stroke"])
+def test_a_shipped_network_has_its_calibration(name):
+    """Made with these weights and settings, from image labels, with curves of probability."""
+    made = load_run(name).calibration()
+    assert (made.rule, made.labels) == ("healthy_fpr", "image labels")
+    assert made.probability
+    assert made.slice_scores
