@@ -3,6 +3,7 @@
 They are forked from a server that has imported what they need, which takes longer than most of them run.
 """
 
+import atexit
 import contextlib
 import functools
 import multiprocessing
@@ -64,4 +65,7 @@ def _run(output: Path, settings: Mapping, environment: Mapping[str, str], functi
     os.environ.update(environment)
     for name, value in settings.items():
         jax.config.update(name, value)
-    function(*args)
+    try:
+        function(*args)
+    finally:
+        atexit._run_exitfuncs()  # JAX leaves the other processes by one; a forked process ends without them
