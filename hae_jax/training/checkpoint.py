@@ -188,7 +188,7 @@ def load_network(
     Args:
       workdir: the folder that `train.py --workdir` wrote.
       step: which checkpoint; None: the newest that is not damaged.
-      ema: the averaged parameters (of the first rate) instead of the last ones.
+      ema: the EMA weights (of the first rate) instead of the last ones.
       forms: how the network shall be computed (`model.config.FORM_FIELDS`), instead of as in training.
 
     Raises:
