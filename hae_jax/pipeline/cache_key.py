@@ -101,9 +101,9 @@ def run_key(
 
 
 def case_key(run: Mapping[str, Any], case: CaseFiles) -> str:
-    """The key of a case's results: that of the run, and the case's files as they are now."""
+    """The key of a case's results: that of the run, whose case it is, and its files as they are now."""
     channels = [[image.modality, image.path.name, image.volume, image.volumes] for image in case.images]
-    return digest(run, case.name, channels, [_state(path) for path in case.paths],
+    return digest(run, case.name, case.patient, channels, [_state(path) for path in case.paths],
                   *([case.problem] if case.problem else []))
 
 

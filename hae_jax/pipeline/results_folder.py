@@ -40,6 +40,7 @@ from hae_jax.pipeline.summary import (
     summarise,
     write_tables,
 )
+from hae_jax.report.write import PAGE
 
 _LOG = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class ResultsFolder:
         replaced = {case.name for case in cases}
         stay = [record.row for name, record in self.records().items() if record.row and name not in replaced]
         report.write_cases(self.path / CASES, stay)
-        for name in (METRICS, MANIFEST, CALIBRATION, BASELINE):
+        for name in (METRICS, MANIFEST, CALIBRATION, BASELINE, PAGE):
             (self.path / name).unlink(missing_ok=True)
 
     def key_of_tables(self) -> dict[str, Any] | None:

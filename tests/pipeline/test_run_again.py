@@ -1,5 +1,6 @@
 """What a run takes from earlier ones and from others beside it: finished cases, calibrations, shards, tables."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from run_helpers import read_json, read_volume
 
+from hae_jax.data.cases import find_cases
 from hae_jax.errors import UserError
 from hae_jax.localization import methods
 from hae_jax.pipeline import calibrations, per_case
-from hae_jax.pipeline.cache_key import digest, weights_hash
+from hae_jax.pipeline.cache_key import case_key, digest, weights_hash
 from hae_jax.pipeline.results_folder import RECORDS, ResultsFolder
 
 
@@ -206,6 +208,7 @@ def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkey
 def test_a_run_that_is_stopped_leaves_no_tables_of_other_masks(run, config, three_cases, tmp_path, monkeypatch):
     run(three_cases)
     out, settings = tmp_path / "out", config.translation.median
+    (out / "report.html").touch()
     written, original = [], per_case.write_volume
 
     def killed(path, *arguments):
@@ -218,7 +221,7 @@ def test_a_run_that_is_stopped_leaves_no_tables_of_other_masks(run, config, thre
     config.translation.median = not settings
     with pytest.raises(KeyboardInterrupt):
         run(three_cases)
-    assert not [name for name in ("metrics.json", "manifest.json") if (out / name).exists()]
+    assert not [name for name in ("metrics.json", "manifest.json", "report.html") if (out / name).exists()]
     assert (out / "cases.csv").read_text().count("\n") == 1  # the header
     monkeypatch.setattr(per_case, "write_volume", original)
     config.translation.median = settings  # b's mask is of the other settings, and so are a's files
@@ -255,6 +258,11 @@ def test_results_that_no_longer_hold_are_taken_away(run, config, three_cases, tm
     run(three_cases)
     left = {path.name for path in (tmp_path / "out").glob("?_*.nii.gz")}
     assert left == {"a_mask.nii.gz", "a_map.nii.gz", "c_mask.nii.gz", "c_map.nii.gz"}
+
+
+def test_a_case_of_another_patient_is_another_case(three_cases):
+    (case,) = find_cases(three_cases / "a")
+    assert case_key({}, case) == case_key({}, case) != case_key({}, dataclasses.replace(case, patient="another"))
 
 
 def test_weights_hash(toy_network, config):
