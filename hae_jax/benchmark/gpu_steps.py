@@ -275,9 +275,9 @@ def _reference_config(report: Report, work: Path) -> tuple[ml_collections.Config
               "model.dtype": "bfloat16", "training.batch_size": 64, "training.ema_rates": "(0.9995,)"}
     if report.rehearse:
         fields |= {f"model.{name}": value for name, value in _SMALL.items()}
-        fields |= {"data.phantom.size": 0.1, "data.phantom.subjects": 8, "data.phantom.train_fraction": 0.5,
-                   "training.batch_size": 8, "training.validate_every": 0, "training.localization_every": 0,
-                   "training.sample_every": 4,
+        fields |= {"data.phantom.size": 0.1, "data.phantom.subjects": 4, "data.phantom.train_fraction": 0.5,
+                   "data.phantom.val_fraction": 0.25, "data.phantom.workers": 1, "training.batch_size": 8,
+                   "training.validate_every": 0, "training.localization_every": 0, "training.sample_every": 4,
                    "training.sample_steps": 2, "training.log_every": 1}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return read_config(str(REPOSITORY / _REFERENCE), overrides), overrides

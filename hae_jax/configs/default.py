@@ -135,6 +135,9 @@ def _translation() -> ml_collections.ConfigDict:
     # Of residual. Low noise finds lesions; which timesteps are low depends on the resolution (these suit 64 px).
     translation.timesteps = (50, 100, 150, 200, 250, 300)
     translation.draws = 1  # noise draws for each timestep; with more, the map's spread is an uncertainty
+    # How often a slice is looked at; before each further time, what was found is filled in with its pseudo-healthy
+    # values. 2 finds more of large lesions, with the same passes if there are half as many timesteps.
+    translation.rounds = 1
     # One number for each channel: its weight in the map, above 0 where lesions are bright, below where they are dark.
     # None: flair 1, t1 -0.5, t1ce 0, t2 0.5.
     translation.weights = config_dict.placeholder(tuple)

@@ -317,9 +317,8 @@ def residual_method(config: ml_collections.ConfigDict) -> Residual:
     # Every timestep of the original process: only the chosen ones are looked at, so there is nothing to respace.
     process = Process(make_schedule(diffusion.schedule, diffusion.steps), diffusion.predicts, diffusion.variance,
                       wanted.clipping)
-    settings = ResidualSettings(wanted.timesteps, wanted.guidance, wanted.draws, modality,
-                                tuple(weights[i] for i in modality), wanted.smoothing,
-                                wanted.rectify)
+    settings = ResidualSettings(wanted.timesteps, wanted.guidance, wanted.draws, wanted.rounds, modality,
+                                tuple(weights[i] for i in modality), wanted.smoothing, wanted.rectify)
     return Residual(process, settings, **_of_every_method(config, "healthy_fpr", "mm"))
 
 

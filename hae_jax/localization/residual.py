@@ -2,8 +2,8 @@
 
 Sources of its parts: Ho et al. 2020, arXiv:2006.11239; Ho and Salimans 2022, arXiv:2207.12598.
 
-Ours. A few timesteps at low noise take the place of the published
-walk of hundreds (`forward_process`): two network passes for each timestep and noise draw.
+Ours. A few timesteps at low noise take the place of the published walk of hundreds (`forward_process`): two network
+passes for each timestep, noise draw and round.
 """
 
 import dataclasses
@@ -36,6 +36,8 @@ class ResidualSettings:
         on the resolution.
       guidance: strength w towards healthy.
       draws: noise draws for each timestep.
+      rounds: how often the slice is looked at. Before each further round, pixels with a positive residual get their
+        pseudo-healthy value. At low noise the network fills in a large lesion only in part; each round fills in more.
       modality: channels that take part.
       weights: of each of these channels, with the sign that a lesion has in it: 1 where it is bright, -1 where dark.
       smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0 leaves it as it is.
@@ -49,6 +51,7 @@ class ResidualSettings:
     timesteps: tuple[int, ...] = (50, 100, 150, 200, 250, 300)
     guidance: float = 2.0
     draws: int = 1
+    rounds: int = 1
     modality: tuple[int, ...] = (0,)
     weights: tuple[float, ...] = (1.0,)
     smoothing: float = 0.7
@@ -59,8 +62,9 @@ class ResidualSettings:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.timesteps or min(self.timesteps) < 0:
             raise UserError(f"translation.timesteps is {self.timesteps}: give timesteps of at least 0")
-        if self.draws < 1:
-            raise UserError(f"translation.draws is {self.draws}: it must be at least 1")
+        for name in ("draws", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"translation.{name} is {getattr(self, name)}: it must be at least 1")
         check_guidance(self.guidance)
         check_modality(self.modality)
         check_choice("rectify", self.rectify, ("after", "before", "never"))
@@ -73,7 +77,7 @@ class ResidualSettings:
     @property
     def passes(self) -> int:
         """Network passes for a slice."""
-        return 2 * self.draws * len(self.timesteps)
+        return 2 * self.draws * self.rounds * len(self.timesteps)
 
 
 def residual(
@@ -89,33 +93,44 @@ def residual(
     9 and 15), guided to the class "healthy" (Ho and Salimans 2022, eq. 6), x_t is x0 noised to t, a_m the weight of
     modality m, K a Gaussian. The positive part is taken last, after filters across slices: noise then cancels instead
     of adding up.
+
+    With several rounds, x_t of the next round is noised from x0 in which G replaces what was found. The map is that of
+    the last round.
     """
     modality, weights = jnp.asarray(settings.modality), jnp.asarray(settings.weights, jnp.float32)
     timesteps = jnp.asarray(settings.timesteps)
     count = len(settings.timesteps)
-
-    x_m = x0[..., modality]
+    x0_m = x0[..., modality]
 
     def rectified(signed):  # [B, H, W]
         return signed if settings.rectify == "after" else jnp.maximum(signed, 0)
 
-    def step(totals, i):
-        residual, healthy = totals
-        t = timesteps[i % count][None]  # one timestep for all slices: embedded once
-        x = process.noised(x0, t, noise(i))
-        output = guided_output(*denoisers.healthy_and_null(x, process.original(t)), settings.guidance)
-        guided = process.predict(output, x, t).x0[..., modality]
-        difference = x_m - guided
-        term = (jnp.abs(difference) * jnp.abs(weights) if settings.rectify == "never" else difference * weights).sum(-1)
-        return (residual + rectified(term), healthy + guided), None
+    def look(start, first):  # x0, or what is left of it; the first of the steps -> residual [B, H, W], G [B, H, W, M]
+        def step(totals, i):
+            residual, healthy = totals
+            t = timesteps[i % count][None]  # one timestep for all slices: embedded once
+            x = process.noised(start, t, noise(i))
+            output = guided_output(*denoisers.healthy_and_null(x, process.original(t)), settings.guidance)
+            guided = process.predict(output, x, t).x0[..., modality]
+            difference = x0_m - guided
+            term = (jnp.abs(difference) * jnp.abs(weights) if settings.rectify == "never"
+                    else difference * weights).sum(-1)
+            return (residual + rectified(term), healthy + guided), None
 
-    def draw(first):
-        zeros = jnp.zeros(x0.shape[:3], jnp.float32), jnp.zeros(x_m.shape, jnp.float32)
+        zeros = jnp.zeros(x0.shape[:3], jnp.float32), jnp.zeros(x0_m.shape, jnp.float32)
         totals, _ = jax.lax.scan(step, zeros, first + jnp.arange(count))
         return jax.tree.map(lambda total: total / count, totals)
 
+    def draw(first):
+        found = look(x0, first)
+        for k in range(1, settings.rounds):
+            residual, healthy = found
+            filled = x0.at[..., modality].set(jnp.where(residual[..., None] > 0, healthy, x0_m))
+            found = look(filled, first + k * count)
+        return found
+
     # [draws, B, H, W], [draws, B, H, W, M]
-    residuals, healthy = jax.lax.map(draw, count * jnp.arange(settings.draws))
+    residuals, healthy = jax.lax.map(draw, settings.rounds * count * jnp.arange(settings.draws))
     signed = _smoothed(residuals, settings.smoothing)
     return ResidualMap(signed.mean(0), signed.std(0), healthy.mean(0))
 

@@ -42,6 +42,7 @@ def variations(config: ml_collections.ConfigDict) -> list[tuple[str, dict[str, A
     rows += [("guidance off", {"guidance": 0.0})]
     rows += [(f"guidance {w:g}", {"guidance": w}) for w in (1.0, 4.0) if w != wanted.guidance]
     rows += [(f"{n} noise draws", {"draws": n}) for n in (2, 4) if n != wanted.draws]
+    rows += [(f"{n} rounds", {"rounds": n}) for n in (2, 3) if n != wanted.rounds]
     rows += [("positive part before the mean", {"rectify": "before"}), ("absolute residual", {"rectify": "never"})]
     rows += [(f"smoothing {s:g} px", {"smoothing": s}) for s in (0.0, 1.0, 1.5) if s != wanted.smoothing]
     names = tuple(config.data.modalities)

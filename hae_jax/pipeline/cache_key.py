@@ -23,7 +23,7 @@ from hae_jax.model.config import FORM_FIELDS
 _NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy",
                        "save_probability", "batch_size", "max_memory_gb", "calibration", "ema")
 _OWN = {  # settings that one method alone, or those with this beginning, look at
-    "residual": ("timesteps", "draws", "weights", "smoothing", "rectify"),
+    "residual": ("timesteps", "draws", "rounds", "weights", "smoothing", "rectify"),
     "hae": ("forward_steps", "reference", "d_reverse", "inversion", "maps", "t_e_ratio", "last_step_only", "every"),
     "ddib": ("ddib_steps", "ddib_start"),
     "anoddpm": ("anoddpm_steps",),

@@ -60,6 +60,21 @@ def test_noise_cancels_in_the_mean_and_draws_give_a_spread(images):
     assert float(found.spread.mean()) == pytest.approx(deviation, rel=0.1)
 
 
+def test_further_rounds_fill_in_what_was_found():
+    """A denoiser that halves what is bright finds half of a lesion in one round, three quarters in two."""
+    half = lambda x, t: PROCESS.eps_from_x0(x, t, jnp.maximum(x, 0) / 2)
+    denoisers = Denoisers(None, lambda x, t: (half(x, t), half(x, t)))
+    x0 = jnp.zeros((1, 6, 6, 2)).at[0, 2:4, 2:4].set(0.8).at[0, 5, 5].set(-0.4)
+    seen = []
+    for rounds in (1, 2, 3):
+        settings = ResidualSettings((1,), rounds=rounds, modality=(1,), weights=(1.0,), smoothing=0)
+        found = residual(PROCESS, denoisers, x0, lambda i: jnp.zeros_like(x0), settings)
+        assert settings.passes == 2 * rounds
+        seen.append(float(found.map[0, 2, 2]))
+        np.testing.assert_allclose(found.map[0, 5, 5], -0.4, atol=1e-3)
+    np.testing.assert_allclose(seen, [0.4, 0.6, 0.7], atol=1e-3)
+
+
 @pytest.mark.parametrize(("rectify", "expected"), [("after", 0), ("before", 0.1), ("never", 0.2)])
 def test_where_the_sign_goes(rectify, expected):
     """A residual of 0.2 at one timestep and of -0.2 at the other."""
@@ -74,6 +89,7 @@ def test_where_the_sign_goes(rectify, expected):
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"timesteps": ()}, r"translation\.timesteps is \(\)"), ({"draws": 0}, r"translation\.draws is 0"),
+    ({"rounds": 0}, r"translation\.rounds is 0"),
     ({"weights": (1, 2)}, "one number for each channel"), ({"weights": (0,)}, "not all 0"),
     ({"smoothing": -1}, r"translation\.smoothing is -1")])
 def test_settings_that_cannot_be_are_refused(fields, message):
