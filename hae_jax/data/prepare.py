@@ -7,10 +7,8 @@ published PyTorch code (`npy_{train,val,test}/patient_<case>/slice_<k>.npz`), wh
 import collections
 import dataclasses
 import functools
-import glob
+import logging
 import multiprocessing
-import os
-import shutil
 import struct
 import time
 import tokenize
@@ -33,9 +31,10 @@ from hae_jax.data.presence import absence, is_there
 from hae_jax.data.slices import SPLITS, CaseSlices, case_slices, split_patients
 from hae_jax.data.store import MANIFEST, StoreWriter
 from hae_jax.errors import UserError
-from hae_jax.files import folder_written_whole, remove_leftovers
+from hae_jax.files import finish_replacing, folder_written_whole
 from hae_jax.provenance import record
 
+_LOG = logging.getLogger(__name__)
 _WITHOUT_LABELS = "imagesTs"  # the Decathlon's and nnU-Net's cases whose labels are kept secret
 _NPZ_SPLITS = {split: f"npy_{split}" for split in SPLITS}
 
@@ -124,18 +123,15 @@ def prepare(
     if image_size < 1 or workers < 1:
         raise UserError(f"image_size {image_size} and workers {workers}: both must be at least 1")
     check_modalities(modalities)
+    if finish_replacing(output):
+        _LOG.info("%s: is back; the run that was to replace it was killed", output)
     replaces = _must_replace(output, overwrite)
     if any(is_there(source / folder) for folder in _NPZ_SPLITS.values()):
         plan = _plan_npz(source, modalities, image_size)
     else:
         plan = _plan_nifti(source, modalities, image_size, train_fraction, val_fraction, seed)
-    target = output.with_name(f".{os.getpid()}.new.{output.name}") if replaces else output
-    remove_leftovers(output.parent, glob.escape(target.name))
-    remove_leftovers(output.parent, f".*.new.{glob.escape(output.name)}")
-    with folder_written_whole(target) as root:
+    with folder_written_whole(output, replace=replaces) as root:
         manifest, skipped, warnings = _write(root, source, plan, modalities, workers)
-    if replaces:
-        _replace_folder(output, target)
     totals = manifest["splits"]
     per_split = [{split: totals[split][key] for split in SPLITS} for key in ("cases", "slices", "lesion_slices")]
     return PrepareReport(output, *per_split, skipped, time.monotonic() - started, warnings)
@@ -312,10 +308,3 @@ def _must_replace(output: Path, overwrite: bool) -> bool:
     if not overwrite:
         raise UserError(f"{output}: exists; give --overwrite to replace it, or choose another --output")
     return True
-
-
-def _replace_folder(output: Path, new: Path) -> None:
-    old = output.with_name(f".{os.getpid()}.old.{output.name}")
-    os.replace(output, old)
-    os.replace(new, output)
-    shutil.rmtree(old)

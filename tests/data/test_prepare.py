@@ -130,6 +130,20 @@ def test_existing_output_is_replaced_only_on_request_and_only_by_a_complete_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
 
 
+def test_the_dataset_that_a_killed_run_was_to_replace_is_back(source, tmp_path, capsys):
+    output = tmp_path / "store"
+    prepare(source, output, **HALF)
+    before = snapshot(output)
+    output.rename(tmp_path / ".7-a.replaced.store")  # killed between its two renames
+    (tmp_path / ".7-b.partial.store").mkdir()
+    with pytest.raises(UserError, match="store: exists; give --overwrite"):
+        prepare(source, output, image_size=32, **HALF)
+    assert snapshot(output) == before
+    assert "store: is back; the run that was to replace it was killed" in capsys.readouterr().out
+    prepare(source, output, image_size=32, overwrite=True, **HALF)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
+
+
 def test_a_folder_that_is_no_dataset_is_never_replaced(source, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("...")
