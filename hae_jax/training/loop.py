@@ -183,8 +183,9 @@ def _begin(run: Run, checkpoints: Checkpoints, guard: Guard, latest: int | None)
     start = int(state.step)
     report = Report(run.workdir, run.config, run.network, run.mesh, start, sampler=_sampler(run, graph),
                     validation=_validation(run, graph, shardings), localization=_localization(run, graph, shardings))
-    with contextlib.closing(report), Profiler(run.workdir, run.profile, start, training.steps) as profiler:
-        _loop(run, step, state, checkpoints, guard, report, profiler)
+    with contextlib.closing(report), Profiler(run.workdir, run.profile, start, training.steps) as profiler, \
+            _batches(run, report, start) as batches:
+        _loop(run, step, state, batches, checkpoints, guard, report, profiler)
 
 
 def _with_initial_weights(run: Run, state: TrainState, shardings: TrainState) -> TrainState:
@@ -209,17 +210,16 @@ def _with_initial_weights(run: Run, state: TrainState, shardings: TrainState) ->
 
 
 def _loop(
-    run: Run, step: Callable, state: TrainState, checkpoints: Checkpoints, guard: Guard, report: Report,
-    profiler: Profiler,
+    run: Run, step: Callable, state: TrainState, batches: ReadAhead, checkpoints: Checkpoints, guard: Guard,
+    report: Report, profiler: Profiler,
 ) -> None:
     training, start = run.config.training, int(state.step)
-    ahead = _read_ahead(run, report, start)
     pending, stopping = None, 0
     for done in range(start + 1, training.steps + 1):
         profiler.before(done)
-        batch = ahead.next()
+        batch = batches.next()
         # Who must stop says so to all processes through the batch: they must stop at the same step.
-        reason = _NO_DATA if ahead.error else _SIGNAL if guard.stop_requested() else 0
+        reason = _NO_DATA if batches.error else _SIGNAL if guard.stop_requested() else 0
         stop = np.full(len(batch["label"]), reason, np.int32)
         inputs = {"image": batch["image"], "label": batch["label"], "stop": stop}
         state, metrics = step(state, shard_batch(run.mesh, inputs))
@@ -240,20 +240,24 @@ def _loop(
         profiler.after(done, state)
         if stopping == _NO_DATA:
             with _told_what_is_saved(done), agreed():
-                if ahead.error is not None:
-                    raise ahead.error
+                if batches.error is not None:
+                    raise batches.error
         if stopping and done < training.steps:
             raise guard.stopped(run.workdir, done)
 
 
-def _read_ahead(run: Run, report: Report, start: int) -> ReadAhead:
+@contextlib.contextmanager
+def _batches(run: Run, report: Report, start: int) -> Iterator[ReadAhead]:
+    """Context: the batches of the steps after `start`; its end ends the data workers."""
     data, training = run.config.data, run.config.training
-    with _told_what_is_saved(start), agreed():
-        batches = train_batches(
-            run.reader, batch_size=training.batch_size, seed=run.config.seed, start_step=start,
-            process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers,
-            prefetch=data.prefetch, balance=data.balance, healthy_only=data.healthy_only, scaling=data.scaling)
-        return ReadAhead(functools.partial(report.next, batches), training.steps - start)
+    with contextlib.ExitStack() as stack:
+        with _told_what_is_saved(start), agreed():
+            batches = stack.enter_context(contextlib.closing(train_batches(
+                run.reader, batch_size=training.batch_size, seed=run.config.seed, start_step=start,
+                process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers,
+                prefetch=data.prefetch, balance=data.balance, healthy_only=data.healthy_only, scaling=data.scaling)))
+            ahead = ReadAhead(functools.partial(report.next, batches), training.steps - start)
+        yield ahead
 
 
 @contextlib.contextmanager
