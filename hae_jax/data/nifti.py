@@ -6,6 +6,7 @@ numbers (data type, units, voxel size) is followed or refused, never passed over
 
 import contextlib
 import gzip
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,8 @@ def is_4d(path: Path) -> bool:
     if absence(path):
         return False
     try:
-        image: Any = nib.load(path)
+        with _quiet():
+            image: Any = nib.load(path)
         shape = image.shape
     except (*_UNREADABLE, MemoryError):
         return False
@@ -77,7 +79,10 @@ def read_volume(
         image: Any = nib.load(path)
     _check_kind(path, image)
     _check_shape(path, image.shape, () if volume is None else (volumes,), wanted)
-    affine = _affine_mm(path, image)
+    with _reading(path), image.file_map["image"].get_prepare_fileobj("rb") as stream:
+        stored = type(image.header).from_fileobj(stream, check=False)  # before nibabel's repairs, which guess
+    _check_stored(path, stored)
+    affine = _affine_mm(path, image, stored)
     with _reading(path), np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which is said below
         if extra := image.shape[3:]:  # reads the one volume only
             image = image.slicer[(..., *(0 if n == 1 else volume for n in extra))]
@@ -184,15 +189,24 @@ def _check_shape(path: Path, shape: tuple[int, ...], expected: tuple[int, ...], 
         raise UserError(f"{path}: has shape {shape}; expected {what} (wanted: {', '.join(wanted) or 'a mask'})")
 
 
-def _affine_mm(path: Path, image: nib.Nifti1Image) -> np.ndarray:  # [4, 4]
+def _check_stored(path: Path, header: nib.Nifti1Header) -> None:
+    """Refuses what nibabel would read without a word: the header as data, a scale that is no number."""
+    start, size = int(header["vox_offset"]), int(header.sizeof_hdr)
+    if start < size:
+        raise UserError(f"{path}: its header says that the voxels begin at byte {start}, within the {size} bytes of "
+                        "the header; correct vox_offset, or export it again")
+    if np.isinf(header["scl_slope"]):  # NaN is how some programs say that there is none
+        raise UserError(f"{path}: its header scales the voxels by {header['scl_slope']}; correct scl_slope, or export "
+                        "it again")
+
+
+def _affine_mm(path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header) -> np.ndarray:  # [4, 4]
     """Voxel -> mm, whatever the unit of length in the header."""
     header = image.header
     unit, millimetres = _UNITS.get(int(header["xyzt_units"]) & 7, (None, 0))
     if unit is None:
         raise UserError(f"{path}: its unit of length is not known (xyzt_units is {int(header['xyzt_units'])}); correct "
                         "the header")
-    with _reading(path), image.file_map["image"].get_prepare_fileobj("rb") as stream:
-        stored = type(header).from_fileobj(stream, check=False)  # before nibabel's repairs, which guess
     for code in ("sform_code", "qform_code"):
         if int(stored[code]) not in _CODES:
             raise UserError(f"{path}: its header is damaged ({code} is {int(stored[code])}); copy or export it again")
@@ -222,9 +236,25 @@ def _mm(spacing: np.ndarray) -> str:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """Without what nibabel prints of its repairs, which names no file; what matters of it is checked here."""
+    logger = nib.imageglobals.logger
+    logger.addFilter(_nothing)
     try:
         yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
     except MemoryError as error:
         raise UserError(f"{path}: does not fit in memory; if its header tells a wrong size, copy or download it "
                         "again") from error
