@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ from typing import Any
 from hae_jax.errors import UserError
 
 _ROOM = 2**20  # bytes; less is none
+_REPLACED = ".replaced."  # in the name of a folder while another takes its place
 
 
 @contextlib.contextmanager
@@ -45,14 +47,23 @@ def _beside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _in_use(temporary: Path) -> Iterator[None]:
-    """Holds a lock on a temporary file or folder, by which `remove_leftovers` sees that its writer lives."""
+def _in_use(path: Path) -> Iterator[bool]:
+    """Holds a lock on a file or folder, by which others see that its writer lives.
+
+    Yields:
+      Whether nobody else holds it; also True where the file system has no locks.
+    """
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a file system without locks
-            descriptor = os.open(temporary, os.O_RDONLY)
+        free = True
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass
+        yield free
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
@@ -84,25 +95,67 @@ def full_places() -> list[str]:
 
 
 @contextlib.contextmanager
-def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Like `written_whole`, for a folder that must not exist yet or be empty.
+def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
+    """Like `written_whole`, for a folder; what killed writers of the same folder have left is removed first.
+
+    Args:
+      path: the folder.
+      replace: a folder at `path` is removed once the new one is in its place.
 
     Raises:
-      FileExistsError: if `path` exists and is not an empty folder.
+      FileExistsError: if `path` exists, is not an empty folder, and is not to be replaced.
+      UserError: if `path` is a mount point, which cannot be renamed.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if replace else Path(path)  # of a link, the folder is replaced
+    if os.path.ismount(path):
+        raise UserError(f"{path}: is a mount point, and a folder is written beside its place; give a folder below it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    remove_leftovers(path.parent, glob.escape(path.name))
+    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(path)
     temporary = _beside(path)
     temporary.mkdir()
     try:
         with _in_use(temporary):
             yield temporary
-            os.replace(temporary, path)  # an empty folder at `path` is replaced
+            if replace and path.exists():
+                _replace_folder(path, temporary)
+            else:
+                os.replace(temporary, path)  # an empty folder at `path` is replaced
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    removed = _beside(path)
+    old = path.with_name(removed.name.replace(".partial.", _REPLACED, 1))
+    with _in_use(path):
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            os.replace(old, path)
+            raise
+        os.replace(old, removed)
+    shutil.rmtree(removed)
+
+
+def finish_replacing(path: str | os.PathLike) -> bool:
+    """Puts right what `folder_written_whole` left if it was killed while it replaced a folder.
+
+    Returns:
+      Whether the old folder was put back, since the new one was not in place yet.
+    """
+    path, back = Path(os.path.realpath(path)), False
+    for old in path.parent.glob(f".*{_REPLACED}{glob.escape(path.name)}"):
+        with _in_use(old) as free:  # else it is being replaced now
+            if free and not os.path.lexists(path):
+                os.replace(old, path)
+                back = True
+            elif free:
+                shutil.rmtree(old)
+    return back
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from hae_jax.errors import UserError
 from hae_jax.files import (
+    finish_replacing,
     folder_written_whole,
     full_places,
     one_at_a_time,
@@ -29,6 +32,23 @@ with written_whole(sys.argv[1] + "/a.txt") as file, folder_written_whole(sys.arg
     file.write_text("half")
     (folder / "c").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+KILLED_WHILE_REPLACING = """
+import os, shutil, signal, sys
+from hae_jax.files import folder_written_whole
+left, replace = int(sys.argv[2]), os.replace
+def step(do):
+    def wrapped(*arguments):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        do(*arguments)
+    return wrapped
+os.replace, shutil.rmtree = step(os.replace), step(shutil.rmtree)
+with folder_written_whole(sys.argv[1], replace=True) as folder:
+    (folder / "new").touch()
 """
 
 
@@ -63,6 +83,61 @@ def test_a_folder_with_something_in_it_is_not_replaced(tmp_path):
     with pytest.raises(FileExistsError), folder_written_whole(tmp_path):
         pass
     assert (tmp_path / "a").read_text() == "x"
+
+
+@pytest.mark.parametrize(("steps", "back", "kept"), [(0, False, "old"), (1, True, "old"), (2, False, "new"),
+                                                     (3, False, "new"), (4, False, "new")])
+def test_a_folder_is_whole_wherever_its_replacement_is_killed(tmp_path, steps, back, kept):
+    """After 1 step neither is in place: the old one is put back."""
+    store = tmp_path / "real"
+    store.mkdir()
+    (store / "old").touch()
+    (tmp_path / "store").symlink_to("real")  # the folder is replaced, not the link
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_REPLACING, tmp_path / "store", str(steps)],
+                          cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == (0 if steps == 4 else -signal.SIGKILL)
+    assert store.exists() == (steps != 1)
+    assert finish_replacing(tmp_path / "store") == back
+    assert [path.name for path in store.iterdir()] == [kept]
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["real", "store"]
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "old").touch()
+    replace, calls = os.replace, []
+
+    def refused(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(OSError, match="Input/output"), folder_written_whole(tmp_path / "store", replace=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["old"]
+
+
+def test_what_somebody_replaces_now_is_left_alone(tmp_path):
+    old = tmp_path / ".7-a.replaced.store"
+    old.mkdir()
+    descriptor = os.open(old, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert not finish_replacing(tmp_path / "store")
+    assert old.exists()
+    os.close(descriptor)
+    assert finish_replacing(tmp_path / "store")
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(UserError, match=r"store: is a mount point.*give a folder below it"), \
+            folder_written_whole(tmp_path / "store"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_refuses_not_a_number(tmp_path):

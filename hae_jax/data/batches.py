@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
@@ -129,6 +130,7 @@ class _Workers:
             # Grain looks its own flags up before it starts a worker, which absl refuses in a program that parses none.
             flags.FLAGS.mark_as_parsed()
         self._workers = workers
+        _start_quiet_tracker()
         with self._deaths():
             self._iterator = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
 
@@ -153,6 +155,18 @@ class _Workers:
                 raise
             raise UserError(f"one of {self._workers} data workers {_fate(int(died[1]) if died else None)}; or set "
                             "data.workers=0, which reads in threads of this process") from error
+
+
+def _start_quiet_tracker() -> None:
+    """Python's tracker removes what a dead worker leaves in /dev/shm; it would also warn of it, after the error."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _fate(code: int | None) -> str:

@@ -6,6 +6,7 @@ numbers (data type, units, voxel size) is followed or refused, never passed over
 
 import contextlib
 import gzip
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from hae_jax.data.doubts import Doubt
 from hae_jax.data.orientation import Grid
 from hae_jax.data.presence import absence, pointer
 from hae_jax.errors import UserError
@@ -46,7 +48,8 @@ def is_4d(path: Path) -> bool:
     if absence(path):
         return False
     try:
-        image: Any = nib.load(path)
+        with _quiet():
+            image: Any = nib.load(path)
         shape = image.shape
     except (*_UNREADABLE, MemoryError):
         return False
@@ -76,7 +79,10 @@ def read_volume(
         image: Any = nib.load(path)
     _check_kind(path, image)
     _check_shape(path, image.shape, () if volume is None else (volumes,), wanted)
-    affine = _affine_mm(path, image)
+    with _reading(path), image.file_map["image"].get_prepare_fileobj("rb") as stream:
+        stored = type(image.header).from_fileobj(stream, check=False)  # before nibabel's repairs, which guess
+    _check_stored(path, stored)
+    affine = _affine_mm(path, image, stored)
     with _reading(path), np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which is said below
         if extra := image.shape[3:]:  # reads the one volume only
             image = image.slicer[(..., *(0 if n == 1 else volume for n in extra))]
@@ -87,19 +93,19 @@ def read_volume(
     return grid.reorient(values), grid
 
 
-def header_warnings(grid: Grid) -> list[str]:
+def header_warnings(grid: Grid) -> list[Doubt]:
     """What is unusual about a header's numbers, in words."""
     found = []
     if grid.header["qform_code"] == 0 and grid.header["sform_code"] == 0:
-        found.append(f"the header tells no orientation (qform and sform codes are 0); taken as {grid.axes}")
+        found.append(Doubt("the header tells no orientation (qform and sform codes are 0); taken as {}", grid.axes))
     spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)
     if not _plausible(spacing):
-        found.append(f"its voxels are {_mm(spacing)}, which is no image of a head; millilitres and millimetres of the "
-                     "results are wrong if that is; correct the voxel size in the header")
+        found.append(Doubt("its voxels are {}, which is no image of a head; millilitres and millimetres of the results "
+                           "are wrong if that is; correct the voxel size in the header", _mm(spacing)))
     zooms = np.array(grid.header.get_zooms()[:3], float) * _UNITS[int(grid.header["xyzt_units"]) & 7][1]
     if grid.header["sform_code"] != 0 and not np.allclose(spacing, zooms, rtol=SIZES_AGREE, atol=0):
-        found.append(f"the header gives two voxel sizes, {_mm(spacing)} (sform) and {_mm(zooms)} (pixdim); the sform "
-                     "is used, other programs may use the other")
+        found.append(Doubt("the header gives two voxel sizes, {} (sform) and {} (pixdim); the sform is used, other "
+                           "programs may use the other", _mm(spacing), _mm(zooms)))
     return found
 
 
@@ -183,15 +189,24 @@ def _check_shape(path: Path, shape: tuple[int, ...], expected: tuple[int, ...], 
         raise UserError(f"{path}: has shape {shape}; expected {what} (wanted: {', '.join(wanted) or 'a mask'})")
 
 
-def _affine_mm(path: Path, image: nib.Nifti1Image) -> np.ndarray:  # [4, 4]
+def _check_stored(path: Path, header: nib.Nifti1Header) -> None:
+    """Refuses what nibabel would read without a word: the header as data, a scale that is no number."""
+    start, size = int(header["vox_offset"]), int(header.sizeof_hdr)
+    if start < size:
+        raise UserError(f"{path}: its header says that the voxels begin at byte {start}, within the {size} bytes of "
+                        "the header; correct vox_offset, or export it again")
+    if np.isinf(header["scl_slope"]):  # NaN is how some programs say that there is none
+        raise UserError(f"{path}: its header scales the voxels by {header['scl_slope']}; correct scl_slope, or export "
+                        "it again")
+
+
+def _affine_mm(path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header) -> np.ndarray:  # [4, 4]
     """Voxel -> mm, whatever the unit of length in the header."""
     header = image.header
     unit, millimetres = _UNITS.get(int(header["xyzt_units"]) & 7, (None, 0))
     if unit is None:
         raise UserError(f"{path}: its unit of length is not known (xyzt_units is {int(header['xyzt_units'])}); correct "
                         "the header")
-    with _reading(path), image.file_map["image"].get_prepare_fileobj("rb") as stream:
-        stored = type(header).from_fileobj(stream, check=False)  # before nibabel's repairs, which guess
     for code in ("sform_code", "qform_code"):
         if int(stored[code]) not in _CODES:
             raise UserError(f"{path}: its header is damaged ({code} is {int(stored[code])}); copy or export it again")
@@ -221,9 +236,25 @@ def _mm(spacing: np.ndarray) -> str:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """Without what nibabel prints of its repairs, which names no file; what matters of it is checked here."""
+    logger = nib.imageglobals.logger
+    logger.addFilter(_nothing)
     try:
         yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
     except MemoryError as error:
         raise UserError(f"{path}: does not fit in memory; if its header tells a wrong size, copy or download it "
                         "again") from error

@@ -7,10 +7,8 @@ published PyTorch code (`npy_{train,val,test}/patient_<case>/slice_<k>.npz`), wh
 import collections
 import dataclasses
 import functools
-import glob
+import logging
 import multiprocessing
-import os
-import shutil
 import struct
 import time
 import tokenize
@@ -26,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hae_jax.data.cases import MODALITIES, CaseFiles, find_cases, read_case
+from hae_jax.data.doubts import Doubt
 from hae_jax.data.layouts import check_modalities, looked_for
 from hae_jax.data.lesion_mask import refuse_head_mask
 from hae_jax.data.orientation import ORIENTATION
@@ -33,9 +32,10 @@ from hae_jax.data.presence import absence, is_there
 from hae_jax.data.slices import SPLITS, CaseSlices, case_slices, split_patients
 from hae_jax.data.store import MANIFEST, StoreWriter
 from hae_jax.errors import UserError
-from hae_jax.files import folder_written_whole, remove_leftovers
+from hae_jax.files import finish_replacing, folder_written_whole
 from hae_jax.provenance import record
 
+_LOG = logging.getLogger(__name__)
 _WITHOUT_LABELS = "imagesTs"  # the Decathlon's and nnU-Net's cases whose labels are kept secret
 _NPZ_SPLITS = {split: f"npy_{split}" for split in SPLITS}
 
@@ -50,17 +50,22 @@ class PrepareReport:
     lesion_slices: dict[str, int]
     skipped: dict[str, str]  # case name -> reason
     seconds: float
-    warnings: dict[str, list[str]]  # what to know -> names of the cases, or splits, that it is about
+    warnings: dict[str, dict[str, str]]  # kind -> name of a case, or split -> what to know about it
 
     def lines(self) -> list[str]:
         """The summary that the command prints."""
         lines = [f"{self.output}: {sum(self.cases.values())} cases in {self.seconds:.0f} s"]
         lines += [f"  {split}: {self.cases[split]} cases, {self.slices[split]} slices, "
                   f"{self.lesion_slices[split]} with lesion" for split in SPLITS]
-        lines += [f"warning: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {warning}"
-                  for warning, names in self.warnings.items()]
+        lines += [f"warning: {_first(texts)}" for texts in self.warnings.values()]
         lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return lines
+
+
+def _first(texts: dict[str, str]) -> str:
+    """The warning about the first of the cases that have one of this kind, and how many others have."""
+    (name, text), *others = texts.items()
+    return f"{name}{f' and {len(others)} more' if others else ''}: {text}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ class _Plan:
 class _Loaded:
     slices: CaseSlices
     affine: np.ndarray | None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Doubt, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +129,15 @@ def prepare(
     if image_size < 1 or workers < 1:
         raise UserError(f"image_size {image_size} and workers {workers}: both must be at least 1")
     check_modalities(modalities)
+    if finish_replacing(output):
+        _LOG.info("%s: is back; the run that was to replace it was killed", output)
     replaces = _must_replace(output, overwrite)
     if any(is_there(source / folder) for folder in _NPZ_SPLITS.values()):
         plan = _plan_npz(source, modalities, image_size)
     else:
         plan = _plan_nifti(source, modalities, image_size, train_fraction, val_fraction, seed)
-    target = output.with_name(f".{os.getpid()}.new.{output.name}") if replaces else output
-    remove_leftovers(output.parent, glob.escape(target.name))
-    remove_leftovers(output.parent, f".*.new.{glob.escape(output.name)}")
-    with folder_written_whole(target) as root:
+    with folder_written_whole(output, replace=replaces) as root:
         manifest, skipped, warnings = _write(root, source, plan, modalities, workers)
-    if replaces:
-        _replace_folder(output, target)
     totals = manifest["splits"]
     per_split = [{split: totals[split][key] for split in SPLITS} for key in ("cases", "slices", "lesion_slices")]
     return PrepareReport(output, *per_split, skipped, time.monotonic() - started, warnings)
@@ -143,9 +145,9 @@ def prepare(
 
 def _write(
     root: Path, source: Path, plan: _Plan, modalities: Sequence[str], workers: int
-) -> tuple[dict[str, Any], dict[str, str], dict[str, list[str]]]:
+) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, str]]]:
     todo = [(split, item) for split in SPLITS for item in sorted(plan.split[split], key=lambda item: item.name)]
-    writer, skipped, warnings, added = StoreWriter(root), {}, collections.defaultdict(list), 0
+    writer, skipped, warnings, added = StoreWriter(root), {}, collections.defaultdict(dict), 0
     loaded = _in_order(functools.partial(_attempt, plan.load), [item for _, item in todo], workers)
     for (split, item), result in tqdm(zip(todo, loaded, strict=True), "preparing", len(todo), unit="case"):
         try:
@@ -154,19 +156,28 @@ def _write(
             writer.add(item.name, split, result.slices, result.affine, item.patient)
             added += 1
             for warning in result.warnings:
-                warnings[warning].append(item.name)
+                warnings[warning.kind][item.name] = str(warning)
         except UserError as error:
             skipped[item.name] = str(error)
     if not added:
         name, reason = next(iter(skipped.items()))
         raise UserError(f"{source}: none of {len(skipped)} cases can be used; the first, {name}: {reason}")
     for split, warning in _one_class(writer.totals()):
-        warnings[warning].append(split)
+        warnings[warning][split] = warning
     names = {split: [item.name for item in plan.split[split] if item.name not in skipped] for split in SPLITS}
     facts = {"source": str(source.resolve()), "layout": plan.layout, "modalities": list(modalities),
-             "settings": plan.settings, "split": names, "skipped": skipped, "warnings": dict(warnings),
-             "provenance": record()}
+             "settings": plan.settings, "split": names, "skipped": skipped,
+             "warnings": _by_name(warnings), "provenance": record()}
     return writer.finish(facts), skipped, dict(warnings)
+
+
+def _by_name(warnings: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """The warnings about each case and split."""
+    found = collections.defaultdict(list)
+    for texts in warnings.values():
+        for name, text in texts.items():
+            found[name].append(text)
+    return dict(found)
 
 
 def _one_class(splits: dict[str, dict[str, int]]) -> Iterator[tuple[str, str]]:
@@ -312,10 +323,3 @@ def _must_replace(output: Path, overwrite: bool) -> bool:
     if not overwrite:
         raise UserError(f"{output}: exists; give --overwrite to replace it, or choose another --output")
     return True
-
-
-def _replace_folder(output: Path, new: Path) -> None:
-    old = output.with_name(f".{os.getpid()}.old.{output.name}")
-    os.replace(output, old)
-    os.replace(new, output)
-    shutil.rmtree(old)

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from hae_jax.data.cases import Case, CaseFiles, Grid, read_case
+from hae_jax.data.doubts import Doubt
 from hae_jax.data.slices import (
     CaseSlices,
     case_slices,
@@ -46,7 +47,7 @@ class SlicedCase:
     grid: Grid
     head: np.ndarray
     truth: np.ndarray | None
-    warnings: tuple[str, ...]
+    warnings: tuple[Doubt, ...]
 
     @property
     def heads(self) -> np.ndarray:  # [S, H, W] bool
@@ -84,7 +85,7 @@ def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "im
         raise UserError(f"{where}: what the images of {case.name} show is lost when its slices are made "
                         f"{image_size} x {image_size} px; check them, or remove the case")
     return SlicedCase(case.name, to_model_range(slices.images, scaling), slices, scaling, case.affine, case.grid,
-                      head(case.volumes), case.mask, tuple(case.warnings))
+                      head(case.volumes), case.mask, case.warnings)
 
 
 def head(

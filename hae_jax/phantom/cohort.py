@@ -6,7 +6,6 @@ The phantom is what the program runs on as long as the user has no data: real an
 
 import concurrent.futures
 import gzip
-import json
 import math
 import multiprocessing
 import os
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from hae_jax import provenance
 from hae_jax.data.cases import MODALITIES
 from hae_jax.errors import UserError
-from hae_jax.files import folder_written_whole, write_json, written_whole
+from hae_jax.files import folder_written_whole, read_json, remove_leftovers, write_json, written_whole
 from hae_jax.phantom.lesion import PHANTOMS, plan_lesions
 from hae_jax.phantom.subject import make_subject
 
@@ -151,6 +150,7 @@ def _claim(output: Path, settings: Settings, subjects: int) -> None:
     elif output.exists() and any(p for p in output.iterdir() if not p.name.startswith(".")):
         raise UserError(f"{output}: holds files but no {MANIFEST}, so it is no phantom; give a new or empty folder")
     output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
     with written_whole(output / "README.md") as path:
         path.write_text(_readme(settings, subjects), encoding="utf-8")
     write_json(output / MANIFEST, _manifest(settings, subjects, complete=False))
@@ -158,7 +158,7 @@ def _claim(output: Path, settings: Settings, subjects: int) -> None:
 
 def _compare(output: Path, settings: Settings, subjects: int) -> None:
     try:
-        found = json.loads((output / MANIFEST).read_text())
+        found = read_json(output / MANIFEST)
         there = {**found["settings"], "generator": found["generator"]}
         count = int(found["subjects"])
     except (ValueError, KeyError, TypeError) as error:

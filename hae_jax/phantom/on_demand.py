@@ -7,6 +7,7 @@ import ml_collections
 
 from hae_jax.data.prepare import prepare
 from hae_jax.errors import UserError
+from hae_jax.files import finish_replacing
 from hae_jax.phantom.cohort import make_phantom
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
       UserError: for settings that do not fit, or when something else lies where the phantom should go.
     """
     phantom, root = data.phantom, Path(data.root)
-    if phantom is None or root.exists():
+    if phantom is None or root.exists() or finish_replacing(root):
         return
     _LOG.info("%s is not there yet: making a phantom of %d subjects in %s", root, phantom.subjects, phantom.cases)
     make_phantom(phantom.cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,

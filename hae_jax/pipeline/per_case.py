@@ -112,7 +112,7 @@ def _translated(
     """Yields the cases, each when its last slice is done; for an unreadable one, the reason."""
     reading: dict[str, SlicedCase] = {}
     broken: collections.deque[tuple[str, Exception]] = collections.deque()
-    said: collections.Counter[str] = collections.Counter()
+    said: dict[str, list[str]] = collections.defaultdict(list)  # kind of warning -> cases and their warnings
 
     def slices() -> Iterator[Slice]:
         for name, future in _read_ahead(cases, config):
@@ -123,8 +123,8 @@ def _translated(
                 bar.update(1)
                 continue
             for warning in case.warnings:
-                said[warning] += 1
-                if said[warning] == 1:
+                said[warning.kind].append(f"{name}: {warning}")
+                if len(said[warning.kind]) == 1:
                     _LOG.info("%s: %s", name, warning)
             reading[name] = case
             for image, intensity, index in zip(case.inputs, case.slices.images, case.slices.index, strict=True):
@@ -141,9 +141,9 @@ def _translated(
             yield item.case, TranslatedCase(reading.pop(item.case), stacked(results))
             results = []
     yield from broken
-    for warning, count in said.items():
-        if count > 1:
-            _LOG.info("%d more case%s: %s", count - 1, "s" if count > 2 else "", warning)
+    for first, *others in said.values():
+        if others:
+            _LOG.info("%d more case%s like %s", len(others), "s" if others[1:] else "", first)
 
 
 def _read_ahead(

@@ -20,6 +20,7 @@ from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
 NESTED = ("state_dict", "model", "ema")  # under which people keep a state dict, tried in this order
+_DEPTH = 5  # of keys in keys
 _SAFETENSORS_FLOATS = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
 
 
@@ -55,7 +56,9 @@ def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED) -> dict[st
     if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
         raise UserError(f"{path}: is the state of an optimizer; give it with --optimizer, and the weights (model*.pt, "
                         "ema_*.pt) with --checkpoint")
-    while isinstance(found, Mapping) and (keys := [k for k in nested if isinstance(found.get(k), Mapping)]):
+    for _ in range(_DEPTH):  # a pickle may hold itself
+        if not isinstance(found, Mapping) or not (keys := [k for k in nested if isinstance(found.get(k), Mapping)]):
+            break
         found = found[keys[0]]
     if not isinstance(found, Mapping) or not found:
         raise UserError(f"{path}: no state dict in it, neither plain nor under {', '.join(nested)}; save one with "
@@ -76,7 +79,7 @@ def read_adamw(path: str | Path) -> AdamW:
         raise UserError(f"{path}: not the state dict of an optimiser (it has no state and param_groups); give opt*.pt")
     try:
         return _adamw(path, found["param_groups"], found["state"])
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not the state of AdamW ({type(error).__name__}: {error}); leave --optimizer "
@@ -176,7 +179,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         if entry["dtype"] not in _SAFETENSORS_FLOATS:
             raise UserError(f"{path}: {name} is of type {entry['dtype']}; only floating-point arrays are weights here")
         values = np.frombuffer(entry["data"], _SAFETENSORS_FLOATS[entry["dtype"]])
-        arrays[name] = values.reshape(entry["shape"]).astype(np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which is refused
+            arrays[name] = values.reshape(entry["shape"]).astype(np.float32)
     return arrays
 
 
@@ -185,6 +189,9 @@ def _as_array(path: Path, name: Any, value: Any) -> np.ndarray:
     if not torch.is_tensor(value) or not value.is_floating_point():
         kind = value.dtype if torch.is_tensor(value) else type(value).__name__
         raise UserError(f"{path}: {name} is of type {kind}; only floating-point arrays are weights here")
+    if value.layout is not torch.strided or value.device.type != "cpu":
+        raise UserError(f"{path}: {name} is {'sparse' if value.device.type == 'cpu' else 'without values'}; save the "
+                        "weights as dense arrays")
     return value.detach().float().numpy()  # NumPy has no bfloat16
 
 

@@ -28,6 +28,7 @@ from hae_jax.errors import UserError
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they kill
+_HOST = 64  # bytes of a host's name
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -190,10 +191,21 @@ def agreed() -> Iterator[None]:
         yield
     except UserError as error:
         found = error
-    if jax.process_count() > 1 and multihost_utils.process_allgather(np.int32(found is not None)).any():
-        found = found or UserError("another process of this run cannot go on; its message says why")
-    if found is not None:
-        raise found
+    failing = _failing(found is not None)
+    if failing is not None:
+        raise found or UserError(f"{failing} cannot go on; its message says why")
+
+
+def _failing(here: bool) -> str | None:
+    """The first process that has failed, in words; None if none has. Every process must ask; `here`: this one has."""
+    if jax.process_count() == 1:
+        return "this process" if here else None
+    host = np.frombuffer(socket.gethostname().encode().ljust(_HOST)[:_HOST], np.uint8)
+    failed, hosts = multihost_utils.process_allgather((np.int32(here), host))  # [P], [P, _HOST]
+    if not failed.any():
+        return None
+    first = int(np.argmax(failed))
+    return f"process {first} of {len(failed)} on {bytes(hosts[first]).decode(errors='replace').strip()}"
 
 
 @contextlib.contextmanager

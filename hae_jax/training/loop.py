@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from hae_jax.files import write_json
 from hae_jax.model import UNetConfig
 from hae_jax.model.config import FORM_FIELDS
 from hae_jax.provenance import record
+from hae_jax.training.ahead import ReadAhead
 from hae_jax.training.checkpoint import Checkpoints, check_same_run, checkpoint_bytes
-from hae_jax.training.guard import Guard, RunLock, check_workdir
+from hae_jax.training.guard import Guard, RunLock, agreed, check_workdir
 from hae_jax.training.hosts import describe
 from hae_jax.training.localization import Localization
 from hae_jax.training.mesh import check_batch_size, make_mesh, shard_batch, sharding_table
@@ -48,6 +50,7 @@ from hae_jax.training.watch import Report
 from hae_jax.training.weights import load_trained
 
 _LOG = logging.getLogger(__name__)
+_SIGNAL, _NO_DATA = 1, 2  # why a process asks all of them to stop; the largest number decides
 # Fields of the network that say how it computes, not what its parameters are.
 _FREE_OF_WEIGHTS = ("dropout", "remat", "dtype", "sparse_pattern", "sparse_seed", "sparse_redraw", *FORM_FIELDS)
 
@@ -180,8 +183,9 @@ def _begin(run: Run, checkpoints: Checkpoints, guard: Guard, latest: int | None)
     start = int(state.step)
     report = Report(run.workdir, run.config, run.network, run.mesh, start, sampler=_sampler(run, graph),
                     validation=_validation(run, graph, shardings), localization=_localization(run, graph, shardings))
-    with contextlib.closing(report), Profiler(run.workdir, run.profile, start, training.steps) as profiler:
-        _loop(run, step, state, checkpoints, guard, report, profiler)
+    with contextlib.closing(report), Profiler(run.workdir, run.profile, start, training.steps) as profiler, \
+            _batches(run, report, start) as batches:
+        _loop(run, step, state, batches, checkpoints, guard, report, profiler)
 
 
 def _with_initial_weights(run: Run, state: TrainState, shardings: TrainState) -> TrainState:
@@ -206,33 +210,26 @@ def _with_initial_weights(run: Run, state: TrainState, shardings: TrainState) ->
 
 
 def _loop(
-    run: Run, step: Callable, state: TrainState, checkpoints: Checkpoints, guard: Guard, report: Report,
-    profiler: Profiler,
+    run: Run, step: Callable, state: TrainState, batches: ReadAhead, checkpoints: Checkpoints, guard: Guard,
+    report: Report, profiler: Profiler,
 ) -> None:
     training, start = run.config.training, int(state.step)
-    batches = train_batches(
-        run.reader, batch_size=training.batch_size, seed=run.config.seed, start_step=start,
-        process_index=jax.process_index(), process_count=jax.process_count(), workers=run.config.data.workers,
-        prefetch=run.config.data.prefetch, balance=run.config.data.balance,
-        healthy_only=run.config.data.healthy_only, scaling=run.config.data.scaling)
-    pending, stopping, saved = None, False, start
+    pending, stopping = None, 0
     for done in range(start + 1, training.steps + 1):
         profiler.before(done)
-        try:
-            batch = report.next(batches)
-        except UserError as error:
-            raise _saved_first(run, checkpoints, state, pending, saved, error) from error
-        # Asked to stop, a process says so to all of them through the batch: they must stop at the same step.
-        stop = np.full(len(batch["label"]), guard.stop_requested(), np.int32)
+        batch = batches.next()
+        # Who must stop says so to all processes through the batch: they must stop at the same step.
+        reason = _NO_DATA if batches.error else _SIGNAL if guard.stop_requested() else 0
+        stop = np.full(len(batch["label"]), reason, np.int32)
         inputs = {"image": batch["image"], "label": batch["label"], "stop": stop}
         state, metrics = step(state, shard_batch(run.mesh, inputs))
         report.stepped(done, metrics)
         # The metrics of the step before are read only now, so that the device never waits for the host.
         if pending is not None:
             _stop_unless_finite(run, checkpoints, *pending)
-            stopping = bool(pending[1]["stop"])
+            stopping = int(pending[1]["stop"])
         pending = done, metrics
-        save = stopping or done == training.steps or done % training.save_every == 0
+        save = stopping > 0 or done == training.steps or done % training.save_every == 0
         if save or report.due(done):
             _stop_unless_finite(run, checkpoints, *pending)
         if report.due(done):
@@ -240,25 +237,37 @@ def _loop(
             state = report.write(done, state)
         if save:
             checkpoints.save(state, run.tree)
-            saved = done
         profiler.after(done, state)
+        if stopping == _NO_DATA:
+            with _told_what_is_saved(done), agreed():
+                if batches.error is not None:
+                    raise batches.error
         if stopping and done < training.steps:
             raise guard.stopped(run.workdir, done)
 
 
-def _saved_first(
-    run: Run, checkpoints: Checkpoints, state: TrainState, pending: tuple[int, dict[str, jax.Array]] | None, saved: int,
-    error: UserError,
-) -> UserError:
-    """Saves what was trained before the data ended; the error with what is kept. `saved` is the last step on disk."""
-    done = saved if pending is None else pending[0]
-    if done > saved and jax.process_count() == 1:  # several must save together, and the others still wait
-        _stop_unless_finite(run, checkpoints, *pending)
-        checkpoints.save(state, run.tree)
-        saved = done
-    lost = f", {done - saved} steps after it are lost" if done > saved else ""
-    kept = f"step {saved} is saved{lost}: the same command goes on from there" if saved else f"nothing is saved{lost}"
-    return UserError(f"{error}; {kept}")
+@contextlib.contextmanager
+def _batches(run: Run, report: Report, start: int) -> Iterator[ReadAhead]:
+    """Context: the batches of the steps after `start`; its end ends the data workers."""
+    data, training = run.config.data, run.config.training
+    with contextlib.ExitStack() as stack:
+        with _told_what_is_saved(start), agreed():
+            batches = stack.enter_context(contextlib.closing(train_batches(
+                run.reader, batch_size=training.batch_size, seed=run.config.seed, start_step=start,
+                process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers,
+                prefetch=data.prefetch, balance=data.balance, healthy_only=data.healthy_only, scaling=data.scaling)))
+            ahead = ReadAhead(functools.partial(report.next, batches), training.steps - start)
+        yield ahead
+
+
+@contextlib.contextmanager
+def _told_what_is_saved(step: int) -> Iterator[None]:
+    """Adds to a UserError what is on the disk, which is all that was trained."""
+    try:
+        yield
+    except UserError as error:
+        kept = f"step {step} is saved: the same command goes on from there" if step else "nothing was trained yet"
+        raise UserError(f"{error}; {kept}") from error
 
 
 def _sampler(run: Run, graph: nnx.GraphDef) -> Callable | None:

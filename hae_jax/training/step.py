@@ -111,7 +111,7 @@ def make_train_step(
 
     `batch` holds image [B, H, W, C] in [-1, 1], label [B] and, where hosts may ask to stop, stop [B] int32, which is
     not 0 in the rows of a host that does. The metrics are scalars: loss, gradient_norm, finite (whether both are),
-    skipped (steps so far, this one included) and stop (whether any row asks for it).
+    skipped (steps so far, this one included) and stop (the largest of the rows').
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -135,7 +135,7 @@ def make_train_step(
             new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
             new = new._replace(skipped=state.skipped + ~finite)
         metrics = {"loss": loss, "gradient_norm": norm, "finite": finite, "skipped": new.skipped,
-                   "stop": jnp.any(batch.get("stop", 0) != 0)}
+                   "stop": jnp.max(jnp.asarray(batch.get("stop", 0)))}
         return new._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)),

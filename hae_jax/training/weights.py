@@ -99,8 +99,13 @@ def load_weights(folder: str | Path, forms: Mapping[str, str] | None = None) -> 
     except Exception as error:  # whatever the network raises for settings that cannot be
         raise UserError(f"{path}: cannot be read as the config of a network ({type(error).__name__}: {error}); copy "
                         "the folder again") from error
-    model = nnx.merge(graph, params)
-    load_torch_state(model, read_state_dict(path.with_name(WEIGHTS)))
+    model, weights_file = nnx.merge(graph, params), path.with_name(WEIGHTS)
+    state = read_state_dict(weights_file)
+    try:
+        load_torch_state(model, state)
+    except UserError as error:
+        raise UserError(f"{weights_file}: is of another network than {CONFIG} beside it; copy the folder again "
+                        f"({error})") from error
     identity = {"path": str(Path(folder) / WEIGHTS), "step": step,
                 "parameters": described.get("parameters") or f"ema {rate}, half precision"}
     return Network(config, model, identity)

@@ -58,6 +58,32 @@ def test_two_voxel_sizes_are_said(tmp_path):
     assert "1 x 1.5 x 6 mm (sform) and 0.5 x 0.75 x 3 mm (pixdim)" in warning
 
 
+@pytest.mark.parametrize(("start", "value", "says"), [
+    (108, 0.0, r"the voxels begin at byte 0, within the 348 bytes of the header"),  # vox_offset
+    (112, np.inf, r"its header scales the voxels by inf"),  # scl_slope
+])
+def test_a_header_that_would_give_other_voxels_is_refused(tmp_path, start, value, says):
+    """nibabel takes the header for voxels, or leaves the scale out."""
+    nib.save(image(), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[start:start + 4] = np.float32(value).tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.nii: .*{says}"):
+        read_volume(tmp_path / "a.nii")
+
+
+def test_nibabel_adds_no_lines_of_its_own(tmp_path, caplog):
+    nib.save(image(affine=None), tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[80:84] = np.float32(-2).tobytes()  # pixdim[1]
+    (tmp_path / "a.nii").write_bytes(content)
+    assert nib.load(tmp_path / "a.nii").shape == VALUES.shape
+    assert "pixdim[1,2,3] should be positive" in caplog.text
+    caplog.clear()
+    read_volume(tmp_path / "a.nii")
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("size", [0, np.nan])
 def test_a_voxel_without_size_is_refused(tmp_path, size):
     """nibabel would take it for 1 mm."""

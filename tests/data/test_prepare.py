@@ -1,6 +1,7 @@
 """Source folders to prepared datasets, through the command: split, broken cases, overwriting, the PyTorch layout."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,20 @@ def test_existing_output_is_replaced_only_on_request_and_only_by_a_complete_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
 
 
+def test_the_dataset_that_a_killed_run_was_to_replace_is_back(source, tmp_path, capsys):
+    output = tmp_path / "store"
+    prepare(source, output, **HALF)
+    before = snapshot(output)
+    output.rename(tmp_path / ".7-a.replaced.store")  # killed between its two renames
+    (tmp_path / ".7-b.partial.store").mkdir()
+    with pytest.raises(UserError, match="store: exists; give --overwrite"):
+        prepare(source, output, image_size=32, **HALF)
+    assert snapshot(output) == before
+    assert "store: is back; the run that was to replace it was killed" in capsys.readouterr().out
+    prepare(source, output, image_size=32, overwrite=True, **HALF)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
+
+
 def test_a_folder_that_is_no_dataset_is_never_replaced(source, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("...")
@@ -180,14 +195,15 @@ def test_unsegmented_test_images_take_no_place_in_the_split(tmp_path):
 
 def test_one_warning_for_all_cases_that_it_is_about(tmp_path):
     for i in range(4):
-        write_t1(tmp_path / "raw" / f"c{i}.nii.gz", (9, 9, 3), spacing=(1 + (i > 0), 1, 1))
-        write_t1(tmp_path / "raw" / f"c{i}_seg.nii.gz", (9, 9, 3), (1 + (i > 0), 1, 1), lesion=True)
-    report = prepare(tmp_path / "raw", tmp_path / "store", modalities=("t1",), image_size=16, **HALF)
-    ((warning, names),) = report.warnings.items()
-    assert "18 x 9 mm" in warning
-    assert sorted(names) == ["c1", "c2", "c3"]
-    assert open_store(tmp_path / "store").manifest["warnings"] == report.warnings
-    assert sum(line.startswith("warning: ") and "and 2 more: axial slices" in line for line in report.lines()) == 1
+        write_t1(tmp_path / "raw" / f"c{i}.nii.gz", (9, 9, 3), spacing=(1 + i, 1, 1))
+        write_t1(tmp_path / "raw" / f"c{i}_seg.nii.gz", (9, 9, 3), (1 + i, 1, 1), lesion=True)
+    report = prepare(tmp_path / "raw", tmp_path / "store", modalities=("t1",), image_size=16, workers=2, **HALF)
+    (texts,) = report.warnings.values()
+    assert {name: text.partition(" and")[0] for name, text in texts.items()} == {
+        f"c{i}": f"axial slices show {9 * (1 + i)} x 9 mm" for i in (1, 2, 3)}
+    assert open_store(tmp_path / "store").manifest["warnings"] == {name: [text] for name, text in texts.items()}
+    (line,) = [line for line in report.lines() if line.startswith("warning: ")]
+    assert re.match(r"warning: c[123] and 2 more: axial slices show", line)
 
 
 @pytest.fixture

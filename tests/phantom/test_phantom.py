@@ -89,9 +89,12 @@ def test_rerun_makes_only_what_is_missing(folder, tmp_path):
     phantom.make_phantom(output, subjects=1, size=SMALL, seed=3, workers=1, progress=False)
     kept = output / "Phantom_00000" / "Phantom_00000_t1.nii.gz"
     before = kept.stat().st_mtime_ns
+    for killed in ("Phantom_00001", "Phantom_00007"):
+        (output / f".7-a.partial.{killed}").mkdir()
     phantom.make_phantom(output, subjects=2, size=SMALL, seed=3, workers=1, progress=False)
     assert kept.stat().st_mtime_ns == before
     assert json.loads((output / phantom.MANIFEST).read_text())["complete"] is True
+    assert not list(output.glob("*.partial.*"))
     expected = {k: v for k, v in digests(folder).items() if k.startswith(("Phantom_00000", "Phantom_00001"))}
     assert digests(output) == expected
 

@@ -39,6 +39,19 @@ def test_a_record_s_damaged_bytes_are_said(run, three_cases, tmp_path, monkeypat
         run(three_cases)
 
 
+def test_warnings_that_differ_in_their_numbers_are_said_once(run, config, case_writer, tmp_path, capsys):
+    config.translation.method = "threshold"
+    for i, name in enumerate("abc"):
+        case_writer(tmp_path / "in", name, seed=i, affine=np.diag([-4.0 - i, -1.2, 4, 1]))
+    run(tmp_path / "in")
+    said = [line for line in capsys.readouterr().out.splitlines() if "axial slices show" in line]
+    assert [line.partition(" mm")[0] for line in said] == [
+        "a: axial slices show 80 x 29", "2 more cases like a: axial slices show 80 x 29"]
+    kept = [read_json(tmp_path / "out" / "slices" / f"{name}.json")["warnings"] for name in "abc"]
+    assert [warnings[0].partition(" mm")[0] for warnings in kept] == [
+        f"axial slices show {width} x 29" for width in (80, 100, 120)]
+
+
 def test_a_case_too_large_for_memory_fails_alone(run, three_cases, monkeypatch):
     read = per_case.read_slices
 

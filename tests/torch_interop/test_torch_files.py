@@ -76,6 +76,30 @@ def test_the_preferred_nested_state_dict_is_taken(tmp_path):
     same(read_state_dict(tmp_path / "both.pt", ("ema", "model")))
 
 
+@pytest.mark.parametrize(("value", "says"), [
+    (torch.zeros(2, 2).to_sparse(), "a is sparse; save the weights as dense arrays"),
+    (torch.zeros(2, device="meta"), "a is without values; save"),
+    (torch.zeros(2, dtype=torch.complex64), "a is of type torch.complex64"),
+])
+def test_tensors_that_are_no_dense_arrays_are_named(tmp_path, value, says):
+    torch.save({"a": value}, tmp_path / "model.pt")
+    assert says in message(read_state_dict, tmp_path / "model.pt")
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path):
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "model.pt")
+    assert "model is of type dict" in message(read_state_dict, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("step", [float("inf"), float("nan")])
+def test_an_optimizer_s_step_that_is_no_number_is_named(tmp_path, step):
+    moments = {"step": torch.tensor(step), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}
+    torch.save({"state": {0: moments}, "param_groups": [{"params": [0]}]}, tmp_path / "opt.pt")
+    assert "not the state of AdamW" in message(read_adamw, tmp_path / "opt.pt")
+
+
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path):
     path, written = tmp_path / "evil.pt", tmp_path / "written"
     evil = {"a": RunsCode(written)}

@@ -217,6 +217,11 @@ def _assert_exported(run, network):
                  nnx.state(network.model, nnx.Param), nnx.state(found.model, nnx.Param))
     with pytest.raises(UserError, match="holds EMA weights alone"):
         load_trained(folder, ema=False)
+    other = json.loads((folder / "config.json").read_text())
+    other["config"]["model"]["in_channels"] = 1
+    (folder / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"model\.safetensors: is of another network than config\.json beside it"):
+        load_trained(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         load_trained(folder)

@@ -1,6 +1,7 @@
 """Several processes that train as one: two real ones on this machine, by flags and as schedulers start them."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -131,6 +132,21 @@ def test_two_processes_read_what_one_wrote_and_end_together(tiny_config, tmp_pat
     np.testing.assert_allclose(losses(workdir)[:4], losses(one_process), rtol=1e-5)
 
 
+def test_all_save_at_the_same_step_when_the_data_of_one_end(tiny_config, tmp_path, one_process):
+    config, workdir = settings(tiny_config), tmp_path / "two"
+    config.training.steps, config.training.save_every = 1_000_000, 1_000_000
+    with two_processes(run_training_on, config, workdir, 1, 5, output=tmp_path) as processes:
+        for process in processes:
+            process.join(120)
+    assert [process.exitcode for process in processes] == [2, 2], printed(tmp_path)
+    said = [(tmp_path / f"{i}.txt").read_text() for i in range(2)]
+    kept = "; step 5 is saved: the same command goes on from there\n"
+    assert said[0].endswith(f"error: process 1 of 2 on {socket.gethostname()} cannot go on; its message says why{kept}")
+    assert said[1].endswith(f"error: one of 2 data workers was killed{kept}")
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()] == ["5"]
+    np.testing.assert_allclose(losses(workdir)[:4], losses(one_process), rtol=1e-5)
+
+
 def test_the_others_end_when_the_first_process_dies(tmp_path):
     """Started as Open MPI does."""
     with two_processes(run_idle, output=tmp_path, environment=OPEN_MPI) as processes:
@@ -174,6 +190,21 @@ def run_training(flags, config, workdir):
             train(config, workdir)
 
     main()
+
+
+def run_training_on(flags, config, workdir, process, count):
+    """Trains; the data of one process end after `count` batches."""
+    from hae_jax.training import loop
+
+    batches = loop.train_batches
+
+    def ending(*arguments, **options):
+        endless = batches(*arguments, **options)
+        yield from endless if jax.process_index() != process else itertools.islice(endless, count)
+        raise UserError("one of 2 data workers was killed")
+
+    loop.train_batches = ending
+    run_training(flags, config, workdir)
 
 
 def run_idle(flags, failing=None, timeout=60):
