@@ -144,10 +144,10 @@ def write_pages(folder: str | Path) -> list[Path]:
         for name, reports in machines.items()}
     has_gpu = any(report["machine"].get("platform") == "gpu" for reports in machines.values() for _, report in reports)
     pages["README.md"] = "\n\n".join([
+        "# Measured machines", "This page lists the machines that were measured. Each link leads to the reports of one "
+        "machine.\n`python tools/gpu_report.py --seconds 480 --output results/gpu` measures a machine.\n`python "
+        "tools/gpu_report.py --publish results/gpu/results.json` adds its report to this folder.",
         *([] if has_gpu else ["**No GPU has been measured yet.**"]),
-        "# Measured machines", "Each page holds the reports of one machine, made by `python tools/gpu_report.py "
-        "--seconds 480 --output results/gpu` and added by `python tools/gpu_report.py --publish "
-        "results/gpu/results.json`.",
         *(f"- [{reports[0][1]['machine']['device']}]({name}.md), {reports[0][0]}"
           for name, reports in machines.items())])
     for page, text in pages.items():

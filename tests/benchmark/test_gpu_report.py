@@ -66,7 +66,7 @@ def test_steps_that_no_time_is_left_for_are_named(tmp_path):
 
 def test_reports_are_published_a_page_for_each_machine_newest_first(tmp_path):
     write_pages(tmp_path / "docs")
-    assert (tmp_path / "docs" / "README.md").read_text().startswith("**No GPU has been measured yet.**")
+    assert (tmp_path / "docs" / "README.md").read_text().endswith("**No GPU has been measured yet.**\n")
     results = gpu_report(tmp_path / "report", 60, steps=[step("works", _WRITES)])
     for date in ("2026-01-02", "2026-03-04"):
         (tmp_path / "results.json").write_text(json.dumps(results | {"created": f"{date}T00:00:00"}))
