@@ -111,8 +111,8 @@ def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iter
         raise UserError(f"{path}: is a mount point, and a folder is written beside its place; give a folder below it")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, glob.escape(path.name))
-    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(path)
+    if not replace and os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     temporary = _beside(path)
     temporary.mkdir()
     try:

@@ -1,12 +1,15 @@
 """What the environment sets does not decide: another's git repository, proxies, backends, foreign folders."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import hae_jax
@@ -78,6 +81,61 @@ def test_devices_that_jax_lacks_are_one_line(monkeypatch, capsys):
         entry_point(lambda argv: (_ for _ in ()).throw(RuntimeError("ours")))([])
 
 
+def failing(error):
+    """A command that fails with it."""
+
+    def main(argv):
+        raise error
+
+    return entry_point(main)
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory; something else lies there"),
+    (OSError(errno.EISDIR, "Is a directory", "a.tmp", None, "a"), "a: Is a directory; something else lies there"),
+    (OSError(errno.ENOTCONN, "Transport endpoint is not connected", "a"), "a: Transport endpoint .*; check its perm"),
+    (OSError(errno.EFBIG, "File too large", "a"), "a: File too large"),
+    (OSError(errno.ENOSPC, "No space left on device", "a"), "a: No space left on device; .* make room"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory"), "the folder .* is not there any more"),
+    (MemoryError("Unable to allocate 1 TiB"), r"there is not enough memory \(Unable to allocate 1 TiB\)"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
+     r"the device has not enough memory \(RESOURCE_EXHAUSTED: Out of memory\); lower the batch size"),
+])
+def test_what_the_environment_refuses_is_one_line(error, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        failing(error)([])
+    assert stop.value.code == 2
+    assert re.fullmatch(rf"error: {says}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "a"), BrokenPipeError(), KeyError(1)])
+def test_other_errors_are_bugs_and_keep_their_traceback(error, monkeypatch, tmp_path):
+    with (tmp_path / "out").open("w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(type(error)):
+            failing(error)([])
+
+
+def test_closed_standard_streams_stop_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    done = []
+    entry_point(lambda argv: (print("a"), print("b", file=sys.stderr), done.append(argv)))(["c"])
+    assert done == [["c"]]
+
+
+def test_output_that_nobody_reads_any_more_ends_a_command(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as stop:
+            entry_point(lambda argv: print("a"))([])
+    assert stop.value.code == 141
+    assert capsys.readouterr().err == "stopped: the program that reads this output has ended\n"
+
+
 @pytest.mark.parametrize("config", ["{}", "[]", "null", '{"data": 3}', '{"data": {"root": []}}', "{", "\udcff"])
 def test_foreign_folders_in_runs_are_passed_over(tmp_path, config):
     for name, text in (("theirs", config), ("ours", json.dumps({"data": {"root": "data/a"}}))):
@@ -91,3 +149,14 @@ def test_foreign_folders_in_runs_are_passed_over(tmp_path, config):
 def test_a_locale_that_cannot_read_a_name_is_named(monkeypatch):
     monkeypatch.setattr(layouts.sys, "getfilesystemencoding", lambda: "iso8859-1")
     assert "set PYTHONUTF8=1" in layouts._encodable(CaseFiles("M\udcfcller", (), None)).problem
+
+
+@pytest.mark.parametrize(("name", "shown", "says"), [
+    ("a\nb\x7f", "a?b?", "its name has a line break or another control character"),
+    ("ä" * 120, "ä" * 50, "its name has 240 bytes, and results are named after it; rename it, 200 are allowed"),
+])
+def test_a_name_that_no_results_can_have_is_a_problem(name, shown, says):
+    case = layouts._encodable(CaseFiles(name, (), None))
+    assert case.name == shown
+    assert case.problem.startswith(shown)
+    assert says in case.problem

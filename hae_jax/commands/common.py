@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,10 @@ from hae_jax.files import disk_refuses, full_places
 
 CASES_HELP = ("table that says where each case lies, instead of a folder: columns case, patient, one a modality, "
               "segmentation; paths relative to it (docs/data.md)")
-_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE)
+_OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG,
+                  errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENODEV)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY, errno.EXDEV, errno.EBUSY)
+_SIGPIPE = 128 + 13  # the status of a program that writes to one that has ended
 _PREFIX = "--config."
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
@@ -24,38 +28,70 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command's `main(argv=None)`: a `UserError` becomes one line on stderr and exit status 2.
 
-    So does a disk that is full or not to be written to, and a JAX that has not the devices it was told to use.
+    So do faults of what is around the program (`_outside`). Standard streams that are closed are taken for empty ones.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
         os.environ["MPLBACKEND"] = "Agg"  # no command shows windows; a notebook's backend may not be installed here
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # paths may hold bytes that are no text
         show_messages()
         try:
             main(argv)
-        except UserError as error:
-            sys.exit(_fail(f"error: {error}", 2))
-        except OSError as error:
-            if error.errno in _OF_THE_SYSTEM and error.filename:
-                sys.exit(_fail(f"error: {error.filename}: {error.strerror}; check its permissions and the disk", 2))
-            if not disk_refuses(error):
-                raise
-            where = error.filename or " and ".join(full_places()) or "the output, /tmp or /dev/shm"
-            sys.exit(_fail(f"error: {where}: {error.strerror}; what is finished is there: make room, then give the "
-                           "command again", 2))
-        except MemoryError as error:
-            sys.exit(_fail(f"error: there is not enough memory ({error}); lower the batch size or the workers", 2))
-        except (RuntimeError, AssertionError) as error:
-            if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
-                raise
-            sys.exit(_fail(_no_device(error), 2))
+            sys.stdout.flush()
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted", 130))
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                sys.exit(_fail("stopped: the program that reads this output has ended", _SIGPIPE))
+            if (message := _outside(error)) is None:
+                raise
+            sys.exit(_fail(f"error: {message}", 2))
 
     return wrapped
+
+
+def _outside(error: Exception) -> str | None:
+    """What is said of an error that has its cause outside the program; None of any other, which is a bug.
+
+    Such are bad input, a disk that is full or not to be written to, paths where something else lies, too little
+    memory, and a JAX that has not the devices it was told to use.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
+        return "the folder that the command was given in is not there any more; change to another"
+    if isinstance(error, OSError) and error.filename and error.errno in _OF_THE_SYSTEM:
+        return f"{error.filename}: {error.strerror}; check its permissions and the disk"
+    if isinstance(error, OSError) and error.filename and error.errno in _IN_THE_WAY:
+        return f"{error.filename2 or error.filename}: {error.strerror}; something else lies there: give another path"
+    if isinstance(error, OSError) and disk_refuses(error):
+        where = error.filename or " and ".join(full_places()) or "the output, /tmp or /dev/shm"
+        return f"{where}: {error.strerror}; what is finished is there: make room, then give the command again"
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory ({error}); lower the batch size, the image size or the workers"
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return (f"the device has not enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or set "
+                "model.remat, model.dtype=bfloat16 or training.accumulation (docs/training.md, Memory)")
+    if isinstance(error, RuntimeError | AssertionError):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return _no_device(error) if last.filename.endswith("xla_bridge.py") else None
+    return None
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output has ended, as `| head` does; from then on nothing is written to it."""
+    output, poll = sys.stdout.fileno(), select.poll()
+    poll.register(output, 0)
+    ended = any(event & select.POLLERR for _, event in poll.poll(0))
+    if ended:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # Python flushes once more at its end
+    return ended
 
 
 def checked_table(path: str) -> str:
@@ -107,7 +143,7 @@ def _no_device(error: BaseException) -> str:
     asked = os.environ.get("JAX_PLATFORMS", "")
     what = f"JAX_PLATFORMS is {asked!r}: unset it, or install the JAX that has it" if asked else (
         "check the driver, or set JAX_PLATFORMS=cpu")
-    return f"error: JAX finds no device{f' ({error})' if str(error) else ''}; {what}"
+    return f"JAX finds no device{f' ({error})' if str(error) else ''}; {what}"
 
 
 def _fail(message: str, status: int) -> int:

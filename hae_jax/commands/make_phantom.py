@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from hae_jax.commands.common import entry_point
+from hae_jax.errors import UserError
 from hae_jax.phantom.cohort import make_phantom, modalities_of
 from hae_jax.phantom.lesion import PHANTOMS
 
@@ -43,6 +44,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes the folder and, if asked, its figure."""
     args = _parse(argv)
+    if args.figure is not None and not args.figure.lower().endswith(".png"):
+        raise UserError(f"--figure {args.figure}: the name must end in .png")
     folder = make_phantom(args.output, subjects=args.subjects, lesion_share=args.lesion_share, seed=args.seed,
                           size=args.size, workers=args.workers, kind=args.kind)
     print(f"phantom of {args.subjects} subjects in {folder}")

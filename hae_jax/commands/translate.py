@@ -1,6 +1,7 @@
 """`translate.py`: finds lesions in cases with a trained network."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -79,7 +80,7 @@ def _stop_when_told() -> None:
 
 def _name(source: Path) -> str:
     """What results are called after: a folder, or a table of cases without its ending."""
-    name = source.resolve().name
+    name = os.path.basename(os.path.realpath(source))
     return name[:-4] if name.lower().endswith(".csv") else name
 
 

@@ -24,7 +24,7 @@ from hae_jax.files import decoded
 
 _OTHERS = ("case", "patient", "segmentation")
 _FORBIDDEN = re.compile(r"[/\\\0-\x1f\x7f]")  # in the name of a case: results are named after it
-_LONGEST = 200  # bytes of a case's name; files are called <case>_healthy_flair.nii.gz
+LONGEST = 200  # bytes of a case's name; files are called <case>_healthy_flair.nii.gz
 
 
 def read_table(path: Path, modalities: Sequence[str]) -> list[CaseFiles]:
@@ -117,8 +117,8 @@ def _problem(cells: dict[str, str], files: dict[str, Path | None], surplus: int)
 def _bad_name(name: str) -> str | None:
     if not name:
         return "has no name"
-    if _FORBIDDEN.search(name) or name[0] == "." or len(name.encode()) > _LONGEST:
-        return f"cannot be the name of files; use no slashes, no dot in front, and at most {_LONGEST} letters"
+    if _FORBIDDEN.search(name) or name[0] == "." or len(name.encode()) > LONGEST:
+        return f"cannot be the name of files; use no slashes, no dot in front, and at most {LONGEST} letters"
     return None
 
 

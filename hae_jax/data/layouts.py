@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hae_jax.data.case_table import read_table
+from hae_jax.data.case_table import LONGEST, read_table
 from hae_jax.data.layout_rules import (
     BRAIN_OR_LESION,
     MODALITIES,
@@ -42,6 +42,7 @@ LAYOUTS = (  # title, example; for help texts and errors
 _RESULTS = ("cases.csv", "records")  # a folder with both holds what translate.py wrote
 _NO_IMAGES = ("mask", "seg", "label", "labels")  # endings of files that are derived from images
 _FILE = re.compile(r"\.[a-z]\w{0,5}", re.IGNORECASE)  # ending of a name that is no folder's
+_CONTROLS = re.compile(r"[\0-\x1f\x7f]")
 _OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # closed, and nobody's cases
 _SHOWN = 3  # names in a message
 
@@ -264,7 +265,15 @@ def _each_named_once(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
 
 
 def _encodable(case: CaseFiles) -> CaseFiles:
-    """The case, with a problem if its name is not text: results could not be named after it."""
+    """The case, with a problem if results cannot be named after it: its name is not text of one line, or too long."""
+    if (length := len(os.fsencode(case.name))) > LONGEST:
+        shown = os.fsencode(case.name)[:LONGEST // 2].decode(errors="ignore")
+        return dataclasses.replace(case, name=shown, problem=f"{shown}...: its name has {length} bytes, and results "
+                                                             f"are named after it; rename it, {LONGEST} are allowed")
+    if _CONTROLS.search(case.name):
+        shown = _CONTROLS.sub("?", case.name)
+        return dataclasses.replace(case, name=shown, problem=f"{shown}: its name has a line break or another control "
+                                                             "character (here ?); rename its folder or files")
     if case.name == os.fsencode(case.name).decode(errors="replace"):
         return case
     shown = os.fsencode(case.name).decode(errors="backslashreplace")
@@ -310,4 +319,4 @@ def _passed_over(strays: Sequence[Path], misspelt: Sequence[Path]) -> str:
 
 def _few(paths: Sequence[Path]) -> str:
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(path.name for path in paths[:_SHOWN]) + more
+    return ", ".join(_CONTROLS.sub("?", path.name) for path in paths[:_SHOWN]) + more

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import multiprocessing
+import os
 import struct
 import time
 import tokenize
@@ -124,6 +125,9 @@ def prepare(
     Raises:
       UserError: nothing usable in `source`, `output` exists, or a setting does not fit.
     """
+    for name, path in (("--source", source), ("--output", output)):
+        if not str(path):
+            raise UserError(f"{name} is empty; name a folder")
     source, output = Path(source), Path(output)
     started = time.monotonic()
     if image_size < 1 or workers < 1:
@@ -316,7 +320,7 @@ def _in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int
 
 def _must_replace(output: Path, overwrite: bool) -> bool:
     """Whether `output` holds a dataset that is to be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / MANIFEST).is_file():
         raise UserError(f"{output}: exists and is not a prepared dataset; choose another --output")

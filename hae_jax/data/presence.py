@@ -4,6 +4,7 @@ Such a file counts as there when cases are looked for. A case that loses a file 
 one that loses its segmentation would count as one without a lesion.
 """
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -35,6 +36,10 @@ def is_there(path: Path) -> bool:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return _placeholder(path) is not None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False  # below a link that leads to itself
     return True
 
 

@@ -102,7 +102,7 @@ def make_output(output: str | Path, source: str | Path | None) -> Path:
       UserError: if it is the folder of the cases, or cannot be written to.
     """
     output = Path(output)
-    if source is not None and output.resolve() == Path(source).resolve():
+    if source is not None and os.path.realpath(output) == os.path.realpath(source):
         raise UserError(f"{output}: is the folder of the cases themselves; give another one with --output")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the results with --output")

@@ -1,6 +1,8 @@
 """From a folder to its page: finds out what the folder is, reads it, and writes report.html."""
 
 import hashlib
+import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def write_report(
 def _check(folder: Path, limit_mb: float) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder that translate.py or train.py has written")
-    if not limit_mb > 0:
+    if not 0 < limit_mb < math.inf:
         raise UserError(f"--max-mb is {limit_mb:g}; give a number greater than 0")
     if not (is_results(folder) or is_run(folder)):
         below = sorted(path.name for path in folder.iterdir() if path.is_dir() and (is_results(path) or is_run(path)))
@@ -68,7 +70,8 @@ def _check(folder: Path, limit_mb: float) -> None:
 def _results_data(results: Results, pictures: Pictures, anonymize: bool) -> dict[str, Any]:
     names = sorted({*results.rows, *results.failed})
     folder = results.folder
-    private = {str(folder.resolve()), str(folder), str(Path.cwd()), str(Path.home())}
+    # Unlike Path.home, expanduser never fails: a container's user may have no home.
+    private = {str(folder.resolve()), str(folder), str(Path.cwd()), os.path.expanduser("~")}
     private |= {place for name in names for place in cases.case_folders(folder, name)}
     privacy = Privacy(private, names, anonymous=anonymize)
     thresholds = results.thresholds

@@ -145,6 +145,19 @@ def test_the_dataset_that_a_killed_run_was_to_replace_is_back(source, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
 
 
+@pytest.mark.parametrize(("source", "output", "says"), [
+    ("loop", "store", "loop: links to loop, which cannot be reached"), ("raw", "loop", "loop: exists and is not"),
+    ("raw", "gone", "gone: exists and is not"), ("", "store", "--source is empty"), ("raw", "", "--output is empty"),
+])
+def test_paths_that_lead_nowhere_are_said_before_anything_is_read(tmp_path, monkeypatch, source, output, says):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_module, "read_case", None)
+    with pytest.raises(UserError, match=says):
+        prepare(source, output, **HALF)
+
+
 def test_a_folder_that_is_no_dataset_is_never_replaced(source, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("...")

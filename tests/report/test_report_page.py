@@ -1,8 +1,10 @@
 """What stands in a page, without a browser: data, limits, what is hidden, and what is missing."""
 
 import json
+import pwd
 import re
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +25,21 @@ SMALL = 0.5 + 1e-4  # megabytes: less than the pictures of one case need
 @pytest.fixture
 def results(tmp_path):
     return write_results(tmp_path)
+
+
+def test_a_user_without_a_home_gets_a_page(results, monkeypatch):
+    """As in a container that runs under a number alone."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    with pytest.raises(RuntimeError, match="home"):
+        Path.home()
+    assert write_report(results).is_file()
+
+
+@pytest.mark.parametrize("limit", [0, float("inf"), float("nan")])
+def test_a_limit_that_is_none_is_refused(results, limit):
+    with pytest.raises(UserError, match="--max-mb is"):
+        write_report(results, limit_mb=limit)
 
 
 def _data(page):
