@@ -30,7 +30,8 @@ from hae_jax.data.layouts import check_modalities, looked_for
 from hae_jax.data.lesion_mask import refuse_head_mask
 from hae_jax.data.orientation import ORIENTATION
 from hae_jax.data.presence import absence, is_there
-from hae_jax.data.slices import SPLITS, CaseSlices, case_slices, split_patients
+from hae_jax.data.slices import CaseSlices, case_slices
+from hae_jax.data.splits import SPLITS, split_patients
 from hae_jax.data.store import MANIFEST, StoreWriter
 from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole, remove_leftovers

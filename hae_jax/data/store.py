@@ -25,7 +25,8 @@ import tensorstore as ts
 
 from hae_jax.data.cases import MODALITIES
 from hae_jax.data.presence import absence
-from hae_jax.data.slices import SPLITS, CaseSlices
+from hae_jax.data.slices import CaseSlices
+from hae_jax.data.splits import SPLITS
 from hae_jax.errors import UserError
 from hae_jax.files import read_json, write_json
 

@@ -5,7 +5,6 @@ it for masks.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -13,12 +12,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from hae_jax.data.slices import VOLUME_RANGE
+from hae_jax.data.slices import VOLUME_RANGE, SliceGrid
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.localization import residual, rules
-from hae_jax.localization.calibration import Calibration, calibrate
+from hae_jax.localization import calibration, rules
+from hae_jax.localization.calibration import Calibration, MapThreshold
 from hae_jax.localization.counterparts import AnoDdpm, ClassifierGuidance, Dae, Ddib
 from hae_jax.localization.forward_process import (
     Denoisers,
@@ -29,18 +28,16 @@ from hae_jax.localization.forward_process import (
     forward_process,
     step_noise,
 )
-from hae_jax.localization.map_threshold import MapThreshold, MapThresholdMethod, ValidationSlice
-from hae_jax.localization.masks import (
+from hae_jax.localization.map_threshold import (
     NO_FILTERS,
-    OWN_FILTERS,
     Filters,
+    MapThresholdMethod,
     Masks,
     PhysicalFilters,
-    PixelFilters,
-    SliceGrid,
-    make_masks,
+    ValidationSlice,
 )
-from hae_jax.localization.residual import ResidualMap, ResidualSettings
+from hae_jax.localization.published import PUBLISHED_FILTERS, PixelFilters, calibrate, make_masks
+from hae_jax.localization.residual import Residual, ResidualSettings
 
 # Weight of a modality in the residual, with the sign that a lesion has in it.
 _WEIGHTS = {"flair": 1.0, "t1": -0.5, "t1ce": 0.0, "t2": 0.5}
@@ -71,8 +68,8 @@ class Method(Protocol):
     ) -> Calibration | MapThreshold:
         """What turns maps into masks, from the result of each validation slice and what is known of the slice."""
 
-    def load_calibration(self, path: str | os.PathLike) -> Calibration | MapThreshold:
-        """Reads what the result of `calibrate` saved."""
+    def read_calibration(self, fields: Any) -> Calibration | MapThreshold:
+        """The result of `calibrate` from the JSON object that holds its fields."""
 
     def masks(self, results: Any, calibration: Any, heads: np.ndarray, grid: SliceGrid) -> Masks:
         """The masks of a case's stacked results [S, ...] in its heads [S, H, W] bool."""
@@ -82,45 +79,8 @@ class Method(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Residual(MapThresholdMethod):
-    """The signed residual at low noise (ours): see `residual.residual`."""
-
-    process: Process
-    settings: ResidualSettings
-    rule: str = dataclasses.field(default="healthy_fpr", kw_only=True)
-    filters: Filters = dataclasses.field(default=OWN_FILTERS, kw_only=True)
-
-    name: ClassVar[str] = "residual"
-    network: ClassVar[bool] = True
-
-    @property
-    def modality(self) -> tuple[int, ...]:
-        """Channels of the reconstruction."""
-        return self.settings.modality
-
-    @property
-    def passes(self) -> int:
-        """Network passes for a slice."""
-        return self.settings.passes
-
-    def __call__(
-        self,
-        denoisers: Denoisers,
-        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
-        keys: jax.Array,  # [B], of each slice's noise
-    ) -> ResidualMap:
-        """The residual maps of a batch."""
-        return residual.residual(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
-
-    def _maps(self, results: ResidualMap, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
-        return np.maximum(super()._maps(results, grid), 0)
-
-
-
-
-@dataclasses.dataclass(frozen=True)
 class Hae(MapThresholdMethod):
-    """The published forward process (Che et al., arXiv:2404.15683): see `forward_process`, `calibration` and `masks`.
+    """The published forward process (Che et al., arXiv:2404.15683): see `forward_process` and `published`.
 
     With the rule "quantile", as published; with another one, its map averaged over the modalities is thresholded.
     """
@@ -128,6 +88,7 @@ class Hae(MapThresholdMethod):
     process: Process
     settings: ForwardSettings
     rule: str = dataclasses.field(default="quantile", kw_only=True)
+    filters: Filters = dataclasses.field(default=PUBLISHED_FILTERS, kw_only=True)
 
     name: ClassVar[str] = "hae"
     network: ClassVar[bool] = True
@@ -169,9 +130,10 @@ class Hae(MapThresholdMethod):
         mse, ref, diff = map(np.stack, zip(*curves, strict=True)) if curves else [np.zeros(shape)] * 3
         return calibrate(mse, ref, diff, np.array(labels, int), modality=self.settings.modality, made_with=made_with)
 
-    def load_calibration(self, path: str | os.PathLike) -> Calibration | MapThreshold:
-        """Reads a calibration."""
-        return Calibration.load(path) if self.rule == "quantile" else super().load_calibration(path)
+    def read_calibration(self, fields: Any) -> Calibration | MapThreshold:
+        """See `calibration.from_json`, or `MapThresholdMethod.read_calibration` with another rule."""
+        return (calibration.from_json(Calibration, fields) if self.rule == "quantile"
+                else super().read_calibration(fields))
 
     def masks(
         self, results: Translation, calibration: Calibration | MapThreshold, heads: np.ndarray, grid: SliceGrid

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hae_jax.data.slices import patient_of, slice_spacing, to_model_range
+from hae_jax.data.slices import slice_spacing, to_model_range
+from hae_jax.data.splits import patient_of
 from hae_jax.data.store import Store
 from hae_jax.localization.batched import Slice
 from hae_jax.localization.map_threshold import ValidationSlice

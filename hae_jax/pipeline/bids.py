@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hae_jax import __version__
 from hae_jax.data.cases import CaseFiles, find_cases
-from hae_jax.data.slices import patient_of
+from hae_jax.data.splits import patient_of
 from hae_jax.errors import UserError
 from hae_jax.files import write_json, written_whole
 from hae_jax.pipeline.probability import MEANINGS

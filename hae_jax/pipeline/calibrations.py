@@ -5,6 +5,7 @@ settings.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
@@ -17,8 +18,8 @@ import ml_collections
 
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
-from hae_jax.files import one_at_a_time, written_whole
-from hae_jax.localization.calibration import PRESETS, Calibration, preset
+from hae_jax.files import one_at_a_time, read_json, write_json, written_whole
+from hae_jax.localization.calibration import PRESETS, Calibration
 from hae_jax.localization.methods import Method
 from hae_jax.localization.validation import Translator, validation_results
 from hae_jax.pipeline.cache_key import calibration_key, digest
@@ -56,7 +57,7 @@ def available(
     if store is None:
         path = newest_for_other_data(method, folder, key)
         _LOG.info("calibration: %s is used again", path)
-        return method.load_calibration(path)
+        return load_calibration(method, path)
     if not kept_file(method, folder, key).exists() and len(store.split("val")) == 0:
         raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
                         "prepare the data with a larger --val-fraction")
@@ -85,14 +86,28 @@ def calibrated(
     path = kept_file(method, folder, key)
     if path.exists():
         _LOG.info("calibration: %s is used again", path)
-        return _said(method.load_calibration(path))
+        return _said(load_calibration(method, path))
     with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: _LOG.info(
             "calibration: another process is making %s; waiting for it", path)):
         if not path.exists():
             made = method.calibrate(validation_results(translator, store, scaling), key)
-            made.save(path)
+            write_json(path, dataclasses.asdict(made))
             return _said(made)
-    return _said(method.load_calibration(path))
+    return _said(load_calibration(method, path))
+
+
+def load_calibration(method: Method, path: str | Path) -> Any:
+    """Reads a calibration of a method.
+
+    Raises:
+      UserError: if there is no such file, or it is damaged, or another method's or rule's.
+    """
+    try:
+        return method.read_calibration(read_json(path))
+    except UserError as error:
+        raise UserError(f"{error}; calibrate again") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: {error}; delete it and calibrate again") from error
 
 
 def kept_file(method: Method, folder: Path, key: Mapping[str, Any]) -> Path:
@@ -107,7 +122,7 @@ def newest_for_other_data(method: Method, folder: Path, key: Mapping[str, Any]) 
       UserError: if there is none.
     """
     for path in sorted(folder.glob(f"{method.name}_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if fits(method.load_calibration(path), key):
+        if fits(load_calibration(method, path), key):
             return path
     fitting = _fitting_presets(method, key)
     raise UserError(
@@ -161,7 +176,7 @@ def _shipped(path: str | Path | None, method: Method, key: Mapping[str, Any]) ->
     if path is None or not Path(path).is_file():
         return None
     try:
-        found = method.load_calibration(path)
+        found = load_calibration(method, path)
     except UserError:  # of another method or rule
         return None
     if not fits(found, key):
@@ -181,7 +196,7 @@ def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[
         of_this = "--method hae and its own rule" if of_published else "another method or rule"
         raise UserError(f"--calibration {name}: is for {of_this}, and this run has the method {method.name} with the "
                         f"rule {method.rule}; leave it out, or take one that this method has made")
-    found = preset(name) if name in PRESETS else _from_file(name, method)
+    found = PRESETS[name] if name in PRESETS else _from_file(name, method)
     if published and found.modality != tuple(config.translation.modality):
         raise UserError(f"--calibration {name}: made for the modalities {found.modality}, but translation.modality is "
                         f"{tuple(config.translation.modality)}")
@@ -196,7 +211,7 @@ def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[
 
 def _from_file(name: str, method: Method) -> Calibration:
     try:
-        return method.load_calibration(name)
+        return load_calibration(method, name)
     except UserError as error:
         # What follows the last semicolon is advice for files of our own, such as to delete them.
         what = str(error).rpartition("; ")[0]

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from hae_jax.data.slices import SlicedCase
 from hae_jax.localization import probability
-from hae_jax.localization.masks import Masks
-from hae_jax.localization.volume import SlicedCase
+from hae_jax.localization.map_threshold import Masks
 
 MEANINGS = {"probability": probability.PROBABILITY, "uncertainty": probability.UNCERTAINTY}
 

@@ -19,8 +19,8 @@ from hae_jax.data.store import Store
 from hae_jax.localization.forward_process import network_denoisers
 from hae_jax.localization.map_threshold import ValidationSlice
 from hae_jax.localization.measures import measure
-from hae_jax.localization.methods import Residual, residual_method
-from hae_jax.localization.residual import ResidualMap
+from hae_jax.localization.methods import residual_method
+from hae_jax.localization.residual import Residual, ResidualMap
 from hae_jax.localization.validation import describe_slices, heights_in_head
 from hae_jax.training.mesh import batch_sharding, replicated
 
@@ -43,7 +43,7 @@ class Localization:
           batch_size: slices at once over all devices, which must divide it; does not change the result.
         """
         self._mesh, self._store, self._scaling = mesh, store, config.data.scaling
-        self._method: Residual = residual_method(config)
+        self._method = residual_method(config)
         self._reader = store.split("val")
         count = min(config.training.localization_slices, len(self._reader))
         self._rows = ((np.arange(count) + 0.5) * len(self._reader) / count).astype(int)
