@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.data.cases import Case
-from hae_jax.data.orientation import Grid
+from hae_jax.data.nifti import Grid
 from hae_jax.data.slices import (
     SlicedCase,
     SliceGrid,
@@ -50,9 +50,9 @@ class Localized(NamedTuple):
       lesion_slices: [N] bool, whether the slice is called a lesion slice.
       slice_index: [N] int, where these slices lie: along the volume's axis from inferior to superior, or 0 .. S-1.
       modality: the M channels of `pseudo_healthy`.
-      probability: as `anomaly_map`, in [0, 1]: that the voxel is lesion (`probability.PROBABILITY`); None without
+      probability: as `anomaly_map`, in [0, 1]: that the voxel is lesion (`probability.MEANINGS`); None without
         curves in the calibration, and for slices.
-      uncertainty: the same, standard deviation over noise (`probability.UNCERTAINTY`); None with a single noise draw.
+      uncertainty: the same, standard deviation over noise (likewise); None with a single noise draw.
     """
 
     mask: np.ndarray

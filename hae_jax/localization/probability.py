@@ -23,14 +23,16 @@ from hae_jax.data.slices import SlicedCase
 from hae_jax.errors import UserError
 from hae_jax.localization import rules
 
-PROBABILITY = (
-    "Probability that a voxel belongs to a lesion, from 0 to 1: the probability that its slice has a lesion, given the "
-    "slice's anomaly score, times the probability that the voxel is lesion in a lesion slice, given the value of the "
-    "anomaly map. Both were estimated on validation slices from image labels alone and hold where lesions are as "
-    "frequent as there.")
-UNCERTAINTY = (
-    "Standard deviation, from 0 to 0.5, that the probability of the same slice would have if the noise of the method "
-    "were drawn again. It says how much the noise matters, not how often the network is wrong.")
+MEANINGS = {
+    "probability":
+        "Probability that a voxel belongs to a lesion, from 0 to 1: the probability that its slice has a lesion, given "
+        "the slice's anomaly score, times the probability that the voxel is lesion in a lesion slice, given the value "
+        "of the anomaly map. Both were estimated on validation slices from image labels alone and hold where lesions "
+        "are as frequent as there.",
+    "uncertainty":
+        "Standard deviation, from 0 to 0.5, that the probability of the same slice would have if the noise of the "
+        "method were drawn again. It says how much the noise matters, not how often the network is wrong.",
+}
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)  # of the normal distribution
 
 

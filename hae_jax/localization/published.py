@@ -1,20 +1,30 @@
-"""The published way from the curves and maps of the forward process to masks (Che et al., arXiv:2404.15683).
+"""The published method (Che et al., arXiv:2404.15683): from the curves and maps of the forward process to masks.
 
 `calibrate` makes a `Calibration` from validation slices with yes/no labels, `make_masks` applies it; no pixel label is
 used. B: slices, T: forward steps, M: modalities that take part.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
+import jax
 import numpy as np
 from scipy import ndimage
 
 from hae_jax.data.slices import ONE_BY_ONE, SliceGrid
+from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
-from hae_jax.localization.calibration import PRESETS, Calibration, score_histogram
-from hae_jax.localization.map_threshold import IN_SPACE, Filters, Masks, in_volume
+from hae_jax.localization.calibration import PRESETS, Calibration, MapThreshold, from_json, score_histogram
+from hae_jax.localization.forward_process import Denoisers, ForwardSettings, Translation, forward_process, step_noise
+from hae_jax.localization.map_threshold import (
+    IN_SPACE,
+    Filters,
+    MapThresholdMethod,
+    Masks,
+    ValidationSlice,
+    in_volume,
+)
 
 _CANDIDATES = np.linspace(0.005, 0.095, 100)  # thresholds: these quantiles of the healthy slices' similarity
 _NORM_FLOOR = 1e-6  # each norm is clamped to it, as PyTorch's cosine_similarity does
@@ -216,3 +226,72 @@ def remove_small_components(
     keep = np.bincount(labels.ravel()) > max_pixels
     keep[0] = False  # the background
     return keep[labels]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hae(MapThresholdMethod):
+    """The published forward process (Che et al., arXiv:2404.15683): see `forward_process`.
+
+    With the rule "quantile", as published; with another one, its map averaged over the modalities is thresholded.
+    """
+
+    process: Process
+    settings: ForwardSettings
+    rule: str = dataclasses.field(default="quantile", kw_only=True)
+    filters: Filters = dataclasses.field(default=PUBLISHED_FILTERS, kw_only=True)
+
+    name: ClassVar[str] = "hae"
+    network: ClassVar[bool] = True
+
+    @property
+    def modality(self) -> tuple[int, ...]:
+        """Channels of the reconstruction."""
+        return self.settings.modality
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice: three for each step; twice as many where the walk is made twice."""
+        return 3 * self.settings.steps * (1 if self.settings.t_e_ratio == 1 else 2)
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], of each slice's noise
+    ) -> Translation:
+        """Walks the forward process with a batch."""
+        return forward_process(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
+
+    def calibrate(
+        self, results: Iterable[tuple[Translation, ValidationSlice]], made_with: Mapping[str, Any]
+    ) -> Calibration | MapThreshold:
+        """The slice threshold and the peaks of the diff curve; masks are not looked at, and only curves are kept.
+
+        Raises:
+          UserError: if there is no healthy or no lesion slice, or a curve is not finite.
+        """
+        if self.rule != "quantile":
+            return super().calibrate(results, made_with)
+        curves, labels = [], []
+        for result, item in results:
+            curves.append((result.mse, result.ref, result.diff))
+            labels.append(item.label)
+        shape = (0, self.settings.steps, len(self.settings.modality))
+        mse, ref, diff = map(np.stack, zip(*curves, strict=True)) if curves else [np.zeros(shape)] * 3
+        return calibrate(mse, ref, diff, np.array(labels, int), modality=self.settings.modality, made_with=made_with)
+
+    def read_calibration(self, fields: Any) -> Calibration | MapThreshold:
+        """See `calibration.from_json`, or `MapThresholdMethod.read_calibration` with another rule."""
+        return (from_json(Calibration, fields) if self.rule == "quantile"
+                else super().read_calibration(fields))
+
+    def masks(
+        self, results: Translation, calibration: Calibration | MapThreshold, heads: np.ndarray, grid: SliceGrid
+    ) -> Masks:
+        """See `make_masks`, or `MapThresholdMethod.masks` with another rule than the published one."""
+        if self.rule != "quantile":
+            return super().masks(results, calibration, heads, grid)
+        return make_masks(results.mse, results.ref, results.diff, results.map, calibration, self.filters, grid)
+
+    def _maps(self, results: Translation, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
+        return super()._maps(results._replace(map=np.asarray(results.map, np.float64).mean(axis=-1)), grid)

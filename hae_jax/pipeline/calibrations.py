@@ -4,27 +4,36 @@ Calibrations are kept under their key (`cache_key.calibration_key`), so that non
 settings.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
+from tqdm import tqdm
 
+from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
 from hae_jax.files import one_at_a_time, read_json, write_json, written_whole
+from hae_jax.localization.batched import Slice
 from hae_jax.localization.calibration import PRESETS, Calibration
+from hae_jax.localization.map_threshold import ValidationSlice
 from hae_jax.localization.methods import Method
-from hae_jax.localization.validation import Translator, validation_results
+from hae_jax.localization.validation import describe_slices, heights_in_head
 from hae_jax.pipeline.cache_key import calibration_key, digest
 
 _LOG = logging.getLogger(__name__)
+_READ_AT_ONCE = 64  # slices
+
+Translator = Callable[[Iterable[Slice]], Iterator[tuple[Slice, Any]]]
 
 
 def available(
@@ -94,6 +103,35 @@ def calibrated(
             write_json(path, dataclasses.asdict(made))
             return _said(made)
     return _said(load_calibration(method, path))
+
+
+def validation_results(
+    translator: Translator, store: Store, scaling: str, chosen: np.ndarray | None = None, doing: str = "calibrating"
+) -> Iterator[tuple[Any, ValidationSlice]]:
+    """The method's result of each validation slice, and what is known of the slice, in stored order.
+
+    Args:
+      chosen: rows of the split, rising; None: all.
+      doing: what the progress bar says.
+    """
+    known, reader = collections.deque(), store.split("val")
+    chosen = np.arange(len(reader)) if chosen is None else chosen
+    heights = heights_in_head(reader.rows["cases"], reader.rows["slices"])
+
+    def slices() -> Iterator[Slice]:
+        for start in range(0, len(chosen), _READ_AT_ONCE):
+            own = chosen[start:start + _READ_AT_ONCE]
+            rows = reader.read(own)
+            images = to_model_range(rows["image"], scaling)
+            described = describe_slices(store.cases, rows, heights[own])
+            known.extend(described)
+            for image, intensity, item in zip(images, rows["image"], described, strict=True):
+                yield Slice(image, item.case, item.position, intensity)
+
+    with tqdm(total=len(chosen), desc=doing, unit="slice") as bar:
+        for _, result in translator(slices()):
+            yield result, known.popleft()
+            bar.update()
 
 
 def load_calibration(method: Method, path: str | Path) -> Any:

@@ -24,10 +24,10 @@ from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
 from hae_jax.files import disk_refuses, write_json
+from hae_jax.localization import probability
 from hae_jax.localization.batched import Slice
 from hae_jax.localization.map_threshold import Masks, stacked
-from hae_jax.localization.validation import Translator
-from hae_jax.pipeline.probability import meaning_files, probability_volumes
+from hae_jax.pipeline.calibrations import Translator
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 
@@ -176,9 +176,12 @@ def _finish(work: CaseWork, files: CaseFiles, done: TranslatedCase, before: floa
     healthy = method.healthy(done.result)
     volumes = _volumes(work, case, mask, anomaly, healthy)
     if config.translation.save_probability:
-        volumes |= probability_volumes(case, method, done.result, masks, calibration)
+        maps = probability.volumes(case, method, done.result, masks, calibration)._asdict()
+        volumes |= {kind: (values, f"lesion {kind}") for kind, values in maps.items() if values is not None}
     shown = config.evaluation.overlay_slices > 0
-    documents = {f"{SLICES}/{case.name}.json": _slices(files, case, masks), **meaning_files(case.name, volumes)}
+    documents = {f"{SLICES}/{case.name}.json": _slices(files, case, masks)} | {
+        f"{case.name}_{kind}.json": {"Description": meaning, "Units": "arbitrary", "Range": [0, 1]}
+        for kind, meaning in probability.MEANINGS.items() if kind in volumes}
     written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *documents,
                *([_overlay(case.name)] if shown else [])]
     work.results.writing(case.name, written)

@@ -10,8 +10,13 @@ from hae_jax.data.store import open_store
 from hae_jax.errors import UserError
 from hae_jax.localization.batched import IntensityReader
 from hae_jax.localization.methods import IntensityThreshold, make_method
-from hae_jax.localization.validation import validation_results
-from hae_jax.pipeline.calibrations import calibrated, kept_file, load_calibration, newest_for_other_data
+from hae_jax.pipeline.calibrations import (
+    calibrated,
+    kept_file,
+    load_calibration,
+    newest_for_other_data,
+    validation_results,
+)
 from hae_jax.runs import load_run
 
 MADE_WITH = {"settings": {"method": "threshold", "modality": [0, 3]}, "data": {"root": "data"}}
