@@ -12,7 +12,7 @@ from hae_jax.configs import default
 from hae_jax.errors import UserError
 from hae_jax.localization.methods import Method, make_method
 from hae_jax.pipeline.cache_key import calibration_key, weights_hash
-from hae_jax.pipeline.calibrations import fits, newest_for_other_data
+from hae_jax.pipeline.calibrations import fits, load_calibration, newest_for_other_data
 from hae_jax.training.weights import CALIBRATION, SHIPPED, load_trained, trained_folder
 
 
@@ -43,7 +43,7 @@ class TrainedRun(NamedTuple):
         for find in (lambda: self.folder / CALIBRATION,
                      lambda: newest_for_other_data(method, self.folder / "calibrations", wanted)):
             with contextlib.suppress(UserError):
-                found = method.load_calibration(find())
+                found = load_calibration(method, find())
                 if fits(found, wanted):
                     return found
         return None

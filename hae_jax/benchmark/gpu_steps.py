@@ -26,6 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.benchmark import blocks, naive
+from hae_jax.benchmark.loader import made_up_slices
 from hae_jax.benchmark.measure import (
     Compiled,
     compile_program,
@@ -38,8 +39,6 @@ from hae_jax.benchmark.measure import (
 from hae_jax.benchmark.programs import PLAIN, Form, Program, TrainingStep, TranslationOfBatch, with_model
 from hae_jax.benchmark.results import OURS
 from hae_jax.commands.config import read_config
-from hae_jax.data.slices import CaseSlices
-from hae_jax.data.store import StoreWriter
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.localization.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
@@ -408,23 +407,12 @@ def _resume_difference() -> float:
         config.data.root = f"{folder}/store"
         config.training.update({"batch_size": 8, "log_every": 1, "sample_every": 0, "validate_every": 0,
                                 "localization_every": 0, "ema_rates": (0.9,)})
-        _made_up_store(Path(config.data.root))
+        made_up_slices(Path(config.data.root), [16, 16, 4])
         for name, stops in (("whole", (6,)), ("parts", (3, 6))):
             for config.training.steps in stops:
                 train(config, Path(folder) / name, jax.devices()[:1])
         whole, parts = (nnx.state(load_network(f"{folder}/{name}").model, nnx.Param) for name in ("whole", "parts"))
         return float(max(map(lambda a, b: np.abs(a - b).max(), jax.tree.leaves(whole), jax.tree.leaves(parts))))
-
-
-def _made_up_store(root: Path) -> None:
-    rng = np.random.default_rng(0)
-    root.mkdir()
-    writer = StoreWriter(root)
-    masks = np.zeros((24, 16, 16), np.float32)
-    masks[::2, 4:8, 4:8] = 1
-    writer.add("made_up", "train", CaseSlices(rng.random((24, 16, 16, 4), np.float32), masks, np.arange(24),
-                                              (16, 16, 24)), None)
-    writer.finish({})
 
 
 def _driver() -> str | None:

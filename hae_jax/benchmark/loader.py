@@ -48,12 +48,13 @@ def training_slices(config: ml_collections.ConfigDict) -> Iterator[tuple[SplitRe
         yield store.split("train"), config.data.root
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield _made_up(Path(folder), shape), f"{_MADE_UP_SLICES} made-up slices"
+        yield made_up_slices(Path(folder), shape), f"{_MADE_UP_SLICES} made-up slices"
 
 
-def _made_up(folder: Path, shape: list[int]) -> SplitReader:
-    """Noise: Zarr's compression finds nothing to gain in it, so it is no easier to read than real slices."""
+def made_up_slices(folder: Path, shape: list[int]) -> SplitReader:
+    """Writes a training split of noise, in which compression finds nothing to gain: as slow to read as real slices."""
     rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
     writer, count = StoreWriter(folder), 64
     for case in range(_MADE_UP_SLICES // count):
         images = rng.random((count, *shape), np.float32)

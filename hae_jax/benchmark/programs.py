@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from hae_jax.benchmark import naive
 from hae_jax.benchmark.results import OURS, TORCH
 from hae_jax.diffusion.process import Process
-from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.localization import forward_process
 from hae_jax.localization.forward_process import ForwardSettings
@@ -146,7 +145,7 @@ class TrainingStep:
         state = abstract_state(network, self._optimizer, self._averages, self._history)
         graph, _ = abstract_network(network)
         step = make_train_step(self._mesh, shardings_of(self._mesh, state), graph, network,
-                               _process(self._config), self._optimizer, step_settings(self._config))
+                               Process.of(self._config.diffusion), self._optimizer, step_settings(self._config))
         return step.lower(state, jax.eval_shape(lambda: _batch(self._network, self.images)))
 
     def flops(self, form: Form = PLAIN) -> int:
@@ -223,7 +222,7 @@ class TranslationOfBatch(ForwardPass):
 
     def _translate(self, network: UNetConfig, form: Form) -> Callable[..., Any]:
         graph, _ = abstract_network(network)
-        process = _process(self._config)
+        process = Process.of(self._config.diffusion)
 
         def translate(params, batch):
             model, x0 = nnx.merge(graph, params), batch["image"]
@@ -272,12 +271,6 @@ def program(part: str, config: ml_collections.ConfigDict, mesh: Mesh, settings: 
 def _jitted(mesh: Mesh, f: Callable[..., Any]) -> Any:
     return jax.jit(f, in_shardings=(replicated(mesh), batch_sharding(mesh)), out_shardings=batch_sharding(mesh),
                    compiler_options=compiler_options())
-
-
-def _process(config: ml_collections.ConfigDict) -> Process:
-    diffusion = config.diffusion
-    schedule = make_schedule(diffusion.schedule, diffusion.steps)
-    return Process(schedule, diffusion.predicts, diffusion.variance, diffusion.clipping)
 
 
 def _parameters(mesh: Mesh, network: UNetConfig, seed: int) -> nnx.State:

@@ -28,9 +28,10 @@ from hae_jax.data.cases import MODALITIES, CaseFiles, find_cases, read_case
 from hae_jax.data.doubts import Doubt
 from hae_jax.data.layouts import check_modalities, looked_for
 from hae_jax.data.lesion_mask import refuse_head_mask
-from hae_jax.data.orientation import ORIENTATION
+from hae_jax.data.nifti import ORIENTATION
 from hae_jax.data.presence import absence, is_there
-from hae_jax.data.slices import SPLITS, CaseSlices, case_slices, split_patients
+from hae_jax.data.slices import CaseSlices, case_slices
+from hae_jax.data.splits import SPLITS, split_patients
 from hae_jax.data.store import MANIFEST, StoreWriter
 from hae_jax.errors import UserError
 from hae_jax.files import finish_replacing, folder_written_whole

@@ -4,23 +4,20 @@ The arithmetic is that of the published PyTorch preparation, number for number. 
 translation uses the same functions, so that a network never sees slices made in another way.
 """
 
-import collections
 import dataclasses
-import random
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
 from hae_jax.data.cases import Case
+from hae_jax.data.doubts import Doubt
+from hae_jax.data.nifti import Grid
 from hae_jax.errors import UserError
 
-SPLITS = ("train", "val", "test")
 PERCENTILE = 99.0  # of a modality's positive voxels; becomes intensity 1
 MIN_SLICE_SUM = 0.5  # a slice whose modality-mean intensity sums to more than this shows brain
-_VISIT = re.compile(r"(?<=^BraTS-...-\d{5})-\d{3}$")
-_SUBJECT = re.compile(r"sub-[^_]+")  # BIDS: what follows tells sessions, runs and kinds of image
 RANGE_EPSILON = 1e-5  # keeps the range of a constant slice finite
 SCALINGS = ("slice", "volume")
 VOLUME_RANGE = 1.5  # times the 99th percentile: with scaling "volume", this intensity and all above become 1
@@ -35,6 +32,116 @@ class CaseSlices:
     index: np.ndarray  # [S] int32, position along the volume's axis 2
     shape: tuple[int, int, int] | None  # (X, Y, Z) of the volume; None where the source does not tell
     scales: np.ndarray | None = None  # [C] the raw intensity that is 1 in `images`; None where it is not known
+
+
+class SliceGrid(NamedTuple):
+    """Where a case's slices lie.
+
+    Attributes:
+      positions: [S] their numbers in the volume, in rising order; None: they are to be filtered one by one.
+      spacing: (x, y, z) mm between pixels and between neighbouring slices; None where it is not known.
+    """
+
+    positions: np.ndarray | None = None
+    spacing: tuple[float, float, float] | None = None
+
+
+ONE_BY_ONE = SliceGrid()
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicedCase:
+    """A case as the network sees it, and the way back.
+
+    Attributes:
+      name: of the case.
+      inputs: [S, H, W, C] float32 in [-1, 1], what the network gets. Slices that show nothing are left out.
+      slices: the same slices as in a prepared dataset (normalised, not scaled), their masks, positions, grid.
+      scaling: how `inputs` were made of them (`to_model_range`).
+      affine: [4, 4] voxels, reoriented, to mm.
+      grid: of the files; `grid.restore` and `nifti.write_volume` turn volumes back to it.
+      head: [X, Y, Z] bool, reoriented: where anything is shown, and what that encloses.
+      truth: [X, Y, Z] bool, reoriented: the lesion; None without a segmentation.
+      warnings: what is unusual about the case, in words.
+    """
+
+    name: str
+    inputs: np.ndarray
+    slices: CaseSlices
+    scaling: str
+    affine: np.ndarray
+    grid: Grid
+    head: np.ndarray
+    truth: np.ndarray | None
+    warnings: tuple[Doubt, ...]
+
+    @property
+    def heads(self) -> np.ndarray:  # [S, H, W] bool
+        """Where each slice shows anything."""
+        return self.slices.images.any(axis=-1)
+
+    @property
+    def slice_grid(self) -> SliceGrid:
+        """Where the slices lie."""
+        return SliceGrid(self.slices.index, slice_spacing(self.affine, self.slices.shape, self.inputs.shape[1]))
+
+    @property
+    def slice_truth(self) -> np.ndarray | None:  # [S, H, W] bool
+        """The lesion in each slice, at network resolution, as a prepared dataset has it."""
+        return None if self.slices.masks is None else self.slices.masks > 0.5
+
+    def volume(
+        self,
+        values: np.ndarray,  # [S, h, w]
+    ) -> np.ndarray:  # [X, Y, Z] float32
+        """Slices on the case's grid, reoriented, bilinear; zero where there was no slice or nothing is shown."""
+        return slices_to_volume(values, self.slices.index, self.slices.shape) * self.head
+
+    def mask_volume(
+        self,
+        masks: np.ndarray,  # [S, h, w] bool
+    ) -> np.ndarray:  # [X, Y, Z] bool
+        """Slice masks on the case's grid: a voxel belongs to the lesion where the resized mask exceeds one half."""
+        return self.volume(masks.astype(np.float32)) > 0.5
+
+    def healthy_volume(
+        self,
+        healthy: np.ndarray,  # [S, h, w] in [-1, 1], one modality
+        channel: int,
+    ) -> np.ndarray:  # [X, Y, Z] float32
+        """The pseudo-healthy reconstruction of one modality in the file's own intensities."""
+        images = self.slices.images[..., channel:channel + 1]
+        normalised = from_model_range(healthy[..., None], images, self.scaling)[..., 0]
+        return self.volume(normalised * self.slices.scales[channel])
+
+
+def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "images") -> SlicedCase:
+    """Slices a case that is in memory; `where` it comes from is for errors.
+
+    Raises:
+      UserError: if it cannot be used.
+    """
+    slices = case_slices(case, image_size)
+    shown = slices.images.any(axis=(1, 2, 3))  # empty slices may lie between others
+    if not shown.any():
+        raise UserError(f"{where}: what the images of {case.name} show is lost when its slices are made "
+                        f"{image_size} x {image_size} px; check them, or remove the case")
+    slices = dataclasses.replace(slices, images=slices.images[shown], index=slices.index[shown],
+                                 masks=None if slices.masks is None else slices.masks[shown])
+    return SlicedCase(case.name, to_model_range(slices.images, scaling), slices, scaling, case.affine, case.grid,
+                      head(case.volumes), case.mask, case.warnings)
+
+
+def head(
+    volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
+) -> np.ndarray:  # [X, Y, Z] bool
+    """All but the background, which is zero in every channel and reaches the volume's faces: a zero within stays."""
+    zero, _ = ndimage.label(~volumes.any(axis=-1))
+    outside = np.zeros(zero.max() + 1, bool)
+    for axis in range(zero.ndim):
+        outside[np.unique(np.take(zero, [0, -1], axis))] = True
+    outside[0] = False  # what is not zero
+    return ~outside[zero]
 
 
 def normalise_volumes(
@@ -170,53 +277,3 @@ def slices_to_volume(
     volume = np.zeros(shape, np.float32)
     volume[:, :, index] = resize(values, tuple(shape[:2])).transpose(1, 2, 0)
     return volume
-
-
-def split_patients(
-    names: Sequence[str], train_fraction: float = 0.75, val_fraction: float = 0.05, seed: int = 10,
-    patient: Mapping[str, str | None] | None = None,
-) -> dict[str, list[str]]:
-    """Splits patients as published: sorted names, shuffled, then int(train_fraction n), int(val_fraction n), the rest.
-
-    All visits of a patient come into one split. The defaults need 20 patients to give one for validation. Fewer are not
-    rearranged silently: the error names the option to set.
-
-    Args:
-      names: of the cases.
-      train_fraction: share of the patients.
-      val_fraction: share of the patients.
-      seed: of the order.
-      patient: whose each case is; where it does not say, the case's name does (`patient_of`).
-
-    Returns:
-      {"train": [...], "val": [...], "test": [...]} in shuffled order, without overlap. `test` may be empty.
-
-    Raises:
-      UserError: a fraction is out of range, or leaves train or val without a patient.
-    """
-    if not (train_fraction > 0 and val_fraction > 0 and train_fraction + val_fraction <= 1 + 1e-9):
-        raise UserError(f"train_fraction {train_fraction} and val_fraction {val_fraction}: both must be greater than 0 "
-                        "and their sum at most 1")
-    visits = collections.defaultdict(list)
-    for name in sorted(names):
-        visits[(patient or {}).get(name) or patient_of(name)].append(name)
-    patients = sorted(visits)
-    if len(patients) < 2:
-        raise UserError(f"{len(patients)} case(s) cannot be split; at least one to train on and one to validate is "
-                        "needed")
-    n_train, n_val = int(train_fraction * len(patients)), int(val_fraction * len(patients))
-    for split, count, fraction in (("train", n_train, train_fraction), ("val", n_val, val_fraction)):
-        if count == 0:
-            needed = int(1000 / len(patients) + 1) / 1000  # rounded up, so that it suffices as printed
-            raise UserError(f"{len(patients)} cases with {split}_fraction {fraction} leave none in {split}; "
-                            f"set --{split}-fraction to {needed:.3f} or more, or add cases")
-    order = list(range(len(patients)))
-    random.Random(seed).shuffle(order)
-    bounds = {"train": order[:n_train], "val": order[n_train:n_train + n_val], "test": order[n_train + n_val:]}
-    return {split: [name for i in chosen for name in visits[patients[i]]] for split, chosen in bounds.items()}
-
-
-def patient_of(name: str) -> str:
-    """The patient that a case is of: several visits of one are told apart by BraTS 2023 and BIDS names."""
-    subject = _SUBJECT.match(name)
-    return subject.group() if subject else _VISIT.sub("", name)

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from hae_jax.data.cases import MODALITIES
 from hae_jax.data.presence import absence
-from hae_jax.data.slices import SPLITS, CaseSlices
+from hae_jax.data.slices import CaseSlices
+from hae_jax.data.splits import SPLITS
 from hae_jax.errors import UserError
 from hae_jax.files import read_json, write_json
 
@@ -119,9 +119,8 @@ class Store:
     @property
     def modalities(self) -> tuple[str, ...] | None:
         """The channels in their order; None where the dataset does not say."""
-        names = self.manifest.get("modalities", MODALITIES)  # older datasets do not name theirs
-        channels = (self.manifest["slice_shape"] or [0])[-1]
-        return tuple(names) if len(names) == channels else None
+        names = self.manifest.get("modalities")
+        return None if names is None else tuple(names)
 
     @property
     def cases(self) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ MIDL.
 import jax
 import jax.numpy as jnp
 
+from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.simplex import open_simplex
 
 
@@ -74,6 +75,19 @@ def coarse(
         return jnp.roll(field, shift, axis=(0, 1))
 
     return jax.vmap(one_sample)(keys)
+
+
+def draw_noise(
+    kind: str,  # "gaussian", "simplex" or "coarse" (diffusion.noise)
+    process: Process,
+    keys: jax.Array,  # [B] keys, one per sample
+    shape: tuple[int, int, int],  # (H, W, C) of one sample
+    t: jax.Array,  # [B] steps of the schedule
+) -> jax.Array:  # [B, H, W, C] float32
+    """Noise as the config asks for it; simplex noise is a function of t, too."""
+    if kind == "simplex":
+        return simplex(keys, shape, process.original(t).astype(jnp.float32))
+    return coarse(keys, shape) if kind == "coarse" else gaussian(keys, shape)
 
 
 def _permutations(key: jax.Array, count: int) -> jax.Array:  # [count, 256]

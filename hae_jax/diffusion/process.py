@@ -10,13 +10,13 @@ Saharia et al. 2022, arXiv:2205.11487.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hae_jax.diffusion.schedule import Schedule
+from hae_jax.diffusion.schedule import Schedule, make_schedule
 from hae_jax.errors import UserError
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original t) -> [B, H, W, C], 2C with a learned variance
@@ -60,6 +60,12 @@ class Process:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"diffusion.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+    @classmethod
+    def of(cls, diffusion: Any, respacing: str = "", clipping: str | None = None) -> "Process":
+        """The process of a config's `diffusion`, respaced, and with another clipping where one is given."""
+        schedule = make_schedule(diffusion.schedule, diffusion.steps, respacing)
+        return cls(schedule, diffusion.predicts, diffusion.variance, clipping or diffusion.clipping)
 
     def original(self, t: jax.Array) -> jax.Array:  # [B] -> [B]
         """The timesteps that the network sees."""
@@ -170,16 +176,25 @@ def guide(
 def sample(
     process: Process,
     denoise: Denoiser,
-    x: jax.Array,  # [B, H, W, C] noise at the last step
+    x: jax.Array,  # [B, H, W, C] at step `steps` - 1, or one that counts as being there
+    steps: int | None = None,
 ) -> jax.Array:  # [B, H, W, C]
-    """Deterministic DDIM sampling from the last step of the schedule to x0 (Song et al. 2021, eq. 12, sigma_t = 0)."""
+    """x0 by deterministic DDIM steps t = steps-1..0 (Song et al. 2021, eq. 12 with sigma_t = 0); None: all steps."""
+    return walked_back(process, denoise, x, steps or process.schedule.steps,
+                       lambda prediction, x, t: process.ddim_step(prediction, t))
+
+
+def walked_back(
+    process: Process, denoise: Denoiser, x: jax.Array, steps: int,
+    advance: Callable[[Prediction, jax.Array, jax.Array], jax.Array],  # prediction, x_t, t [B] -> x at t - 1
+) -> jax.Array:  # [B, H, W, C]
+    """x after the reverse steps t = steps-1..0 that `advance` makes of each prediction."""
 
     def step(x, t):
         t = jnp.full(x.shape[:1], t)
-        prediction = process.predict(denoise(x, process.original(t)), x, t)
-        return process.ddim_step(prediction, t), None
+        return advance(process.predict(denoise(x, process.original(t)), x, t), x, t), None
 
-    return jax.lax.scan(step, x, jnp.arange(process.schedule.steps - 1, -1, -1))[0]
+    return jax.lax.scan(step, x, jnp.arange(steps - 1, -1, -1))[0]
 
 
 def _at(values: np.ndarray, t: jax.Array) -> jax.Array:  # [T] float64, [B] -> [B, 1, 1, 1] float32

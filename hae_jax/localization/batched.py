@@ -1,6 +1,6 @@
 """Slices of any cases through a method, in batches of one fixed shape over all devices.
 
-Stands between `volume.py`, which gives slices, and the methods' calibrations and masks, which read what comes out. A
+Stands between `data.slices`, which gives slices, and the methods' calibrations and masks, which read what comes out. A
 slice's result depends neither on the slices that share its batch nor on the number of devices.
 """
 

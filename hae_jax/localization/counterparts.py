@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hae_jax.diffusion.noise import gaussian, simplex
-from hae_jax.diffusion.process import Denoiser, Prediction, Process
+from hae_jax.diffusion.process import Denoiser, Process, sample, walked_back
 from hae_jax.errors import UserError
 from hae_jax.localization.forward_process import (
     HEALTHY,
@@ -95,7 +95,7 @@ class Ddib(MapThresholdMethod):
 
         x = inverted(self.process, denoisers.null, x0, self.steps)
         back = self.steps + 1 if self.start == "level" else self.steps
-        return _counterpart(decoded(self.process, towards_healthy, x, back), x0, self.modality)
+        return _counterpart(sample(self.process, towards_healthy, x, back), x0, self.modality)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ class AnoDdpm(MapThresholdMethod):
         def ddpm_step(prediction, x, t):
             return self.process.ddpm_step(prediction, x, t, later(t[0]))
 
-        x = _walked_back(self.process, denoisers.null, self.process.noised(x0, t, noise), self.steps, ddpm_step)
+        x = walked_back(self.process, denoisers.null, self.process.noised(x0, t, noise), self.steps, ddpm_step)
         return _counterpart(x, x0, self.modality)
 
 
@@ -221,8 +221,7 @@ class ClassifierGuidance(MapThresholdMethod):
             return output.at[..., :channels].add(-strength * jax.grad(log_healthy)(x, t))
 
         x = inverted(self.process, denoisers.null, x0, self.steps)
-        healthy = decoded(self.process, guided, x, self.steps)
-        return _absolute(healthy, x0, self.modality)
+        return _counterpart(sample(self.process, guided, x, self.steps), x0, self.modality, jnp.abs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +262,8 @@ class Dae(MapThresholdMethod):
         """The pseudo-healthy slices of a batch."""
         t = jnp.zeros(len(x0), jnp.int32)
         x = self.process.noised(x0, t, jnp.zeros_like(x0))
-        return _absolute(self.process.predict(denoisers.null(x, self.process.original(t)), x, t).x0, x0, self.modality)
+        healthy = self.process.predict(denoisers.null(x, self.process.original(t)), x, t).x0
+        return _counterpart(healthy, x0, self.modality, jnp.abs)
 
 
 def inverted(process: Process, denoise: Denoiser, x0: jax.Array, steps: int) -> jax.Array:  # [B, H, W, C]
@@ -279,35 +279,13 @@ def inverted(process: Process, denoise: Denoiser, x0: jax.Array, steps: int) -> 
     return jax.lax.scan(step, x0, jnp.arange(steps))[0]
 
 
-def decoded(process: Process, denoise: Denoiser, x: jax.Array, steps: int) -> jax.Array:  # [B, H, W, C]
-    """x0 by deterministic DDIM steps t = steps-1..0, of an x that counts as being at level steps-1.
-
-    Song et al. 2021, eq. 12 with sigma_t = 0.
-    """
-    return _walked_back(process, denoise, x, steps, lambda prediction, x, t: process.ddim_step(prediction, t))
-
-
-def _walked_back(
-    process: Process, denoise: Denoiser, x: jax.Array, steps: int,
-    advance: Callable[[Prediction, jax.Array, jax.Array], jax.Array],  # prediction, x_t, t [B] -> x at t - 1
-) -> jax.Array:  # [B, H, W, C]
-    def step(x, t):
-        t = jnp.full(x.shape[:1], t)
-        return advance(process.predict(denoise(x, process.original(t)), x, t), x, t), None
-
-    return jax.lax.scan(step, x, jnp.arange(steps - 1, -1, -1))[0]
-
-
-def _counterpart(healthy: jax.Array, x0: jax.Array, modality: tuple[int, ...]) -> Counterpart:
+def _counterpart(
+    healthy: jax.Array, x0: jax.Array, modality: tuple[int, ...], of: Callable[[jax.Array], jax.Array] = jnp.square
+) -> Counterpart:
+    """With the mean over the modalities of the squared difference as the map, or of what `of` makes of it."""
     chosen = jnp.asarray(modality)
     healthy, x_m = healthy[..., chosen], x0[..., chosen]
-    return Counterpart(jnp.square(healthy - x_m).mean(-1), healthy)
-
-
-def _absolute(healthy: jax.Array, x0: jax.Array, modality: tuple[int, ...]) -> Counterpart:
-    """With the mean absolute difference as the map."""
-    chosen = jnp.asarray(modality)
-    return Counterpart(jnp.abs(healthy[..., chosen] - x0[..., chosen]).mean(-1), healthy[..., chosen])
+    return Counterpart(of(healthy - x_m).mean(-1), healthy)
 
 
 def _check_steps(field: str, steps: int) -> None:

@@ -5,7 +5,7 @@ arXiv:2404.15683, and its code (named "published" here). Guidance: Ho and Salima
 Song et al. 2021, arXiv:2010.02502.
 
 One scan with running sums: memory does not grow with the steps, and each step takes three network passes, two of them
-in one batch. What it returns goes to `calibration` and `masks`.
+in one batch. What it returns goes to `published`.
 """
 
 import dataclasses

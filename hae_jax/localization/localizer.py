@@ -16,12 +16,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.data.cases import Case
-from hae_jax.data.orientation import Grid
+from hae_jax.data.nifti import Grid
 from hae_jax.data.slices import (
+    SlicedCase,
+    SliceGrid,
     from_model_range,
     intensity_scales,
     normalise_volumes,
     resize,
+    sliced,
     slices_to_volume,
     to_model_range,
 )
@@ -29,12 +32,11 @@ from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
 from hae_jax.localization import probability
 from hae_jax.localization.batched import IntensityReader, Slice, SliceTranslator
+from hae_jax.localization.calibration import MapThreshold
 from hae_jax.localization.forward_process import Denoisers, GivenDenoisers
-from hae_jax.localization.map_threshold import MapThreshold, ValidationSlice, stacked
-from hae_jax.localization.masks import NO_FILTERS, Masks, SliceGrid
-from hae_jax.localization.methods import Method, Residual
-from hae_jax.localization.residual import ResidualSettings
-from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, sliced
+from hae_jax.localization.map_threshold import NO_FILTERS, Masks, ValidationSlice, stacked
+from hae_jax.localization.methods import Method
+from hae_jax.localization.residual import Residual, ResidualSettings
 
 
 class Localized(NamedTuple):
@@ -48,9 +50,9 @@ class Localized(NamedTuple):
       lesion_slices: [N] bool, whether the slice is called a lesion slice.
       slice_index: [N] int, where these slices lie: along the volume's axis from inferior to superior, or 0 .. S-1.
       modality: the M channels of `pseudo_healthy`.
-      probability: as `anomaly_map`, in [0, 1]: that the voxel is lesion (`probability.PROBABILITY`); None without
+      probability: as `anomaly_map`, in [0, 1]: that the voxel is lesion (`probability.MEANINGS`); None without
         curves in the calibration, and for slices.
-      uncertainty: the same, standard deviation over noise (`probability.UNCERTAINTY`); None with a single noise draw.
+      uncertainty: the same, standard deviation over noise (likewise); None with a single noise draw.
     """
 
     mask: np.ndarray
@@ -228,7 +230,7 @@ class Localizer:
         case = sliced(Case(name, turned, grid.reoriented_affine, grid, None), self._image_size, self._scaling)
         results = stacked(self._translated(case.inputs, case.slices.images, name, case.slices.index))
         masks = self.method.masks(results, self.calibration, case.heads, case.slice_grid)
-        mask, anomaly = (grid.restore(values) for values in in_head(case, masks.mask, masks.map))
+        mask, anomaly = (grid.restore(values) for values in (case.mask_volume(masks.mask), case.volume(masks.map)))
         healthy = self.method.healthy(results)
         maps = ()
         if getattr(self.calibration, "probability", None):
@@ -238,7 +240,7 @@ class Localizer:
                          masks.lesion, case.slices.index, self.method.modality, *maps)
 
     def _healthy(self, healthy: np.ndarray, case: SlicedCase) -> np.ndarray:  # [X, Y, Z, M]
-        return np.stack([case.grid.restore(healthy_volume(healthy[..., m], case, channel))
+        return np.stack([case.grid.restore(case.healthy_volume(healthy[..., m], channel))
                          for m, channel in enumerate(self.method.modality)], axis=-1)
 
     def _of_slices(self, slices: np.ndarray, spacing: tuple[float, float, float] | None, name: str) -> Localized:

@@ -1,26 +1,136 @@
 """From a method's anomaly maps to masks, by a threshold that a rule has chosen on validation slices.
 
-Every method but the published forward process with its own rule (`calibration.py`) goes this way: `rules.py` chooses,
-this file keeps what was chosen, applies it and scores slices. The anomaly score of a slice is high where there is a
+Every method but the published forward process with its own rule (`published.py`) goes this way: `rules.py` chooses the
+threshold, this file applies it, filters, and scores slices. The anomaly score of a slice is high where there is a
 lesion; its threshold comes from image labels, whatever the rule for pixels has seen.
 """
 
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+from scipy import ndimage
 
-from hae_jax import files
+from hae_jax.data.slices import SliceGrid
 from hae_jax.errors import UserError
 from hae_jax.localization import calibration, probability, rules
-from hae_jax.localization.masks import PUBLISHED_FILTERS, Filters, Masks, SliceGrid
+from hae_jax.localization.calibration import MapThreshold
 
-_LEVELS = (0.98, 0.90)  # quantile levels of the rule "quantile", of the least and the most anomalous slice
+IN_SPACE = np.ones((3, 3, 3))  # 26 neighbours
 
+
+class Masks(NamedTuple):
+    """The answer for each slice.
+
+    Attributes:
+      map: [B, H, W] float32, the anomaly map.
+      mask_all: [B, H, W] bool, the mask of every slice, as if each had a lesion (the "lesion_slices" setting).
+      mask: [B, H, W] bool, `mask_all` where `lesion`, else empty (the "all_slices" setting).
+      lesion: [B] bool, the slice's predicted label.
+      score: [B] float64, the anomaly score: high where there is a lesion.
+    """
+
+    map: np.ndarray
+    mask_all: np.ndarray
+    mask: np.ndarray
+    lesion: np.ndarray
+    score: np.ndarray
+
+
+class Filters(Protocol):
+    """What masks go through. `maps` comes before the threshold, also where it is chosen; `masks` after it."""
+
+    def heads(self, heads: np.ndarray, grid: SliceGrid) -> np.ndarray:
+        """The part of the heads [S, H, W] bool in which lesions are looked for."""
+
+    def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
+        """Filtered anomaly maps [S, H, W]."""
+
+    def masks(self, masks: np.ndarray, grid: SliceGrid) -> np.ndarray:
+        """Filtered masks [S, H, W] bool."""
+
+@dataclasses.dataclass(frozen=True)
+class PhysicalFilters:
+    """Filters in mm and ml, in 3-D, so that they mean the same at every resolution.
+
+    Attributes:
+      across_mm: standard deviation of a Gaussian across the slices of a map; 0: none.
+      head_erosion_mm: depth below the head's outline in the slice at which lesions begin to be looked for; 0: at it.
+      median_mm: edge of the cube over which a mask's median (the majority) is taken; 0: none.
+      smallest_ml: connected components below this volume are taken out; 0 keeps all.
+
+    Raises:
+      UserError: for negative numbers.
+    """
+
+    across_mm: float = 0.0
+    head_erosion_mm: float = 0.0
+    median_mm: float = 0.0
+    smallest_ml: float = 0.0
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 <= value < math.inf:
+                raise UserError(f"translation.{name} is {value}: give 0, which is off, or more")
+
+    def heads(self, heads: np.ndarray, grid: SliceGrid) -> np.ndarray:
+        """Eroded in the plane of each slice."""
+        if not self.head_erosion_mm:
+            return heads
+        spacing = self._spacing(grid)[:2]
+        depth = [ndimage.distance_transform_edt(np.pad(head, 1), sampling=spacing)[1:-1, 1:-1] for head in heads]
+        return np.stack(depth) > self.head_erosion_mm
+
+    def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
+        """Smoothed across slices: what lies in one slice alone is mostly noise.
+
+        The median comes later: that of a mask is the mask of the median map.
+        """
+        if not self.across_mm or grid.positions is None or len(maps) < 2:
+            return maps
+        apart = (grid.positions[:, None] - grid.positions) * self._spacing(grid)[2]
+        weights = np.exp(-0.5 * (apart / self.across_mm) ** 2) * (np.abs(apart) <= 4 * self.across_mm)
+        weights /= weights.sum(axis=1, keepdims=True)  # fewer neighbours at the ends, and where slices are left out
+        return np.einsum("st,thw->shw", weights, maps)
+
+    def masks(self, masks: np.ndarray, grid: SliceGrid) -> np.ndarray:
+        """The majority filter, then without small components."""
+        if not masks.any() or not (self.median_mm or self.smallest_ml):
+            return masks
+        spacing, positions = self._spacing(grid), grid.positions
+        positions = np.arange(len(masks)) if positions is None else positions
+        stack = in_volume(masks, positions)
+        if self.median_mm:
+            size = tuple(2 * round((self.median_mm / step - 1) / 2) + 1 if self.median_mm > step else 1
+                         for step in (spacing[2], *spacing[:2]))
+            stack = ndimage.median_filter(stack.astype(np.uint8), size=size, mode="mirror") > 0
+        if self.smallest_ml:
+            labels = ndimage.label(stack, structure=IN_SPACE)[0]
+            keep = np.bincount(labels.ravel()) * np.prod(spacing) / 1000 >= self.smallest_ml
+            keep[0] = False  # the background
+            stack = keep[labels]
+        return stack[positions - positions[0]]
+
+    def _spacing(self, grid: SliceGrid) -> tuple[float, float, float]:
+        if grid.spacing is None:
+            raise UserError("translation.filters is 'mm', but the prepared data do not tell the size of their pixels; "
+                            "prepare them from NIfTI files, or set translation.filters to 'pixels'")
+        return grid.spacing
+
+NO_FILTERS = PhysicalFilters()
+
+
+def in_volume(
+    slices: np.ndarray,  # [B, H, W]
+    positions: np.ndarray,  # [B] in rising order
+) -> np.ndarray:  # [D, H, W]
+    """The slices where they lie, zero between them."""
+    stack = np.zeros((positions[-1] - positions[0] + 1, *slices.shape[1:]), slices.dtype)
+    stack[positions - positions[0]] = slices
+    return stack
 
 class ValidationSlice(NamedTuple):
     """What a calibration may know of a validation slice. Only the rule "dice" looks at `truth`."""
@@ -35,102 +145,6 @@ class ValidationSlice(NamedTuple):
     spacing: tuple[float, float, float] | None = None  # mm between pixels and slices; None where it is not known
 
 
-@dataclasses.dataclass(frozen=True)
-class MapThreshold:
-    """What turns a method's maps into masks.
-
-    Attributes:
-      method: the method's name.
-      rule: that has chosen the threshold.
-      labels: that this rule has seen: "image labels" or "ground truth".
-      threshold: a head pixel belongs to the mask where the map is at least this; with the rule "quantile", the largest
-        anomaly score of the lesion slices, which scales each slice's own threshold.
-      slice_threshold: a slice is called a lesion slice where its anomaly score is at least this.
-      slice_errors: validation slices on the wrong side of it.
-      slice_auc: area under the ROC curve of the validation slices' anomaly scores; None with one class alone.
-      healthy_slices: validation slices without a lesion.
-      lesion_slices: validation slices with one.
-      expected_dice: that the rule expects (`rules.Threshold`); None where it makes no estimate.
-      interval: 95 % over patients of it; empty where there is none.
-      lesion_share: share of lesion pixels in lesion slices, by the rule "mixture"; None for the others.
-      made_with: what it belongs to (checkpoint identity, settings, data, ...), ready for JSON.
-      probability: curves that turn maps into probabilities (`probability.fit`); None where there are none.
-      slice_scores: `calibration.score_histogram` of the validation slices, for the report; empty where it is not known.
-
-    Raises:
-      ValueError: if a threshold is not finite.
-    """
-
-    method: str
-    rule: str
-    labels: str
-    threshold: float
-    slice_threshold: float
-    slice_errors: int
-    slice_auc: float | None
-    healthy_slices: int
-    lesion_slices: int
-    expected_dice: float | None = None
-    interval: tuple[float, ...] = ()
-    lesion_share: float | None = None
-    made_with: dict[str, Any] = dataclasses.field(default_factory=dict)
-    probability: dict[str, Any] | None = None
-    slice_scores: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        if not (math.isfinite(self.threshold) and math.isfinite(self.slice_threshold)):
-            raise ValueError("threshold and slice_threshold must be finite")
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes it as JSON, whole or not at all."""
-        files.write_json(path, dataclasses.asdict(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "MapThreshold":
-        """Reads what `save` wrote.
-
-        Raises:
-          UserError: if there is no such file, it is not JSON, or a field is missing, unknown or of a wrong kind.
-        """
-        return calibration.loaded(cls, path, _KINDS, "calibrate first", optional=("probability", "slice_scores"))
-
-    def described(self) -> str:
-        """One line for the log."""
-        parts = [f"rule {self.rule} ({self.labels}): threshold {self.threshold:.4g}"]
-        if self.expected_dice is not None:
-            interval = f" [{self.interval[0]:.3f}, {self.interval[1]:.3f}]" if self.interval else ""
-            parts.append(f"expected Dice of lesion slices {self.expected_dice:.3f}{interval}")
-        if self.lesion_share is not None:
-            parts.append(f"share of lesion pixels {self.lesion_share:.4f}")
-        if self.slice_auc is not None:
-            parts.append(f"AUC of slices {self.slice_auc:.3f}")
-        return ", ".join(parts)
-
-
-def _none_or(kind):
-    return lambda value: value is None or kind(value)
-
-
-_KINDS = {  # what each field looks like in JSON
-    "method": lambda value: isinstance(value, str),
-    "rule": lambda value: value in rules.LABELS,
-    "labels": lambda value: isinstance(value, str),
-    "threshold": calibration.is_number,
-    "slice_threshold": calibration.is_number,
-    "slice_errors": calibration.is_whole,
-    "slice_auc": _none_or(calibration.is_number),
-    "healthy_slices": lambda value: calibration.is_whole(value) and value >= 0,
-    "lesion_slices": lambda value: calibration.is_whole(value) and value >= 0,
-    "expected_dice": _none_or(calibration.is_number),
-    "interval": lambda value: (isinstance(value, list) and len(value) in (0, 2)
-                               and all(map(calibration.is_number, value))),
-    "lesion_share": _none_or(calibration.is_number),
-    "made_with": lambda value: isinstance(value, dict),
-    "probability": _none_or(probability.is_curves),
-    "slice_scores": calibration.is_histogram,
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapThresholdMethod:
     """What methods with a threshold on their maps share; their results have a field `map`, [H, W] for one slice.
@@ -138,14 +152,14 @@ class MapThresholdMethod:
     Attributes:
       rule: that chooses the threshold (`rules.LABELS`).
       healthy_fpr: share of the healthy slices' head pixels above the threshold, for the rule of this name.
-      filters: of masks (`masks.Filters`).
+      filters: of maps and masks.
       name: of the method.
       gated: whether slices that are called healthy have empty masks.
     """
 
     rule: str = "dice"
     healthy_fpr: float = 5e-4
-    filters: Filters = PUBLISHED_FILTERS
+    filters: Filters = NO_FILTERS
 
     name: ClassVar[str]
     gated: ClassVar[bool] = True
@@ -198,16 +212,16 @@ class MapThresholdMethod:
             return rules.healthy_fpr(samples, self.healthy_fpr)
         return rules.mixture(samples) if self.rule == "mixture" else rules.best_dice(samples)
 
-    def load_calibration(self, path: str | os.PathLike) -> MapThreshold:
-        """Reads thresholds of this method.
+    def read_calibration(self, fields: Any) -> MapThreshold:
+        """The thresholds that a JSON object holds.
 
         Raises:
-          UserError: if the file is damaged, or another method's or rule's.
+          ValueError, TypeError, OverflowError: it is damaged, or another method's or rule's.
         """
-        found = MapThreshold.load(path)
+        found = calibration.from_json(MapThreshold, fields)
         if (found.method, found.rule) != (self.name, self.rule):
-            raise UserError(f"{path}: is of the method {found.method} with the rule {found.rule}, not of {self.name} "
-                            f"with {self.rule}; calibrate again")
+            raise ValueError(f"is of the method {found.method} with the rule {found.rule}, not of {self.name} with "
+                             f"{self.rule}")
         return found
 
     def masks(
@@ -226,7 +240,7 @@ class MapThresholdMethod:
         heads = self.filters.heads(heads, grid)
         scores = np.array([rules.anomaly_score(own[head]) for own, head in zip(maps, heads, strict=True)])
         if self.rule == "quantile":
-            thresholds = quantile_thresholds(maps, heads, scores, calibration.threshold)
+            thresholds = rules.quantile_thresholds(maps, heads, scores, calibration.threshold)
             found = heads & (maps >= thresholds[:, None, None])
         else:
             found = heads & (maps >= calibration.threshold)
@@ -253,19 +267,3 @@ def stacked(results: Iterable[NamedTuple]) -> NamedTuple:
     results = list(results)
     return type(results[0])(*(None if values[0] is None else np.stack(values)
                               for values in zip(*results, strict=True)))
-
-
-def quantile_thresholds(
-    maps: np.ndarray,  # [S, H, W]
-    heads: np.ndarray,  # [S, H, W] bool
-    scores: np.ndarray,  # [S]
-    largest: float,
-) -> np.ndarray:  # [S]
-    """Each slice's own quantile, at 0.98 for the least and 0.90 for the most anomalous slice.
-
-    The published rule (`masks.make_masks`) for maps of any method: the anomaly score takes the place of the diff curve.
-    """
-    share = np.clip(scores / largest, 0, 1) if largest > 0 else np.ones(len(scores))
-    levels = _LEVELS[0] - (_LEVELS[0] - _LEVELS[1]) * np.round(share, 2)
-    return np.array([np.quantile(own[head], level) if head.any() else np.inf
-                     for own, head, level in zip(maps, heads, levels, strict=True)])

@@ -1,46 +1,33 @@
 """The methods that find lesions, behind one interface: ours, the published forward process, and the baselines.
 
-`make_method` makes one from the configuration; `batched.py` runs it, `validation.py` calibrates it, `per_case.py` asks
-it for masks.
+`make_method` makes one from the configuration; `batched.py` runs it, `pipeline.calibrations` calibrates it,
+`pipeline.per_case` asks it for masks.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import jax
 import ml_collections
 import numpy as np
 
-from hae_jax.data.slices import VOLUME_RANGE
+from hae_jax.data.slices import VOLUME_RANGE, SliceGrid
 from hae_jax.diffusion.process import Process
-from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.localization import residual, rules
-from hae_jax.localization.calibration import Calibration, calibrate
+from hae_jax.localization import rules
+from hae_jax.localization.calibration import Calibration, MapThreshold
 from hae_jax.localization.counterparts import AnoDdpm, ClassifierGuidance, Dae, Ddib
-from hae_jax.localization.forward_process import (
-    Denoisers,
-    ForwardSettings,
-    Translation,
-    check_choice,
-    check_modality,
-    forward_process,
-    step_noise,
-)
-from hae_jax.localization.map_threshold import MapThreshold, MapThresholdMethod, ValidationSlice
-from hae_jax.localization.masks import (
+from hae_jax.localization.forward_process import ForwardSettings, check_choice, check_modality
+from hae_jax.localization.map_threshold import (
     NO_FILTERS,
-    OWN_FILTERS,
     Filters,
+    MapThresholdMethod,
     Masks,
     PhysicalFilters,
-    PixelFilters,
-    SliceGrid,
-    make_masks,
+    ValidationSlice,
 )
-from hae_jax.localization.residual import ResidualMap, ResidualSettings
+from hae_jax.localization.published import Hae, PixelFilters
+from hae_jax.localization.residual import Residual, ResidualSettings
 
 # Weight of a modality in the residual, with the sign that a lesion has in it.
 _WEIGHTS = {"flair": 1.0, "t1": -0.5, "t1ce": 0.0, "t2": 0.5}
@@ -71,118 +58,14 @@ class Method(Protocol):
     ) -> Calibration | MapThreshold:
         """What turns maps into masks, from the result of each validation slice and what is known of the slice."""
 
-    def load_calibration(self, path: str | os.PathLike) -> Calibration | MapThreshold:
-        """Reads what the result of `calibrate` saved."""
+    def read_calibration(self, fields: Any) -> Calibration | MapThreshold:
+        """The result of `calibrate` from the JSON object that holds its fields."""
 
     def masks(self, results: Any, calibration: Any, heads: np.ndarray, grid: SliceGrid) -> Masks:
         """The masks of a case's stacked results [S, ...] in its heads [S, H, W] bool."""
 
     def healthy(self, results: Any) -> np.ndarray | None:
         """The pseudo-healthy reconstructions, [S, H, W, M] in [-1, 1]; None: the method makes none."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Residual(MapThresholdMethod):
-    """The signed residual at low noise (ours): see `residual.residual`."""
-
-    process: Process
-    settings: ResidualSettings
-    rule: str = dataclasses.field(default="healthy_fpr", kw_only=True)
-    filters: Filters = dataclasses.field(default=OWN_FILTERS, kw_only=True)
-
-    name: ClassVar[str] = "residual"
-    network: ClassVar[bool] = True
-
-    @property
-    def modality(self) -> tuple[int, ...]:
-        """Channels of the reconstruction."""
-        return self.settings.modality
-
-    @property
-    def passes(self) -> int:
-        """Network passes for a slice."""
-        return self.settings.passes
-
-    def __call__(
-        self,
-        denoisers: Denoisers,
-        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
-        keys: jax.Array,  # [B], of each slice's noise
-    ) -> ResidualMap:
-        """The residual maps of a batch."""
-        return residual.residual(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
-
-    def _maps(self, results: ResidualMap, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
-        return np.maximum(super()._maps(results, grid), 0)
-
-
-
-
-@dataclasses.dataclass(frozen=True)
-class Hae(MapThresholdMethod):
-    """The published forward process (Che et al., arXiv:2404.15683): see `forward_process`, `calibration` and `masks`.
-
-    With the rule "quantile", as published; with another one, its map averaged over the modalities is thresholded.
-    """
-
-    process: Process
-    settings: ForwardSettings
-    rule: str = dataclasses.field(default="quantile", kw_only=True)
-
-    name: ClassVar[str] = "hae"
-    network: ClassVar[bool] = True
-
-    @property
-    def modality(self) -> tuple[int, ...]:
-        """Channels of the reconstruction."""
-        return self.settings.modality
-
-    @property
-    def passes(self) -> int:
-        """Network passes for a slice: three for each step; twice as many where the walk is made twice."""
-        return 3 * self.settings.steps * (1 if self.settings.t_e_ratio == 1 else 2)
-
-    def __call__(
-        self,
-        denoisers: Denoisers,
-        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
-        keys: jax.Array,  # [B], of each slice's noise
-    ) -> Translation:
-        """Walks the forward process with a batch."""
-        return forward_process(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
-
-    def calibrate(
-        self, results: Iterable[tuple[Translation, ValidationSlice]], made_with: Mapping[str, Any]
-    ) -> Calibration | MapThreshold:
-        """The slice threshold and the peaks of the diff curve; masks are not looked at, and only curves are kept.
-
-        Raises:
-          UserError: if there is no healthy or no lesion slice, or a curve is not finite.
-        """
-        if self.rule != "quantile":
-            return super().calibrate(results, made_with)
-        curves, labels = [], []
-        for result, item in results:
-            curves.append((result.mse, result.ref, result.diff))
-            labels.append(item.label)
-        shape = (0, self.settings.steps, len(self.settings.modality))
-        mse, ref, diff = map(np.stack, zip(*curves, strict=True)) if curves else [np.zeros(shape)] * 3
-        return calibrate(mse, ref, diff, np.array(labels, int), modality=self.settings.modality, made_with=made_with)
-
-    def load_calibration(self, path: str | os.PathLike) -> Calibration | MapThreshold:
-        """Reads a calibration."""
-        return Calibration.load(path) if self.rule == "quantile" else super().load_calibration(path)
-
-    def masks(
-        self, results: Translation, calibration: Calibration | MapThreshold, heads: np.ndarray, grid: SliceGrid
-    ) -> Masks:
-        """See `make_masks`, or `MapThresholdMethod.masks` with another rule than the published one."""
-        if self.rule != "quantile":
-            return super().masks(results, calibration, heads, grid)
-        return make_masks(results.mse, results.ref, results.diff, results.map, calibration, self.filters, grid)
-
-    def _maps(self, results: Translation, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
-        return super()._maps(results._replace(map=np.asarray(results.map, np.float64).mean(axis=-1)), grid)
 
 
 class Intensity(NamedTuple):
@@ -308,15 +191,14 @@ def residual_method(config: ml_collections.ConfigDict) -> Residual:
     Raises:
       UserError: for values that cannot be.
     """
-    wanted, diffusion = config.translation, config.diffusion
+    wanted = config.translation
     weights = channel_weights(config)
     modality = tuple(i for i, weight in enumerate(weights) if weight)
-    if max(wanted.timesteps, default=0) >= diffusion.steps:
+    if max(wanted.timesteps, default=0) >= config.diffusion.steps:
         raise UserError(f"translation.timesteps is {tuple(wanted.timesteps)}: they must be below diffusion.steps, "
-                        f"{diffusion.steps}")
+                        f"{config.diffusion.steps}")
     # Every timestep of the original process: only the chosen ones are looked at, so there is nothing to respace.
-    process = Process(make_schedule(diffusion.schedule, diffusion.steps), diffusion.predicts, diffusion.variance,
-                      wanted.clipping)
+    process = Process.of(config.diffusion, clipping=wanted.clipping)
     settings = ResidualSettings(wanted.timesteps, wanted.guidance, wanted.draws, wanted.rounds, modality,
                                 tuple(weights[i] for i in modality), wanted.smoothing, wanted.rectify)
     return Residual(process, settings, **_of_every_method(config, "healthy_fpr", "mm"))
@@ -354,9 +236,7 @@ def _classifier(config: ml_collections.ConfigDict) -> ClassifierGuidance:
 
 
 def _dae(config: ml_collections.ConfigDict) -> Dae:
-    diffusion = config.diffusion
-    process = Process(make_schedule(diffusion.schedule, diffusion.steps), diffusion.predicts, diffusion.variance,
-                      config.translation.clipping)
+    process = Process.of(config.diffusion, clipping=config.translation.clipping)
     return Dae(process, tuple(config.translation.modality), **_of_every_method(config, "dice", "pixels"))
 
 
@@ -365,9 +245,8 @@ def _walk(config: ml_collections.ConfigDict, field: str) -> tuple[Process, int]:
     diffusion, wanted = config.diffusion, config.translation
     if not 1 <= wanted[field] <= diffusion.steps:
         raise UserError(f"translation.{field} is {wanted[field]}: it must be in 1..{diffusion.steps} (diffusion.steps)")
-    schedule = make_schedule(diffusion.schedule, diffusion.steps, wanted.respacing)
-    process = Process(schedule, diffusion.predicts, diffusion.variance, wanted.clipping)
-    return process, int(np.count_nonzero(schedule.timesteps < wanted[field]))
+    process = Process.of(diffusion, wanted.respacing, wanted.clipping)
+    return process, int(np.count_nonzero(process.schedule.timesteps < wanted[field]))
 
 
 _NEED_CLASSES = ("residual", "hae", "ddib")

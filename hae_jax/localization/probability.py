@@ -19,19 +19,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 
+from hae_jax.data.slices import SlicedCase
 from hae_jax.errors import UserError
 from hae_jax.localization import rules
-from hae_jax.localization.masks import Masks
-from hae_jax.localization.volume import SlicedCase, map_volume
 
-PROBABILITY = (
-    "Probability that a voxel belongs to a lesion, from 0 to 1: the probability that its slice has a lesion, given the "
-    "slice's anomaly score, times the probability that the voxel is lesion in a lesion slice, given the value of the "
-    "anomaly map. Both were estimated on validation slices from image labels alone and hold where lesions are as "
-    "frequent as there.")
-UNCERTAINTY = (
-    "Standard deviation, from 0 to 0.5, that the probability of the same slice would have if the noise of the method "
-    "were drawn again. It says how much the noise matters, not how often the network is wrong.")
+MEANINGS = {
+    "probability":
+        "Probability that a voxel belongs to a lesion, from 0 to 1: the probability that its slice has a lesion, given "
+        "the slice's anomaly score, times the probability that the voxel is lesion in a lesion slice, given the value "
+        "of the anomaly map. Both were estimated on validation slices from image labels alone and hold where lesions "
+        "are as frequent as there.",
+    "uncertainty":
+        "Standard deviation, from 0 to 0.5, that the probability of the same slice would have if the noise of the "
+        "method were drawn again. It says how much the noise matters, not how often the network is wrong.",
+}
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)  # of the normal distribution
 
 
@@ -124,14 +125,14 @@ def pixel_uncertainty(
     return _value(curves["slice"], scores)[:, None, None] * np.sqrt(variance)
 
 
-def volumes(case: SlicedCase, method: Any, results: Any, masks: Masks, calibration: Any) -> Volumes:
+def volumes(case: SlicedCase, method: Any, results: Any, masks: Any, calibration: Any) -> Volumes:
     """A case's probability and, where the method draws noise several times (`residual`), its uncertainty.
 
     Args:
       case: the case.
       method: that was used; one that draws noise several times has `settings.draws`.
       results: its results, [S, ...]; then with a field `spread` [S, H, W], the standard deviation over noise draws.
-      masks: that the method made of them.
+      masks: `map_threshold.Masks` that the method made of them.
       calibration: of the method.
 
     Raises:
@@ -149,5 +150,4 @@ def volumes(case: SlicedCase, method: Any, results: Any, masks: Masks, calibrati
     if draws > 1 and spread is not None:
         deviation = np.asarray(spread, np.float64) / np.sqrt(draws - 1)
         uncertainty = pixel_uncertainty(curves, maps, masks.score, deviation) * case.heads
-    return Volumes(*(None if values is None else (map_volume(values, case.slices) * case.head).astype(np.float32)
-                     for values in (probability, uncertainty)))
+    return Volumes(case.volume(probability), None if uncertainty is None else case.volume(uncertainty))

@@ -9,14 +9,24 @@ passes for each timestep, noise draw and round.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from hae_jax.data.slices import SliceGrid
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
-from hae_jax.localization.forward_process import Denoisers, check_choice, check_guidance, check_modality, guided_output
+from hae_jax.localization.forward_process import (
+    Denoisers,
+    check_choice,
+    check_guidance,
+    check_modality,
+    guided_output,
+    step_noise,
+)
+from hae_jax.localization.map_threshold import MapThresholdMethod
 
 
 class ResidualMap(NamedTuple):
@@ -151,3 +161,37 @@ def _smoothed(
         size = maps.shape[axis]
         maps = sum(k * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, k in enumerate(kernel))
     return maps
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual(MapThresholdMethod):
+    """The signed residual at low noise (ours): see `residual`."""
+
+    process: Process
+    settings: ResidualSettings
+    rule: str = dataclasses.field(default="healthy_fpr", kw_only=True)
+
+    name: ClassVar[str] = "residual"
+    network: ClassVar[bool] = True
+
+    @property
+    def modality(self) -> tuple[int, ...]:
+        """Channels of the reconstruction."""
+        return self.settings.modality
+
+    @property
+    def passes(self) -> int:
+        """Network passes for a slice."""
+        return self.settings.passes
+
+    def __call__(
+        self,
+        denoisers: Denoisers,
+        x0: jax.Array,  # [B, H, W, C] in [-1, 1]
+        keys: jax.Array,  # [B], of each slice's noise
+    ) -> ResidualMap:
+        """The residual maps of a batch."""
+        return residual(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
+
+    def _maps(self, results: ResidualMap, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
+        return np.maximum(super()._maps(results, grid), 0)

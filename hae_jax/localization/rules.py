@@ -20,6 +20,7 @@ _HEIGHTS = 10  # bins of a slice's height in the head
 _CANDIDATES = 400  # thresholds, more of them where few pixels lie above
 _ENOUGH = 50  # lesion-slice pixels above a threshold at which the lesion share is read off
 _SURE = 0.5  # share of healthy pixels below a threshold at which the lesion share is read off
+_LEVELS = (0.98, 0.90)  # of the rule "quantile", for the least and the most anomalous slice
 _DRAWS = 200  # of patients, for intervals
 _INTERVAL = (0.025, 0.975)
 _SCORE_SHARE = 0.01  # of the head's pixels: a slice's anomaly score is the mean of the highest ones
@@ -158,6 +159,23 @@ def best_dice(samples: Sequence[Sample]) -> Threshold:
         total += dice(masks[:, None], np.broadcast_to(s.truth, masks.shape)[:, None])
     best = int(total.argmax())
     return Threshold(float(levels[best]), float(total[best] / len(lesion)))
+
+
+def quantile_thresholds(
+    maps: np.ndarray,  # [S, H, W]
+    heads: np.ndarray,  # [S, H, W] bool
+    scores: np.ndarray,  # [S]
+    largest: float,
+) -> np.ndarray:  # [S]
+    """Each slice's own quantile, at 0.98 for the least and 0.90 for the most anomalous slice.
+
+    The published rule (`published.quantile_thresholds`) for any method: the anomaly score takes the place of the diff
+    curve.
+    """
+    share = np.clip(scores / largest, 0, 1) if largest > 0 else np.ones(len(scores))
+    levels = _LEVELS[0] - (_LEVELS[0] - _LEVELS[1]) * np.round(share, 2)
+    return np.array([np.quantile(own[head], level) if head.any() else np.inf
+                     for own, head, level in zip(maps, heads, levels, strict=True)])
 
 
 class Shares(NamedTuple):

@@ -22,7 +22,7 @@ from hae_jax.errors import UserError
 from hae_jax.localization.batched import IntensityReader, SliceTranslator
 from hae_jax.localization.measures import Measures, measure
 from hae_jax.localization.methods import IntensityThreshold, make_method
-from hae_jax.localization.validation import validation_results
+from hae_jax.pipeline.calibrations import validation_results
 
 _BLOCK = 8  # neighbouring slices
 _HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "slice_auc": "AUC of slices",

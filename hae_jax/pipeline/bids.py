@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from hae_jax import __version__
 from hae_jax.data.cases import CaseFiles, find_cases
-from hae_jax.data.slices import patient_of
+from hae_jax.data.splits import patient_of
 from hae_jax.errors import UserError
 from hae_jax.files import write_json, written_whole
-from hae_jax.pipeline.probability import MEANINGS
+from hae_jax.localization.probability import MEANINGS
 from hae_jax.provenance import RESEARCH_USE
 
 RESULTS = Path("sourcedata") / "hae-jax"  # in a folder of derivatives: the results that they are made of
@@ -58,8 +58,7 @@ def write_derivatives(results: str | Path, output: str | Path) -> list[Path]:
       UserError: there is no manifest.json, or two cases would get the same BIDS name.
     """
     results, output = Path(results), Path(output)
-    manifest = _manifest(results)
-    finished = {name: facts for name, facts in manifest["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
+    manifest, finished = finished_cases(results)
     stems = _stems(finished)
     sources = _sources(finished, tuple(manifest["config"]["data"]["modalities"]))
     raw = {root for name in finished if (root := _bids_root(Path(finished[name]["folder"])))}
@@ -103,12 +102,19 @@ def write_group_table(output: str | Path) -> Path:
     return output / GROUP_TABLE
 
 
-def _manifest(results: Path) -> dict[str, Any]:
+def finished_cases(results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the manifest of a run says, and what it says of the cases that have a mask, by name.
+
+    Raises:
+      UserError: the manifest is missing or damaged.
+    """
     path = results / "manifest.json"
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give the run's command again, which writes it") from error
+    return manifest, {name: facts for name, facts in manifest["cases"].items()
+                      if f"{name}_mask.nii.gz" in facts["files"]}
 
 
 def _entities(name: str) -> Iterator[tuple[str, str]]:

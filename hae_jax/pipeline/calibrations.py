@@ -4,26 +4,36 @@ Calibrations are kept under their key (`cache_key.calibration_key`), so that non
 settings.
 """
 
+import collections
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
+from tqdm import tqdm
 
+from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
-from hae_jax.files import one_at_a_time, written_whole
-from hae_jax.localization.calibration import PRESETS, Calibration, preset
+from hae_jax.files import one_at_a_time, read_json, write_json, written_whole
+from hae_jax.localization.batched import Slice
+from hae_jax.localization.calibration import PRESETS, Calibration
+from hae_jax.localization.map_threshold import ValidationSlice
 from hae_jax.localization.methods import Method
-from hae_jax.localization.validation import Translator, validation_results
+from hae_jax.localization.validation import describe_slices, heights_in_head
 from hae_jax.pipeline.cache_key import calibration_key, digest
 
 _LOG = logging.getLogger(__name__)
+_READ_AT_ONCE = 64  # slices
+
+Translator = Callable[[Iterable[Slice]], Iterator[tuple[Slice, Any]]]
 
 
 def available(
@@ -56,7 +66,7 @@ def available(
     if store is None:
         path = newest_for_other_data(method, folder, key)
         _LOG.info("calibration: %s is used again", path)
-        return method.load_calibration(path)
+        return load_calibration(method, path)
     if not kept_file(method, folder, key).exists() and len(store.split("val")) == 0:
         raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
                         "prepare the data with a larger --val-fraction")
@@ -85,14 +95,57 @@ def calibrated(
     path = kept_file(method, folder, key)
     if path.exists():
         _LOG.info("calibration: %s is used again", path)
-        return _said(method.load_calibration(path))
+        return _said(load_calibration(method, path))
     with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: _LOG.info(
             "calibration: another process is making %s; waiting for it", path)):
         if not path.exists():
             made = method.calibrate(validation_results(translator, store, scaling), key)
-            made.save(path)
+            write_json(path, dataclasses.asdict(made))
             return _said(made)
-    return _said(method.load_calibration(path))
+    return _said(load_calibration(method, path))
+
+
+def validation_results(
+    translator: Translator, store: Store, scaling: str, chosen: np.ndarray | None = None, doing: str = "calibrating"
+) -> Iterator[tuple[Any, ValidationSlice]]:
+    """The method's result of each validation slice, and what is known of the slice, in stored order.
+
+    Args:
+      chosen: rows of the split, rising; None: all.
+      doing: what the progress bar says.
+    """
+    known, reader = collections.deque(), store.split("val")
+    chosen = np.arange(len(reader)) if chosen is None else chosen
+    heights = heights_in_head(reader.rows["cases"], reader.rows["slices"])
+
+    def slices() -> Iterator[Slice]:
+        for start in range(0, len(chosen), _READ_AT_ONCE):
+            own = chosen[start:start + _READ_AT_ONCE]
+            rows = reader.read(own)
+            images = to_model_range(rows["image"], scaling)
+            described = describe_slices(store.cases, rows, heights[own])
+            known.extend(described)
+            for image, intensity, item in zip(images, rows["image"], described, strict=True):
+                yield Slice(image, item.case, item.position, intensity)
+
+    with tqdm(total=len(chosen), desc=doing, unit="slice") as bar:
+        for _, result in translator(slices()):
+            yield result, known.popleft()
+            bar.update()
+
+
+def load_calibration(method: Method, path: str | Path) -> Any:
+    """Reads a calibration of a method.
+
+    Raises:
+      UserError: if there is no such file, or it is damaged, or another method's or rule's.
+    """
+    try:
+        return method.read_calibration(read_json(path))
+    except UserError as error:
+        raise UserError(f"{error}; calibrate again") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: {error}; delete it and calibrate again") from error
 
 
 def kept_file(method: Method, folder: Path, key: Mapping[str, Any]) -> Path:
@@ -107,7 +160,7 @@ def newest_for_other_data(method: Method, folder: Path, key: Mapping[str, Any]) 
       UserError: if there is none.
     """
     for path in sorted(folder.glob(f"{method.name}_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if fits(method.load_calibration(path), key):
+        if fits(load_calibration(method, path), key):
             return path
     fitting = _fitting_presets(method, key)
     raise UserError(
@@ -161,7 +214,7 @@ def _shipped(path: str | Path | None, method: Method, key: Mapping[str, Any]) ->
     if path is None or not Path(path).is_file():
         return None
     try:
-        found = method.load_calibration(path)
+        found = load_calibration(method, path)
     except UserError:  # of another method or rule
         return None
     if not fits(found, key):
@@ -181,7 +234,7 @@ def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[
         of_this = "--method hae and its own rule" if of_published else "another method or rule"
         raise UserError(f"--calibration {name}: is for {of_this}, and this run has the method {method.name} with the "
                         f"rule {method.rule}; leave it out, or take one that this method has made")
-    found = preset(name) if name in PRESETS else _from_file(name, method)
+    found = PRESETS[name] if name in PRESETS else _from_file(name, method)
     if published and found.modality != tuple(config.translation.modality):
         raise UserError(f"--calibration {name}: made for the modalities {found.modality}, but translation.modality is "
                         f"{tuple(config.translation.modality)}")
@@ -196,7 +249,7 @@ def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[
 
 def _from_file(name: str, method: Method) -> Calibration:
     try:
-        return method.load_calibration(name)
+        return load_calibration(method, name)
     except UserError as error:
         # What follows the last semicolon is advice for files of our own, such as to delete them.
         what = str(error).rpartition("; ")[0]

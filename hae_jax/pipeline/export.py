@@ -3,6 +3,7 @@
 `Localizer.load`, `translate.py --checkpoint` and `hae-bids --checkpoint` take the folder as it is.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from hae_jax import __version__
 from hae_jax.data.store import MANIFEST
 from hae_jax.errors import UserError
-from hae_jax.files import folder_written_whole
+from hae_jax.files import folder_written_whole, write_json
 from hae_jax.provenance import RESEARCH_USE
 from hae_jax.runs import TrainedRun, load_run
 from hae_jax.training.weights import CALIBRATION, CONFIG, WEIGHTS, write_weights
@@ -70,7 +71,7 @@ def export_network(
                     "half precision changes the weights" if half else "this network has none with its settings")
                     + "; whoever uses it calibrates on validation slices, or name one with --calibration")
             else:
-                calibration.save(temporary / CALIBRATION)
+                write_json(temporary / CALIBRATION, dataclasses.asdict(calibration))
             (temporary / CARD).write_text("\n".join(_card(run, calibration, license_id, metrics)), encoding="utf-8")
     except FileExistsError as error:
         raise UserError(f"{folder}: is not empty; name a new folder") from error

@@ -1,7 +1,6 @@
 """Masks of a run as a training set for nnU-Net: a segmentation network can then be trained without drawn masks."""
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from hae_jax.data.cases import CaseFiles, find_cases, read_case
 from hae_jax.data.nifti import write_volume
 from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole, write_json
+from hae_jax.pipeline.bids import finished_cases
 from hae_jax.provenance import RESEARCH_USE
 
 ORDER = "sure_cases.csv"
@@ -67,12 +67,7 @@ def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = N
 
 
 def _manifest(results: Path) -> dict[str, Any]:
-    path = results / "manifest.json"
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a folder that translate.py has finished") from error
-    finished = {name: facts for name, facts in found["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
+    found, finished = finished_cases(results)
     if not finished:
         raise UserError(f"{results}: no case is finished")
     if lacking := [name for name, facts in finished.items() if f"{name}_probability.nii.gz" not in facts["files"]]:

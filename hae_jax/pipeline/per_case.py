@@ -15,20 +15,19 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from hae_jax.data.cases import CaseFiles
+from hae_jax.data.cases import CaseFiles, read_case
 from hae_jax.data.nifti import write_volume
+from hae_jax.data.slices import SlicedCase, sliced
 from hae_jax.errors import UserError
 from hae_jax.evaluation import metrics
 from hae_jax.evaluation.figures import overlay_figure
 from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
 from hae_jax.files import disk_refuses, write_json
+from hae_jax.localization import probability
 from hae_jax.localization.batched import Slice
-from hae_jax.localization.map_threshold import stacked
-from hae_jax.localization.masks import Masks
-from hae_jax.localization.validation import Translator
-from hae_jax.localization.volume import SlicedCase, healthy_volume, in_head, read_slices
-from hae_jax.pipeline.probability import meaning_files, probability_volumes
+from hae_jax.localization.map_threshold import Masks, stacked
+from hae_jax.pipeline.calibrations import Translator
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 
@@ -164,17 +163,25 @@ def _read_ahead(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def read_slices(files: CaseFiles, image_size: int, scaling: str) -> SlicedCase:
+    """Reads a case and slices it; the volumes are let go."""
+    return sliced(read_case(files), image_size, scaling, str(files.folder))
+
+
 def _finish(work: CaseWork, files: CaseFiles, done: TranslatedCase, before: float) -> None:
     """Makes the masks, writes the volumes, the picture and the record; `before` is when the last case was done."""
     case, config, (method, calibration) = done.case, work.config, work.localizer
     masks = method.masks(done.result, calibration, case.heads, case.slice_grid)
-    mask, anomaly = in_head(case, masks.mask, masks.map)
+    mask, anomaly = case.mask_volume(masks.mask), case.volume(masks.map)
     healthy = method.healthy(done.result)
     volumes = _volumes(work, case, mask, anomaly, healthy)
     if config.translation.save_probability:
-        volumes |= probability_volumes(case, method, done.result, masks, calibration)
+        maps = probability.volumes(case, method, done.result, masks, calibration)._asdict()
+        volumes |= {kind: (values, f"lesion {kind}") for kind, values in maps.items() if values is not None}
     shown = config.evaluation.overlay_slices > 0
-    documents = {f"{SLICES}/{case.name}.json": _slices(files, case, masks), **meaning_files(case.name, volumes)}
+    documents = {f"{SLICES}/{case.name}.json": _slices(files, case, masks)} | {
+        f"{case.name}_{kind}.json": {"Description": meaning, "Units": "arbitrary", "Range": [0, 1]}
+        for kind, meaning in probability.MEANINGS.items() if kind in volumes}
     written = [*(f"{case.name}_{kind}.nii.gz" for kind in volumes), *documents,
                *([_overlay(case.name)] if shown else [])]
     work.results.writing(case.name, written)
@@ -198,8 +205,7 @@ def _volumes(
     if work.config.translation.save_healthy and healthy is not None:
         for m, channel in enumerate(work.localizer.method.modality):
             modality = work.config.data.modalities[channel]
-            volumes[f"healthy_{modality}"] = (healthy_volume(healthy[..., m], case, channel),
-                                              f"pseudo-healthy {modality}")
+            volumes[f"healthy_{modality}"] = case.healthy_volume(healthy[..., m], channel), f"pseudo-healthy {modality}"
     return volumes
 
 
@@ -225,7 +231,7 @@ def _measured(work: CaseWork, case: SlicedCase, masks: Masks, row: CaseResult) -
     if work.baseline is not None:
         method, calibration = work.baseline
         own = method.masks(method.intensity(case.slices.images), calibration, case.heads, case.slice_grid)
-        mask, anomaly = in_head(case, own.mask, own.map)
+        mask, anomaly = case.mask_volume(own.mask), case.volume(own.map)
         answers[method.name] = Answer(own, volume_metrics(mask, case.truth, case.affine, anomaly))
     return Measured(case.slice_truth, metrics.foreground(case.inputs), answers)
 

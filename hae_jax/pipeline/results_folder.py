@@ -17,13 +17,13 @@ import numpy as np
 
 from hae_jax import provenance
 from hae_jax.data.cases import CaseFiles
-from hae_jax.data.slices import patient_of
+from hae_jax.data.splits import patient_of
 from hae_jax.errors import UserError
 from hae_jax.evaluation import report
 from hae_jax.evaluation.report import CaseResult
 from hae_jax.evaluation.volumes import VolumeMetrics
 from hae_jax.files import write_json, written_whole
-from hae_jax.localization.masks import Masks
+from hae_jax.localization.map_threshold import Masks
 from hae_jax.localization.methods import IntensityThreshold
 from hae_jax.pipeline import cache_key
 from hae_jax.pipeline.checks import of_phantom
@@ -143,11 +143,11 @@ class ResultsFolder:
 
     def save_calibrations(self, method: Any, baseline: Any | None) -> None:
         """Writes what the masks are made with, beside them."""
-        method.save(self.path / CALIBRATION)
+        write_json(self.path / CALIBRATION, dataclasses.asdict(method))
         if baseline is None:
             (self.path / BASELINE).unlink(missing_ok=True)
         else:
-            baseline.save(self.path / BASELINE)
+            write_json(self.path / BASELINE, dataclasses.asdict(baseline))
 
     def summary(self, context: Context, worked_on: Sequence[CaseFiles]) -> Summary:
         """Writes the tables of all cases with this key, those of other shards included.

@@ -15,7 +15,7 @@ from hae_jax.evaluation.report import CaseResult
 from hae_jax.evaluation.running import SliceSums
 from hae_jax.evaluation.volumes import VolumeMetrics
 from hae_jax.files import write_json
-from hae_jax.localization.masks import Masks
+from hae_jax.localization.map_threshold import Masks
 from hae_jax.localization.methods import IntensityThreshold, Method
 from hae_jax.localization.rules import LABELS
 from hae_jax.report.write import PAGE

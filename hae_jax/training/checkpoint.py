@@ -9,7 +9,7 @@ are made before that, so every checkpoint has them. What is found damaged is ren
 import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,19 +156,14 @@ class Checkpoints:
             self._manager.close()
 
     def _recover(self) -> int | None:
-        damaged = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            problem = _damage(self.folder / str(step))
-            if problem is None:
-                for bad, reason in damaged.items():
-                    aside = move_aside(self.folder / str(bad))
-                    _LOG.info("%s: checkpoint %s is damaged (%s); it is kept as %s, checkpoint %s is used",
-                              self._workdir, bad, reason, aside.name, step)
-                return step
-            damaged[step] = problem
-        if damaged:
-            raise _all_damaged(self.folder, damaged)
-        return None
+        if not (steps := self._manager.all_steps()):
+            return None
+        step, damaged = _newest_sound(self.folder, steps)
+        for bad, reason in damaged.items():
+            aside = move_aside(self.folder / str(bad))
+            _LOG.info("%s: checkpoint %s is damaged (%s); it is kept as %s, checkpoint %s is used",
+                      self._workdir, bad, reason, aside.name, step)
+        return step
 
     def _seal(self) -> None:
         # Called by Orbax in the first process, when all have written their files and nothing is renamed yet.
@@ -181,25 +176,28 @@ class Checkpoints:
 
 
 def load_network(
-    workdir: str | Path, *, step: int | None = None, ema: bool = True, forms: Mapping[str, str] | None = None
+    workdir: str | Path, *, ema: bool = True, forms: Mapping[str, str] | None = None
 ) -> Network:
-    """Reads a trained network from a run's folder, in which nothing is changed.
+    """Reads a trained network, of the newest checkpoint that is not damaged; nothing is changed in the run's folder.
 
     Args:
       workdir: the folder that `train.py --workdir` wrote.
-      step: which checkpoint; None: the newest that is not damaged.
       ema: the EMA weights (of the first rate) instead of the last ones.
       forms: how the network shall be computed (`model.config.FORM_FIELDS`), instead of as in training.
 
     Raises:
-      UserError: if there is no such checkpoint, or it is damaged.
+      UserError: if there is no checkpoint that is not damaged.
     """
     folder = Path(workdir).resolve() / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir}: no checkpoints there; train with train.py --workdir {workdir}, or name the folder "
                         "of a finished run")
     manager = _manager(folder, create=False, save_root_metadata=False)
-    step = _sound_step(workdir, folder, sorted(manager.all_steps(), reverse=True), step)
+    if not (steps := manager.all_steps()):
+        raise UserError(f"{workdir}: has no checkpoint yet; train with train.py --workdir {workdir}")
+    step, damaged = _newest_sound(folder, steps, ("config", "params", "ema"))
+    for bad, reason in damaged.items():
+        _LOG.info("%s: checkpoint %s is damaged (%s); checkpoint %s is used", workdir, bad, reason, step)
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
     graph, params = abstract_network(network_config(config, forms))
     sharding = replicated(make_mesh())
@@ -247,35 +245,23 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _sound_step(workdir: str | Path, folder: Path, steps: list[int], wanted: int | None) -> int:
-    """The step to read: `wanted`, or the first of `steps`, newest first, that is not damaged."""
-    if not steps or (wanted is not None and wanted not in steps):
-        raise UserError(f"{workdir}: no checkpoint of step {wanted if wanted is not None else '...'}; "
-                        f"there are {', '.join(map(str, reversed(steps))) or 'none'}")
+def _newest_sound(
+    folder: Path, steps: Iterable[int], items: Collection[str] | None = None
+) -> tuple[int, dict[int, str]]:
+    """The newest checkpoint that is not damaged (in these items; None: in all), and what is wrong with newer ones."""
     damaged = {}
-    for step in steps if wanted is None else [wanted]:
-        problem = _damage(folder / str(step), ("config", "params", "ema"))
+    for step in sorted(steps, reverse=True):
+        problem = damage(folder / str(step), items)
         if problem is None:
-            for bad, reason in damaged.items():
-                _LOG.info("%s: checkpoint %s is damaged (%s); checkpoint %s is used", workdir, bad, reason, step)
-            return step
+            return step, damaged
         damaged[step] = problem
-    raise _all_damaged(folder, damaged)
-
-
-def _damage(folder: Path, items: Collection[str] | None = None) -> str | None:
-    """What is wrong with a checkpoint, or with these items of it; None if nothing is."""
-    return damage(folder, items)
+    reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+    raise UserError(f"{folder}: no sound checkpoint ({reasons}); bring back a copy of one, or "
+                    "begin in another --workdir")
 
 
 def _stored_names(item: Path) -> Collection[str]:
     return ocp.StandardCheckpointHandler().metadata(item).tree.keys()
-
-
-def _all_damaged(folder: Path, damaged: dict[int, str]) -> UserError:
-    reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-    return UserError(f"{folder}: no sound checkpoint ({reasons}); bring back a copy of one, take another step, or "
-                     "begin in another --workdir")
 
 
 def _items(state: TrainState) -> dict[str, Any]:

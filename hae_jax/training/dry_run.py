@@ -13,7 +13,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Mesh
 
-from hae_jax.data.slices import SPLITS
+from hae_jax.data.splits import SPLITS
 from hae_jax.data.store import Store, open_store
 from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig

@@ -19,10 +19,10 @@ from hae_jax.data.store import Store
 from hae_jax.localization.forward_process import network_denoisers
 from hae_jax.localization.map_threshold import ValidationSlice
 from hae_jax.localization.measures import measure
-from hae_jax.localization.methods import Residual, residual_method
-from hae_jax.localization.residual import ResidualMap
+from hae_jax.localization.methods import residual_method
+from hae_jax.localization.residual import Residual, ResidualMap
 from hae_jax.localization.validation import describe_slices, heights_in_head
-from hae_jax.training.mesh import batch_sharding, replicated
+from hae_jax.training.mesh import batch_sharding, replicated, rows_on_devices
 
 _SEED = 0  # of the noise
 
@@ -43,7 +43,7 @@ class Localization:
           batch_size: slices at once over all devices, which must divide it; does not change the result.
         """
         self._mesh, self._store, self._scaling = mesh, store, config.data.scaling
-        self._method: Residual = residual_method(config)
+        self._method = residual_method(config)
         self._reader = store.split("val")
         count = min(config.training.localization_slices, len(self._reader))
         self._rows = ((np.arange(count) + 0.5) * len(self._reader) / count).astype(int)
@@ -81,21 +81,18 @@ class Localization:
         stacked = ResidualMap(*(np.concatenate(parts)[:count] for parts in zip(*results, strict=True)))
         rows, everything = self._reader.read(self._rows), self._reader.rows
         heights = heights_in_head(everything["cases"], everything["slices"])[self._rows]
-        return stacked, describe_slices(self._store, rows, heights), to_model_range(rows["image"], self._scaling)
+        return stacked, describe_slices(self._store.cases, rows, heights), to_model_range(rows["image"], self._scaling)
 
     def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
         """Batches of one shape, the last one filled up; a host reads only its devices' rows."""
         size = self._shape[0]
         for start in range(0, len(self._rows), size):
             rows = self._rows[np.minimum(np.arange(start, start + size), len(self._rows) - 1)]
-            yield (self._on_devices(self._shape, functools.partial(self._read, rows)),
-                   self._on_devices((size,), rows.astype(np.uint32).__getitem__))
+            yield (rows_on_devices(self._mesh, self._shape, functools.partial(self._read, rows)),
+                   rows_on_devices(self._mesh, (size,), rows.astype(np.uint32).__getitem__))
 
     def _read(self, rows: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:  # [b, H, W, C]
         return to_model_range(self._reader.read(rows[index[0]])["image"], self._scaling)
-
-    def _on_devices(self, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(shape, batch_sharding(self._mesh), part)
 
 
 def _maps(graph: nnx.GraphDef, method: Residual) -> Callable[..., ResidualMap]:

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from hae_jax.data.batches import train_batches
 from hae_jax.data.store import SplitReader, Store, open_store
 from hae_jax.diffusion.process import Process
-from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.files import write_json
 from hae_jax.model import UNetConfig
@@ -138,9 +137,7 @@ def _check(
     training = config.training
     check_settings(config)
     network = network_config(config.to_dict())
-    diffusion = config.diffusion
-    schedule = make_schedule(diffusion.schedule, diffusion.steps)
-    process = Process(schedule, diffusion.predicts, diffusion.variance, diffusion.clipping)
+    process = Process.of(config.diffusion)
     mesh = make_mesh(training.mesh, devices)
     check_batch_size(training.batch_size, training.accumulation, mesh, "training.batch_size")
     optimizer = make_optimizer(training)
@@ -274,9 +271,7 @@ def _sampler(run: Run, graph: nnx.GraphDef) -> Callable | None:
     training, diffusion = run.config.training, run.config.diffusion
     if not training.sample_every:
         return None
-    steps = min(training.sample_steps, diffusion.steps)
-    schedule = make_schedule(diffusion.schedule, diffusion.steps, str(steps))
-    process = Process(schedule, diffusion.predicts, diffusion.variance, diffusion.clipping)
+    process = Process.of(diffusion, str(min(training.sample_steps, diffusion.steps)))
     return make_sampler(run.mesh, graph, run.network, process, diffusion.noise)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_on_devices(
+    mesh: Mesh, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """A batch of this shape, of which each host makes its devices' rows by `part(index)`."""
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:

@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from hae_jax.diffusion.noise import draw_noise
 from hae_jax.diffusion.process import Process, guide, sample
 from hae_jax.evaluation.figures import sample_grid
 from hae_jax.model import UNetConfig
 from hae_jax.training.mesh import replicated
-from hae_jax.training.noise import draw_noise
 
 _PER_CLASS = 2
 _CLASS_NAMES = ("healthy", "lesion")

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.diffusion.loss import remember_losses, second_moment_weights, training_loss
+from hae_jax.diffusion.noise import draw_noise
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
 from hae_jax.model import UNetConfig
@@ -18,7 +19,6 @@ from hae_jax.model.conditioning import context_rule
 from hae_jax.model.layers import Randomness
 from hae_jax.ops.forms import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated
-from hae_jax.training.noise import draw_noise
 from hae_jax.training.state import LOSS_BINS, LossHistory, TrainState, Window
 
 _CHOICES = {

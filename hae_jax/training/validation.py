@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import SplitReader
 from hae_jax.diffusion.loss import training_loss
+from hae_jax.diffusion.noise import draw_noise
 from hae_jax.diffusion.process import Process
 from hae_jax.model import UNetConfig
-from hae_jax.training.mesh import batch_sharding, replicated
-from hae_jax.training.noise import draw_noise
+from hae_jax.training.mesh import batch_sharding, replicated, rows_on_devices
 
 _SEED = 0  # of the fixed set
 
@@ -103,14 +103,11 @@ class Validation:
             row, *others = (a[index] for a in self._samples)
             # A slice has the same noise with and without its label.
             number = (index % np.count_nonzero(~self._samples.null)).astype(np.int32)
-            yield (self._on_devices(self._image_shape, functools.partial(self._read, row)),
-                   *(self._on_devices((size,), values.__getitem__) for values in (number, *others)))
+            yield (rows_on_devices(self._mesh, self._image_shape, functools.partial(self._read, row)),
+                   *(rows_on_devices(self._mesh, (size,), values.__getitem__) for values in (number, *others)))
 
     def _read(self, row: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:  # [b, H, W, C] of the chosen rows
         return to_model_range(self._reader.read(row[index[0]])["image"], self._scaling)
-
-    def _on_devices(self, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(shape, batch_sharding(self._mesh), part)
 
 
 def _sample_losses(graph: nnx.GraphDef, network: UNetConfig, process: Process, noise: str) -> Callable:

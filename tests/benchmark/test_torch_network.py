@@ -28,7 +28,7 @@ from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.model import VARIANTS, UNetConfig, sparse
 from hae_jax.torch_interop.weights import torch_state
-from hae_jax.training.state import make_optimizer, network_config
+from hae_jax.training.state import make_optimizer
 
 CASES = ("fpdm_tiny", "hae_tiny", "hae_lite_tiny", "hae_v2_tiny", "hae_v2c_tiny", "fpdm_options", "hae_v2c_options")
 TOLERANCE = 1e-5  # of the output's maximum
@@ -78,10 +78,6 @@ def golden_case(request: pytest.FixtureRequest, golden) -> Golden:
     return Golden(case, loaded(case.config, case.weights))
 
 
-def test_names_and_their_order(golden_case: Golden):
-    assert list(golden_case.network.state_dict()) == list(golden_case.case.weights)
-
-
 def test_golden_outputs(golden_case: Golden):
     for mode in golden_case.case.modes():
         with torch.no_grad():
@@ -125,16 +121,6 @@ def test_it_equals_ours(variant: str):
         theirs = loaded(config, torch_state(network))(
             nchw(x), *map(torch.from_numpy, (t, y, drop)), list(map(torch.from_numpy, masks)))
     assert_close(nhwc(theirs), ours, TOLERANCE)
-
-
-@pytest.mark.parametrize(("variant", "parameters"), [
-    ("fpdm", 103082500), ("hae", 158822660), ("hae_lite", 119499780), ("hae_v2", 115808580), ("hae_v2c", 121222980)])
-def test_the_full_networks_have_the_published_sizes(variant: str, parameters: int):
-    config = default.get_config()
-    config.model.variant = variant
-    with torch.device("meta"):
-        network = TorchNetwork(network_config(config.to_dict()))
-    assert sum(p.numel() for p in network.parameters()) == parameters
 
 
 @pytest.mark.parametrize(("per_scale", "ours"), [

@@ -42,34 +42,6 @@ def test_channels_are_in_order_and_values_raw(folder):
     assert case.header.get_data_shape() == case.mask.shape
 
 
-def test_later_brats_names_and_plain_nii_give_the_same_case(folder):
-    expected = read_case(find_cases(folder)[0])
-    target = folder / "BraTS-GLI-00001-000"
-    (folder / NAME).rename(target)
-    for before, after in LATER_NAMES.items():
-        nib.save(nib.load(target / f"{NAME}{before}.nii.gz"), target / f"{target.name}{after}.nii")
-        (target / f"{NAME}{before}.nii.gz").unlink()
-    case = read_case(find_cases(folder)[0])
-    assert case.name == target.name
-    np.testing.assert_array_equal(case.volumes, expected.volumes)
-    np.testing.assert_array_equal(case.mask, expected.mask)
-
-
-def test_cases_are_sorted_and_one_case_folder_is_accepted(folder):
-    for name in ("b", "a", "c"):
-        shutil.copytree(folder / NAME, folder / name)
-    (folder / "notes").mkdir()
-    assert [case.name for case in find_cases(folder)] == [NAME, "a", "b", "c"]
-    assert [case.name for case in find_cases(folder / "b")] == ["b"]  # as beside others
-
-
-def test_case_without_segmentation_is_read(folder):
-    (folder / NAME / f"{NAME}_seg.nii.gz").unlink()
-    (files,) = find_cases(folder)
-    assert files.segmentation is None
-    assert read_case(files).mask is None
-
-
 @pytest.mark.parametrize(("file", "breakage", "says"), [
     ("t1ce", lambda p: p.unlink(), "missing"),
     ("t1", lambda p: p.write_bytes(p.read_bytes()[:200]), "cannot be read"),

@@ -1,19 +1,25 @@
-"""What a NIfTI header says about its numbers is followed or refused; what is wrong with a file is named."""
+"""What a NIfTI header says about its numbers is followed or refused; what is wrong with a file is named.
+
+What is written lies on the input's grid to the last bit, with the right values in the right place.
+"""
 
 import gzip
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from hae_jax.data.cases import AFFINE_TOLERANCE, find_cases, read_case
-from hae_jax.data.nifti import header_warnings, read_volume, write_volume
+from hae_jax.data.nifti import Grid, header_warnings, read_volume, write_volume
 from hae_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 VALUES = RNG.integers(1, 99, (9, 8, 5)).astype(np.int16)
 SPACING = np.array([0.5, 0.75, 3.0])
 AFFINE = np.diag([*-SPACING[:2], SPACING[2], 1])
+BRATS = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]])
+OBLIQUE = np.array([[0.1, -0.2, 3.9, -7], [0.69, 0.05, -0.3, 11], [0.02, 0.93, 0.4, -80.25], [0, 0, 0, 1]])
 
 
 def image(values=VALUES, affine=AFFINE, unit="mm"):
@@ -175,3 +181,75 @@ def test_a_constant_background_is_said(tmp_path):
     assert plain == ()
     assert len(shifted) == 1
     assert "the background is 100, not 0" in shifted[0]
+
+
+def _header(affine, qcode, scode, image_type=nib.Nifti1Image, units=("mm", "sec")):
+    image = image_type(np.zeros((7, 8, 5), np.int16), None)
+    image.header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
+    image.set_qform(affine, qcode)
+    image.set_sform(affine, scode)
+    image.header.set_xyzt_units(*units)
+    image.header["cal_max"], image.header["descrip"] = 900, "an input"
+    image.header.set_slope_inter(3, -5)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"about the input"))
+    return image.header
+
+
+@pytest.mark.parametrize("image_type", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(("affine", "qcode", "scode"), [
+    (BRATS, 1, 1), (OBLIQUE, 1, 4), (OBLIQUE, 0, 2), (OBLIQUE, 2, 0), (np.diag([0.7, 0.9, 5, 1]), 0, 0)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_the_grid_is_the_input_s(tmp_path, image_type, affine, qcode, scode, dtype):
+    header = _header(affine, qcode, scode, image_type)
+    grid = Grid((7, 8, 5), header.get_best_affine(), header)
+    values = np.random.default_rng(0).integers(0, 2, (7, 8, 5)).astype(dtype)
+    write_volume(tmp_path / "out.nii.gz", grid.reorient(values), grid, "a mask")
+    found = nib.load(tmp_path / "out.nii.gz")
+    assert type(found) is image_type
+    np.testing.assert_array_equal(found.affine, header.get_best_affine())
+    for field in ("dim", "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+                  "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units"):
+        np.testing.assert_array_equal(found.header[field], header[field], err_msg=field)
+    assert found.get_data_dtype() == dtype
+    np.testing.assert_array_equal(np.asanyarray(found.dataobj), values)  # unscaled, and of the type itself
+    assert np.asanyarray(found.dataobj).dtype == dtype
+    assert (found.header["cal_max"], found.header["descrip"].item()) == (1, b"a mask")
+    assert not found.header.extensions
+    assert [path.name for path in tmp_path.iterdir()] == ["out.nii.gz"]
+
+
+def _turned(axes):
+    """An affine whose voxel axes point to the given anatomical directions."""
+    return nib.orientations.inv_ornt_aff(
+        nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)),
+        (7, 8, 5))
+
+
+_TILT = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.4) @ np.diag([-0.5, 1.25, 3]), [7, -80.25, 11])
+
+
+@pytest.mark.parametrize("affine", [BRATS, _TILT, *(_turned(axes) for axes in ("RAS", "LPS", "LAS", "PSR", "SRA"))])
+def test_a_second_reader_sees_the_input_s_grid_and_every_voxel_in_its_place(tmp_path, affine):
+    given, mask = tmp_path / "given.nii.gz", tmp_path / "mask.nii.gz"
+    image = nib.Nifti1Image(np.random.default_rng(0).integers(1, 99, (7, 8, 5)).astype(np.int16), affine)
+    nib.save(image, given)
+    image = nib.load(given)
+    grid = Grid(image.shape, image.affine, image.header)
+    bright = grid.reorient(np.asarray(image.dataobj)) > 50  # as a network would find it, in its orientation
+    write_volume(mask, bright.astype(np.uint8), grid, "a mask")
+    ours, theirs = sitk.ReadImage(str(mask)), sitk.ReadImage(str(given))
+    assert ours.GetSize() == theirs.GetSize()
+    for attribute in ("GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_array_equal(getattr(ours, attribute)(), getattr(theirs, attribute)(), err_msg=attribute)
+    assert ours.GetPixelIDTypeAsString() == "8-bit unsigned integer"
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(ours), sitk.GetArrayFromImage(theirs) > 50)
+
+
+def test_results_of_a_four_dimensional_file_are_three_dimensional(tmp_path):
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).integers(1, 99, (7, 8, 5, 4)).astype(np.int16), OBLIQUE),
+             tmp_path / "case.nii.gz")
+    case = read_case(find_cases(tmp_path)[0])
+    write_volume(tmp_path / "mask.nii.gz", np.ones(case.volumes.shape[:3], np.uint8), case.grid, "a mask")
+    found = nib.load(tmp_path / "mask.nii.gz")
+    assert found.shape == (7, 8, 5)
+    np.testing.assert_allclose(found.affine, OBLIQUE, atol=1e-6)

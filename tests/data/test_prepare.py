@@ -176,17 +176,6 @@ def test_some_modalities_in_another_order(source, tmp_path):
     np.testing.assert_array_equal(two.split("val").read(2)["image"], every.split("val").read(2)["image"][..., [3, 0]])
 
 
-def test_a_dataset_that_does_not_name_its_modalities_opens(source, tmp_path):
-    prepare(source, tmp_path / "store", image_size=32, **HALF)
-    manifest = json.loads((tmp_path / "store" / MANIFEST).read_text())
-    del manifest["modalities"], manifest["warnings"]
-    (tmp_path / "store" / MANIFEST).write_text(json.dumps(manifest))
-    assert open_store(tmp_path / "store").modalities == ("flair", "t1", "t1ce", "t2")
-    manifest["slice_shape"][-1] = 1
-    (tmp_path / "store" / MANIFEST).write_text(json.dumps(manifest))
-    assert open_store(tmp_path / "store").modalities is None
-
-
 def write_t1(path, shape, spacing=(1, 1, 1), lesion=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = np.random.default_rng(0).integers(50, 99, shape).astype(np.int16)

@@ -1,22 +1,23 @@
 """Slices against the published preparation, and the way back into the volume."""
 
 import dataclasses
-import itertools
-import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from hae_jax.data.cases import find_cases, read_case
 from hae_jax.data.slices import (
+    CaseSlices,
+    SlicedCase,
     case_slices,
     from_model_range,
+    head,
     intensity_scales,
     normalise_volumes,
-    patient_of,
     resize,
+    sliced,
     slices_to_volume,
-    split_patients,
     to_model_range,
 )
 from hae_jax.errors import UserError
@@ -125,46 +126,72 @@ def test_volume_of_smooth_image_survives_the_round_trip():
     np.testing.assert_allclose(volume[:, :, 4], image, atol=0.02)
 
 
-def test_split_equals_the_published_one(golden):
-    expected = json.loads((golden / "brats_split.json").read_text())
-    names = [f"BraTS2021_{i:05d}" for i in range(expected["n_patients"])]
-    split = split_patients(names[::-1])
-    position = {name: i for i, name in enumerate(names)}
-    assert [position[name] for name in split["train"][:10]] == expected["train_first10"]
-    assert [position[name] for name in split["val"]] == expected["val"]
-    assert (len(split["train"]), len(split["val"])) == (expected["n_train"], expected["n_val"])
-    assert sorted(itertools.chain(*split.values())) == names
+def test_a_healthy_counterpart_equal_to_the_input_is_the_input(tmp_path, case_writer):
+    case_writer(tmp_path, "a", seed=0)
+    case = sliced(read_case(find_cases(tmp_path)[0]), 24)
+    back = case.healthy_volume(case.inputs[..., 3], 3)
+    expected = case.volume(case.slices.images[..., 3] * case.slices.scales[3])
+    np.testing.assert_allclose(back, expected, atol=1e-2)  # raw intensities, 50 to 250
+    assert 50 < back[..., 1:-1].mean() < 150
 
 
-@pytest.mark.parametrize("count", [2, 3, 7, 10, 12, 19])
-def test_too_few_patients_name_a_fraction_that_suffices(count):
-    names = [f"p{i}" for i in range(count)]
-    with pytest.raises(UserError, match="--val-fraction to") as error:
-        split_patients(names)
-    needed = float(str(error.value).split("--val-fraction to ")[1].split()[0])
-    split = split_patients(names, train_fraction=0.5, val_fraction=min(needed, 0.5))
-    assert len(split["val"]) >= 1
-    assert sorted(itertools.chain(*split.values())) == sorted(names)
+def test_empty_slices_between_others_are_left_out(tmp_path, case_writer):
+    case_writer(tmp_path, "a", seed=0)
+    for path in (tmp_path / "a").glob("a_*.nii.gz"):
+        image = nib.load(path)
+        values = np.asarray(image.dataobj).copy()
+        values[..., 4] = 0
+        nib.save(nib.Nifti1Image(values, image.affine), path)
+    case = sliced(read_case(find_cases(tmp_path)[0]), 16)
+    assert list(case.slices.index) == [1, 2, 3, 5, 6, 7]
+    assert len(case.inputs) == len(case.slice_truth) == 6
 
 
-def test_twenty_patients_keep_the_published_recipe():
-    assert {k: len(v) for k, v in split_patients([str(i) for i in range(20)]).items()} == {
-        "train": 15, "val": 1, "test": 4}
+def test_nothing_is_found_where_nothing_is_shown(prepared):
+    volumes = np.zeros((7, 8, 5, 2))
+    volumes[1:6, 1:7, 1:4, 0] = 1
+    volumes[3, 4, 2] = 0  # inside the head
+    expected = np.zeros((7, 8, 5), bool)
+    expected[1:6, 1:7, 1:4] = True
+    np.testing.assert_array_equal(head(volumes), expected)
+    assert head(volumes + 1).all()
+    assert not head(volumes * 0).any()
+    case = sliced(read_case(find_cases(prepared / "cases")[0]), 16)
+    assert case.head[..., 1:-1].all()
+    assert not case.head[..., [0, -1]].any()
+    case.head[2:9, 3:5] = False
+    everywhere = np.ones((7, 16, 16))
+    np.testing.assert_array_equal(case.mask_volume(everywhere > 0), case.head)
+    np.testing.assert_allclose(case.volume(everywhere), case.head, atol=1e-6)
 
 
-@pytest.mark.parametrize(("train", "val"), [(0.9, 0.2), (0, 0.5), (0.5, 0), (-1, 0.1), (float("nan"), 0.1)])
-def test_impossible_fractions(train, val):
-    with pytest.raises(UserError, match="fraction"):
-        split_patients([str(i) for i in range(50)], train, val)
+def test_a_sliced_case_is_the_preparation_s(prepared):
+    case = read_case(find_cases(prepared / "cases")[0])
+    found, expected = sliced(case, 16), case_slices(case, 16)
+    np.testing.assert_array_equal(found.slices.images, expected.images)
+    np.testing.assert_array_equal(found.slice_truth, expected.masks > 0.5)
+    np.testing.assert_array_equal(found.truth, case.mask)
+    np.testing.assert_array_equal(found.slices.index, np.arange(1, 8))
+    assert (found.inputs.min(), found.inputs.max()) == (-1, pytest.approx(1, abs=1e-4))
 
 
-def test_visits_of_a_patient_stay_together():
-    names = [f"BraTS-GLI-{i:05d}-{visit:03d}" for i in range(40) for visit in range(2)]
-    split = split_patients(names)
-    assert {name: len(cases) for name, cases in split.items()} == {"train": 60, "val": 4, "test": 16}
-    for cases in split.values():
-        assert {case[:-1] + "0" for case in cases} <= set(cases)
-        assert {case[:-1] + "1" for case in cases} <= set(cases)
-    assert patient_of("sub-01_ses-2_T1w") == patient_of("sub-01_ses-1_T1w") != patient_of("sub-02_ses-1_T1w")
-    assert patient_of("BraTS2021_00000") == "BraTS2021_00000"
-    assert patient_of("sub-01_run-1") == patient_of("sub-01_run-2") == "sub-01"
+def test_a_case_without_segmentation_has_no_truth(tmp_path, case_writer):
+    case_writer(tmp_path, "a", seed=0, segmented=False)
+    found = sliced(read_case(find_cases(tmp_path)[0]), 16)
+    assert found.truth is None
+    assert found.slice_truth is None
+
+
+def test_slices_go_back_where_they_came_from():
+    slices = CaseSlices(np.zeros((2, 4, 4, 1), np.float32), None, np.array([1, 3]), (8, 8, 5))
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, 1, 2] = masks[1, 3, 3] = True
+    case = SlicedCase("a", slices.images, slices, "slice", np.eye(4), None, np.ones((8, 8, 5), bool), None, ())
+    volume = case.mask_volume(masks)
+    expected = np.zeros((8, 8, 5), bool)
+    expected[2:4, 4:6, 1] = expected[6:, 6:, 3] = True  # a pixel becomes 2 x 2 voxels
+    np.testing.assert_array_equal(volume, expected)
+    maps = case.volume(np.full((2, 4, 4), 0.25, np.float32))
+    assert maps.dtype == np.float32
+    np.testing.assert_array_equal(maps[..., [1, 3]], 0.25)
+    assert not maps[..., [0, 2, 4]].any()

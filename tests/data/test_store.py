@@ -104,7 +104,7 @@ def test_manifest_has_the_facts_per_case(written):
     assert manifest["cases"][1] == {
         "name": "train1", "split": "train", "shape": [30, 31, 32], "affine": np.diag([1, 2, 3, 1]).tolist(),
         "slices": 9, "lesion_slices": 1}
-    assert open_store(written[0]).modalities == ("flair", "t1", "t1ce", "t2")
+    assert open_store(written[0]).modalities is None  # `StoreWriter` was told none
 
 
 def test_a_case_of_another_size_is_refused_and_leaves_no_trace(tmp_path):

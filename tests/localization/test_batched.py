@@ -14,9 +14,8 @@ from hae_jax.localization import batched
 from hae_jax.localization.batched import Slice, SliceTranslator
 from hae_jax.localization.calibration import Calibration
 from hae_jax.localization.forward_process import ForwardSettings
-from hae_jax.localization.map_threshold import stacked
-from hae_jax.localization.masks import NO_FILTERS, make_masks
-from hae_jax.localization.methods import Hae
+from hae_jax.localization.map_threshold import NO_FILTERS, stacked
+from hae_jax.localization.published import Hae, make_masks
 from hae_jax.model import UNet, UNetConfig
 
 PROCESS = Process(make_schedule("linear", 50))

@@ -14,11 +14,12 @@ from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.localization import localizer as localizer_module
+from hae_jax.localization.calibration import MapThreshold
 from hae_jax.localization.forward_process import Denoisers
 from hae_jax.localization.localizer import Localizer, numpy_denoisers
-from hae_jax.localization.map_threshold import MapThreshold
 from hae_jax.localization.methods import make_method
 from hae_jax.localization.residual import ResidualSettings
+from hae_jax.pipeline.calibrations import load_calibration
 from hae_jax.pipeline.translate import translate
 
 PROCESS = Process(make_schedule("linear", 1000))
@@ -37,7 +38,7 @@ def translated(config, toy_network, mesh_of, three_cases, tmp_path):
                                "weights": (1.0, 0.0, 0.0, -0.5), "across_mm": 4.0})
     translate(toy_network(0), IDENTITY, config, mesh_of(1), output=tmp_path / "out", source=three_cases)
     method = make_method(config)
-    calibration = method.load_calibration(tmp_path / "out" / "calibration.json")
+    calibration = load_calibration(method, tmp_path / "out" / "calibration.json")
     return tmp_path / "out", Localizer(toy_network(0), method.process, calibration, image_size=16, channels=4,
                                        scaling=config.data.scaling, method=method, batch_size=4)
 

@@ -10,22 +10,17 @@ import numpy as np
 import pytest
 
 from hae_jax.configs import default
+from hae_jax.data.slices import SliceGrid
 from hae_jax.data.store import open_store
 from hae_jax.errors import UserError
 from hae_jax.evaluation.metrics import dice
-from hae_jax.localization.calibration import calibrate
+from hae_jax.localization.calibration import MapThreshold
 from hae_jax.localization.counterparts import AnoDdpm, ClassifierGuidance, Counterpart, Ddib
 from hae_jax.localization.forward_process import Denoisers, forward_process, step_noise
-from hae_jax.localization.map_threshold import MapThreshold, ValidationSlice
-from hae_jax.localization.masks import (
-    NO_FILTERS,
-    PhysicalFilters,
-    PixelFilters,
-    SliceGrid,
-    make_masks,
-    remove_small_components,
-)
-from hae_jax.localization.methods import METHODS, Hae, Intensity, IntensityThreshold, Residual, make_method
+from hae_jax.localization.map_threshold import NO_FILTERS, PhysicalFilters, ValidationSlice
+from hae_jax.localization.methods import METHODS, Intensity, IntensityThreshold, make_method
+from hae_jax.localization.published import Hae, PixelFilters, calibrate, make_masks, remove_small_components
+from hae_jax.localization.residual import Residual
 
 
 def made(**settings):
@@ -161,14 +156,13 @@ def everywhere(truth):
     return np.ones(truth.shape, bool)
 
 
-def test_the_forward_process_as_a_method(translated, tmp_path):
+def test_the_forward_process_as_a_method(translated):
     method, results, labels = translated
     truth = np.zeros((6, 12, 12), bool)
     found = method.calibrate(rows_of(results, labels, truth), {"seed": 0})
     curves = results.mse, results.ref, results.diff
     assert found == calibrate(*curves, labels, modality=(0, 3), made_with={"seed": 0})
-    found.save(tmp_path / "calibration.json")
-    assert method.load_calibration(tmp_path / "calibration.json") == found
+    assert method.read_calibration(json.loads(json.dumps(dataclasses.asdict(found)))) == found
     method = dataclasses.replace(method, filters=PixelFilters(False, 3))
     masks = method.masks(results, found, everywhere(truth), SliceGrid())
     expected = make_masks(*curves, results.map, found, PixelFilters(False, 3))
@@ -211,7 +205,7 @@ def counterparts():
 
 
 @pytest.mark.parametrize("median", [True, False])
-def test_a_threshold_from_ground_truth_against_a_search(counterparts, median, tmp_path):
+def test_a_threshold_from_ground_truth_against_a_search(counterparts, median):
     results, truth = counterparts
     method = made(method="ddib", median=median, components=5)
     heads = everywhere(truth)
@@ -227,8 +221,7 @@ def test_a_threshold_from_ground_truth_against_a_search(counterparts, median, tm
     assert reached == pytest.approx(best, abs=5e-3)  # 400 candidates
     assert (found.method, found.rule, found.labels) == ("ddib", "dice", "ground truth")
     assert (found.healthy_slices, found.lesion_slices, found.made_with) == (3, 9, {"seed": 1})
-    found.save(tmp_path / "threshold.json")
-    assert method.load_calibration(tmp_path / "threshold.json") == found
+    assert method.read_calibration(json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
     masks = method.masks(results, found, heads, SliceGrid())
     scores = np.array([np.sort(own[head])[-3:].mean() for own, head in zip(maps, heads, strict=True)])  # of 340 pixels
@@ -306,48 +299,15 @@ def test_what_cannot_be_calibrated_is_said(counterparts):
     with pytest.raises(UserError, match="not finite"):
         method.calibrate(rows_of(broken, truth.any((1, 2)), truth), {})
     with pytest.raises(UserError, match="9 of 12 slices are not finite"):
-        method.masks(broken, MapThreshold(**_edited(method=method.name, interval=())), everywhere(truth), SliceGrid())
+        method.masks(broken, _threshold(method=method.name), everywhere(truth), SliceGrid())
     with pytest.raises(UserError, match="12 healthy and 0 with a lesion"):
         made(method="ddib", rule="mixture").calibrate(rows_of(results, np.zeros(12), truth), {})
 
 
-def _edited(**changes):
-    fields = {"method": "ddib", "rule": "dice", "labels": "ground truth", "threshold": 0.2, "slice_threshold": 0.3,
-              "slice_errors": 0, "slice_auc": None, "healthy_slices": 0, "lesion_slices": 7, "expected_dice": 0.5,
-              "interval": [], "lesion_share": None, "made_with": {}}
-    return {name: value for name, value in (fields | changes).items() if value != "gone"}
-
-
-@pytest.mark.parametrize(("fields", "message"), [
-    (_edited(threshold="gone"), "field threshold is missing"),
-    (_edited(speed=3), "field speed is not known"),
-    (_edited(threshold="high"), "threshold has the wrong kind"),
-    (_edited(threshold=float("nan")), "NaN is no number"),
-    (_edited(slice_threshold=None), "slice_threshold has the wrong kind"),
-    (_edited(lesion_slices=-1), "lesion_slices has the wrong kind"),
-    (_edited(rule="best"), "rule has the wrong kind"),
-    (_edited(interval=[0.1]), "interval has the wrong kind"),
-    (_edited(method=3), "method has the wrong kind"),
-    (_edited(made_with=[]), "made_with has the wrong kind"),
-    (_edited(method="anoddpm-simplex"), "is of the method anoddpm-simplex with the rule dice, not of ddib with dice"),
-    (_edited(rule="mixture"), "is of the method ddib with the rule mixture, not of ddib with dice"),
-    ([], "not a JSON object"),
-])
-def test_a_damaged_file_is_named(tmp_path, fields, message):
-    path = tmp_path / "threshold.json"
-    path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=message) as caught:
-        made(method="ddib").load_calibration(path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_missing_or_cut_file_is_named(tmp_path):
-    path = tmp_path / "threshold.json"
-    with pytest.raises(UserError, match=r"threshold\.json: cannot be read"):
-        MapThreshold.load(path)
-    path.write_text('{"threshold": 0.9')
-    with pytest.raises(UserError, match=r"threshold\.json: is not JSON"):
-        MapThreshold.load(path)
+def _threshold(**changes):
+    return MapThreshold(**{"method": "ddib", "rule": "dice", "labels": "ground truth", "threshold": 0.2,
+                           "slice_threshold": 0.3, "slice_errors": 0, "slice_auc": None, "healthy_slices": 0,
+                           "lesion_slices": 7, "expected_dice": 0.5} | changes)
 
 
 def test_intensity_threshold_is_chosen_on_lesion_slices(prepared):
@@ -370,7 +330,7 @@ def test_intensity_masks_are_not_filtered_by_a_median():
     config = default.get_config()
     config.translation.update({"method": "threshold", "components": 3})
     method = make_method(config)
-    threshold = MapThreshold(**_edited(method="threshold", threshold=1.5, slice_threshold=1.0, interval=()))
+    threshold = _threshold(method="threshold", threshold=1.5, slice_threshold=1.0)
     results, heads = method.intensity(images), np.ones((3, 12, 12), bool)
     found = method.masks(results, threshold, heads, SliceGrid())
     np.testing.assert_array_equal(found.mask_all, images[..., 0] * [[[1]], [[0]], [[0]]] > 0)

@@ -39,8 +39,8 @@ def test_variations_change_one_setting_each(settings):
     assert rows[0] == ("as configured", {})
     assert len({name for name, _ in rows}) == len(rows)
     fields = set().union(*(changes for _, changes in rows))
-    assert fields == {"timesteps", "guidance", "draws", "rounds", "rectify", "smoothing", "weights", "filters", "across_mm",
-                      "head_erosion_mm"}
+    assert fields == {"timesteps", "guidance", "draws", "rounds", "rectify", "smoothing", "weights", "filters",
+                      "across_mm", "head_erosion_mm"}
     assert max(max(changes.get("timesteps", (0,))) for _, changes in rows) == 600  # 1200 is beyond the schedule
     for name, changes in rows:
         settings.translation.update({"method": "residual"})

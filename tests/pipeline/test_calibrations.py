@@ -1,14 +1,22 @@
 """Where calibrations are kept: under everything that they depend on, the rule included."""
 
+import json
+
 import numpy as np
 import pytest
 
+from hae_jax.configs import default
 from hae_jax.data.store import open_store
 from hae_jax.errors import UserError
 from hae_jax.localization.batched import IntensityReader
-from hae_jax.localization.methods import IntensityThreshold
-from hae_jax.localization.validation import validation_results
-from hae_jax.pipeline.calibrations import calibrated, kept_file, newest_for_other_data
+from hae_jax.localization.methods import IntensityThreshold, make_method
+from hae_jax.pipeline.calibrations import (
+    calibrated,
+    kept_file,
+    load_calibration,
+    newest_for_other_data,
+    validation_results,
+)
 from hae_jax.runs import load_run
 
 MADE_WITH = {"settings": {"method": "threshold", "modality": [0, 3]}, "data": {"root": "data"}}
@@ -28,7 +36,7 @@ def test_a_threshold_of_another_rule_is_not_used_again(prepared, tmp_path):
     assert [found.rule for found in made] == ["dice", "mixture"]
     assert [found.labels for found in made] == ["ground truth", "image labels"]
     with pytest.raises(UserError, match=r"with the rule dice, not of threshold with mixture"):
-        other.load_calibration(kept_file(IntensityThreshold(), tmp_path, with_rules[0]))
+        load_calibration(other, kept_file(IntensityThreshold(), tmp_path, with_rules[0]))
     assert calibrated(None, other, None, tmp_path, with_rules[1]) == made[1]  # the kept one
 
 
@@ -64,3 +72,45 @@ def test_a_shipped_network_has_its_calibration(name):
     assert (made.rule, made.labels) == ("healthy_fpr", "image labels")
     assert made.probability
     assert made.slice_scores
+
+
+def _published(**changes):
+    return {"threshold": 0.9, "diff_max": [0.1, 0.2], "diff_min": [], "modality": [0, 3], "errors": None} | changes
+
+
+def _threshold(**changes):
+    return {"method": "ddib", "rule": "dice", "labels": "ground truth", "threshold": 0.2, "slice_threshold": 0.3,
+            "slice_errors": 0, "slice_auc": None, "healthy_slices": 0, "lesion_slices": 7, "interval": []} | changes
+
+
+@pytest.mark.parametrize(("method", "content", "message"), [
+    ("hae", {}, "threshold, diff_max, diff_min, modality is missing"),
+    ("hae", _published(speed=3), "speed is not known"),
+    ("hae", _published(threshold="high"), "threshold has the wrong kind"),
+    ("hae", _published(diff_max="12"), "diff_max has the wrong kind"),
+    ("hae", _published(modality=[0, 1.5]), "modality has the wrong kind"),
+    ("hae", _published(errors=-1), "errors has the wrong kind"),
+    ("hae", _published(diff_max=[0.1]), "1 values for 2 modalities"),
+    ("hae", _published(diff_max=[0.1, -0.1]), "negative"),
+    ("hae", _published(threshold=10**400), "too large"),
+    ("ddib", _threshold(threshold=float("nan")), "NaN is no number"),
+    ("ddib", _threshold(slice_threshold=None), "slice_threshold has the wrong kind"),
+    ("ddib", _threshold(lesion_slices=-1), "lesion_slices has the wrong kind"),
+    ("ddib", _threshold(rule="best"), "rule has the wrong kind"),
+    ("ddib", _threshold(interval=[0.1]), "interval has the wrong kind"),
+    ("ddib", _threshold(method=3), "method has the wrong kind"),
+    ("ddib", _threshold(made_with=[]), "made_with has the wrong kind"),
+    ("ddib", _threshold(method="dae"), "is of the method dae with the rule dice, not of ddib with dice"),
+    ("ddib", _threshold(rule="mixture"), "is of the method ddib with the rule mixture, not of ddib with dice"),
+    ("ddib", [], "not a JSON object"),
+    ("ddib", None, "cannot be read"),
+])
+def test_a_damaged_file_is_named(tmp_path, method, content, message):
+    config, path = default.get_config(), tmp_path / "calibration.json"
+    config.translation.method = method
+    if content is not None:
+        path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        load_calibration(make_method(config), path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "calibrate again" in str(caught.value)

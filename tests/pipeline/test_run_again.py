@@ -15,6 +15,7 @@ from run_helpers import read_json, read_volume
 from hae_jax.data.cases import find_cases
 from hae_jax.errors import UserError
 from hae_jax.localization import methods
+from hae_jax.localization.calibration import PRESETS
 from hae_jax.pipeline import calibrations, per_case
 from hae_jax.pipeline.cache_key import case_key, digest, weights_hash
 from hae_jax.pipeline.results_folder import RECORDS, ResultsFolder
@@ -183,9 +184,8 @@ def test_shards_share_a_folder(run, config, three_cases, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkeypatch, on_message, dies):
-    made = types.SimpleNamespace(save=lambda path: path.write_text("own"))
-    method = types.SimpleNamespace(name="toy", load_calibration=lambda path: path.read_text(),
-                                   calibrate=lambda *_: made)
+    made = PRESETS["brats_600"]
+    method = types.SimpleNamespace(name="toy", read_calibration=lambda fields: fields, calibrate=lambda *_: made)
     monkeypatch.setattr(calibrations, "validation_results", lambda *_: None)
     path = tmp_path / f"toy_{digest({})[:12]}.json"
     other = (tmp_path / f".{path.name}.lock").open("a")
@@ -196,7 +196,7 @@ def test_a_calibration_that_another_process_makes_is_waited_for(tmp_path, monkey
         said.append(message)
         if not other.closed:
             if not dies:
-                path.write_text("the other's")
+                path.write_text('"the other\'s"')
             other.close()
 
     on_message(other_ends)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from exact_metrics import slice_metrics
 
-from hae_jax.data.cases import find_cases
+from hae_jax.data.cases import find_cases, read_case
+from hae_jax.data.slices import sliced
 from hae_jax.evaluation import metrics
 from hae_jax.evaluation.report import case_result
 from hae_jax.evaluation.volumes import VolumeMetrics
-from hae_jax.localization.masks import Masks
-from hae_jax.localization.volume import map_volume, mask_volume, read_slices
+from hae_jax.localization.map_threshold import Masks
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured, Tally
 
@@ -22,8 +22,8 @@ def _measured(case):
     for name in ("perfect", "nothing"):
         mask = case.slice_truth if name == "perfect" else np.zeros(case.inputs.shape[:3], bool)
         masks = Masks(mask.astype(np.float32), mask, mask, mask.any((1, 2)), np.ones(len(mask)))
-        row = case_result(case.name, mask_volume(mask, case.slices), case.truth, case.affine, masks.lesion,
-                          masks.score, 1.0, map_volume(masks.map, case.slices))
+        row = case_result(case.name, case.mask_volume(mask), case.truth, case.affine, masks.lesion,
+                          masks.score, 1.0, case.volume(masks.map))
         answers[name] = Answer(masks, row.measured)
     return Measured(case.slice_truth, metrics.foreground(case.inputs), answers), row
 
@@ -31,7 +31,8 @@ def _measured(case):
 @pytest.fixture
 def cases(prepared, tmp_path, case_writer):
     case_writer(tmp_path, "healthy", seed=9, lesion=False)
-    return [read_slices(find_cases(folder)[0], 16) for folder in (prepared / "cases" / "case_0", tmp_path / "healthy")]
+    folders = prepared / "cases" / "case_0", tmp_path / "healthy"
+    return [sliced(read_case(find_cases(folder)[0]), 16) for folder in folders]
 
 
 def test_tally_counts_cases_with_truth(cases):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from hae_jax.diffusion import noise
 from hae_jax.errors import UserError
 from hae_jax.torch_interop.weights import torch_state
 from hae_jax.training import checkpoint, loop
@@ -153,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     train(one_level_config, tmp_path)
     one_level_config.training.steps = 6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hae_jax.training.noise.gaussian", lambda keys, shape: np.full((len(keys), *shape), np.nan, "f4"))
+        patch.setattr(noise, "gaussian", lambda keys, shape: np.full((len(keys), *shape), np.nan, np.float32))
         with pytest.raises(UserError, match=r"step 3 gave loss nan.*checkpoint 2 is kept"):
             train(one_level_config, tmp_path)
     assert checkpoint.load_network(tmp_path).identity["step"] == 2

@@ -1,25 +1,126 @@
-"""Masks against the golden values, and the properties of each of their steps."""
+"""The published way from curves to masks against the golden values, and the properties of each of its steps."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
+from hae_jax.data.slices import SliceGrid
 from hae_jax.errors import UserError
-from hae_jax.localization.calibration import Calibration, calibrate
-from hae_jax.localization.masks import (
-    NO_FILTERS,
-    PhysicalFilters,
+from hae_jax.localization import calibration as calibrations
+from hae_jax.localization import published
+from hae_jax.localization.calibration import Calibration
+from hae_jax.localization.map_threshold import NO_FILTERS
+from hae_jax.localization.published import (
     PixelFilters,
-    SliceGrid,
+    calibrate,
     make_masks,
     median_filtered,
     quantile_thresholds,
     remove_small_components,
+    similarity,
 )
 
 WITH_COMPONENTS = PixelFilters(median=True, remove_up_to=40)
+
+
+@pytest.fixture(scope="module")
+def stacks(golden):
+    """(G - X)^2, (R - X)^2, (G - R)^2 of the golden values, [B, T, M, H, W] each, and the labels [B]."""
+    z = np.load(golden / "masks.npz")
+    x = z["source"][:, None, [0, 3]].astype(np.float64)  # B, 1, M, H, W
+    g, r = z["xstart"].astype(np.float64), z["xstart_null"].astype(np.float64)
+    return (g - x) ** 2, (r - x) ** 2, (g - r) ** 2, z["label"]
+
+
+@pytest.fixture(scope="module")
+def curves(stacks):
+    """mse, ref, diff [B, T, M], and the labels [B]."""
+    return *(stack.mean(axis=(-2, -1)) for stack in stacks[:3]), stacks[3]
+
+
+@pytest.fixture(scope="module")
+def inputs(stacks, curves):
+    """mse, ref, diff [B, T, M], maps [B, H, W, M] and the calibration of the golden stacks."""
+    return *curves[:3], running_maps(stacks[0], curves[2]), calibrate(*curves, modality=(0, 3))
+
+
+def test_calibrate_golden(golden, curves):
+    z = np.load(golden / "masks.npz")
+    found = calibrate(*curves, modality=(0, 3))
+    # float32 sums there, float64 here
+    assert found.threshold == pytest.approx(float(z["thr_01"]), abs=1e-7)
+    np.testing.assert_allclose(found.diff_max, z["diff_max"], rtol=1e-6)
+    np.testing.assert_allclose(found.diff_min, z["diff_min"], rtol=1e-6)
+    assert found.errors == int(z["n_min"])
+    assert (found.healthy_slices, found.lesion_slices) == (2, 4)
+
+
+def test_float32_curves_give_the_same(curves):
+    *arrays, labels = curves
+    exact = calibrate(*arrays, labels, modality=(0, 3))
+    rounded = calibrate(*(a.astype(np.float32) for a in arrays), labels, modality=(0, 3))
+    assert rounded.threshold == pytest.approx(exact.threshold, abs=1e-7)
+
+
+def test_similarity_is_the_clamped_cosine_over_time(rng):
+    mse, ref = rng.random((2, 3, 7, 2))
+    mse[2] = 0
+    s = similarity(mse, ref)
+    a, b = mse.mean(-1), ref.mean(-1)
+    for i in range(2):
+        assert s[i] == pytest.approx(a[i] @ b[i] / np.sqrt((a[i] @ a[i]) * (b[i] @ b[i])))
+    assert s[2] == 0
+    # norms below 1e-6 are raised to it: two equal curves of norm 1e-7 have s = 0.01
+    tiny = np.full((1, 4, 1), 0.5e-7)
+    assert similarity(tiny, tiny)[0] == pytest.approx(0.01)
+
+
+def test_slice_threshold_takes_the_first_best():
+    healthy, lesion = np.linspace(0.9, 1, 201), np.array([0.1, 0.95])
+    threshold, errors = published.slice_threshold(healthy, lesion)
+    # the lowest level, 0.005, leaves one healthy slice below; the lesion slice at 0.95 is above every candidate
+    assert threshold == pytest.approx(0.9005)
+    assert errors == 2
+
+
+def test_slice_threshold_rises_where_lesions_ask_for_it():
+    healthy = np.linspace(0.9, 1, 201)
+    lesion = np.full(50, 0.9069)
+    threshold, errors = published.slice_threshold(healthy, lesion)
+    candidates = np.quantile(healthy, np.linspace(0.005, 0.095, 100))
+    counted = [(lesion > q).sum() + (healthy < q).sum() for q in candidates]
+    assert (threshold, errors) == (candidates[np.argmin(counted)], min(counted))
+    assert threshold >= 0.9069
+
+
+@pytest.mark.parametrize(("label", "missing"), [(0, "no lesion"), (1, "no healthy")])
+def test_one_kind_of_slice_is_not_enough(curves, label, missing):
+    mse, ref, diff, labels = curves
+    with pytest.raises(UserError, match=missing):
+        calibrate(mse, ref, diff, np.full_like(labels, label), modality=(0, 3))
+
+
+def test_curves_must_be_finite(curves):
+    mse, ref, diff, labels = curves
+    mse = mse.copy()
+    mse[1, 3, 0] = np.nan
+    with pytest.raises(UserError, match="1 of 6 slices are not finite"):
+        calibrate(mse, ref, diff, labels, modality=(0, 3))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_published_values():
+    found = {name: (own.threshold, own.diff_max, own.modality,
+                    *(own.made_with[field] for field in ("guidance", "forward_steps")))
+             for name, own in calibrations.PRESETS.items()}
+    assert found == {"brats_600": (0.99488, (0.0509, 0.0397), (0, 3), 2, 600),
+                     "brats_999": (0.99931, (0.0551, 0.0388), (0, 3), 2, 999),
+                     "atlas_600": (0.72854, (0.8555,), (0,), 20, 600)}
 
 
 def running_maps(mse, diff):
@@ -27,17 +128,6 @@ def running_maps(mse, diff):
     t_e = np.maximum(diff.argmax(axis=1), 1)  # t_e = 0 uses t = 0 alone
     before = np.arange(mse.shape[1])[None, :, None] < t_e[:, None]
     return np.einsum("btm,btmhw->bhwm", before / t_e[:, None], mse)
-
-
-@pytest.fixture(scope="module")
-def inputs(golden):
-    """mse, ref, diff [B, T, M], maps [B, H, W, M] and the calibration of the golden stacks."""
-    z = np.load(golden / "masks.npz")
-    x = z["source"][:, None, [0, 3]].astype(np.float64)
-    g, r = z["xstart"].astype(np.float64), z["xstart_null"].astype(np.float64)
-    mse, ref, diff = ((g - x) ** 2, (r - x) ** 2, (g - r) ** 2)
-    curves = [stack.mean(axis=(-2, -1)) for stack in (mse, ref, diff)]
-    return *curves, running_maps(mse, curves[2]), calibrate(*curves, z["label"], modality=(0, 3))
 
 
 # The published code finds the quantile level with an index that truncates where rounding is meant, so a level may be
@@ -176,56 +266,6 @@ def test_single_modality_and_flat_map():
     assert found.mask_all.all()  # everything is at least the quantile of a constant map
     assert not found.mask.any()  # and the slice is healthy: both curves agree
     assert found.score[0] == pytest.approx(0, abs=1e-6)
-
-
-def test_filters_in_mm_mean_the_same_at_every_resolution():
-    """A ball of 8 mm and a speck on a grid of 2 mm and on one of 1 mm x 1 mm x 2 mm."""
-    found = []
-    for step in (2.0, 1.0):
-        x, y = np.meshgrid(*[np.arange(0, 40, step) + step / 2] * 2, indexing="ij")
-        z = np.arange(0, 40, 2.0)[:, None, None]
-        ball = (x - 20) ** 2 + (y - 20) ** 2 + (z - 20) ** 2 < 64
-        speck = (abs(x - 5) < 3) & (abs(y - 5) < 3) & (z == 4)
-        grid = SliceGrid(np.arange(20), (step, step, 2.0))
-        kept = PhysicalFilters(smallest_ml=0.1).masks(ball | speck, grid)
-        np.testing.assert_array_equal(kept, ball)
-        assert PhysicalFilters(smallest_ml=0.01).masks(ball | speck, grid)[speck].all()
-        smooth = PhysicalFilters(median_mm=6.0).masks(ball | speck, grid)
-        assert not smooth[speck].any()
-        found.append(smooth.sum() * step * step * 2 / 1000)
-        head = ((x - 20) ** 2 + (y - 20) ** 2 < 225)[None]
-        eroded = PhysicalFilters(head_erosion_mm=5.0).heads(head, grid)
-        assert eroded.sum() * step * step == pytest.approx(np.pi * 100, rel=0.15)
-    assert found[0] == pytest.approx(found[1], rel=0.1)
-
-
-def test_maps_are_smoothed_across_slices_in_mm():
-    """As SciPy's Gaussian in the middle of a stack; a slice that was left out has no weight."""
-    maps = np.random.default_rng(0).normal(size=(40, 3, 3))
-    grid = SliceGrid(np.arange(40), (1.0, 1.0, 2.0))
-    found = PhysicalFilters(across_mm=3.0).maps(maps, grid)
-    expected = ndimage.gaussian_filter1d(maps, 1.5, axis=0, truncate=4)
-    np.testing.assert_allclose(found[8:-8], expected[8:-8], atol=1e-4)
-    np.testing.assert_allclose(PhysicalFilters(across_mm=3.0).maps(np.ones((40, 3, 3)), grid), 1)
-    kept = np.array([0, 1, 3, 30])
-    apart = PhysicalFilters(across_mm=1.0).maps(maps[kept], SliceGrid(kept, (1.0, 1.0, 1.0)))
-    np.testing.assert_array_equal(apart[3], maps[30])
-    weights = np.exp(-0.5 * np.array([0, 1, 3]) ** 2)
-    np.testing.assert_allclose(apart[0], np.tensordot(weights / weights.sum(), maps[[0, 1, 3]], 1))
-
-
-def test_slices_left_out_count_in_mm():
-    masks = np.ones((2, 4, 4), bool)
-    grid = SliceGrid(np.array([0, 2]), (1.0, 1.0, 1.0))  # apart: 16 voxels each
-    assert not PhysicalFilters(smallest_ml=0.02).masks(masks, grid).any()
-    assert PhysicalFilters(smallest_ml=0.02).masks(masks, grid._replace(positions=np.array([0, 1]))).all()
-
-
-def test_unknown_spacing_is_said():
-    with pytest.raises(UserError, match=r"translation\.filters is 'mm'"):
-        PhysicalFilters(smallest_ml=0.1).masks(np.ones((1, 4, 4), bool), SliceGrid())
-    with pytest.raises(UserError, match=r"translation\.smallest_ml is -1"):
-        PhysicalFilters(smallest_ml=-1)
 
 
 def test_wrong_number_of_modalities_is_said(inputs):
