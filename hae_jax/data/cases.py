@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from hae_jax.data.doubts import Doubt
+from hae_jax.data.case_warning import CaseWarning
 from hae_jax.data.layouts import MODALITIES, CaseFiles, ImageFile, find_cases, images_in
 from hae_jax.data.lesion_mask import lesion_mask
 from hae_jax.data.nifti import ORIENTATION, Grid, header_warnings, read_volume
@@ -36,7 +36,7 @@ class Case:
     affine: np.ndarray  # [4, 4] float64, voxel -> mm, of `volumes`
     grid: Grid  # of the first image on disk; `grid.restore` takes [X, Y, Z] back to it
     mask: np.ndarray | None  # [X, Y, Z] bool, any lesion label; None without a segmentation
-    warnings: tuple[Doubt, ...] = ()  # what the user should know about it, one line each, without the case's name
+    warnings: tuple[CaseWarning, ...] = ()  # what the user should know about it, one line each, without the case's name
 
     @property
     def header(self) -> nib.Nifti1Header:
@@ -113,19 +113,19 @@ def _apart(grid: Grid, other: Grid) -> float:
     return float(np.linalg.norm(difference[:, :3], axis=1).max())
 
 
-def _warnings(grid: Grid, volumes: np.ndarray) -> tuple[Doubt, ...]:
+def _warnings(grid: Grid, volumes: np.ndarray) -> tuple[CaseWarning, ...]:
     found = []
     channels = np.moveaxis(volumes, -1, 0)
     if any(channel.min() < -NEGATIVE * channel.max() for channel in channels):
-        found.append(Doubt("voxels are far below 0: networks are trained on images with background 0 and a positive "
+        found.append(CaseWarning("voxels are far below 0: networks are trained on images with background 0 and a positive "
                            "brain, so slices may be taken for empty; export the images without centring or z-scores"))
     if backgrounds := sorted({value for channel in channels if (value := _background(channel)) > 0}):
         values = ", ".join(f"{value:g}" for value in backgrounds)
-        found.append(Doubt("the background is {}, not 0: networks are trained on images with background 0; subtract it",
+        found.append(CaseWarning("the background is {}, not 0: networks are trained on images with background 0; subtract it",
                            values))
     height, width = np.linalg.norm(grid.reoriented_affine[:3, :2], axis=0) * grid.reoriented_shape[:2]
     if not SQUARE[0] <= height / width <= SQUARE[1]:
-        found.append(Doubt("axial slices show {:.0f} x {:.0f} mm and are resized to a square, which distorts the "
+        found.append(CaseWarning("axial slices show {:.0f} x {:.0f} mm and are resized to a square, which distorts the "
                            "brain; crop or pad the volumes to about as wide as long", height, width))
     return tuple(found)
 

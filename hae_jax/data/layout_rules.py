@@ -12,7 +12,7 @@ import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from hae_jax.data.doubts import Doubt
+from hae_jax.data.case_warning import CaseWarning
 from hae_jax.data.nifti import EXTENSIONS, is_4d
 from hae_jax.data.presence import absence, is_there
 from hae_jax.errors import UserError
@@ -61,7 +61,7 @@ class CaseFiles:
     images: tuple[ImageFile, ...]  # in the order of the wanted modalities
     segmentation: Path | None
     problem: str | None = None  # why it cannot be used, if that is known from the names alone
-    warnings: tuple[Doubt, ...] = ()  # what was assumed about its files, one line each
+    warnings: tuple[CaseWarning, ...] = ()  # what was assumed about its files, one line each
     patient: str | None = None  # whose it is, where a table of cases says so; None: as its name tells
 
     @property
@@ -208,7 +208,7 @@ def _by_case(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
         images = {stem: path for stem, path in images.items() if not _is_derived(stem, folder.files)}
     channels = described or _Channels(None, MODALITIES)
     count, position = len(channels.names), channels.positions(modalities)
-    assumed = () if described else (Doubt(_ASSUMED),)
+    assumed = () if described else (CaseWarning(_ASSUMED),)
     cases = []
     for name, path in images.items():
         if count == 1 or (described is None and len(modalities) == 1 and not is_4d(path)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hae_jax.data.doubts import Doubt
+from hae_jax.data.case_warning import CaseWarning
 from hae_jax.errors import UserError
 
 DOUBTFUL_SHARE, IMPOSSIBLE_SHARE = 0.5, 0.9  # of the head's voxels that the mask covers
@@ -20,7 +20,7 @@ def lesion_mask(
     path: Path,
     values: np.ndarray,  # [X, Y, Z] of the segmentation
     volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
-) -> tuple[np.ndarray, tuple[Doubt, ...]]:  # [X, Y, Z] bool, and warnings
+) -> tuple[np.ndarray, tuple[CaseWarning, ...]]:  # [X, Y, Z] bool, and warnings
     """The voxels of any label.
 
     Raises:
@@ -58,28 +58,28 @@ def refuse_head_mask(path: Path, mask: np.ndarray, volumes: np.ndarray) -> None:
                         "no lesion; take it out of the folder, or name the lesion masks in a table (--cases)")
 
 
-def _doubtful_labels(path: Path, values: np.ndarray) -> list[Doubt]:
+def _doubtful_labels(path: Path, values: np.ndarray) -> list[CaseWarning]:
     labels = np.unique(values[values > 0])
     soft = (abs(values - np.rint(values)) > 1e-3).mean()
     if soft:
-        return [Doubt("{}: {} of its voxels are no whole numbers; a lesion is where they exceed 0.5", path,
+        return [CaseWarning("{}: {} of its voxels are no whole numbers; a lesion is where they exceed 0.5", path,
                       _percent(soft))]
     if len(labels) > 1 and not KNOWN_LABELS.issuperset(labels.tolist()):
         more = ", ..." if len(labels) > _SHOWN else ""
         shown = ", ".join(f"{label:g}" for label in labels[:_SHOWN])
-        return [Doubt("{}: holds {} labels ({}{}), no convention for lesions that is known; all of them count as "
+        return [CaseWarning("{}: holds {} labels ({}{}), no convention for lesions that is known; all of them count as "
                       "lesion", path, len(labels), shown, more)]
     return []
 
 
-def _doubtful_size(path: Path, mask: np.ndarray, volumes: np.ndarray) -> list[Doubt]:
+def _doubtful_size(path: Path, mask: np.ndarray, volumes: np.ndarray) -> list[CaseWarning]:
     share = covered_share(mask, volumes)
     if share >= DOUBTFUL_SHARE:
-        return [Doubt("{}: covers {} of the head; check that it is a lesion mask", path, _percent(share))]
+        return [CaseWarning("{}: covers {} of the head; check that it is a lesion mask", path, _percent(share))]
     head = (volumes > 0).any(axis=(0, 1, 3))  # [Z]
     slices = mask.any(axis=(0, 1)) & head
     if slices.any() and slices[head].all():
-        return [Doubt("{}: marks a lesion in all {} slices (100 %), {} of the head; check that it is a lesion mask",
+        return [CaseWarning("{}: marks a lesion in all {} slices (100 %), {} of the head; check that it is a lesion mask",
                       path, head.sum(), _percent(share))]
     return []
 

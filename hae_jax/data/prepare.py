@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hae_jax.data.case_warning import CaseWarning
 from hae_jax.data.cases import MODALITIES, CaseFiles, find_cases, read_case
-from hae_jax.data.doubts import Doubt
 from hae_jax.data.layouts import check_modalities, looked_for
 from hae_jax.data.lesion_mask import refuse_head_mask
 from hae_jax.data.nifti import ORIENTATION
@@ -84,7 +84,7 @@ class _Plan:
 class _Loaded:
     slices: CaseSlices
     affine: np.ndarray | None
-    warnings: tuple[Doubt, ...] = ()
+    warnings: tuple[CaseWarning, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

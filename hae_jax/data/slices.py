@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from hae_jax.data.case_warning import CaseWarning
 from hae_jax.data.cases import Case
-from hae_jax.data.doubts import Doubt
 from hae_jax.data.nifti import Grid
 from hae_jax.errors import UserError
 
@@ -73,7 +73,7 @@ class SlicedCase:
     grid: Grid
     head: np.ndarray
     truth: np.ndarray | None
-    warnings: tuple[Doubt, ...]
+    warnings: tuple[CaseWarning, ...]
 
     @property
     def heads(self) -> np.ndarray:  # [S, H, W] bool
