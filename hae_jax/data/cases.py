@@ -67,8 +67,8 @@ def read_case(files: CaseFiles) -> Case:
     mask = None
     if files.segmentation is not None:
         values = _read_on_grid(ImageFile("segmentation", files.segmentation), grid, files.images[0].path)
-        mask, doubts = lesion_mask(files.segmentation, values, volumes)
-        warnings += doubts
+        mask, found = lesion_mask(files.segmentation, values, volumes)
+        warnings += found
     warnings += preprocessing_signs(volumes, grid.reoriented_affine, tuple(wanted))
     return Case(files.name, volumes, grid.reoriented_affine, grid, mask, warnings)
 
@@ -117,12 +117,13 @@ def _warnings(grid: Grid, volumes: np.ndarray) -> tuple[CaseWarning, ...]:
     found = []
     channels = np.moveaxis(volumes, -1, 0)
     if any(channel.min() < -NEGATIVE * channel.max() for channel in channels):
-        found.append(CaseWarning("voxels are far below 0: networks are trained on images with background 0 and a positive "
-                           "brain, so slices may be taken for empty; export the images without centring or z-scores"))
+        found.append(CaseWarning(
+            "voxels are far below 0: networks are trained on images with background 0 and a positive brain, so slices "
+            "may be taken for empty; export the images without centring or z-scores"))
     if backgrounds := sorted({value for channel in channels if (value := _background(channel)) > 0}):
         values = ", ".join(f"{value:g}" for value in backgrounds)
-        found.append(CaseWarning("the background is {}, not 0: networks are trained on images with background 0; subtract it",
-                           values))
+        found.append(CaseWarning(
+            "the background is {}, not 0: networks are trained on images with background 0; subtract it", values))
     height, width = np.linalg.norm(grid.reoriented_affine[:3, :2], axis=0) * grid.reoriented_shape[:2]
     if not SQUARE[0] <= height / width <= SQUARE[1]:
         found.append(CaseWarning("axial slices show {:.0f} x {:.0f} mm and are resized to a square, which distorts the "

@@ -79,8 +79,9 @@ def _doubtful_size(path: Path, mask: np.ndarray, volumes: np.ndarray) -> list[Ca
     head = (volumes > 0).any(axis=(0, 1, 3))  # [Z]
     slices = mask.any(axis=(0, 1)) & head
     if slices.any() and slices[head].all():
-        return [CaseWarning("{}: marks a lesion in all {} slices (100 %), {} of the head; check that it is a lesion mask",
-                      path, head.sum(), _percent(share))]
+        return [CaseWarning(
+            "{}: marks a lesion in all {} slices (100 %), {} of the head; check that it is a lesion mask",
+            path, head.sum(), _percent(share))]
     return []
 
 

@@ -157,15 +157,18 @@ def header_warnings(grid: Grid) -> list[CaseWarning]:
     """What is unusual about a header's numbers, in words."""
     found = []
     if grid.header["qform_code"] == 0 and grid.header["sform_code"] == 0:
-        found.append(CaseWarning("the header tells no orientation (qform and sform codes are 0); taken as {}", grid.axes))
+        found.append(CaseWarning(
+            "the header tells no orientation (qform and sform codes are 0); taken as {}", grid.axes))
     spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)
     if not _plausible(spacing):
-        found.append(CaseWarning("its voxels are {}, which is no image of a head; millilitres and millimetres of the results "
-                           "are wrong if that is; correct the voxel size in the header", _mm(spacing)))
+        found.append(CaseWarning(
+            "its voxels are {}, which is no image of a head; millilitres and millimetres of the results are wrong if "
+            "that is; correct the voxel size in the header", _mm(spacing)))
     zooms = np.array(grid.header.get_zooms()[:3], float) * _UNITS[int(grid.header["xyzt_units"]) & 7][1]
     if grid.header["sform_code"] != 0 and not np.allclose(spacing, zooms, rtol=SIZES_AGREE, atol=0):
-        found.append(CaseWarning("the header gives two voxel sizes, {} (sform) and {} (pixdim); the sform is used, other "
-                           "programs may use the other", _mm(spacing), _mm(zooms)))
+        found.append(CaseWarning(
+            "the header gives two voxel sizes, {} (sform) and {} (pixdim); the sform is used, other programs may use "
+            "the other", _mm(spacing), _mm(zooms)))
     return found
 
 
