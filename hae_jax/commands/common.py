@@ -14,8 +14,8 @@ from hae_jax.console import show_messages
 from hae_jax.errors import UserError
 from hae_jax.files import disk_refuses, full_places
 
-CASES_HELP = ("table that says where each case lies, instead of a folder: columns case, patient, one a modality, "
-              "segmentation; paths relative to it (docs/data.md)")
+CASES_HELP = ("CSV table of cases instead of a folder: columns case, patient, one column per modality, segmentation; "
+              "paths are relative to the table (docs/data.md)")
 _OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE)
 _PREFIX = "--config."
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -44,7 +44,7 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             if not disk_refuses(error):
                 raise
             where = error.filename or " and ".join(full_places()) or "the output, /tmp or /dev/shm"
-            sys.exit(_fail(f"error: {where}: {error.strerror}; what is finished is there: make room, then give the "
+            sys.exit(_fail(f"error: {where}: {error.strerror}; finished results are kept; make space, then run the "
                            "command again", 2))
         except MemoryError as error:
             sys.exit(_fail(f"error: there is not enough memory ({error}); lower the batch size or the workers", 2))
@@ -100,12 +100,12 @@ def _meant(field: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(field.rpartition(".")[2], own_names.values(), cutoff=0.7)
     meant = [name for name, own in own_names.items() if own in close]
     question = f"did you mean {' or '.join(meant)}? " if meant else ""
-    return f"{question}configs/default.py has all of them"
+    return f"{question}configs/default.py lists all fields"
 
 
 def _no_device(error: BaseException) -> str:
     asked = os.environ.get("JAX_PLATFORMS", "")
-    what = f"JAX_PLATFORMS is {asked!r}: unset it, or install the JAX that has it" if asked else (
+    what = f"JAX_PLATFORMS is {asked!r}: unset it, or install a JAX with this platform" if asked else (
         "check the driver, or set JAX_PLATFORMS=cpu")
     return f"error: JAX finds no device{f' ({error})' if str(error) else ''}; {what}"
 
