@@ -91,15 +91,15 @@ def failing(error):
 
 
 @pytest.mark.parametrize(("error", "says"), [
-    (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory; something else lies there"),
-    (OSError(errno.EISDIR, "Is a directory", "a.tmp", None, "a"), "a: Is a directory; something else lies there"),
+    (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory; something else is there"),
+    (OSError(errno.EISDIR, "Is a directory", "a.tmp", None, "a"), "a: Is a directory; something else is there"),
     (OSError(errno.ENOTCONN, "Transport endpoint is not connected", "a"), "a: Transport endpoint .*; check its perm"),
     (OSError(errno.EFBIG, "File too large", "a"), "a: File too large"),
     (OSError(errno.ENOSPC, "No space left on device", "a"), "a: No space left on device; .* make room"),
     (FileNotFoundError(errno.ENOENT, "No such file or directory"), "the folder .* is not there any more"),
     (MemoryError("Unable to allocate 1 TiB"), r"there is not enough memory \(Unable to allocate 1 TiB\)"),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
-     r"the device has not enough memory \(RESOURCE_EXHAUSTED: Out of memory\); lower the batch size"),
+     r"the device does not have enough memory \(RESOURCE_EXHAUSTED: Out of memory\); lower the batch size"),
 ])
 def test_what_the_environment_refuses_is_one_line(error, says, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -8,8 +8,9 @@ from hae_jax.commands.common import check_fields, entry_point
 from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 
 _DESCRIPTION = """\
-Compare settings of the method residual on slices of the validation split and write ablation.md and ablation.json. The
-settings of the config come first, then each of them changed alone. Test subjects are not looked at."""
+Measure the effect of each setting of the method residual on slices of the validation split. Writes ablation.md and
+ablation.json. The first row has the settings of the config. Each further row changes one of them. Test subjects are not
+used."""
 _EPILOG = """\
 examples:
   python tools/ablate.py --checkpoint runs/a
@@ -21,10 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, compares."""
     parser = argparse.ArgumentParser(prog="ablate.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="RUN", help="a run, a folder of exported weights, or the name of "
-                        "shipped ones; default: the shipped weights of the phantom")
-    parser.add_argument("--slices", type=int, default=256, metavar="N", help="validation slices; default: 256")
-    parser.add_argument("--output", metavar="FOLDER", help="default: RUN/ablation")
+    parser.add_argument("--checkpoint", metavar="RUN", help="run folder of train.py, folder of exported "
+                        "weights, or name of shipped weights; default: the shipped weights of the phantom")
+    parser.add_argument("--slices", type=int, default=256, metavar="N", help="validation slices used; default: 256")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: RUN/ablation")
     arguments, overrides = parser.parse_known_args(argv)
     check_overrides(overrides)
     check_fields(overrides)

@@ -13,20 +13,21 @@ _SMALL = ("image_size=64", "model_channels=32", "num_res_blocks=1", "channel_mul
           "attention_resolutions=(2,4)")
 _DESCRIPTION = """\
 Measure a training step, a forward pass, the translation of a batch and the loader: time (median), images/s, model
-FLOP/s, memory, compile time. What is compared is timed in turns. "model" FLOP are those that the network needs, counted
-on shapes, whatever the measured program does besides. MFU is their share of what a large matrix product reaches on the
-same devices. "time x" and "memory x" compare a baseline with ours, another variant with the first, and a block's forms
-with the first of them. "blocks" are single pieces in the sizes of the full network; they are measured on request."""
+FLOP/s, memory, compile time. Compared programs are timed in turns (interleaved timing). Model FLOP are the operations
+that the network needs, counted on shapes. MFU is model FLOP/s divided by the FLOP/s of a large matrix product on the
+same devices. "time x" and "memory x" are the values of a baseline divided by ours, of another variant divided by the
+first one, or of a block's other form divided by the first form. "blocks" are single layers in the sizes of the full
+network; they are measured only with --part blocks."""
 _PARTS = ("train", "forward", "translate", "input")
 _EPILOG = """\
 examples:
   python tools/benchmark.py                                          # a small network, about 4 minutes on two cores
-  python tools/benchmark.py --baseline attention,convolution,translation # what each saving brings
+  python tools/benchmark.py --baseline attention,convolution,translation # each saving alone
   python tools/benchmark.py --part train,forward --baseline torch    # PyTorch, in turns with ours
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
   python tools/benchmark.py --config configs/brats_v2c.py --config.model.attention=cudnn    # another form of attention
-  python tools/benchmark.py --input --config configs/brats_v2c.py    # does the loader keep up with the training step?
+  python tools/benchmark.py --input --config configs/brats_v2c.py    # is the loader fast enough for the training step?
   python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others"""
 
 
@@ -34,24 +35,27 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--part", type=_names, metavar="A,B", help="of train, forward, translate, input, blocks; default: "
+    add("--part", type=_names, metavar="A,B", help="what to measure, of train, forward, translate, "
+        "input, blocks; default: "
         f"{','.join(_PARTS)}")
-    add("--input", action="store_const", dest="part", const=("train", "input"), help="the loader against the training "
-        "step's need: --part train,input")
-    add("--variant", type=_names, metavar="A,B", help="fpdm, hae, hae_lite, hae_v2, hae_v2c; default: the config's")
-    add("--baseline", type=_names, metavar="A,B", help="naive, or attention, "
-        "convolution, translation: each alone naive; torch: the same network in PyTorch (train and forward; "
-        "pip install torch); none; default: naive, with --input none")
-    add("--batch", type=int, metavar="N", help="images, over all devices; default: 8")
+    add("--input", action="store_const", dest="part", const=("train", "input"), help="compare the loader with the "
+        "training step; the same as --part train,input")
+    add("--variant", type=_names, metavar="A,B", help="variants to measure, of fpdm, hae, hae_lite, hae_v2, hae_v2c; "
+        "default: the config's")
+    add("--baseline", type=_names, metavar="A,B", help="baselines to compare with. naive: a direct "
+        "implementation; attention, convolution, translation: only this part is naive; torch: the same network in "
+        "PyTorch (train and forward; pip install torch); none. Default: naive; with --input none")
+    add("--batch", type=int, metavar="N", help="batch size over all devices; default: 8")
     add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: a small network, "
         f"configs/default.py with {', '.join(_SMALL)}")
-    add("--image-size", type=int, metavar="PX", help="attention stays at the same sizes in pixels")
-    add("--model-channels", type=int, metavar="N", help="base width")
-    add("--dtype", choices=("float32", "bfloat16"), help="of computation; default: the config's")
-    add("--remat", choices=("none", "block", "full"), help="default: the config's")
-    add("--steps", type=int, metavar="N", help="that a translation walks; default: 4 of 600")
-    add("--repeats", type=int, metavar="N", help="turns; default: 5")
-    add("--devices", choices=("one", "cores"), help="one device, or all (on a CPU, its cores); default: cores")
+    add("--image-size", type=int, metavar="PX", help="size of the slices; attention stays at the same sizes in pixels")
+    add("--model-channels", type=int, metavar="N", help="base width of the network")
+    add("--dtype", choices=("float32", "bfloat16"), help="type of computation; default: the config's")
+    add("--remat", choices=("none", "block", "full"), help="recomputation in the backward pass; default: the config's")
+    add("--steps", type=int, metavar="N", help="steps of a translation; default: 4 of 600")
+    add("--repeats", type=int, metavar="N", help="number of turns; default: 5")
+    add("--devices", choices=("one", "cores"), help="one device, or all devices (on a CPU, its cores); default: "
+        "cores")
     add("--output", metavar="FOLDER", help="also write the table there, as Markdown and JSON")
     return parser
 
@@ -101,5 +105,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name for name in text.split(",") if name)
     if not names:
-        raise argparse.ArgumentTypeError("names nothing")
+        raise argparse.ArgumentTypeError("is empty")
     return names

@@ -10,8 +10,8 @@ from hae_jax.commands.common import entry_point
 from hae_jax.errors import UserError
 
 _DESCRIPTION = """\
-Find lesions in a BIDS dataset and write BIDS derivatives. The level participant works on subjects, the level group
-gathers their lesion volumes in one table. All other options are those of translate.py, for example --checkpoint RUN,
+Find lesions in a BIDS dataset and write BIDS derivatives. The level participant processes the subjects. The level group
+collects their lesion volumes in one table. All other options are those of translate.py, for example --checkpoint RUN,
 --save-probability, --save-healthy, --calibration FILE, --config.translation.draws=4."""
 _EPILOG = """\
 examples:
@@ -19,7 +19,7 @@ examples:
   hae-bids /data/bids /data/bids/derivatives/hae participant --participant-label 01 02 --checkpoint runs/a
   hae-bids /data/bids /data/bids/derivatives/hae group
 
-Jobs that are given one subject each may run at the same time. Research use only; not a medical device."""
+Jobs with one subject each may run at the same time. Research use only; not a medical device."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,9 +27,10 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bids_dir", type=Path, help="BIDS dataset with skull-stripped, registered images")
     parser.add_argument("output_dir", type=Path, help="folder for the derivatives")
-    parser.add_argument("analysis_level", choices=("participant", "group"))
+    parser.add_argument("analysis_level", choices=("participant", "group"), help="participant: process "
+                        "subjects; group: write the table of all subjects")
     parser.add_argument("--participant-label", "--participant_label", nargs="+", metavar="LABEL", default=[],
-                        help="subjects to work on, with or without sub-; default: all")
+                        help="subjects to process, with or without sub-; default: all")
     return parser
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.analysis_level == "group":
         if others:
-            raise UserError(f"{others[0]}: unknown argument of the level group; see --help")
+            raise UserError(f"{others[0]}: the level group does not take this argument; see --help")
         print(f"table: {write_group_table(arguments.output_dir)}")
         return
     from hae_jax.commands import translate
@@ -77,14 +78,14 @@ def _subjects(dataset: Path, labels: Sequence[str]) -> list[Path]:
       UserError: this is no BIDS dataset, or a subject is not there.
     """
     if not (dataset / "dataset_description.json").is_file():
-        raise UserError(f"{dataset}: has no dataset_description.json; give the folder of a BIDS dataset, or use "
-                        "translate.py, which reads other layouts, with --layout bids")
+        raise UserError(f"{dataset}: has no dataset_description.json; give the folder of a BIDS dataset. For other "
+                        "layouts use translate.py --layout bids")
     if not labels:
         found = sorted(path for path in dataset.glob("sub-*") if path.is_dir())
         if not found:
-            raise UserError(f"{dataset}: holds no folder sub-...; give the folder of a BIDS dataset")
+            raise UserError(f"{dataset}: has no folder sub-...; give the folder of a BIDS dataset")
         return found
     wanted = [dataset / f"sub-{label.removeprefix('sub-')}" for label in labels]
     if missing := [path.name for path in wanted if not path.is_dir()]:
-        raise UserError(f"{dataset}: holds no {', '.join(missing)}; check --participant-label")
+        raise UserError(f"{dataset}: has no {', '.join(missing)}; check --participant-label")
     return wanted

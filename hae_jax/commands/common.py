@@ -15,8 +15,8 @@ from hae_jax.console import show_messages
 from hae_jax.errors import UserError
 from hae_jax.files import disk_refuses, full_places
 
-CASES_HELP = ("table that says where each case lies, instead of a folder: columns case, patient, one a modality, "
-              "segmentation; paths relative to it (docs/data.md)")
+CASES_HELP = ("CSV table of cases instead of a folder: columns case, patient, one column per modality, segmentation; "
+              "paths are relative to the table (docs/data.md)")
 _OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG,
                   errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENODEV)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY, errno.EXDEV, errno.EBUSY)
@@ -65,18 +65,18 @@ def _outside(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
-        return "the folder that the command was given in is not there any more; change to another"
+        return "the current folder no longer exists; change to another folder"
     if isinstance(error, OSError) and error.filename and error.errno in _OF_THE_SYSTEM:
         return f"{error.filename}: {error.strerror}; check its permissions and the disk"
     if isinstance(error, OSError) and error.filename and error.errno in _IN_THE_WAY:
-        return f"{error.filename2 or error.filename}: {error.strerror}; something else lies there: give another path"
+        return f"{error.filename2 or error.filename}: {error.strerror}; something else is there; give another path"
     if isinstance(error, OSError) and disk_refuses(error):
         where = error.filename or " and ".join(full_places()) or "the output, /tmp or /dev/shm"
-        return f"{where}: {error.strerror}; what is finished is there: make room, then give the command again"
+        return f"{where}: {error.strerror}; finished results are kept; make space, then run the command again"
     if isinstance(error, MemoryError):
         return f"there is not enough memory ({error}); lower the batch size, the image size or the workers"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        return (f"the device has not enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or set "
+        return (f"the device does not have enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or set "
                 "model.remat, model.dtype=bfloat16 or training.accumulation (docs/training.md, Memory)")
     if isinstance(error, RuntimeError | AssertionError):
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -136,12 +136,12 @@ def _meant(field: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(field.rpartition(".")[2], own_names.values(), cutoff=0.7)
     meant = [name for name, own in own_names.items() if own in close]
     question = f"did you mean {' or '.join(meant)}? " if meant else ""
-    return f"{question}configs/default.py has all of them"
+    return f"{question}configs/default.py lists all fields"
 
 
 def _no_device(error: BaseException) -> str:
     asked = os.environ.get("JAX_PLATFORMS", "")
-    what = f"JAX_PLATFORMS is {asked!r}: unset it, or install the JAX that has it" if asked else (
+    what = f"JAX_PLATFORMS is {asked!r}: unset it, or install a JAX with this platform" if asked else (
         "check the driver, or set JAX_PLATFORMS=cpu")
     return f"JAX finds no device{f' ({error})' if str(error) else ''}; {what}"
 

@@ -10,9 +10,9 @@ from hae_jax.errors import UserError
 
 METHODS = "residual,hae,ddib,anoddpm-gaussian,anoddpm-simplex,threshold"
 _DESCRIPTION = """\
-Run several methods on the same cases and write comparison.csv, .md, .json and .png; with --steps, also the quality of
-the forward process against its number of steps: steps.csv, .md, .json and .png. Each method's masks and maps are kept
-in a folder of its own, and are not computed again by the next call."""
+Run several methods on the same cases and write comparison.csv, .md, .json and .png. With --steps, also measure the
+method hae with several numbers of steps and write steps.csv, .md, .json and .png. Masks and maps of each method are
+kept in a folder of their own, and the next call reuses them."""
 _EPILOG = """\
 examples:
   python tools/compare_methods.py                                  # the phantom's test cases, shipped weights
@@ -26,24 +26,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="compare_methods.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: that of the checkpoint, or "
+    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: the config of the checkpoint, or "
                         f"{DEMO_CONFIG}")
-    parser.add_argument("--checkpoint", metavar="RUN", help="folder that train.py --workdir wrote, folder of exported "
-                        "weights, or name of shipped ones; default: as of translate.py")
+    parser.add_argument("--checkpoint", metavar="RUN", help="run folder of train.py, folder of exported weights, or "
+                        "name of shipped weights; default: as for translate.py")
     parser.add_argument("--unconditional", metavar="RUN", help="run of an unconditional network for AnoDDPM (configs/"
                         "anoddpm.py); default: the null condition of --checkpoint")
-    parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py; for the method classifier")
-    parser.add_argument("--dae", metavar="RUN", help="run of configs/dae.py; for the method dae")
+    parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py, for the method classifier")
+    parser.add_argument("--dae", metavar="RUN", help="run of configs/dae.py, for the method dae")
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases with segmentations; default: the test split "
                         "of the config's data")
-    parser.add_argument("--output", metavar="FOLDER", help="where the tables go; default: RUN/comparison")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: RUN/comparison")
     parser.add_argument("--phantom-seed", type=int, metavar="N", help="compare on a new phantom of this seed, made in "
-                        "data/ like the one of the network's training; its own validation subjects calibrate what has "
-                        "no calibration yet")
-    parser.add_argument("--subjects", type=int, default=20, metavar="N", help="test subjects of --phantom-seed; "
-                        "default: 20")
-    parser.add_argument("--methods", default=METHODS, metavar="A,B", help=f"which; default: {METHODS}")
-    parser.add_argument("--steps", default="", metavar="N,M", help="numbers of steps to respace the whole schedule to")
+                        "data/ with the settings of the training phantom; methods without a calibration are "
+                        "calibrated on its validation subjects")
+    parser.add_argument("--subjects", type=int, default=20, metavar="N", help="number of test subjects of the "
+                        "new phantom; default: 20")
+    parser.add_argument("--methods", default=METHODS, metavar="A,B", help=f"methods to compare; default: {METHODS}")
+    parser.add_argument("--steps", default="", metavar="N,M", help="also run hae with its schedule respaced to each of "
+                        "these numbers of steps")
     return parser
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_fields(overrides)
     methods = [name.strip() for name in arguments.methods.split(",") if name.strip()]
     if not methods and not arguments.steps:
-        raise UserError("--methods names nothing and --steps is not given: say what to compare")
+        raise UserError("--methods is empty and --steps is not given; give one of them")
     counts = _counts(arguments.steps)
 
     # Imported after parsing: --help shall not wait for JAX.
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     if arguments.phantom_seed is not None:
         if arguments.input:
-            raise UserError("--phantom-seed and --input name two sets of cases; leave one of them out")
+            raise UserError("--phantom-seed and --input: give only one of them")
         new_phantom(config.data, arguments.phantom_seed, arguments.subjects)
     ensure_phantom(config.data, config.model.image_size)
 
@@ -104,4 +105,4 @@ def _counts(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part]
     except ValueError as error:
-        raise UserError(f"--steps {text}: give whole numbers with commas, such as 10,20,50") from error
+        raise UserError(f"--steps {text}: give whole numbers separated by commas, such as 10,20,50") from error

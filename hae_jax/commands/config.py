@@ -16,9 +16,8 @@ from hae_jax.errors import UserError
 
 _PRESETS = Path(configs.__file__).parent
 DEFAULTS = str(_PRESETS / "default.py")
-CONFIG_HELP = ("configuration file, or the name of a preset, such as brats_v2c; any field of it can be overridden, for "
-               "example --config.training.steps=1000 "
-               "(all fields are explained in configs/default.py)")
+CONFIG_HELP = ("configuration file, or name of a preset such as brats_v2c; --config.FIELD=VALUE sets a single field, "
+               "such as --config.seed=1 (configs/default.py explains all fields)")
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -65,14 +64,14 @@ def fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]
 def _run(file: Path) -> Any:
     """What `get_config` of a file returns. The file is run anew, whatever was read before under its name."""
     if file.suffix != ".py":
-        raise UserError(f"--config {file}: configuration files are Python with a function get_config, called .py (see "
-                        "configs/phantom.py); a trained network brings its own with --checkpoint")
+        raise UserError(f"--config {file}: a configuration file is a .py file with a function get_config (see "
+                        "configs/phantom.py); for the config of a trained network give --checkpoint")
     try:
         namespace = runpy.run_path(str(file), run_name="hae_jax_config")
         get_config = namespace.get("get_config")
         if not callable(get_config):
-            raise UserError(f"--config {file}: defines no function get_config, so it says nothing; see "
-                            "configs/phantom.py for one")
+            raise UserError(f"--config {file}: defines no function get_config; see configs/phantom.py for an "
+                            "example")
         return get_config()
     except UserError:
         raise
@@ -97,7 +96,7 @@ def _checked(path: str, config: Any) -> ml_collections.ConfigDict:
     usual = default.get_config()
     own, known = ({name: value for name, value in fields(tree).items() if not name.startswith("data.phantom")}
                   for tree in (config, usual))
-    for names, what in ((own.keys() - known.keys(), "has a field that is not known"),
+    for names, what in ((own.keys() - known.keys(), "has an unknown field"),
                         (known.keys() - own.keys(), "lacks a field")):
         if names:
             raise UserError(f"--config {path}: {what}, {min(names)}; see configs/default.py for the fields")
@@ -117,4 +116,4 @@ def _file(path: str) -> Path:
     if given.parent in (Path("."), Path("configs")) and (preset := _PRESETS / f"{given.stem}.py").is_file():
         return preset
     presets = sorted(file.stem for file in _PRESETS.glob("*.py") if file.stem != "__init__")
-    raise UserError(f"--config {path}: no such file, and no preset of this name; presets are {', '.join(presets)}")
+    raise UserError(f"--config {path}: no such file or preset; presets are {', '.join(presets)}")

@@ -7,9 +7,9 @@ from hae_jax.commands.common import entry_point
 from hae_jax.commands.config import CONFIG_HELP, DEFAULTS, read_config
 
 _DESCRIPTION = """\
-Import the weights of a PyTorch run. The folder that is written is a run like any other: translate.py --checkpoint takes
-it, and train.py --workdir goes on with it. With --to-torch, write the weights of a run for PyTorch instead.
-Nothing is written unless everything fits. .pt files are never allowed to run code."""
+Import the weights of a PyTorch run. The output is a run folder: translate.py --checkpoint uses it, and train.py
+--workdir continues it. With --to-torch, write the weights of a run for PyTorch instead. Nothing is written unless all
+names and shapes fit. Code in .pt files is never executed."""
 _EPILOG = """\
 examples:
   python tools/convert_torch_weights.py --checkpoint model210000.pt --ema ema_0.9999_210000.pt \\
@@ -25,17 +25,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="state dict: .pt (plain or nested under state_dict, model or ema) or "
-        ".safetensors; a file named ema_RATE_STEP.pt serves as parameters and as average")
-    add("--optimizer", metavar="FILE", help="state of AdamW, opt210000.pt; default: moments begin at zero")
+        ".safetensors; a file named ema_RATE_STEP.pt is used both as parameters and as EMA weights")
+    add("--optimizer", metavar="FILE", help="state of AdamW, such as opt210000.pt; default: moments start at zero")
     add("--ema", metavar="FILE", nargs="?", const="", action="append", default=[],
-        help="average of the parameters, ema_0.9999_210000.pt; once for each rate; default: begins as the parameters. "
-             "With --to-torch and without a FILE: write the (first) average, not the parameters")
-    add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py with the network that the names "
-        "and shapes tell, which is also written to config.py for train.py")
-    add("--output", metavar="FOLDER", help="the run to write, new or empty")
+        help="EMA weights, such as ema_0.9999_210000.pt; once per rate; default: a copy of the parameters. With "
+             "--to-torch and without a FILE: write the first EMA weights, not the parameters")
+    add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py with the network that names "
+        "and shapes imply; it is also written to config.py for train.py")
+    add("--output", metavar="FOLDER", help="run folder to write, new or empty")
     add("--verify", action="store_true", help="read the checkpoint again and compare every array with the files")
-    add("--to-torch", metavar=("RUN", "FILE"), nargs=2, help="write the newest checkpoint of a run to a .pt that "
-        "load_state_dict takes strictly, or to a .safetensors")
+    add("--to-torch", metavar=("RUN", "FILE"), nargs=2, help="write the newest checkpoint of a run as a .pt file for "
+        "load_state_dict(strict=True), or as .safetensors")
     return parser
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.to_torch:
         if overrides or arguments.checkpoint or arguments.output or arguments.config or any(arguments.ema):
-            parser.error("--to-torch RUN FILE goes with --ema (without a file) only")
+            parser.error("--to-torch RUN FILE can be combined only with --ema (without a file)")
         _export(*arguments.to_torch, ema=bool(arguments.ema))
     elif not arguments.checkpoint or not arguments.output or "" in arguments.ema:
         parser.error("give --checkpoint FILE and --output FOLDER (and each --ema its FILE), or --to-torch RUN FILE")
@@ -73,7 +73,7 @@ def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print("\n".join([*torch_run.network_lines(config), *lines]))
     source = " ".join([arguments.config or f"{arguments.output}/config.py", *overrides])
     print(f"to translate: python translate.py --checkpoint {arguments.output} --input FOLDER")
-    print(f"to go on: python train.py --config {source} --workdir {arguments.output}"
+    print(f"to continue: python train.py --config {source} --workdir {arguments.output}"
           + (f" --config.training.steps=N (above {weights.step})" if weights.step >= config.training.steps else ""))
 
 

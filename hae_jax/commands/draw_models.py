@@ -14,20 +14,16 @@ examples:
   python tools/draw_models.py --table"""
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws, or prints the table."""
     parser = argparse.ArgumentParser(
-        prog="draw_models", formatter_class=_Formatter, epilog=_EPILOG,
+        prog="draw_models", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG,
         description="Draw the five networks with the sizes of configs/brats_v2c.py, or count their parameters.")
     parser.add_argument("--output", default="docs/models.svg", metavar="FILE",
-                        help="drawing to write: .svg, .png or .pdf")
+                        help="drawing to write: .svg, .png or .pdf; default: docs/models.svg")
     parser.add_argument("--table", action="store_true",
-                        help="print the parameter counts of the five BraTS configs as Markdown, and draw nothing")
+                        help="print the parameter counts of the five BraTS configs as Markdown instead")
     arguments = parser.parse_args(argv)
     if not arguments.table and Path(arguments.output).suffix not in (".svg", ".png", ".pdf"):
         parser.error(f"--output {arguments.output}: the name must end in .svg, .png or .pdf")
@@ -43,4 +39,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         from hae_jax.model.drawing import draw_models
 
         draw_models(configs[-1], arguments.output)
-        print(f"drawing in {arguments.output}")
+        print(f"written: {arguments.output}")

@@ -14,10 +14,10 @@ examples:
   hae-export --to shared/my-network --checkpoint runs/a --license apache-2.0 --results runs/a/translation
   hae-export --nnunet nnUNet_raw/Dataset501_Lesion --results results --cases 100
 
---to: model.safetensors, config.json, calibration.json and README.md, the model card. translate.py --checkpoint and
-Localizer.load take the folder as it is; upload it with hf upload NAME shared/my-network.
---nnunet: imagesTr, labelsTr and dataset.json, the surest cases first (sure_cases.csv); the run must have been made with
---save-probability. Research use only; not a medical device."""
+--to writes model.safetensors, config.json, calibration.json and README.md (the model card). translate.py --checkpoint
+and Localizer.load accept this folder. Upload it with: hf upload NAME shared/my-network
+--nnunet writes imagesTr, labelsTr, dataset.json and sure_cases.csv (the surest cases first). It needs results that were
+made with --save-probability. Research use only; not a medical device."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,14 +26,14 @@ def _parser() -> argparse.ArgumentParser:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", metavar="FOLDER", help="new folder for the network")
     target.add_argument("--nnunet", metavar="FOLDER", help="new folder for the dataset")
-    parser.add_argument("--checkpoint", metavar="RUN", default="phantom", help="with --to: folder that train.py wrote, "
+    parser.add_argument("--checkpoint", metavar="RUN", default="phantom", help="with --to: run folder of train.py, "
                         "or name of shipped weights (default: %(default)s)")
-    parser.add_argument("--results", metavar="FOLDER", help="of translate.py: the metrics for the card, or the masks")
-    parser.add_argument("--license", metavar="ID", default="unknown", help="with --to: of the weights, as the Hub "
-                        "calls it (default: %(default)s)")
-    parser.add_argument("--half", action="store_true", help="with --to: weights in half precision, without the "
-                        "calibration, which does not fit them any more")
-    parser.add_argument("--cases", type=int, metavar="N", help="with --nnunet: the N surest cases (default: all)")
+    parser.add_argument("--results", metavar="FOLDER", help="results of translate.py: metrics for the card, or masks")
+    parser.add_argument("--license", metavar="ID", default="unknown", help="with --to: licence of the weights, as "
+                        "the Hub abbreviates it (default: %(default)s)")
+    parser.add_argument("--half", action="store_true", help="with --to: store the weights in half precision; the "
+                        "calibration is left out, because it belongs to the full-precision weights")
+    parser.add_argument("--cases", type=int, metavar="N", help="with --nnunet: only the N surest cases (default: all)")
     return parser
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.nnunet:
         if not arguments.results:
-            raise UserError("--nnunet: needs the folder of masks; name it with --results")
+            raise UserError("--nnunet: needs the folder of masks; give it with --results")
         from hae_jax.pipeline.nnunet import ORDER, export_nnunet
 
         names = export_nnunet(arguments.results, arguments.nnunet, arguments.cases)
@@ -55,4 +55,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in export_network(arguments.checkpoint, arguments.to, license_id=arguments.license,
                                results=arguments.results, half=arguments.half):
         print(line)
-    print(f"network: {arguments.to}; read README.md, the card, and complete it")
+    print(f"network: {arguments.to}; read README.md, the model card, and complete it")

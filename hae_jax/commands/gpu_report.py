@@ -11,14 +11,15 @@ from hae_jax.errors import UserError
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _DESCRIPTION = """\
-Measure this project on a machine with a GPU: right numbers first, then training, translation, attention, a profile, and
-in the time that is left the training of the phantom's reference network. Each step is a process with its own time
-limit; one that fails or is late does not stop the others. Every figure is in FOLDER/results.json at once."""
+Measure this project on a machine with a GPU. The steps are correctness, training, translation, attention, a profile,
+and in the remaining time the training of the phantom's reference network. Each step is a process with its own time
+limit. If a step fails or times out, the next steps still run. Every value is written to FOLDER/results.json as soon as
+it is measured."""
 _EPILOG = """\
 examples:
   python tools/gpu_report.py --seconds 480 --output results/gpu
-  python tools/gpu_report.py --seconds 600 --output results/rehearsal --rehearse     # in small, on any machine
-  python tools/gpu_report.py --requirements > wheels.txt    # for a GPU machine without a network: what it lacks
+  python tools/gpu_report.py --seconds 600 --output results/rehearsal --rehearse     # small sizes, on any machine
+  python tools/gpu_report.py --requirements > wheels.txt    # packages that an offline GPU machine lacks
   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
       --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 -r wheels.txt -d wheels
   python tools/gpu_report.py --requirements wheels          # the same list with the size of each wheel
@@ -32,13 +33,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_report.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seconds", type=float, default=480, metavar="N", help="that all steps may take together; default: 480")
-    add("--output", metavar="FOLDER", help="for results.json, log.txt, and the reference network with its log")
-    add("--steps", metavar="A,B", help="only these; default: all")
-    add("--rehearse", action="store_true", help="do everything in small, on whatever device there is")
+    add("--seconds", type=float, default=480, metavar="N", help="time limit of all steps together; default: 480")
+    add("--output", metavar="FOLDER", help="folder for results.json, log.txt, and the reference network with its log")
+    add("--steps", metavar="A,B", help="run only these steps; default: all")
+    add("--rehearse", action="store_true", help="run all steps with small sizes, on any device")
     add("--publish", metavar="RESULTS", help="add a report's results.json to docs/benchmarks and exit")
     add("--requirements", nargs="?", const="", metavar="WHEELS", help="list the packages that a GPU machine with JAX "
-        "lacks and exit; with a folder of their wheels, also the sizes")
+        "lacks and exit; with a folder of their wheels, also list the sizes")
     return parser
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(map(str, publish(arguments.publish, _REPOSITORY / "docs" / "benchmarks"))))
         return
     if not arguments.output:
-        raise UserError("--output is missing: name the folder for the results")
+        raise UserError("--output is missing; give the folder for the results")
     from hae_jax.benchmark.gpu_report import STEPS, gpu_report
 
     names = arguments.steps.split(",") if arguments.steps else [step.name for step in STEPS]
@@ -78,7 +79,7 @@ def _requirements(wheels: str) -> Iterator[str]:
         name = _normal(line.partition("==")[0])
         found = [path for path in Path(wheels).glob("*.whl") if _normal(path.name.split("-")[0]) == name]
         if not found:
-            raise UserError(f"--requirements {wheels}: no wheel of {line} there; download it with pip")
+            raise UserError(f"--requirements {wheels}: has no wheel of {line}; download it with pip")
         sizes[line] = sum(path.stat().st_size for path in found)
     yield from (f"{line:32}# {size / 2**20:5.1f} MiB" for line, size in sizes.items())
     yield f"# {len(sizes)} wheels, {sum(sizes.values()) / 2**20:.1f} MiB"

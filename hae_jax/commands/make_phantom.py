@@ -1,4 +1,4 @@
-"""Command: make the phantom on which the program runs as long as there is no data."""
+"""`tools/make_phantom.py`: makes a phantom, the stand-in for patient data."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,29 +14,31 @@ examples:
   python tools/make_phantom.py --output data/small --size 0.25 --subjects 8   # seconds, for trying things out
   python tools/make_phantom.py --output data/phantom --figure docs/phantom.png
   python tools/make_phantom.py --output data/stroke --kind stroke             # one modality, lesions as dark as fluid
-Running the same command again makes only what is missing. Everything in the folder is a phantom: real anatomy (the MNI
-ICBM152 template in the nilearn package), drawn lesions, no patient.
+Running the same command again makes only missing subjects. The folder contains no patients: the anatomy is the MNI
+ICBM152 template of the nilearn package, and the lesions are drawn.
 """
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the examples as they stand."""
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="make_phantom", formatter_class=_Help, epilog=_EXAMPLES,
+        prog="make_phantom", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXAMPLES,
         description="Make a phantom: brain MRI subjects in the BraTS 2021 layout, some with lesions, from a seed.")
-    parser.add_argument("--output", default="data/phantom", help="folder for the subjects")
-    parser.add_argument("--subjects", type=int, default=24, help="number of subjects")
+    parser.add_argument("--output", default="data/phantom", metavar="FOLDER",
+                        help="folder for the subjects; default: data/phantom")
+    parser.add_argument("--subjects", type=int, default=24, metavar="N", help="number of subjects; default: 24")
     parser.add_argument("--kind", choices=PHANTOMS, default="tumour", help="tumour: flair, t1, t1ce and t2; stroke: t1 "
-                        "with old infarcts, as dark as fluid")
-    parser.add_argument("--lesion-share", type=float, default=0.75, help="share of subjects with a lesion, 0 to 1")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
+                        "with old infarcts, as dark as fluid; default: tumour")
+    parser.add_argument("--lesion-share", type=float, default=0.75, metavar="F", help="share of subjects with a "
+                        "lesion, 0 to 1; default: 0.75")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed; the same seed gives the same "
+                        "files; default: 0")
     parser.add_argument("--size", type=float, default=1.0,
-                        help="scale of the 240 x 240 x 155 grid of 1 mm voxels; 0.25 is 60 x 60 x 39 of 4 mm")
-    parser.add_argument("--workers", type=int, default=2, help="processes; each needs about 1.5 GB at full size")
-    parser.add_argument("--figure", metavar="PNG", help="also draw a few of the subjects into this file")
+                        metavar="F",
+                        help="scale of the 240 x 240 x 155 grid of 1 mm voxels; 0.25 is 60 x 60 x 39 of 4 mm; default: "
+                        "1")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes; each needs about 1.5 GB at "
+                        "full size; default: 2")
+    parser.add_argument("--figure", metavar="PNG", help="also draw a few subjects to this file")
     return parser.parse_args(argv)
 
 
@@ -52,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.figure:
         from hae_jax.phantom.figures import draw_phantom  # matplotlib is slow to import
 
-        print(f"phantom figure in {draw_phantom(folder, args.figure, modalities_of(args.kind))}")
+        print(f"picture: {draw_phantom(folder, args.figure, modalities_of(args.kind))}")

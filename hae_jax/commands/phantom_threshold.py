@@ -1,4 +1,4 @@
-"""Command: how well one intensity threshold does on a folder of cases: the baseline that any method has to beat."""
+"""`tools/phantom_threshold.py`: volume Dice of the best intensity threshold on a folder of cases, a baseline."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from hae_jax.phantom.cohort import MANIFEST
 from hae_jax.phantom.figures import ThresholdScore, best_threshold
 
 _DESCRIPTION = """\
-Print the volume Dice of the best intensity threshold (normalised by the 99th percentile), for one threshold common to
-all cases and for each case's own best one. Both are chosen with the segmentations, so they are upper bounds."""
+Print the volume Dice of the best intensity threshold: of one threshold common to all cases, and of the best threshold
+for each case. Intensities are normalised by the 99th percentile. Both thresholds are chosen with the segmentations, so
+the values are upper bounds."""
 
 
 @entry_point
@@ -21,11 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="examples:\n  python tools/phantom_threshold.py data/phantom\n"
         "  python tools/phantom_threshold.py data/stroke --modality t1 --dark")
     parser.add_argument("folder", nargs="?", default="data/phantom", help="folder of cases (default: data/phantom)")
-    parser.add_argument("--modality", default="flair", help="that is thresholded (default: flair)")
-    parser.add_argument("--dark", action="store_true", help="lesions are dark: what lies below the threshold is lesion")
+    parser.add_argument("--modality", default="flair", help="modality to threshold (default: flair)")
+    parser.add_argument("--dark", action="store_true", help="lesions are dark: voxels below the threshold are lesion")
     args = parser.parse_args(argv)
     folder = Path(args.folder)
-    what = "PHANTOM figures" if (folder / MANIFEST).exists() else "figures"
+    what = "PHANTOM metrics" if (folder / MANIFEST).exists() else "metrics"
     print("\n".join(_lines(best_threshold(folder, args.modality, args.dark), what, args.modality)))
 
 

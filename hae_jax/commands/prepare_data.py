@@ -10,13 +10,13 @@ from hae_jax.data.prepare import prepare
 from hae_jax.data.store import verify_store
 
 _DESCRIPTION = """\
-Turn a folder of cases into a prepared dataset: normalised axial slices, lesion masks, labels, split by patient.
-A case that cannot be used is named and skipped; the exit status is then 1. Mistakes end with 2, and nothing is written.
-Volumes of any orientation are turned to that of BraTS. Slices prepared for the PyTorch code
-(npy_train/patient_<case>/slice_<k>.npz, ...) are imported as they are."""
+Make a prepared dataset from a folder of cases: normalised axial slices, lesion masks, labels, a split by patient. A
+case that cannot be used is named and skipped, and the exit status is 1. After a mistake in the command the exit status
+is 2, and nothing is written. Volumes of any orientation are turned to the orientation of BraTS. Slices prepared for the
+PyTorch code (npy_train/patient_<case>/slice_<k>.npz, ...) are imported unchanged."""
 _LAYOUTS = "\n".join(f"  {title}: {example}" for title, example in LAYOUTS)
 _EPILOG = f"""\
-layouts, found without being told which (docs/data.md shows the folders):
+layouts, recognised automatically (docs/data.md shows the folders):
 {_LAYOUTS}
 
 examples:
@@ -29,25 +29,25 @@ examples:
 The default split is the published one; fewer than 20 cases need a larger --val-fraction."""
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(description=_DESCRIPTION, epilog=_EPILOG, 
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", metavar="FOLDER", help="folder of cases in one of the layouts below")
     add("--cases", metavar="FILE", help=CASES_HELP)
-    add("--output", metavar="STORE", help="folder to make")
+    add("--output", metavar="STORE", help="folder to write")
     add("--modalities", nargs="+", default=MODALITIES, choices=MODALITIES, metavar="NAME",
-        help=f"the channels in their order, of {', '.join(MODALITIES)}")
-    add("--image-size", type=int, default=128, metavar="N", help="slices are resized to N x N pixels")
-    add("--train-fraction", type=float, default=0.75, metavar="F", help="share of patients to train on, rounded down")
-    add("--val-fraction", type=float, default=0.05, metavar="F", help="share to calibrate on; the rest is for testing")
-    add("--seed", type=int, default=10, metavar="N", help="seed of the split")
-    add("--workers", type=int, default=2, metavar="N", help="processes; each needs about 1 GB for BraTS cases")
-    add("--overwrite", action="store_true", help="replace an existing prepared dataset once the new one is complete")
-    add("--verify", metavar="STORE", help="only compare the files of a prepared dataset with their checksums")
+        help=f"the channels in their order; default: {' '.join(MODALITIES)}")
+    add("--image-size", type=int, default=128, metavar="N", help="slices are resized to N x N pixels; default: 128")
+    add("--train-fraction", type=float, default=0.75, metavar="F", help="share of patients for training, rounded "
+        "down; default: 0.75")
+    add("--val-fraction", type=float, default=0.05, metavar="F", help="share of patients for validation and "
+        "calibration, default: 0.05; the rest is for testing")
+    add("--seed", type=int, default=10, metavar="N", help="seed of the split; default: 10")
+    add("--workers", type=int, default=2, metavar="N", help="processes; each needs about 1 GB for BraTS cases; "
+        "default: 2")
+    add("--overwrite", action="store_true", help="replace an existing dataset when the new one is complete")
+    add("--verify", metavar="STORE", help="only check the files of a prepared dataset against their checksums")
     return parser
 
 

@@ -7,9 +7,9 @@ from hae_jax.commands.common import entry_point
 from hae_jax.errors import UserError
 
 _DESCRIPTION = """\
-Write the report page of a folder of results (translate.py) or of a training run (train.py): one HTML file that opens in
-a browser by a double click and needs neither network nor server. What is missing or damaged is named on the page. A
-page may be made while the run goes on; the command given again makes it anew."""
+Write the report page of a folder of results (translate.py) or of a training run (train.py). The page is one HTML file.
+It opens in a browser with a double click and needs neither network nor server. Missing or damaged files are named on
+the page. The command may be run while the run continues; run it again to update the page."""
 _EPILOG = """\
 examples:
   python tools/report.py results/phantom/translation
@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", metavar="FILE", help="the page; default: FOLDER/report.html")
     parser.add_argument("--anonymize", action="store_true", help="number the cases and leave out links, commands and "
                         "names of files; default page: FOLDER/report_anonymous.html")
-    parser.add_argument("--max-mb", type=float, default=25.0, metavar="MB", help="largest page in megabytes; beyond it "
-                        "the pictures of each case lie in a folder beside the page; default: 25")
+    parser.add_argument("--max-mb", type=float, default=25.0, metavar="MB", help="largest page in megabytes; above "
+                        "it the pictures of each case are in a folder beside the page; default: 25")
     arguments = parser.parse_args(argv)
     if arguments.output == "":
         raise UserError("--output is empty; name a file, or leave --output out")

@@ -51,7 +51,7 @@ def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") ->
             found[max(step.stat().st_mtime for step in steps)] = path.parent
     if not found:
         raise UserError(f"{folder}/: no checkpoint that was trained on {data_root}; train one with python train.py "
-                        f"--config {config_path} --workdir {folder}/{Path(config_path).stem} (or make demo), or name "
+                        f"--config {config_path} --workdir {folder}/{Path(config_path).stem} (or make demo), or give "
                         "one with --checkpoint")
     return found[max(found)]
 
@@ -74,8 +74,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if not argument.startswith("--config."):
             raise UserError(f"{argument}: unknown argument; see --help")
         if argument.startswith(_FIXED) and not argument.startswith(_FORMS):
-            raise UserError(f"{argument}: belongs to the network's training and comes from its checkpoint; leave it "
-                            "out (translation, data, evaluation and seed can be set)")
+            raise UserError(f"{argument}: is fixed by the training and comes from the checkpoint; leave it out "
+                            "(translation, data, evaluation and seed can be set)")
 
 
 def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -132,15 +132,15 @@ def network_and_config(
     UNetConfig.from_mapping(forms)  # raises for an unknown form
     network = load_trained(checkpoint, forms=forms)
     if network.config["model"].get("task") == "classify":
-        raise UserError(f"{checkpoint}: is a classifier, which finds no lesions alone; name the network that it guides "
-                        f"with --checkpoint, and give --classifier {checkpoint} --method classifier")
+        raise UserError(f"{checkpoint}: is a classifier, which cannot find lesions alone; give the network that it "
+                        f"guides with --checkpoint, and --classifier {checkpoint} --method classifier")
     config = with_network(config or trained_config(network.config, overrides), network.config)
     with config.unlocked():
         config.model.update(forms)
     learnt = tuple(network.config.get("data", {}).get("modalities", config.data.modalities))
     if tuple(config.data.modalities) != learnt:
-        print(f"warning: the network was trained with the channels {', '.join(learnt)} in this order, "
-              f"data.modalities gives it {', '.join(config.data.modalities)}", file=sys.stderr)
+        print(f"warning: the network was trained with the channels {', '.join(learnt)} in this order, but "
+              f"data.modalities is {', '.join(config.data.modalities)}", file=sys.stderr)
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
         network = load_trained(checkpoint, ema=False, forms=forms)
     identity = {**network.identity, "sha256": weights_hash(network.model, config)}
@@ -162,14 +162,14 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
         raise UserError(f"--classifier {run}: the method {config.translation.method} needs no network; leave it out")
     found = load_trained(run, forms={name: config.model[name] for name in FORM_FIELDS if name in config.model})
     if found.config["model"].get("task") != "classify":
-        raise UserError(f"--classifier {run}: is no classifier; name a run of configs/classifier.py")
+        raise UserError(f"--classifier {run}: is not a classifier; give a run of configs/classifier.py")
     wanted = config.to_dict()
     for section, name in (("model", "image_size"), ("model", "in_channels"), ("data", "modalities"),
                           ("data", "scaling"), ("diffusion", "schedule"), ("diffusion", "steps")):
         its, ours = found.config[section].get(name), wanted[section][name]
         if json.dumps(its) != json.dumps(ours):
-            raise UserError(f"--classifier {run}: was trained with {section}.{name} {its}, the network with {ours}; "
-                            "train one with the network's settings")
+            raise UserError(f"--classifier {run}: was trained with {section}.{name} {its}, but the network with "
+                            f"{ours}; train a classifier with the network's settings")
     guided = GuidedNetwork(loaded.model, found.model)
     return loaded._replace(model=guided, identity={
         **loaded.identity, "classifier": {**found.identity, "path": str(run)}, "sha256": weights_hash(guided, config)})

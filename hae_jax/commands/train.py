@@ -9,8 +9,8 @@ from hae_jax.commands.config import CONFIG_HELP, read_config
 from hae_jax.errors import UserError
 
 _DESCRIPTION = """\
-Train a class-conditional diffusion U-Net on slices that are labelled healthy or lesion. The same command resumes a run
-that was stopped. SIGTERM and SIGUSR1 make it save and end with status 75: run it again."""
+Train a class-conditional diffusion U-Net on slices that are labelled healthy or lesion. The same command resumes a
+stopped run. After SIGTERM or SIGUSR1 the run saves and exits with status 75; run the command again to resume."""
 _EPILOG = """\
 examples:
   python train.py --config configs/phantom.py --workdir runs/phantom
@@ -24,13 +24,13 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--workdir", metavar="FOLDER",
-                        help="where checkpoints, metrics.jsonl, TensorBoard logs and sample pictures go")
-    parser.add_argument("--dry-run", action="store_true", help="say what the training would be, and exit")
-    parser.add_argument("--print-sharding", action="store_true", help="say what would lie on which device, and exit")
-    parser.add_argument("--profile", metavar="FIRST:LAST", help="record these steps to WORKDIR/profile")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where no scheduler says it")
-    parser.add_argument("--num-processes", type=int, metavar="N", help="of the run; 1: this one alone")
-    parser.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+                        help="run folder: checkpoints, metrics.jsonl, TensorBoard logs, sample pictures")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, operations, data, and exit")
+    parser.add_argument("--print-sharding", action="store_true", help="print which array is on which device, and exit")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="record a profile of these steps to WORKDIR/profile")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, without a scheduler")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="processes of the run; 1: this one alone")
+    parser.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
     return parser
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(arguments.config, overrides)
     only_says = arguments.dry_run or arguments.print_sharding
     if not (arguments.workdir or only_says):
-        raise UserError("--workdir is missing: name the folder for the run, such as --workdir runs/a")
+        raise UserError("--workdir is missing; give the folder for the run, such as --workdir runs/a")
 
     # Imported after parsing: --help shall not wait for JAX.
     import jax

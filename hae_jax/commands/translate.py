@@ -15,32 +15,32 @@ from hae_jax.errors import UserError
 from hae_jax.localization.calibration import PRESETS
 
 _DESCRIPTION = """\
-Translate cases towards "healthy" with a trained network and write, for each, a lesion mask and an anomaly map as NIfTI
-on the case's own grid, and a picture; for all together cases.csv and metrics.json. With nothing given it runs on the
-phantom (made if absent) with the weights that come with the program. Cases that are finished are not done again. Exit
-status 1 if a case of this job failed."""
+Find lesions in cases with a trained network. Writes for each case a lesion mask and an anomaly map as NIfTI on the grid
+of the input, and a picture. Writes for all cases cases.csv, metrics.json and report.html. Without arguments, the
+command uses the phantom (made if absent) and the weights that come with the program. Finished cases are skipped. The
+exit status is 1 if a case of this job failed."""
 _EPILOG = """\
 examples:
   python translate.py                                            # the phantom's test cases, shipped weights
-  python translate.py --checkpoint runs/a                        # the test cases of the data that runs/a learnt from
+  python translate.py --checkpoint runs/a                        # the test cases of the data that runs/a was trained on
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --config.translation.respacing=100
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --calibration brats_600 --save-healthy
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --num-shards 8 --shard $SLURM_ARRAY_TASK_ID
   python translate.py --checkpoint runs/a --cases cases.csv --output FOLDER
 
-cases: BraTS 2021 or 2023 folders, Decathlon or nnU-Net folders with dataset.json, one volume per case for a network of
-one channel; with or without segmentation (docs/data.md)."""
+cases: BraTS 2021 or 2023 folders, Decathlon or nnU-Net folders with dataset.json, BIDS trees, or one volume per case
+for a network of one channel; with or without segmentation (docs/data.md)."""
 _SHORTCUTS = {  # flags that stand for one field of config.translation
-    "method": {"metavar": "NAME", "help": "how lesions are found: residual (at low noise; default), hae (the "
-               "published forward process), ddib, anoddpm-simplex, anoddpm-gaussian, classifier, dae, or threshold (of "
-               "intensity; needs no network)"},
+    "method": {"metavar": "NAME", "help": "method: residual (low noise; default), hae (the published forward "
+               "process), ddib, anoddpm-simplex, anoddpm-gaussian, classifier, dae, or threshold (intensity threshold; "
+               "needs no network); docs/translation.md explains them"},
     "calibration": {"metavar": "NAME", "help": f"calibration.json of another run, or a preset: {', '.join(PRESETS)} "
-                    "(published, for hae); default: made on the validation slices and kept with the checkpoint"},
-    "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "choose the batch size by "
-                      "memory: the largest that needs no more than this on each device (on a CPU: in all)"},
-    "save_healthy": {"action": "store_true", "default": None, "help": "write the pseudo-healthy reconstructions, too"},
-    "save_probability": {"action": "store_true", "default": None, "help": "write the probability of a lesion, too, and "
-                         "with --config.translation.draws=4 its uncertainty"},
+                    "(published, for hae); default: made on the validation slices and stored with the checkpoint"},
+    "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "use the largest batch "
+                      "that needs at most this memory on each device (on a CPU: in total)"},
+    "save_healthy": {"action": "store_true", "default": None, "help": "also write the pseudo-healthy reconstructions"},
+    "save_probability": {"action": "store_true", "default": None, "help": "also write the probability of a lesion; "
+                         "with --config.translation.draws=4 also its uncertainty"},
 }
 
 
@@ -48,24 +48,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="translate.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: that of the checkpoint, or "
-                        f"{DEMO_CONFIG} where no checkpoint is given. The network always comes from the checkpoint")
-    parser.add_argument("--checkpoint", metavar="RUN", help="folder that train.py --workdir wrote, folder of exported "
-                        "weights, or name of shipped ones; default: the newest run in runs/ that was trained on the "
-                        "config's data, or without --config the shipped weights of the phantom")
-    parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py that guides the network; for "
+    parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: the config of the checkpoint, or "
+                        f"{DEMO_CONFIG} without a checkpoint. The network settings always come from the checkpoint")
+    parser.add_argument("--checkpoint", metavar="RUN", help="run folder of train.py, folder of exported weights, or "
+                        "name of shipped weights; default: with --config the newest run in runs/ that was trained on "
+                        "the config's data, otherwise the shipped weights of the phantom")
+    parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py that guides the network, for "
                         "--method classifier")
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases, or one case; default: the test split of "
                         "the config's data")
     parser.add_argument("--cases", metavar="FILE", help=CASES_HELP)
-    parser.add_argument("--output", metavar="FOLDER", help="where the results go; default: RUN/translation, with the "
-                        "names of --input and --method after it")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the results; default: RUN/translation, followed "
+                        "by the names of --input and --method")
     parser.add_argument("--layout", choices=("plain", "bids"), default="plain", help="plain: one folder; bids: BIDS "
-                        "derivatives in --output, with the plain results in sourcedata/hae-jax (docs/bids.md)")
-    parser.add_argument("--overwrite", action="store_true", help="work again on cases that are finished")
-    parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="deal the cases out to N jobs")
+                        "derivatives, with the plain results in sourcedata/hae-jax (docs/bids.md)")
+    parser.add_argument("--overwrite", action="store_true", help="process finished cases again")
+    parser.add_argument("--num-shards", type=int, default=1, metavar="N", help="distribute the cases over N jobs")
     parser.add_argument("--shard", type=int, default=0, metavar="I",
-                        help="this job's number, from 0; all jobs share --output")
+                        help="number of this job, from 0; all jobs have the same --output")
     for field, options in _SHORTCUTS.items():
         options = dict(options)
         parser.add_argument(options.pop("flag", "--" + field.replace("_", "-")), dest=field, **options)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_overrides(overrides)
     check_fields(overrides)
     if arguments.input == "":
-        raise UserError("--input is empty; name a folder of cases, or leave --input out")
+        raise UserError("--input is empty; give a folder of cases, or leave --input out")
     if arguments.cases is not None:
         if arguments.input is not None:
             raise UserError("--input and --cases: give one of them")

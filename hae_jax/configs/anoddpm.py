@@ -1,14 +1,14 @@
-"""The unconditional twin of `brats_v2c.py` for AnoDDPM: the same network without classes, trained on simplex noise.
+"""An unconditional network for AnoDDPM: the network of `brats_v2c.py` without classes, trained on simplex noise.
 
     python tools/prepare_data.py --source /path/to/BraTS2021 --output data/brats
     python train.py --config configs/anoddpm.py --workdir runs/anoddpm
     python tools/compare_methods.py --checkpoint runs/brats_v2c --unconditional runs/anoddpm
 
-Wyatt et al. 2022 train a plain U-Net on healthy images. This one sees all slices of the training split, so that it
-differs from the network that it is compared with in the method alone; healthy scans alone are a matter of data.root.
+Wyatt et al. 2022 train a plain U-Net on healthy images. This network is trained on all slices of the training split, so
+only the method differs in a comparison with `brats_v2c.py`. To train on healthy slices alone, set data.healthy_only.
 
 120.9 million parameters. The training settings are those of the published run of `brats_v2c.py` (210 000 steps at a
-global batch of 28); this project has not measured how long that takes or how well the network then does.
+global batch of 28). Duration and quality have not been measured.
 """
 
 import ml_collections

@@ -4,11 +4,11 @@
     python train.py --config configs/atlas_v2c.py --workdir runs/atlas_v2c
     python translate.py --checkpoint runs/atlas_v2c --input ATLAS_2/Testing
 
-ATLAS's own folders are read (sub-.../ses-1/anat/sub-..._T1w.nii.gz), and one-channel slices that were prepared for the
-PyTorch code. ATLAS_2/Testing comes without lesion masks.
+The data are ATLAS's own folders (sub-.../ses-1/anat/sub-..._T1w.nii.gz), or one-channel slices that were prepared for
+the PyTorch code. ATLAS_2/Testing has no lesion masks.
 
 121.2 million parameters. The training settings are those of the published BraTS run (210 000 steps at a global batch of
-28); this project has not measured how long that takes or how well the network does.
+28). Duration and quality have not been measured.
 """
 
 import ml_collections

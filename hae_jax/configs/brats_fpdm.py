@@ -4,8 +4,7 @@
     python train.py --config configs/brats_fpdm.py --workdir runs/brats_fpdm
 
 103.1 million parameters, the smallest of the five. The training settings are those of the published run of
-`brats_v2c.py` (210 000 steps at a global batch of 28); this project has not measured how long that takes or how well
-the network then does.
+`brats_v2c.py` (210 000 steps at a global batch of 28). Duration and quality have not been measured.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@
     python train.py --config configs/brats_v2.py --workdir runs/brats_v2
 
 115.8 million parameters. The training settings are those of the published run of `brats_v2c.py` (210 000 steps at a
-global batch of 28); this project has not measured how long that takes or how well the network then does.
+global batch of 28). Duration and quality have not been measured.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""HAE V2 Conservative on BraTS 2021, as published but for the sparse pattern (model.sparse_pattern is ours).
+"""HAE V2 Conservative on BraTS 2021, as published, except for the sparse pattern (model.sparse_pattern).
 
     python tools/prepare_data.py --source /path/to/BraTS2021 --output data/brats
     python train.py --config configs/brats_v2c.py --workdir runs/brats_v2c

@@ -3,9 +3,8 @@
     python train.py --config configs/classifier.py --workdir runs/classifier
     python translate.py --checkpoint runs/brats_v2c --classifier runs/classifier --method classifier
 
-The encoder of the U-Net with a head for the two classes. It guides a network of the same diffusion process, such as
-that of `configs/brats_v2c.py` under its null condition. This project has not measured how long the training takes or
-how well the method then does.
+The classifier is the encoder of the U-Net with a head for the two classes. It guides a network of the same diffusion
+process, for example `brats_v2c.py` under its null condition. Duration and quality have not been measured.
 """
 
 import ml_collections

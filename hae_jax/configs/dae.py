@@ -4,9 +4,8 @@
     python train.py --config configs/dae.py --workdir runs/dae
     python translate.py --checkpoint runs/dae
 
-The paper's network and length of training are not copied: width and steps are those of `brats_fpdm.py`, so that
-methods are compared on one network. This project has not measured how long that takes or how well the network then
-does.
+Width and steps are those of `brats_fpdm.py`, not those of the paper, so that methods are compared on one network.
+Duration and quality have not been measured.
 """
 
 import ml_collections
@@ -26,6 +25,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.diffusion.noise = "coarse"
     config.data.healthy_only = True
     config.training.p_uncond = 0.0  # there is no label to drop
-    config.training.sample_every = 0  # nothing can be drawn from one step
+    config.training.sample_every = 0  # a single step cannot draw samples
     config.translation.method = "dae"
     return config

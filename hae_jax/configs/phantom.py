@@ -1,11 +1,11 @@
-"""The demo: the shipped network of `phantom_reference.py` on subjects that it has never seen, on two CPU cores.
+"""The demo: continues the training of the shipped network of `phantom_reference.py` on new subjects, on two CPU cores.
 
     python train.py --config configs/phantom.py --workdir runs/phantom
     python translate.py
 
-The first command makes 8 phantom subjects and prepares them if they are not there yet, then goes on with the shipped
-weights for 100 steps: enough to see the loop, the log, a checkpoint and how a run is resumed. The second one translates
-the test subjects with the shipped weights.
+The first command makes and prepares 8 phantom subjects if they do not exist, and trains the shipped weights for 100
+steps. This is enough to see the loop, the log, a checkpoint and how a run is resumed. The second command translates the
+test subjects with the shipped weights.
 """
 
 import ml_collections
@@ -36,5 +36,5 @@ def get_config() -> ml_collections.ConfigDict:
         config.training.localization_slices = 32
         config.training.sample_every = 100
         config.training.sample_steps = 10
-        config.translation.save_healthy = True  # the report shows the reconstructions, too
+        config.translation.save_healthy = True  # for the report
     return config

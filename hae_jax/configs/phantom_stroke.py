@@ -1,10 +1,10 @@
-"""The stroke phantom: T1 alone, old infarcts as dark as fluid, which no intensity threshold finds.
+"""The stroke phantom: T1 alone, old infarcts as dark as fluid, which no intensity threshold separates from fluid.
 
     python train.py --config configs/phantom_stroke.py --workdir runs/phantom_stroke
 
-makes 160 subjects with voxels of 2 mm and prepares them if they are not there yet: 112 to train on, 24 to validate, 24
-to test. 8000 steps take about 75 minutes on two cores. The shipped network stopped at step 6135; docs/localization.md
-has its phantom figures.
+The command makes and prepares 160 subjects with voxels of 2 mm if they do not exist: 112 for training, 24 for
+validation, 24 for testing. 8000 steps take about 75 minutes on two cores. The training of the shipped network stopped
+at step 6135. docs/localization.md has its phantom metrics.
 """
 
 import ml_collections

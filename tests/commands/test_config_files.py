@@ -31,7 +31,7 @@ def get_config():
     (GOOD.replace("    return config\n", ""), "own.py: its get_config returns NoneType"),
     (GOOD.replace("return config", "return config.to_dict()"), "own.py: its get_config returns dict"),
     (GOOD.replace("    config.seed = 7", "    with config.unlocked():\n        config.colour = 7"),
-     "own.py: has a field that is not known, colour"),
+     "own.py: has an unknown field, colour"),
     (GOOD.replace("    config.seed = 7", "    with config.unlocked():\n        del config.model"),
      "own.py: lacks a field, model"),
     (GOOD.replace("    config.seed = 7", "    with config.unlocked():\n        del config.seed\n"
@@ -51,7 +51,7 @@ def test_a_file_that_gives_no_config_is_refused(tmp_path, text, says):
 @pytest.mark.parametrize("name", ["settings.yaml", "config.json", "config"])
 def test_only_python_files_are_run(tmp_path, name):
     (tmp_path / name).write_text(GOOD)
-    with pytest.raises(UserError, match="configuration files are Python"):
+    with pytest.raises(UserError, match="a configuration file is a"):
         read_config(str(tmp_path / name), [])
 
 

@@ -53,8 +53,8 @@ def test_a_full_disk_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         command([])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == ("error: out/cases.csv: No space left on device; what is finished is there: make "
-                                       "room, then give the command again\n")
+    assert capsys.readouterr().err == ("error: out/cases.csv: No space left on device; finished results are kept; "
+                                       "make space, then run the command again\n")
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

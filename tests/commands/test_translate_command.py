@@ -126,7 +126,7 @@ def test_how_the_network_is_computed_can_be_chosen_and_nothing_else_of_it(calls,
     assert status == 2
     assert lines == ["error: model.attention is 'flash': choose one of auto, xla, cudnn, rows, materialised"]
     _, (line,) = _exit(["--checkpoint", "runs/a", "--config.model.attention_resolutions=(2,)"], capsys)
-    assert "belongs to the network's training" in line
+    assert "is fixed by the training" in line
 
 
 def test_a_config_gives_settings_and_the_checkpoint_the_network(calls):
@@ -155,7 +155,7 @@ def test_sigterm_stops_it_as_ctrl_c_does(calls):
 def test_other_channels_than_the_network_s_are_warned_of(calls, capsys):
     _train("a", default.get_config().to_dict())
     main(["--checkpoint", "runs/a", "--config.data.modalities=('t1','flair','t1ce','t2')"])
-    assert "trained with the channels flair, t1, t1ce, t2 in this order, data.modalities gives it t1, flair" in (
+    assert "trained with the channels flair, t1, t1ce, t2 in this order, but data.modalities is t1, flair" in (
         capsys.readouterr().err)
     main(["--checkpoint", "runs/a"])
     assert "warning" not in capsys.readouterr().err
@@ -175,8 +175,8 @@ def test_a_failed_case_gives_exit_status_1(calls, capsys, reason, said):
 
 
 @pytest.mark.parametrize(("argument", "message"), [
-    ("--config.model.dropout=0.5", "comes from its checkpoint"),
-    ("--config.data.scaling=volume", "comes from its checkpoint"),
+    ("--config.model.dropout=0.5", "comes from the checkpoint"),
+    ("--config.data.scaling=volume", "comes from the checkpoint"),
     ("--config.translation.speed=3", "no field translation.speed"),
     ("--config.translation.guidence=2", "no field translation.guidence; did you mean translation.guidance?"),
     ("--config.guidance=2", "did you mean translation.guidance?"),

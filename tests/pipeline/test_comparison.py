@@ -173,7 +173,7 @@ def test_a_comparison_of_nothing_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         compare_methods.main(["--methods", ""])
     assert stopped.value.code == 2
-    assert "--methods names nothing and --steps is not given" in capsys.readouterr().err
+    assert "--methods is empty and --steps is not given" in capsys.readouterr().err
 
 
 def test_the_command_hands_over_how_the_twin_was_trained(command, twin):

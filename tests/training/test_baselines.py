@@ -49,11 +49,11 @@ def test_a_classifier_learns_and_guides(classifier_config, tmp_path):
     assert isinstance(guided.model, GuidedNetwork)
     assert guided.identity["classifier"]["step"] == 60
     config.diffusion.steps = 100
-    with pytest.raises(UserError, match=r"was trained with diffusion\.steps 50, the network with 100"):
+    with pytest.raises(UserError, match=r"was trained with diffusion\.steps 50, but the network with 100"):
         runs.with_classifier(loaded, config, str(tmp_path / "run"))
     with pytest.raises(UserError, match="needs no network"):
         runs.with_classifier(loaded._replace(model=None), config, str(tmp_path / "run"))
-    with pytest.raises(UserError, match="is a classifier, which finds no lesions alone"):
+    with pytest.raises(UserError, match="is a classifier, which cannot find lesions alone"):
         runs.network_and_config(None, "", str(tmp_path / "run"), [])
 
 
@@ -67,7 +67,7 @@ def test_a_denoising_autoencoder_trains_on_healthy_slices(one_level_config, tmp_
     first, last = lines_of(tmp_path / "run")
     assert last["loss"] < first["loss"]
     assert last["loss_t1of4"] == pytest.approx(last["loss"])  # there is one timestep
-    with pytest.raises(UserError, match="is no classifier"):
+    with pytest.raises(UserError, match="is not a classifier"):
         runs.with_classifier(runs.Loaded("model", {}, tmp_path), config, str(tmp_path / "run"))
 
 
