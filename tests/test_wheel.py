@@ -51,7 +51,7 @@ def test_the_shipped_network_on_a_phantom(installed):
     said = installed("from hae_jax.commands.translate import main\n"
                      "main(['--checkpoint', 'phantom', '--input', 'cases', '--output', 'results'])")
     assert "came with the weights" in said
-    assert "PHANTOM figures from 2 cases" in said
+    assert "PHANTOM metrics from 2 cases" in said
     found = json.loads(installed("print(open('results/metrics.json').read())"))
     assert (found["method"], found["labels"]) == ("residual", "image labels")
     written = json.loads(installed("import os, json; print(json.dumps(sorted(os.listdir('results'))))"))

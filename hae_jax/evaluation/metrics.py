@@ -11,26 +11,28 @@ from hae_jax.evaluation.bootstrap import RESAMPLES
 _SMOOTH = 1e-6
 
 DEFINITIONS = {
-    "mean, low, high": "the metric over the slices that count, which are of so many 'cases', and its 95% interval by "
-                       f"the percentile bootstrap over patients ({RESAMPLES} resamples; a patient is drawn with all "
-                       "slices of all visits); null of fewer than two patients",
-    "all_slices": "all slices; a slice that is called healthy has an empty mask",
-    "lesion_slices": "only slices with a lesion by their label; every slice keeps its mask",
-    "dice": "(2 I + s) / (P + Q + s) per slice, s = 1e-6, then the mean; an empty mask without a lesion scores 1",
-    "iou": "(I + s) / (P + Q - I + s) per slice, s = 1e-6, then the mean; an empty mask without a lesion scores 1",
-    "precision": "share of the mask's pixels that are lesion, over the pixels of all slices together",
-    "recall": "share of the lesion's pixels that are in the mask, over the pixels of all slices together",
-    "auroc": "area under the ROC curve of the continuous map, over the foreground pixels of all slices together; "
-             "values that differ by less than 0.05 % may count as equal",
-    "auprc": "average precision of the continuous map, over the foreground pixels of all slices together; "
-             "values that differ by less than 0.05 % may count as equal",
-    "slice_level": "the predicted label of a slice against its true one; precision and recall are of lesion slices",
-    "shares": "number of slices, share of them that is healthy (in 'all_slices', an empty mask scores 1 there), and "
-              "share that is called a lesion slice",
-    "upper_bound": "mean Dice of the lesion slices at the one threshold on the map that is best for it, chosen with "
-                   "the ground truth of these very slices: what no rule for a single threshold can exceed",
-    "above_threshold": "Dice minus that of the intensity threshold on the same slices or volumes, with the paired 95% "
-                       "interval over patients",
+    "mean, low, high": "mean: the metric over the slices of the group; low, high: its 95% interval (percentile "
+                       f"bootstrap over patients, {RESAMPLES} resamples; a patient is drawn with all slices of all "
+                       "visits), null for fewer than two patients; cases: number of cases that contribute",
+    "all_slices": "all slices; the mask of a slice that is called healthy is empty",
+    "lesion_slices": "only slices with a lesion in the ground truth; every slice keeps its mask",
+    "dice": "mean over slices of (2 I + s) / (P + Q + s), with I the overlap, P the mask, Q the lesion in "
+            "pixels, s = 1e-6; an empty mask without a lesion scores 1",
+    "iou": "mean over slices of (I + s) / (P + Q - I + s), symbols as for dice; an empty mask without a lesion "
+           "scores 1",
+    "precision": "share of the mask's pixels that are lesion, pooled over the pixels of all slices",
+    "recall": "share of the lesion's pixels that are in the mask, pooled over the pixels of all slices",
+    "auroc": "area under the ROC curve of the anomaly map, pooled over the foreground pixels of all slices; values "
+             "that differ by less than 0.05 % may count as equal",
+    "auprc": "average precision of the anomaly map, pooled over the foreground pixels of all slices; values that "
+             "differ by less than 0.05 % may count as equal",
+    "slice_level": "predicted against true labels of slices; precision and recall refer to lesion slices",
+    "shares": "slices: number of slices; healthy: share of healthy slices (in 'all_slices' an empty mask scores 1 "
+              "there); called_lesion: share of slices that are called lesion slices",
+    "upper_bound": "mean Dice of the lesion slices at the best single threshold on the map, chosen with the ground "
+                   "truth of the same slices; no rule for a single threshold can exceed it",
+    "above_threshold": "difference of Dice between the method and the intensity threshold on the same slices or "
+                       "volumes, with its paired 95% interval over patients",
 }
 
 

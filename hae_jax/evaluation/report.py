@@ -157,14 +157,14 @@ _COMPARED = {
 # Columns of comparison.md: where they are, and digits after the point.
 _PRINTED = {
     "lesion-slice Dice": ("lesion_slices", "dice", 3),
-    "best single threshold (upper bound)": ("upper_bound", "lesion_slice_dice", 3),
+    "lesion-slice Dice at the best single threshold (upper bound)": ("upper_bound", "lesion_slice_dice", 3),
     "lesion-slice AUPRC": ("lesion_slices", "auprc", 3),
     "all-slice Dice": ("all_slices", "dice", 3),
     "all-slice AUPRC": ("all_slices", "auprc", 3),
     "slice accuracy": ("slice_level", "accuracy", 3),
     "volume Dice": ("volumes", "dice", 3),
-    "volume Dice above the threshold's": ("above_threshold", "volume_dice", 3),
-    "false ml in healthy subjects (median)": ("volumes", "healthy_volume_median_ml", 2),
+    "volume Dice minus the threshold's": ("above_threshold", "volume_dice", 3),
+    "false-positive volume in healthy subjects, ml (median)": ("volumes", "healthy_volume_median_ml", 2),
     "HD95, mm": ("volumes", "hd95_mm", 1),
     "lesion F1": ("volumes", "lesion_f1", 3),
 }
@@ -225,12 +225,12 @@ def _comparison_page(rows: Sequence[ComparedMethod], phantom: bool) -> str:
     table.insert(1, ["---", "---", "---", *["---:"] * (len(table[0]) - 3)])
     lines = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in table)
     return "\n".join([
-        f"# {'PHANTOM figures' if phantom else 'Figures'} of {_extent(rows)}", "", *lines, "",
-        "Threshold from: what the rule that chose the threshold has seen of the validation slices. The best single "
-        "threshold is chosen with the ground truth of these very slices: no rule for one threshold can exceed it. "
-        "All-slice Dice: an empty mask without a lesion scores 1, so that it rises with the share of healthy slices. "
-        "Volume Dice and HD95: means over the patients with a lesion, HD95 without those whose mask is empty. Lesion "
-        "F1: a lesion is found if the mask touches it. In brackets the 95% interval, bootstrap over patients.", "",
+        f"# {'PHANTOM metrics' if phantom else 'Metrics'} of {_extent(rows)}", "", *lines, "",
+        "Threshold from: the labels of the validation slices that the rule for the threshold has seen. Best single "
+        "threshold: chosen with the ground truth of the same slices, so no rule for one threshold can exceed it. "
+        "All-slice Dice: an empty mask without a lesion scores 1, so it increases with the share of healthy slices. "
+        "Volume Dice and HD95: means over the cases with a lesion, HD95 without those whose mask is empty. Lesion "
+        "F1: a lesion is found if the mask touches it. Brackets: 95% interval, bootstrap over patients.", "",
         provenance.RESEARCH_USE, ""])
 
 

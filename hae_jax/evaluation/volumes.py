@@ -16,27 +16,27 @@ from hae_jax.evaluation import metrics
 from hae_jax.evaluation.bootstrap import RESAMPLES, share_of_sums
 
 DEFINITIONS = {
-    "cases": "cases with a segmentation: lesion_cases have a lesion in it, healthy_cases have none; missed_cases "
-             "have a lesion and an empty mask",
-    "mean, low, high": "the mean over the cases that count ('cases'), and its 95% interval by the percentile bootstrap "
-                       f"over patients ({RESAMPLES} resamples; a patient is drawn with all visits); null where cases "
-                       "of fewer than two patients count",
-    "dice": "volume Dice, over the lesion cases (an empty mask scores 0)",
-    "iou": "volume IoU, over the lesion cases (an empty mask scores 0)",
-    "hd95_mm": "the larger of the two directed 95th percentiles of the distances from the surface voxels of mask and "
-               "truth to the other's nearest one, in mm; a surface voxel has one of its six neighbours outside. "
-               "Undefined where mask or ground truth is empty: its mean leaves out the missed cases",
-    "best_dice": "volume Dice of the map at the one threshold that is best for this patient, chosen with the "
-                 "ground truth: no single threshold can exceed it. Over the lesion cases",
+    "cases": "cases: cases with a segmentation; lesion_cases: those with a lesion in it; healthy_cases: those without; "
+             "missed_cases: lesion cases with an empty mask",
+    "mean, low, high": "mean: mean over the cases that contribute ('cases'); low, high: its 95% interval (percentile "
+                       f"bootstrap over patients, {RESAMPLES} resamples; a patient is drawn with all visits), null for "
+                       "fewer than two patients",
+    "dice": "volume Dice, mean over the lesion cases (an empty mask scores 0)",
+    "iou": "volume IoU, mean over the lesion cases (an empty mask scores 0)",
+    "hd95_mm": "95th percentile Hausdorff distance in mm: the larger of the two directed 95th percentiles of the "
+               "distances between surface voxels of mask and ground truth; a surface voxel has one of its six "
+               "neighbours outside. Undefined if mask or ground truth is empty, so the mean leaves out missed cases",
+    "best_dice": "volume Dice at the best threshold on the map for each case, chosen with the ground truth (upper "
+                 "bound); mean over the lesion cases",
     "lesions": "connected components of the ground truth in 3-D (26 neighbours), of any size; a lesion is found if at "
                "least one of its voxels is in the mask, and a component of the mask is false if none of its voxels is "
                "in the ground truth",
-    "lesion_recall": "share of the lesions of all patients together that are found",
-    "lesion_precision": "share of the components of all patients' masks together that are not false",
-    "lesion_f1": "2 lesions found / (2 lesions found + lesions not found + false components), all patients together",
-    "healthy_volume_ml": "volume of the mask in the healthy cases, all of it false",
-    "healthy_volume_median_ml": "its median",
-    "healthy_false_lesions": "components of the mask in the healthy cases",
+    "lesion_recall": "share of lesions that are found, pooled over all patients",
+    "lesion_precision": "share of mask components that are not false, pooled over all patients",
+    "lesion_f1": "2 lesions found / (2 lesions found + lesions not found + false components), pooled over all patients",
+    "healthy_volume_ml": "false-positive volume in healthy subjects: volume of the mask in the healthy cases, mean",
+    "healthy_volume_median_ml": "the median of healthy_volume_ml over the healthy cases",
+    "healthy_false_lesions": "number of mask components in a healthy case, mean",
 }
 
 

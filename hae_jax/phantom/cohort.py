@@ -44,8 +44,8 @@ _README = """\
 # A phantom, not patients
 
 {subjects} made-up subjects, {lesions} of them with lesions, in the layout of BraTS 2021: {content}, empty for healthy
-subjects. Every figure or number that comes from this folder is a **phantom figure** and must be called so: it says
-nothing about patients.
+subjects. Every metric measured on this folder is a **phantom metric** and must be reported as such. It says nothing
+about patients.
 
 The anatomy is the MNI ICBM152 2009 nonlinear symmetric template (T1, grey- and white-matter maps) that the nilearn
 package carries, warped differently for each subject; contrasts, harmless bright spots (not labelled), lesions, bias

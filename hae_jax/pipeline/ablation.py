@@ -25,9 +25,10 @@ from hae_jax.localization.methods import IntensityThreshold, make_method
 from hae_jax.pipeline.calibrations import validation_results
 
 _BLOCK = 8  # neighbouring slices
-_HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "slice_auc": "AUC of slices",
-          "slice_accuracy": "slice accuracy", "auprc": "AUPRC", "best_dice": "best single threshold (upper bound)",
-          "mixture_dice": "Dice, rule mixture", "fpr_dice": "Dice, rule healthy_fpr"}
+_HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "slice_auc": "slice AUC",
+          "slice_accuracy": "slice accuracy", "auprc": "lesion-slice AUPRC",
+          "best_dice": "lesion-slice Dice at the best single threshold (upper bound)",
+          "mixture_dice": "lesion-slice Dice, rule mixture", "fpr_dice": "lesion-slice Dice, rule healthy_fpr"}
 
 
 def variations(config: ml_collections.ConfigDict) -> list[tuple[str, dict[str, Any]]]:
@@ -78,8 +79,8 @@ def ablate(
     output.mkdir(parents=True, exist_ok=True)
     chosen = _blocks(len(store.split("val")), slices)
     if len(set(store.split("val").rows["labels"][chosen] > 0)) < 2:
-        raise UserError(f"{store.root}: the chosen validation slices are of one class; prepare data with both, or take "
-                        "more slices")
+        raise UserError(f"{store.root}: the chosen validation slices are of one class; prepare data with both classes, "
+                        "or use more --slices")
     flair = IntensityThreshold.of(config)
     found = [("intensity itself", 0, measure(flair, validation_results(
         IntensityReader(flair.intensity), store, config.data.scaling, chosen)), math.nan)]
@@ -113,10 +114,10 @@ def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[tuple
     lines += [[name, str(passes), *(f"{value:.3f}" for value in values), f"{seconds:.3f}"]
               for name, passes, values, seconds in rows]
     phantom = config.data.phantom is not None
-    page = [f"# {'PHANTOM figures' if phantom else 'Figures'} of {slices} validation slices", "",
+    page = [f"# {'PHANTOM metrics' if phantom else 'Metrics'} of {slices} validation slices", "",
             *(f"| {' | '.join('-' if cell == 'nan' else cell for cell in line)} |" for line in lines), "",
-            "Expected Dice, lesion share, AUC and accuracy come from image labels alone, the other columns from ground "
-            "truth. Dice: mean over the lesion slices, before filters of masks.", "", provenance.RESEARCH_USE, ""]
+            "Expected Dice, lesion share, slice AUC and slice accuracy come from image labels alone, the other columns "
+            "from ground truth. Lesion-slice Dice: before filters of masks.", "", provenance.RESEARCH_USE, ""]
     with files.written_whole(output / "ablation.md") as temporary:
         temporary.write_text("\n".join(page), encoding="utf-8")
     files.write_json(output / "ablation.json", {

@@ -137,7 +137,7 @@ def compare_steps(
     series = {title: [row.results[part][name] for row in rows] for title, (part, name) in _STEPS_SHOWN.items()}
     path = Path(output) / "steps.png"
     title = _title("Quality against the steps of the whole schedule", rows, phantom)
-    figures.steps_figure(path, counts, series, f"{title}\n(over all slices, an empty mask scores 1 there)")
+    figures.steps_figure(path, counts, series, f"{title}\n(all-slice metrics: an empty mask without a lesion scores 1)")
     return [*written, path]
 
 
@@ -150,14 +150,14 @@ def _measured(
         own = _own_config(entry, config)
         _LOG.info("%s:", entry.title)
         if own.translation.calibration != config.translation.calibration:
-            _LOG.info("calibration: %s is for %s alone; %s takes its own", config.translation.calibration,
+            _LOG.info("calibration: %s is for %s only; %s uses its own", config.translation.calibration,
                       config.translation.method, entry.title)
         done = translate(entry.network.model, entry.network.identity, own, mesh, output=output / entry.folder,
                          source=source, calibrations=entry.network.calibrations, shipped=entry.network.shipped)
         if done.failed:
             name, reason = next(iter(done.failed.items()))
             raise UserError(f"{output / entry.folder}: {len(done.failed)} cases failed, the first, {name}: {reason}; a "
-                            "comparison needs the same cases everywhere")
+                            "comparison needs the same cases for all methods")
         if not done.results:
             raise UserError(f"{source or config.data.root}: no case has a segmentation to compare with")
         method = make_method(own)
@@ -195,8 +195,8 @@ def _check_same_data(network: Network, config: ml_collections.ConfigDict) -> Non
         section, name = field.split(".")
         its, ours = network.config[section][name], config[section][name]
         if its != ours:
-            raise UserError(f"{network.identity['path']}: was trained with {field} {its}, the comparison has {ours}; "
-                            "name one that was trained on the same data")
+            raise UserError(f"{network.identity['path']}: was trained with {field} {its}, but the comparison has "
+                            f"{ours}; give a network that was trained on the same data")
 
 
 @contextlib.contextmanager
@@ -224,5 +224,5 @@ def _tables(
 def _title(text: str, rows: Sequence[report.ComparedMethod], phantom: bool) -> str:
     """With the share of healthy slices, without which a figure over all slices says little."""
     healthy = rows[0].results["shares"]["healthy"]
-    return (f"{text}{' (phantom figures)' if phantom else ''}\n"
+    return (f"{text}{' (phantom metrics)' if phantom else ''}\n"
             f"bars: 95% over patients; {healthy:.0%} of all slices are healthy")

@@ -20,10 +20,10 @@ from hae_jax.training.weights import CALIBRATION, CONFIG, WEIGHTS, write_weights
 
 CARD = "README.md"
 _SHOWN = (  # part of the metrics, metric, what the card calls it
-    ("lesion_slices", "dice", "Dice, lesion slices"), ("all_slices", "dice", "Dice, all slices"),
-    ("lesion_slices", "auprc", "AUPRC, lesion slices"), ("slice_level", "accuracy", "slice accuracy"),
+    ("lesion_slices", "dice", "lesion-slice Dice"), ("all_slices", "dice", "all-slice Dice"),
+    ("lesion_slices", "auprc", "lesion-slice AUPRC"), ("slice_level", "accuracy", "slice accuracy"),
     ("volumes", "dice", "volume Dice"), ("volumes", "hd95_mm", "HD95, mm"),
-    ("volumes", "healthy_volume_ml", "volume marked in healthy subjects, ml"))
+    ("volumes", "healthy_volume_ml", "false-positive volume in healthy subjects, ml (mean)"))
 _LIMITS = """\
 - Trained with one label per slice, lesion yes or no. It finds what the lesions of its training have in common, not
   their kind.
@@ -67,14 +67,14 @@ def export_network(
                               parameters=None if half else run.identity["parameters"])
             calibration = None if half else run.calibration()
             if calibration is None:
-                said.append("no calibration is in the folder: " + (
+                said.append("the folder has no calibration: " + (
                     "half precision changes the weights" if half else "this network has none with its settings")
-                    + "; whoever uses it calibrates on validation slices, or name one with --calibration")
+                    + "; users must calibrate on validation slices, or give a calibration with --calibration")
             else:
                 write_json(temporary / CALIBRATION, dataclasses.asdict(calibration))
             (temporary / CARD).write_text("\n".join(_card(run, calibration, license_id, metrics)), encoding="utf-8")
     except FileExistsError as error:
-        raise UserError(f"{folder}: is not empty; name a new folder") from error
+        raise UserError(f"{folder}: is not empty; give a new folder") from error
     return said
 
 
@@ -105,8 +105,8 @@ def _card(run: TrainedRun, calibration: Any, license_id: str, metrics: Mapping[s
     training = config.training
     yield from [f"- Step {run.identity['step']} of {training.steps}, batch {training.batch_size}, "
                 f"{run.identity['parameters']}, seed {config.seed}, written by HAE-JAX {__version__}.",
-                f"- Weights: SHA-256 `{run.identity['sha256']}` (with their use).", "", "## Calibration", ""]
-    yield ("None: calibrate on validation slices with image labels." if calibration is None else
+                f"- Weights: SHA-256 `{run.identity['sha256']}` (weights and their use).", "", "## Calibration", ""]
+    yield ("None. Calibrate on validation slices with image labels." if calibration is None else
            f"`calibration.json`: method `{config.translation.method}`, "
            + (calibration.described() if hasattr(calibration, "described") else "as published") + ".")
     yield from ["", "## Metrics", "", *_table(metrics), "", "## Limits", "", _LIMITS, ""]
@@ -121,14 +121,14 @@ def _training(config: Any) -> Iterator[str]:
         split = json.loads((Path(data.root) / MANIFEST).read_text())["split"]
         yield "- " + ", ".join(f"{name}: {len(cases)} cases" for name, cases in split.items()) + "."
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        yield "- The prepared dataset was not at hand when this card was written; add its size and origin."
+        yield "- The prepared dataset was not available when this card was written; add its size and origin."
 
 
 def _table(metrics: Mapping[str, Any] | None) -> Iterator[str]:
     if metrics is None:
         yield "None were measured when this card was written (`hae-export --results FOLDER` adds them)."
         return
-    yield (f"{'PHANTOM figures' if metrics['phantom'] else 'Figures'} from {metrics['cases']} cases, method "
+    yield (f"{'PHANTOM metrics' if metrics['phantom'] else 'Metrics'} from {metrics['cases']} cases, method "
            f"`{metrics['method']}`, threshold by the rule `{metrics['rule']}`, which has seen {metrics['labels']}; "
            "95 % bootstrap interval over patients.")
     yield from ["", "| metric | mean | 95 % interval | cases |", "|---|---:|---:|---:|"]

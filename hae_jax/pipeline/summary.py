@@ -134,7 +134,7 @@ class Summary:
             *([self._empty()] if self.unflagged else []),
             *(f"failed {name}{' (of another shard)' if name in self.elsewhere else ''}: {reason}"
               for name, reason in self.failed.items()),
-            f"{self._how()}; look at",
+            f"{self._how()}; results:",
             *(f"  {path}" for path in (*self.pictures, self.output / CASES, self.output / METRICS)),
             provenance.RESEARCH_USE,
             *([str(page)] if (page := self.output / PAGE).is_file() else []),
@@ -149,10 +149,10 @@ class Summary:
         again = self.finished - self.translated
         parts = [f"{self.translated} cases translated in {self.seconds:.0f} s"] if self.translated or not again else []
         if again:
-            parts.append(f"{again} cases were there already, made from the same network, files and settings "
-                         "(--overwrite makes them anew)")
+            parts.append(f"{again} cases were finished before, with the same network, files and settings "
+                         "(--overwrite processes them again)")
         if left := self.wanted - self.finished - len(self.failed):
-            parts.append(f"{left} are left to other shards")
+            parts.append(f"{left} belong to other shards")
         return ", ".join(parts)
 
 
@@ -269,7 +269,7 @@ def _table(size: int, tally: Tally, results: dict[str, dict[str, Any]], phantom:
     if not results:
         return None
     healthy = next(iter(results.values()))["shares"]["healthy"]
-    headline = (f"{'PHANTOM figures' if phantom else 'figures'} from {tally.cases} cases, {tally.slices} slices "
-                f"of {size} x {size} px, {healthy:.0%} of them healthy (where an empty mask scores 1 over all slices); "
-                "in brackets the 95% interval over patients")
+    headline = (f"{'PHANTOM metrics' if phantom else 'metrics'} from {tally.cases} cases, {tally.slices} slices "
+                f"of {size} x {size} px, {healthy:.0%} of them healthy (an empty mask without a lesion scores 1 in "
+                "all-slice metrics); brackets: 95% interval over patients")
     return f"{headline}\n{report.metrics_table(results)}"

@@ -108,7 +108,7 @@ def _read_images(case: ReadCase, name: str) -> None:
         truth = facts["segmentation"]
         found = read_case(CaseFiles(name, images, None if truth is None else Path(truth)))
     except (KeyError, TypeError, UserError, OSError, MemoryError) as error:
-        case.warnings.append(f"its images are not shown: {error}")
+        case.warnings.append(f"the images are not shown: {error}")
         return
     case.grid, case.truth = found.grid, found.mask
     case.images = {image.modality: found.volumes[..., c] for c, image in enumerate(images)}
@@ -123,7 +123,7 @@ def _read_result(case: ReadCase, path: Path, what: str) -> None:
         return
     case.grid = case.grid or grid
     if values.shape != case.grid.reoriented_shape:
-        case.warnings.append(f"{path.name} has another shape than the case's images and is not shown")
+        case.warnings.append(f"{path.name} is not shown: its shape differs from that of the case's images")
     elif what == "mask":
         case.mask = values > 0.5
     elif what == "map":

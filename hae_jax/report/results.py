@@ -80,12 +80,12 @@ def read_results(folder: Path) -> Results:
     rows, records = _read_rows(folder / "cases.csv", notes), _read_records(folder / "records", notes)
     failed = dict(manifest.get("failed") or {})
     if not manifest:
-        notes.append("the run is not finished, or was stopped: what it says of all cases together is missing; give "
-                     "its command again")
+        notes.append("the run is not finished or was stopped, so metrics over all cases are missing; run its "
+                     "command again")
         rows |= {name: record["row"] for name, record in records.items() if record.get("row") and name not in rows}
         failed = {name: record["failed"] for name, record in records.items() if record.get("failed")}
         begun = [name for name, record in records.items() if not (record.get("row") or record.get("failed"))]
-        failed |= dict.fromkeys(begun, "its results are being written, or were when the run was stopped")
+        failed |= dict.fromkeys(begun, "its results were not complete when this page was made")
     return Results(folder, rows, {name: why for name, why in failed.items() if name not in rows}, manifest, metrics,
                    calibration, notes)
 
@@ -96,7 +96,7 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
         found = json.loads(path.read_text())
         if isinstance(found, dict):
             return found
-        reason = "is no JSON object"
+        reason = "is not a JSON object"
     except FileNotFoundError:
         reason = "is missing"
     except (OSError, ValueError) as error:

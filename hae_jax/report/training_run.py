@@ -63,9 +63,9 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             found.append({**line, "step": int(line["step"])})
         except (ValueError, KeyError, TypeError):
             if number < len(texts):
-                notes.append(f"{path.name}: line {number} is damaged and left out")
+                notes.append(f"{path.name}: line {number} is damaged and is left out")
     if not texts:
-        notes.append(f"{path.name} is empty; the first line comes after training.log_every steps")
+        notes.append(f"{path.name} is empty; the first line is written after training.log_every steps")
     return found
 
 

@@ -62,8 +62,8 @@ def _check(folder: Path, limit_mb: float) -> None:
         raise UserError(f"--max-mb is {limit_mb:g}; give a number greater than 0")
     if not (is_results(folder) or is_run(folder)):
         below = sorted(path.name for path in folder.iterdir() if path.is_dir() and (is_results(path) or is_run(path)))
-        hint = f"; in it there is {', '.join(below[:3])}" if below else ""
-        raise UserError(f"{folder}: holds neither results of translate.py (cases.csv, records) nor a run of train.py "
+        hint = f", for example {', '.join(below[:3])}" if below else ""
+        raise UserError(f"{folder}: has neither results of translate.py (cases.csv, records) nor a run of train.py "
                         f"(metrics.jsonl); give such a folder{hint}")
 
 

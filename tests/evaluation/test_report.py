@@ -160,7 +160,7 @@ def test_every_figure_has_a_column(tmp_path):
 def test_comparison_reads_back_from_markdown(tmp_path, compared):
     report.write_comparison(tmp_path, compared, phantom=True)
     page = (tmp_path / "comparison.md").read_text()
-    assert page.startswith("# PHANTOM figures of 3 cases, 40 slices, 38% of them healthy\n")
+    assert page.startswith("# PHANTOM metrics of 3 cases, 40 slices, 38% of them healthy\n")
     assert "an empty mask without a lesion scores 1" in page
     assert "Research use only" in page
     table = [line.replace("\\|", "/").strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
@@ -177,6 +177,6 @@ def test_comparison_reads_back_from_markdown(tmp_path, compared):
 
 def test_comparison_of_different_slices_shows(tmp_path, compared):
     report.write_comparison(tmp_path, [*compared, ("DDIB", "", _compared(0.5, slices=39), 1.0)], phantom=False)
-    assert (tmp_path / "comparison.md").read_text().startswith("# Figures of 3 cases, 40 or 39 slices, 38%")
+    assert (tmp_path / "comparison.md").read_text().startswith("# Metrics of 3 cases, 40 or 39 slices, 38%")
     report.write_comparison(tmp_path, [("DDIB", "", {}, 1.0)], phantom=False)
-    assert (tmp_path / "comparison.md").read_text().startswith("# Figures of ? cases")
+    assert (tmp_path / "comparison.md").read_text().startswith("# Metrics of ? cases")

@@ -120,7 +120,7 @@ def test_a_foreign_folder_is_refused(tmp_path):
 
 def test_the_folder_says_what_it_is(folder):
     text = (folder / "README.md").read_text()
-    assert "phantom figure" in text
+    assert "phantom metric" in text
     assert "McConnell Brain Imaging Centre" in text
     manifest = json.loads((folder / phantom.MANIFEST).read_text())
     assert manifest["settings"] == {"seed": 3, "lesion_share": 0.75, "size": SMALL, "kind": "tumour"}
@@ -215,7 +215,7 @@ def test_commands(folder, tmp_path, capsys):
                                "--workers", "1", "--figure", str(tmp_path / "p.png")])
     assert (tmp_path / "p.png").stat().st_size > 20_000
     phantom_threshold_command.main([str(folder)])
-    assert "PHANTOM figures over 4 cases" in capsys.readouterr().out
+    assert "PHANTOM metrics over 4 cases" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         make_phantom_command.main(["--output", str(folder), "--seed", "9"])
     assert stop.value.code == 2

@@ -143,7 +143,7 @@ def test_the_user_s_calibration_goes_to_the_forward_process_alone(network, short
             for name in ("hae", "ddib", "threshold")}
     assert used["hae"]["threshold"] == 0.99488
     assert used["ddib"]["method"] == "ddib"
-    assert "brats_600 is for hae alone; ddib takes its own" in capsys.readouterr().out
+    assert "brats_600 is for hae only; ddib uses its own" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -62,8 +62,8 @@ def test_the_folder_is_taken_as_it_is(trained, tmp_path, capsys):
     front = card.split("---")[1]
     for line in ("library_name: hae-jax", "license: cc-by-4.0", "pipeline_tag: image-segmentation"):
         assert line in front
-    assert "| Dice, lesion slices | 0.751 | 0.700 to 0.800 | 5 |" in card
-    assert "PHANTOM figures" in card
+    assert "| lesion-slice Dice | 0.751 | 0.700 to 0.800 | 5 |" in card
+    assert "PHANTOM metrics" in card
     assert "| HD95, mm | 3.000 | - | 1 |" in card
     assert "Research use only" in card
 

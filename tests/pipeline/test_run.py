@@ -271,7 +271,7 @@ def test_phantom_figures_are_called_so(run, tmp_path, case_writer):
     case_writer(tmp_path / "in", "a", seed=0)
     (tmp_path / "in" / phantom.MANIFEST).write_text("{}")
     table = run(tmp_path / "in").table
-    assert table.startswith("PHANTOM figures from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
+    assert table.startswith("PHANTOM metrics from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
 
 
 def test_most_anomalous():

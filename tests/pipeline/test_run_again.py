@@ -90,7 +90,7 @@ def test_a_case_whose_files_change_meanwhile_has_failed(run, three_cases, monkey
     report = run(three_cases)
     assert (report.finished, report.translated) == (2, 2)
     assert report.failed == {"b": "its files were changed while it was translated; give the command again"}
-    assert not any("there already" in line or "left to other shards" in line for line in report.lines())
+    assert not any("finished before" in line or "belong to other shards" in line for line in report.lines())
 
 
 def test_a_shard_answers_for_its_own_cases(run, three_cases):
@@ -165,7 +165,7 @@ def test_shards_share_a_folder(run, config, three_cases, tmp_path, monkeypatch):
     whole = run(three_cases, output=tmp_path / "whole")
     first = run(three_cases, num_shards=2, shard=0)
     assert (first.translated, first.wanted) == (2, 3)
-    assert "1 are left to other shards" in " ".join(first.lines())
+    assert "1 belong to other shards" in " ".join(first.lines())
     last = run(three_cases, num_shards=2, shard=1)
     assert (last.translated, last.finished) == (1, 3)
     assert last.results == whole.results

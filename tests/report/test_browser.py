@@ -299,8 +299,8 @@ def test_moved_images_leave_map_and_mask(visit, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), out / "b_mask.nii.gz")
     page = visit(write_report(out))
     _open(page, "a")
-    assert "its images are not shown" in page.locator("#viewer-warnings").text_content()
+    assert "the images are not shown" in page.locator("#viewer-warnings").text_content()
     assert page.evaluate("view.volume.images.length") == 0
     page.keyboard.press("Escape")
     _open(page, "b")
-    assert "another shape" in page.locator("#viewer-warnings").text_content()
+    assert "its shape differs" in page.locator("#viewer-warnings").text_content()

@@ -66,7 +66,7 @@ async function pictures(name) {
   if (!address) return null;
   await new Promise((resolve, reject) => {
     const tag = make("script", { src: address, onload: resolve, onerror: () => reject(
-      new Error(`its pictures are missing: the page needs the folder ${address.split("/")[0]} beside it`)) });
+      new Error(`pictures are missing; the page needs the folder ${address.split("/")[0]} beside it`)) });
     document.head.append(tag);
     tag.remove();
   });

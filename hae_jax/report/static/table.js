@@ -2,17 +2,17 @@
 // The table of cases and the contact sheet, which shows the same cases in the same order.
 
 const PAGE_ROWS = 50;
-const UNCERTAINTY = "How much the lesion volume depends on the threshold, from 0 (not at all) to 1: (V- - V+) / (V- + V+ + 1 ml), "
-  + "where V- is the volume of the map above 0.8 times the thresholds of pixels and slices and V+ that above 1.25 times. "
-  + "Missing where each slice has a threshold of its own.";
+const UNCERTAINTY = "How much the lesion volume depends on the threshold, from 0 (not at all) to 1: (V- - V+) / (V- + V+ + 1 ml). "
+  + "V- is the volume of the map above 0.8 times the thresholds of pixels and slices, V+ the volume above 1.25 times. "
+  + "Missing if each slice has a threshold of its own.";
 const COLUMNS = [
   { key: "name", title: "Case", text: true },
   { key: "uncertainty", title: "Uncertainty", digits: 2, definition: UNCERTAINTY },
   { key: "volume_ml", title: "Volume, ml", digits: 1, definition: "Volume of the lesion mask in millilitres." },
   { key: "true_volume_ml", title: "True volume, ml", digits: 1, definition: "Volume of the ground truth in millilitres." },
-  { key: "dice", title: "Dice", digits: 2, definition: "Volume Dice of mask and ground truth; 1 where both are empty." },
-  { key: "lesion_slices", title: "Lesion slices", definition: "Slices that were called lesion slices, of all that were translated.", of: "slices" },
-  { key: "anomaly_score", title: "Anomaly score", digits: 3, definition: "The highest anomaly score of the case's slices: high where there is a lesion." },
+  { key: "dice", title: "Volume Dice", digits: 2, definition: "Volume Dice of mask and ground truth; 1 if both are empty." },
+  { key: "lesion_slices", title: "Lesion slices", definition: "Number of slices that were called lesion slices / number of slices.", of: "slices" },
+  { key: "anomaly_score", title: "Anomaly score", digits: 3, definition: "The highest anomaly score of the case's slices. High scores mean a lesion." },
   { key: "warnings", title: "Warnings", list: true },
 ];
 const order = { key: "uncertainty", down: true, text: "", page: 0, rows: PAGE_ROWS };
@@ -42,7 +42,7 @@ function drawTable() {
   const start = order.page * order.rows;
   const rows = found.slice(start, start + order.rows);
   byId("table").tBodies[0].replaceChildren(...rows.map(row));
-  byId("count").textContent = found.length ? `${start + 1} to ${start + rows.length} of ${found.length}` : "no case fits the filter";
+  byId("count").textContent = found.length ? `${start + 1} to ${start + rows.length} of ${found.length}` : "no case matches the filter";
   byId("before").disabled = order.page === 0;
   byId("after").disabled = order.page === pages - 1;
   for (const cell of byId("table").tHead.querySelectorAll("th[data-key]")) {
@@ -70,7 +70,7 @@ function cell(entry, own) {
 function filesCell(entry) {
   const links = entry.files.flatMap((file, i) => [i ? ", " : "", make("a", { href: file.href }, file.text)]);
   const commands = entry.commands.length ? make("details", {}, make("summary", {}, "open in"),
-    make("p", { class: "hint" }, "Command lines for a terminal in the folder of this page:"),
+    make("p", { class: "hint" }, "Run these commands in the folder of this page:"),
     ...entry.commands.map((own) => make("p", { class: "command" }, make("span", {}, own.program), make("code", {}, own.text),
       make("button", { type: "button", "aria-label": `Copy the command for ${own.program}`, onclick: (event) => copy(own.text, event.currentTarget) }, "Copy")))) : null;
   return make("td", {}, ...links, commands);

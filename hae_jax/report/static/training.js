@@ -2,15 +2,15 @@
 // The page of a training run.
 
 const CURVES = [ // title, definition, unit, names of columns, logarithmic
-  ["Loss", "Training loss, mean since the line before, and the loss of the EMA weights on fixed validation slices.", "loss", ["loss", "validation_loss", "validation_loss_null"], true],
-  ["Loss by timestep", "Training loss of the samples whose timestep lies in each quarter of the schedule: 1 of 4 has the least noise.", "loss", /^loss_t\d+of\d+$/, true],
-  ["Localization on validation slices", "How well lesions are found: expected Dice and AUC of slices see image labels alone, Dice sees the ground truth.", "metric", /^localization_|^reconstruction_error$/, false],
+  ["Loss", "Training loss (mean since the previous log line), and loss of the EMA weights on fixed validation slices.", "loss", ["loss", "validation_loss", "validation_loss_null"], true],
+  ["Loss by timestep", "Training loss by quarter of the timesteps; quarter 1 of 4 has the least noise.", "loss", /^loss_t\d+of\d+$/, true],
+  ["Localization on validation slices", "How well lesions are found. Expected Dice and slice AUC need image labels alone, Dice needs ground truth.", "metric", /^localization_|^reconstruction_error$/, false],
   ["Learning rate", "", "learning rate", ["learning_rate"], false],
   ["Throughput", "Training images per second, over all devices.", "images per second", ["images_per_second"], false],
-  ["Input wait", "Share of the time in which the devices wait for data.", "share of time", ["input_wait_share"], false],
+  ["Input wait", "Share of time in which the devices wait for data.", "share of time", ["input_wait_share"], false],
   ["Gradient norm", "", "norm", ["gradient_norm"], true],
   ["Memory", "", "GiB", ["device_memory_gib"], false],
-  ["Distance of the EMA weights", "Relative distance of the averaged weights from the last ones.", "distance", ["ema_distance"], false],
+  ["Distance of the EMA weights", "Relative distance between the EMA weights and the parameters.", "distance", ["ema_distance"], false],
   ["Parameter norm", "", "norm", ["parameter_norm"], false],
   ["Skipped steps", "Steps whose loss or gradient was not finite.", "steps", ["skipped_steps"], false],
 ];

@@ -21,7 +21,7 @@ async function openCase(name) {
   byId("views").replaceChildren();
   if (!byId("viewer").open) byId("viewer").showModal();
   byId("viewer-title").focus({ preventScroll: true });
-  byId("viewer-status").textContent = "The volumes are being read.";
+  byId("viewer-status").textContent = "Loading the volumes.";
   try {
     const volume = await load(name);
     if (view.entry !== entry) return; // another case was opened meanwhile
@@ -38,7 +38,7 @@ function figures(entry) {
   if (entry.true_volume_ml !== null && entry.true_volume_ml !== undefined) parts.push(`ground truth ${shown(entry.true_volume_ml, 1)} ml`);
   if (entry.dice !== null && entry.dice !== undefined) parts.push(`volume Dice ${shown(entry.dice, 2)}`);
   parts.push(`${entry.lesion_slices} of ${entry.slices} slices called lesion`);
-  return (report.phantom ? "Phantom figures: " : "") + parts.join(", ");
+  return (report.phantom ? "Phantom metrics: " : "") + parts.join(", ");
 }
 
 function warn(warnings) {
@@ -67,7 +67,7 @@ function begin(volume) {
   byId("show-mask").disabled = !volume.hasMask;
   byId("show-truth").disabled = !volume.hasTruth;
   byId("healthy").disabled = !volume.images.some((image) => image.healthy);
-  byId("healthy").title = byId("healthy").disabled ? "none was saved; translate.py --save-healthy writes them" : "";
+  byId("healthy").title = byId("healthy").disabled ? "not saved; translate.py --save-healthy writes pseudo-healthy reconstructions" : "";
   byId("slice").max = volume.shape[2] - 1;
   view.at = firstLook(volume, view.entry);
   byId("scores").replaceChildren(scoreBar(volume, view.entry));
@@ -82,7 +82,7 @@ function drawScale(map) {
   const pixels = new ImageData(256, 1);
   HEAT.forEach((colour, i) => pixels.data.set([...colour, 255], 4 * i));
   colours.getContext("2d").putImageData(pixels, 0, 0);
-  byId("scale").append("Map: 0 ", colours, ` ${map.high}${map.threshold ? `; the mask begins at ${map.threshold}` : ""}.`);
+  byId("scale").append("Map: 0 ", colours, ` ${map.high}${map.threshold ? `; threshold of the mask ${map.threshold}` : ""}.`);
 }
 
 // The most anomalous slice, at the brightest place of its map.
