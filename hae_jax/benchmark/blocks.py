@@ -68,9 +68,7 @@ def measure_blocks(batch: int, dtype: str, repeats: int, mesh: Mesh, say: Callab
 
     Args:
       batch: images in a call, which the mesh divides; the sparse attention alone takes one, on one device.
-      dtype: of computation.
       repeats: turns.
-      mesh: of the devices to use.
       say: is told what is being done.
     """
     return [row for block in blocks(batch, dtype) for gradients in (False, True)[:1 + block.has_gradients]
@@ -121,8 +119,6 @@ def attention_block(batch: int, dtype: str, form: str = "auto", *, small: bool =
     """Over the largest map that has attention: without context, ours, and with the context materialised.
 
     Args:
-      batch: images.
-      dtype: of computation.
       form: of attention, for ours.
       small: of a size for rehearsals.
     """

@@ -72,7 +72,6 @@ def gpu_report(
       output: folder, made if absent; earlier results in it are replaced.
       seconds: that all steps may take together.
       rehearse: do everything in small, on whatever device there is.
-      steps: which ones.
       say: is told what is being done.
 
     Returns:

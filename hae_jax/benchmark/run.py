@@ -110,11 +110,7 @@ def _torch_entry(
 
 
 def _check_torch(config: ml_collections.ConfigDict, settings: Settings, mesh: Mesh) -> str:
-    """What PyTorch runs on, in words.
-
-    Raises:
-      UserError: it is not installed, has no such device, or does not do what the config asks for.
-    """
+    """What PyTorch runs on, in words."""
     torch_programs = _torch_programs()
     if "train" in settings.parts:
         torch_programs.check_training(config)

@@ -72,11 +72,7 @@ def _status(command, argv: list[str]) -> int:
 
 
 def _subjects(dataset: Path, labels: Sequence[str]) -> list[Path]:
-    """The folders of the subjects that are asked for.
-
-    Raises:
-      UserError: this is no BIDS dataset, or a subject is not there.
-    """
+    """The folders of the subjects that are asked for."""
     if not (dataset / "dataset_description.json").is_file():
         raise UserError(f"{dataset}: has no dataset_description.json; give the folder of a BIDS dataset. For other "
                         "layouts use translate.py --layout bids")

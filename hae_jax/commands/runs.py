@@ -173,4 +173,3 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
     guided = GuidedNetwork(loaded.model, found.model)
     return loaded._replace(model=guided, identity={
         **loaded.identity, "classifier": {**found.identity, "path": str(run)}, "sha256": weights_hash(guided, config)})
-

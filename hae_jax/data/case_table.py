@@ -31,7 +31,6 @@ def read_table(path: Path, modalities: Sequence[str]) -> list[CaseFiles]:
     """The cases of a CSV file, sorted by name; separated by commas, semicolons or tabs.
 
     Args:
-      path: the file.
       modalities: the columns wanted, in their order; others of known modalities are ignored.
 
     Raises:

@@ -229,11 +229,7 @@ RULES = (_by_name, _by_number, _by_case)  # each: (folder, wanted modalities) ->
 
 
 def _label(folder: Folder, name: str) -> Path | None:
-    """The segmentation of nnU-Net and the Decathlon (imagesTr -> labelsTr), or one beside the image.
-
-    Raises:
-      UserError: the folder of labels is closed to us.
-    """
+    """The segmentation of nnU-Net and the Decathlon (imagesTr -> labelsTr), or one beside the image."""
     if folder.name.startswith("images"):
         labels = folder.absolute.with_name(folder.name.replace("images", "labels", 1))
         if labels.is_symlink() and (reason := absence(labels)):  # not to be taken for a case without a lesion

@@ -122,7 +122,6 @@ def read_volume(
     """Reads one volume.
 
     Args:
-      path: the file.
       volume: position along the fourth axis; None: the file is 3-D.
       volumes: that the file must have.
       wanted: the modalities of the case; for errors.

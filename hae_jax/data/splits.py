@@ -25,7 +25,6 @@ def split_patients(
       names: of the cases.
       train_fraction: share of the patients.
       val_fraction: share of the patients.
-      seed: of the order.
       patient: whose each case is; where it does not say, the case's name does (`patient_of`).
 
     Returns:

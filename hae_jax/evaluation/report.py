@@ -105,7 +105,6 @@ def write_metrics(path: str | os.PathLike, results: Mapping[str, Any], **context
     """Writes metrics.json: the results, the definition of every name in them, and where they come from.
 
     Args:
-      path: the file to write.
       results: nested dictionaries of numbers, e.g. from `running.SliceSums`.
       context: further entries beside "results" (calibration, checkpoint, settings), ready for JSON.
     """

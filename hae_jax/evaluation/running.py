@@ -43,8 +43,6 @@ class SliceSums:
           mask: masks that are empty where `lesion` is False, for all slices.
           mask_all: masks of every slice, for the lesion slices.
           map: continuous anomaly maps.
-          lesion: predicted labels.
-          truth: ground truth.
           labels: true labels, as the training saw them.
           foreground: the pixels that AUROC and AUPRC count.
 

@@ -156,9 +156,7 @@ def summarise(
     on the same cases in the same order are compared on the same resamples.
 
     Args:
-      cases: what was measured.
       patients: whose case each is; None: each is another one's.
-      seed: of the resamples.
     """
     patients = list(map(str, range(len(cases)))) if patients is None else patients
     ill, healthy = ([(case, patient) for case, patient in zip(cases, patients, strict=True)

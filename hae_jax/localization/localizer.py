@@ -110,7 +110,6 @@ class Localizer:
           channels: of its input.
           scaling: how slices came into [-1, 1] in its training, "slice" or "volume" (`to_model_range`).
           method: another method than `residual`; `process` and `settings` then do not count.
-          seed: of the noise.
           batch_size: slices at once.
         """
         self.method = method or Residual(process, settings or ResidualSettings())

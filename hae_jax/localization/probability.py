@@ -129,7 +129,6 @@ def volumes(case: SlicedCase, method: Any, results: Any, masks: Any, calibration
     """A case's probability and, where the method draws noise several times (`residual`), its uncertainty.
 
     Args:
-      case: the case.
       method: that was used; one that draws noise several times has `settings.draws`.
       results: its results, [S, ...]; then with a field `spread` [S, H, W], the standard deviation over noise draws.
       masks: `map_threshold.Masks` that the method made of them.

@@ -97,7 +97,6 @@ def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
 
     Args:
       samples: validation slices with and without lesions.
-      seed: of the bootstrap over patients.
 
     Raises:
       UserError: one class of slices is missing, or U - H is not above chance (95 %, over patients).

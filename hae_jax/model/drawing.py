@@ -86,7 +86,6 @@ def draw_models(config: UNetConfig, path: str | os.PathLike) -> None:
 
     Args:
       config: the network whose sizes are shown, with hybrid blocks.
-      path: the file.
     """
     figure = models_figure(config)
     # A fixed salt and no date: the same drawing gives the same file.

@@ -71,4 +71,3 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:  # [B, h, T, S] float32
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-

@@ -38,7 +38,6 @@ def attention_form(choice: str, dtype: Any, platform: str | None = None) -> str:
 
     Args:
       choice: one of `ATTENTION`.
-      dtype: of computation.
       platform: "cpu", "gpu" or "tpu"; None: JAX's default backend.
     """
     platform = platform or jax.default_backend()

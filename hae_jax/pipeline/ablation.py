@@ -64,7 +64,6 @@ def ablate(
     Args:
       model: a network with classes.
       config: the config tree of its training.
-      mesh: the devices.
       store: of which the validation split is used.
       rows: names, each with the fields of `config.translation` that it changes.
       slices: how many, in blocks of 8 neighbours.

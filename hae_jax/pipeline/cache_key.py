@@ -57,8 +57,6 @@ def calibration_key(
     """Everything that a calibration of a method depends on.
 
     Args:
-      config: the config tree.
-      store: the prepared dataset, where there is one.
       method: the run's, or its baseline.
       identity: the network's; a method without network has none.
     """
@@ -86,7 +84,6 @@ def run_key(
     """Everything that a case's results depend on, except for the case's own files.
 
     Args:
-      config: the config tree.
       identity: the network's.
       calibration: the method's; where it is made on validation slices, its `calibration_key`.
       baseline: whether the intensity threshold is measured beside the method.

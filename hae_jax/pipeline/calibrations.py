@@ -46,9 +46,6 @@ def available(
     newest one in `folder` that was made with this network and these settings.
 
     Args:
-      config: the config tree.
-      store: the prepared dataset, where there is one.
-      method: the method.
       identity: the network's.
       folder: where calibrations are kept.
       shipped: the file of the calibration that came with the weights; it need not exist.
@@ -82,7 +79,6 @@ def calibrated(
 
     Args:
       translator: the method at work, a `SliceTranslator` or an `IntensityReader`.
-      method: the method.
       store: the prepared dataset, of which the validation slices are used, with what of their labels and masks the
         method asks for.
       folder: where calibrations are kept, made if absent.

@@ -41,7 +41,6 @@ def find_inputs(config: ml_collections.ConfigDict, source: str | Path | None) ->
     """Opens the prepared dataset and finds the cases.
 
     Args:
-      config: the config tree.
       source: folder of cases; None: the test split of `data.root`, from the folder that it was prepared from.
 
     Raises:

@@ -102,9 +102,7 @@ def compare(
     """Runs each entry on the same cases and writes comparison.csv, .md, .png and .json.
 
     Args:
-      entries: what to compare.
       config: the config tree that the entries differ from.
-      mesh: the devices.
       output: folder for the tables; each entry's results go into a folder in it.
       source: folder of cases with segmentations; None: the test split of `data.root`.
 
@@ -173,9 +171,6 @@ def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collectio
     """The config of an entry's run: with its settings, and the network and the diffusion of its network's training.
 
     A calibration that the user names is that of the config's method; other methods make their own.
-
-    Raises:
-      UserError: if its network is for other data.
     """
     own, trained = copy.deepcopy(config), copy.deepcopy(entry.network.config)
     with own.unlocked():

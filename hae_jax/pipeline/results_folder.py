@@ -110,9 +110,7 @@ class ResultsFolder:
         """Writes the record of a case whose files are all there; what earlier results left besides is deleted.
 
         Args:
-          case: its name.
           files: the names of its files.
-          row: of cases.csv.
           measured: what the metrics need; None without a segmentation.
         """
         self._replace(case, dataclasses.replace(self._begun[case], files=tuple(files), row=row), measured)
@@ -155,7 +153,6 @@ class ResultsFolder:
         Shards may end at the same time; the one that writes last looks once more, so that no case is left out.
 
         Args:
-          context: of the run.
           worked_on: the cases that this run has worked on.
         """
         while True:

@@ -241,7 +241,6 @@ def summarise(output: Path, context: Context, cases: Sequence[str], records: Map
 
     Args:
       output: the folder of results.
-      context: of the run.
       cases: names of the cases of all shards.
       records: those with the run's key, by the case's name.
       tally: of the finished ones.

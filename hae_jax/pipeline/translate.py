@@ -49,7 +49,6 @@ def translate(
       model: the network; None for a method that needs none.
       identity: where it comes from and its `cache_key.weights_hash` as "sha256", ready for JSON.
       config: the config tree; `model` and `diffusion` are those of the network's training.
-      mesh: the devices.
       output: folder for the results, made if absent; several shards may share it.
       source: folder of cases; None: the test split of `data.root`, from the folder that it was prepared from.
       overwrite: work again on cases that are finished.

@@ -81,12 +81,7 @@ def _volumes(name: str) -> dict[str, str]:
 
 
 def read(folder: Path, name: str) -> ReadCase:
-    """Reads what there is of a case; what cannot be read becomes a warning.
-
-    Args:
-      folder: the results.
-      name: of the case.
-    """
+    """Reads what there is of a case; what cannot be read becomes a warning."""
     warnings: list[str] = []
     facts = _facts(folder, name, warnings)
     case = ReadCase(facts, warnings=[*facts.get("warnings", []), *warnings])

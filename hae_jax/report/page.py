@@ -113,9 +113,7 @@ def write_page(path: Path, data: Mapping[str, Any], pictures: Pictures) -> None:
     """Writes a page, whole or not at all.
 
     Args:
-      path: the file.
       data: what `main.js` reads: "kind", "title", "facts", ...
-      pictures: of its cases.
     """
     inside = pictures.inside()
     style = (_STATIC / "style.css").read_text(encoding="utf-8")

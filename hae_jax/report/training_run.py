@@ -29,7 +29,6 @@ def run_data(folder: Path, pictures: Pictures, privacy: Privacy) -> dict[str, An
 
     Args:
       folder: the run.
-      pictures: of the page.
       privacy: cleans what is said.
     """
     notes: list[str] = []

@@ -206,11 +206,7 @@ def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _checked_finite(path: Path, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays.
-
-    Raises:
-      UserError: values are not finite.
-    """
+    """The arrays."""
     bad = {name: count for name, value in state.items() if (count := int((~np.isfinite(value)).sum()))}
     if bad:
         name = next(iter(bad))

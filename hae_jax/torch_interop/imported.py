@@ -48,7 +48,6 @@ def write_run(
     Averages that are not given begin as the parameters, moments as zeros, as at the start of a training.
 
     Args:
-      weights: what was read.
       config: the config tree that the run shall go on with.
       output: the folder; new or empty. It appears when it is complete.
       config_name: what the config is called in messages; None: it was guessed.
@@ -109,11 +108,7 @@ def _placed(state: State, network: UNetConfig) -> nnx.State:
 
 
 def _fitted(source: Source, network: UNetConfig, config_name: str) -> nnx.State:
-    """The parameters in a file.
-
-    Raises:
-      UserError: naming the settings that these weights were made with, or every entry that does not fit.
-    """
+    """The parameters in a file."""
     try:
         return _placed(source.state, network)
     except UserError as error:
@@ -210,11 +205,7 @@ def _write(folder: Path, state: TrainState, tree: dict[str, Any], weights: Weigh
 
 
 def _verified(folder: Path, state: TrainState, network: UNetConfig, sources: list[Source], weights: Weights) -> str:
-    """Reads the checkpoint and compares it, in PyTorch's layouts, with what was read from the files.
-
-    Raises:
-      UserError: naming arrays that differ.
-    """
+    """Reads the checkpoint and compares it, in PyTorch's layouts, with what was read from the files."""
     checkpoints = Checkpoints(folder)
     sharding = replicated(make_mesh())
     found = checkpoints.restore(weights.step, state, jax.tree.map(lambda _: sharding, state))

@@ -126,7 +126,6 @@ class Checkpoints:
         """Reads a checkpoint onto the devices that `shardings` names, however many had written it.
 
         Args:
-          step: which.
           like: a state of the same network, of which the shapes count.
           shardings: where each leaf shall lie.
 

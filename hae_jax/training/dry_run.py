@@ -40,7 +40,6 @@ def describe(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
     """Describes the training that a config stands for.
 
     Args:
-      config: the config tree.
       devices: what would be trained on; None: all devices of all hosts.
 
     Returns:

@@ -30,7 +30,6 @@ def damage(folder: Path, parts: Collection[str] | None = None) -> str | None:
     """Compares the files of a sealed folder with their checksums.
 
     Args:
-      folder: which.
       parts: compare only the files in these subfolders; None: all.
 
     Returns:

@@ -30,7 +30,6 @@ class RunLog:
         """Opens the log and drops whatever an interrupted run wrote after `start_step`.
 
         Args:
-          workdir: the run's folder.
           start_step: of the checkpoint that the run goes on from, or 0.
           project: of wandb; None: wandb is left alone.
           config: what wandb notes as the run's config.

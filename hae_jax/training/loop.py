@@ -86,7 +86,6 @@ def train(
 
     Args:
       config: the config tree (`configs/default.py`).
-      workdir: the run's folder.
       devices: what to train on; None: all devices of all hosts.
       profile: steps to record.
 
@@ -186,11 +185,7 @@ def _begin(run: Run, checkpoints: Checkpoints, guard: Guard, latest: int | None)
 
 
 def _with_initial_weights(run: Run, state: TrainState, shardings: TrainState) -> TrainState:
-    """The state before the first step, with parameters and EMA from `training.initial_weights`.
-
-    Raises:
-      UserError: if these are of another network.
-    """
+    """The state before the first step, with parameters and EMA from `training.initial_weights`."""
     name = run.config.training.initial_weights
     found = load_trained(name)
     theirs = network_config(found.config)
@@ -293,11 +288,7 @@ def _localization(run: Run, graph: nnx.GraphDef, shardings: TrainState) -> Local
 
 
 def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Stops the run before a broken state can be saved, unless such steps are skipped.
-
-    Raises:
-      UserError: naming the step and the last good checkpoint.
-    """
+    """Stops the run before a broken state can be saved, unless such steps are skipped."""
     if run.config.training.nonfinite == "skip" or bool(metrics["finite"]):
         return
     latest = checkpoints.latest()

@@ -41,7 +41,6 @@ class Profiler:
         """Checks the span against the run; nothing is written yet.
 
         Args:
-          workdir: the run's folder.
           span: what to record; None: nothing.
           start: steps done so far.
           steps: at which the run ends.

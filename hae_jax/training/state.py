@@ -75,7 +75,6 @@ def network_config(config: dict[str, Any], forms: Mapping[str, str] | None = Non
     """The network's config from a config tree; a learned variance doubles the output channels.
 
     Args:
-      config: the config tree.
       forms: fields of the network that replace its own, of `model.config.FORM_FIELDS`.
 
     Raises:
@@ -142,7 +141,6 @@ def sharded_initial_state(
 
     Args:
       rates: number of sets of EMA weights.
-      seed: of the parameters.
       history_steps: T where the losses of the timesteps are remembered (`remembered_timesteps`); None: they are not.
 
     Returns:

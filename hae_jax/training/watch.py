@@ -69,7 +69,6 @@ class Report:
         """Opens the log.
 
         Args:
-          workdir: the run's folder.
           start: steps done so far.
           sampler: made by `make_sampler`; None: no sample grids.
           validation: a `Validation`; None: none.

@@ -69,7 +69,6 @@ def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str]
     Args:
       path: the folder, or the name of shipped weights, such as "phantom".
       ema: the EMA weights instead of the last ones.
-      forms: as in `load_network`.
 
     Raises:
       UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.

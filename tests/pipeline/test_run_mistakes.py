@@ -118,17 +118,13 @@ def test_a_name_that_is_no_text_fails_its_case_alone(run, three_cases, tmp_path)
     assert report.failed == {"M\\xfcller": "M\\xfcller: its name is not UTF-8; rename its folder or files"}
 
 
-def test_results_are_not_taken_for_cases(run, three_cases, tmp_path):
-    run(three_cases)
-    with pytest.raises(UserError, match=r"holds results of translate\.py"):
-        run(tmp_path / "out", output=tmp_path / "again")
-
-
 def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):
     with pytest.raises(UserError, match="is the folder of the cases themselves"):
         run(three_cases, output=three_cases)
     run(three_cases, output=three_cases / "results")
     assert run(three_cases, output=tmp_path / "again").wanted == 3  # results are not taken for cases
+    with pytest.raises(UserError, match=r"holds results of translate\.py"):
+        run(three_cases / "results", output=tmp_path / "other")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made or written to"):
         run(three_cases, output=tmp_path / "file" / "out")
