@@ -57,7 +57,8 @@ def test_settings_arrive():
     assert (method.steps, method.start, method.guidance, method.modality, method.filters) == (
         300, "level", 1.5, (3, 1), PixelFilters(False, 40))
     config.translation.update({"method": "residual", "timesteps": (10, 30), "draws": 2, "rounds": 3,
-                               "weights": (0, -1.0, 0, 2.0), "smoothing": 1.5, "rule": "healthy_fpr", "healthy_fpr": 0.01, "smallest_ml": 0.3})
+                               "weights": (0, -1.0, 0, 2.0), "smoothing": 1.5, "rule": "healthy_fpr",
+                               "healthy_fpr": 0.01, "smallest_ml": 0.3})
     method = make_method(config)
     assert vars(method.settings) == {
         "timesteps": (10, 30), "guidance": 1.5, "draws": 2, "rounds": 3, "modality": (1, 3), "weights": (-1, 2),

@@ -261,7 +261,7 @@ def test_one_case_of_a_phantom_makes_them_phantom_figures(run, tmp_path, three_c
     monkeypatch.chdir(tmp_path / "phantom" / "z")
     one = run(".", output=tmp_path / "one")
     assert one.phantom
-    assert one.table.startswith("PHANTOM figures from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
+    assert one.table.startswith("PHANTOM metrics from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
     (three_cases / "z").symlink_to(tmp_path / "phantom" / "z")
     assert run(three_cases).table.startswith("PHANTOM")
     (three_cases / "z").unlink()
