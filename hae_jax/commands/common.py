@@ -76,7 +76,7 @@ def _outside(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         return f"there is not enough memory ({error}); lower the batch size, the image size or the workers"
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        return (f"the device does not have enough memory ({str(error).splitlines()[0][:200]}); lower the batch size, or "
+        return (f"the device does not have enough memory ({str(error).splitlines()[0][:200]}); lower the batch size or "
                 "set model.remat, model.dtype=bfloat16 or training.accumulation (docs/training.md, Memory)")
     if isinstance(error, RuntimeError | AssertionError):
         last = traceback.extract_tb(error.__traceback__)[-1]
