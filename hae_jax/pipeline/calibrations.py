@@ -256,7 +256,7 @@ def _from_file(name: str, method: Method) -> Calibration:
 def _is_published(path: Path) -> bool:
     """Whether a calibration's file is the forward process's own; what cannot be read is for `load` to complain of."""
     try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError):
+        fields = read_json(path)
+    except UserError:
         return True
     return not isinstance(fields, dict) or "method" not in fields

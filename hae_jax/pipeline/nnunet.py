@@ -12,7 +12,7 @@ from hae_jax.data.cases import CaseFiles, find_cases, read_case
 from hae_jax.data.nifti import write_volume
 from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole, write_json
-from hae_jax.pipeline.bids import finished_cases
+from hae_jax.pipeline.results_folder import read_manifest
 from hae_jax.provenance import RESEARCH_USE
 
 ORDER = "sure_cases.csv"
@@ -60,14 +60,15 @@ def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = N
                 "channel_names": {str(i): name for i, name in enumerate(modalities)},
                 "labels": {"background": 0, "lesion": 1}, "numTraining": len(ranked), "file_ending": ".nii.gz",
                 "name": Path(folder).name, "description": "Labels are masks found by HAE-JAX, not drawn by hand. "
-                f"{RESEARCH_USE}", "checkpoint": manifest["checkpoint"]})
+                f"{RESEARCH_USE}", "checkpoint": manifest.get("checkpoint")})
     except FileExistsError as error:
         raise UserError(f"{folder}: is not empty; name a new folder") from error
     return [found.case.name for found in ranked]
 
 
 def _manifest(results: Path) -> dict[str, Any]:
-    found, finished = finished_cases(results)
+    found = read_manifest(results)
+    finished = {name: facts for name, facts in found["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
     if not finished:
         raise UserError(f"{results}: no case is finished")
     if lacking := [name for name, facts in finished.items() if f"{name}_probability.nii.gz" not in facts["files"]]:
