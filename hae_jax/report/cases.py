@@ -197,7 +197,8 @@ def _thumbnail(case: ReadCase) -> str | None:
 
 
 def _links(folder: Path, name: str) -> list[dict[str, str]]:
-    return [{"text": what, "href": urllib.parse.quote(os.fsencode(file))} for file, what in _volumes(name).items()
+    linked = _volumes(name) | {f"{name}_{what}.nii.gz": what for what in ("probability", "uncertainty")}
+    return [{"text": what, "href": urllib.parse.quote(os.fsencode(file))} for file, what in linked.items()
             if (folder / file).is_file()]
 
 

@@ -9,6 +9,8 @@ from hae_jax.report.results import Results
 
 _HEADLINES = (("volumes", "dice"), ("lesion_slices", "dice"), ("lesion_slices", "auprc"), ("slice_level", "accuracy"),
               ("volumes", "lesion_f1"))
+_WRITTEN = {"dice": "Dice", "iou": "IoU", "auroc": "AUROC", "auprc": "AUPRC", "hd95": "HD95", "f1": "F1", "mm": "(mm)",
+            "ml": "(ml)"}
 
 
 def results_facts(results: Results, privacy: Privacy) -> list[list[str]]:
@@ -71,9 +73,14 @@ def metrics_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:
     names = dict.fromkeys(name for results in columns.values() for name in results)
     definitions = metrics.get("definitions") or {}
     return {"methods": list(columns), "rows": [
-        {"group": group.replace("_", " "), "name": name.replace("_", " "), "headline": (group, name) in _HEADLINES,
+        {"group": group.replace("_", " "), "name": _words(name), "headline": (group, name) in _HEADLINES,
          "definition": _definition(definitions, group, name),
          "values": [results.get((group, name)) for results in columns.values()]} for group, name in names]}
+
+
+def _words(name: str) -> str:
+    """A metric's name as it is written in a text: lesion_f1 -> lesion F1."""
+    return " ".join(_WRITTEN.get(word, word) for word in name.split("_"))
 
 
 def _flat(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], list[Any]]]:

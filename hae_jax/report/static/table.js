@@ -9,7 +9,7 @@ const COLUMNS = [
   { key: "name", title: "Case", text: true },
   { key: "uncertainty", title: "Uncertainty", digits: 2, definition: UNCERTAINTY },
   { key: "volume_ml", title: "Volume, ml", digits: 1, definition: "Volume of the lesion mask in millilitres." },
-  { key: "true_volume_ml", title: "True volume, ml", digits: 1, definition: "Volume of the ground truth in millilitres." },
+  { key: "true_volume_ml", title: "Ground truth, ml", digits: 1, definition: "Volume of the ground truth in millilitres." },
   { key: "dice", title: "Volume Dice", digits: 2, definition: "Volume Dice of mask and ground truth; 1 if both are empty." },
   { key: "lesion_slices", title: "Lesion slices", definition: "Number of slices that were called lesion slices / number of slices.", of: "slices" },
   { key: "anomaly_score", title: "Anomaly score", digits: 3, definition: "The highest anomaly score of the case's slices. High scores mean a lesion." },
@@ -195,7 +195,7 @@ function diceChart() {
   if (!points.length) return null;
   return chart({
     title: "Dice against lesion volume", definition: "Each dot is a case with a lesion: the volume Dice of its mask against the volume of the ground truth. A click opens the case.",
-    x: { label: "true volume, ml", log: true }, y: { label: "volume Dice", low: 0, high: 1 },
+    x: { label: "ground truth volume, ml", log: true }, y: { label: "volume Dice", low: 0, high: 1 },
     series: [{ name: "", kind: "dots", colour: "c1", points, open: openCase }],
     summary: `${points.length} cases, median Dice ${shown(median(points.map((own) => own[1])), 2)}.`,
   });
