@@ -28,7 +28,7 @@ def test_each_row_is_measured(settings, prepared, toy_network, mesh_of, tmp_path
     assert found[0]["best_dice"] > 0.9  # the balls are bright
     assert found[1]["auprc"] != found[2]["auprc"]
     text = page.read_text()
-    assert text.startswith("# Figures of 7 validation slices\n")
+    assert text.startswith("# Metrics of 7 validation slices\n")
     assert text.count("\n| ") == 2 + len(found)
 
 
