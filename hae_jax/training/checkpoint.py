@@ -61,7 +61,7 @@ class Checkpoints:
         self._saving = None  # step of the last save
         # Folders that cannot be made are noticed at once; in the background, Orbax waits minutes for them.
         background = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
-        with disk_errors(lambda: f"{workdir}: no checkpoints can be kept there"):
+        with disk_errors(lambda: f"{workdir}: cannot hold checkpoints"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = _manager(
                 self.folder, max_to_keep=keep, cleanup_tmp_directories=True, async_options=background)
@@ -138,8 +138,8 @@ class Checkpoints:
         lacking = [f"{item}/{name}" for item, leaves in wanted.items()
                    for name in sorted(leaves.keys() - set(_stored_names(self.folder / str(step) / item)))]
         if lacking:
-            raise UserError(f"{self.folder / str(step)}: lacks {len(lacking)} arrays, first {lacking[0]}; another "
-                            "version has written it, go on with that one")
+            raise UserError(f"{self.folder / str(step)}: lacks {len(lacking)} arrays, the first is {lacking[0]}; it "
+                            "was written by another version, resume with that version")
         found = self._manager.restore(
             step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(w) for item, w in wanted.items()}))
         return _state({item: _unnamed(value, found[item]) for item, value in _items(like).items()})
@@ -162,7 +162,7 @@ class Checkpoints:
             if problem is None:
                 for bad, reason in damaged.items():
                     aside = move_aside(self.folder / str(bad))
-                    _LOG.info("%s: checkpoint %s is damaged (%s); it is kept as %s, checkpoint %s is used",
+                    _LOG.info("%s: checkpoint %s is damaged (%s) and is kept as %s; using checkpoint %s",
                               self._workdir, bad, reason, aside.name, step)
                 return step
             damaged[step] = problem
@@ -196,7 +196,7 @@ def load_network(
     """
     folder = Path(workdir).resolve() / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{workdir}: no checkpoints there; train with train.py --workdir {workdir}, or name the folder "
+        raise UserError(f"{workdir}: has no checkpoints; train with train.py --workdir {workdir}, or give the folder "
                         "of a finished run")
     manager = _manager(folder, create=False, save_root_metadata=False)
     step = _sound_step(workdir, folder, sorted(manager.all_steps(), reverse=True), step)
@@ -257,7 +257,7 @@ def _sound_step(workdir: str | Path, folder: Path, steps: list[int], wanted: int
         problem = _damage(folder / str(step), ("config", "params", "ema"))
         if problem is None:
             for bad, reason in damaged.items():
-                _LOG.info("%s: checkpoint %s is damaged (%s); checkpoint %s is used", workdir, bad, reason, step)
+                _LOG.info("%s: checkpoint %s is damaged (%s); using checkpoint %s", workdir, bad, reason, step)
             return step
         damaged[step] = problem
     raise _all_damaged(folder, damaged)
@@ -274,8 +274,8 @@ def _stored_names(item: Path) -> Collection[str]:
 
 def _all_damaged(folder: Path, damaged: dict[int, str]) -> UserError:
     reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-    return UserError(f"{folder}: no sound checkpoint ({reasons}); bring back a copy of one, take another step, or "
-                     "begin in another --workdir")
+    return UserError(f"{folder}: has no intact checkpoint ({reasons}); restore a copy of one, choose another step, "
+                     "or start in another --workdir")
 
 
 def _items(state: TrainState) -> dict[str, Any]:
