@@ -27,7 +27,7 @@ _MAPS = ("mse", "gradient", "gradient_unscaled")
 
 
 class Denoisers(NamedTuple):
-    """The network's outputs that a translation needs; t [B] or [1] are original timesteps, one for all slices if [1]."""
+    """Outputs of the network that a translation needs; t [B] or [1] are original timesteps, [1]: one for all slices."""
 
     null: Denoiser  # (x, t) -> output under the null condition
     # (x, t) -> both outputs, from one stacked pass; None for a network without classes
