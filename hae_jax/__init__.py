@@ -16,7 +16,7 @@ _HOMES = {"Localizer": "hae_jax.localization.localizer", "UNet": "hae_jax.model"
 
 
 def __getattr__(name: str):
-    """Imports a public name when it is first asked for: JAX takes seconds, and `--help` needs none of it."""
+    """Imports a public name at its first use, because importing JAX takes seconds and `--help` does not need it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'hae_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -21,9 +21,9 @@ class TrainedRun(NamedTuple):
 
     Attributes:
       model: the network.
-      config: of its training, with today's defaults where it does not know a field.
-      identity: path, step, which parameters, and the SHA-256 of the weights with their use.
-      folder: where it lies.
+      config: config of its training; fields that are newer than the run have their defaults.
+      identity: path, step, EMA weights or parameters, and the weights hash (SHA-256).
+      folder: the run folder.
     """
 
     model: nnx.Module
@@ -50,12 +50,12 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(run: str | Path, settings: Mapping[str, Any] | None = None, *, ema: bool = True) -> TrainedRun:
-    """Reads a trained network.
+    """Loads a trained network.
 
     Args:
-      run: folder that `train.py` wrote, folder of exported weights, or the name of shipped ones ("phantom").
+      run: run folder of `train.py`, folder of exported weights, or name of shipped weights ("phantom").
       settings: fields of `config.translation` to change.
-      ema: the EMA weights instead of the last ones.
+      ema: load the EMA weights; False: the parameters of the last step.
 
     Raises:
       UserError: there is no network, it is damaged, or a setting does not exist.
@@ -81,8 +81,8 @@ def completed_config(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
         with config.unlocked():
             config.update(as_config(tree))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"the config that the network was saved with is damaged ({error}); copy its folder again, or "
-                        "take another checkpoint") from error
+        raise UserError(f"the config of the network is damaged ({error}); copy its folder again, or use another "
+                        "checkpoint") from error
     return config
 
 

@@ -27,7 +27,7 @@ _MAPS = ("mse", "gradient", "gradient_unscaled")
 
 
 class Denoisers(NamedTuple):
-    """The network's two faces in a translation; t [B] or [1] are original timesteps, one for all slices if [1]."""
+    """Outputs of the network that a translation needs; t [B] or [1] are original timesteps, [1]: one for all slices."""
 
     null: Denoiser  # (x, t) -> output under the null condition
     # (x, t) -> both outputs, from one stacked pass; None for a network without classes
@@ -175,10 +175,10 @@ def forward_process(
     G_t is the guided prediction of x0 from x_t, R_t the reference. t_e = argmax_t mean (G_t - R_t)^2, the map is
     (1 / t_e) sum_{t < t_e} (G_t - X)^2.
 
-    x_0 is noised once; x_{t} then comes from x_{t-1} by a DDIM inversion step under the null condition. With the
-    inversion "published" **this step takes x_{t-1} as if it were at level t** (network and coefficients at t): an
-    off-by-one of the published code which its results depend on. The map needs no stored steps: the running sum of
-    (G_t - X)^2 is kept whenever diff_t is strictly the largest so far, before step t is added.
+    x_0 is noised once. Each x_t is then computed from x_{t-1} by a DDIM inversion step under the null condition. With
+    the inversion "published" **this step treats x_{t-1} as if it were at level t** (network and coefficients at t).
+    This is an off-by-one of the published code, and its results depend on it. No steps are stored: the running sum of
+    (G_t - X)^2, without step t, is kept whenever diff_t is the largest so far.
     """
 
     def is_largest(t, diff, best):

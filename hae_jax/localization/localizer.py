@@ -40,19 +40,21 @@ from hae_jax.localization.residual import Residual, ResidualSettings
 
 
 class Localized(NamedTuple):
-    """What is found in a volume [X, Y, Z, C] or in slices [S, H, W, C]; arrays lie on the input's grid.
+    """Results for a volume [X, Y, Z, C] or for slices [S, H, W, C], on the grid of the input.
 
     Attributes:
-      mask: [X, Y, Z] or [S, H, W] bool, the lesion.
+      mask: [X, Y, Z] or [S, H, W] bool, the lesion mask.
       anomaly_map: the same shape, float32; high where there is a lesion.
-      pseudo_healthy: the same with a last axis of M channels, in the input's intensities; None for methods without one.
+      pseudo_healthy: the pseudo-healthy reconstruction, the same shape with a last axis of M channels, in the input's
+        intensities; None for methods without one.
       slice_scores: [N] float64, the anomaly score of each axial slice, or of each of the S slices.
       lesion_slices: [N] bool, whether the slice is called a lesion slice.
-      slice_index: [N] int, where these slices lie: along the volume's axis from inferior to superior, or 0 .. S-1.
+      slice_index: [N] int, position of these slices along the volume's axis from inferior to superior, or 0 .. S-1.
       modality: the M channels of `pseudo_healthy`.
-      probability: as `anomaly_map`, in [0, 1]: that the voxel is lesion (`probability.MEANINGS`); None without
-        curves in the calibration, and for slices.
-      uncertainty: the same, standard deviation over noise (likewise); None with a single noise draw.
+      probability: as `anomaly_map`, in [0, 1]: the probability that the voxel is lesion (`probability.MEANINGS`);
+        None if the calibration has no probability curves, and for slices.
+      uncertainty: standard deviation of the probability over noise (likewise); None with a single
+        noise draw.
     """
 
     mask: np.ndarray
@@ -80,8 +82,8 @@ class Localizer:
       ((64, 64, 4), (4,))
 
     Attributes:
-      method: how lesions are found.
-      calibration: what turns maps into masks; None until `calibrate`.
+      method: the method that finds lesions.
+      calibration: the thresholds that turn maps into masks; None before `calibrate`.
     """
 
     def __init__(
@@ -98,19 +100,20 @@ class Localizer:
         seed: int = 0,
         batch_size: int = 32,
     ):
-        """Takes anybody's network.
+        """Makes a localizer from any network. For a trained run, use `load`.
 
         Args:
-          denoisers: the network's two faces (`Denoisers`; `numpy_denoisers` for a network outside JAX), or a module
-            that is called as `hae_jax.UNet`.
-          process: the diffusion process that it was trained with.
-          calibration: made earlier; None: call `calibrate` first.
-          settings: of the method `residual`; None: its defaults, with the first channel bright where there is a lesion.
+          denoisers: functions for the network's output under the null condition and under "healthy" (`Denoisers`;
+            `numpy_denoisers` for a network outside JAX), or a module with the call signature of `hae_jax.UNet`.
+          process: the diffusion process of its training.
+          calibration: an existing calibration; None: call `calibrate` before the first use.
+          settings: settings of the method `residual`; None: its defaults, with lesions bright in the first channel.
           image_size: height and width of the network's input, pixels.
-          channels: of its input.
-          scaling: how slices came into [-1, 1] in its training, "slice" or "volume" (`to_model_range`).
-          method: another method than `residual`; `process` and `settings` then do not count.
-          batch_size: slices at once.
+          channels: number of channels of the network's input.
+          scaling: how slices were scaled to [-1, 1] in its training, "slice" or "volume" (`to_model_range`).
+          method: another method than `residual`; `process` and `settings` are then ignored.
+          seed: seed of the noise.
+          batch_size: slices per batch.
         """
         self.method = method or Residual(process, settings or ResidualSettings())
         self.calibration = calibration
@@ -126,10 +129,10 @@ class Localizer:
 
     @classmethod
     def load(cls, run: str | Path, **settings: Any) -> "Localizer":
-        """Takes a trained network with its settings and, where there is one, its calibration.
+        """Loads a trained network with its settings and, if there is one, its calibration.
 
         Args:
-          run: folder that `train.py` wrote, folder of exported weights, or the name of shipped ones ("phantom").
+          run: run folder of `train.py`, folder of exported weights, or name of shipped weights ("phantom").
           settings: fields of `config.translation` to change, such as guidance=3.0.
 
         Raises:
@@ -154,12 +157,12 @@ class Localizer:
         """Finds lesions in a volume or in slices.
 
         Args:
-          images: a volume in raw intensities with background 0, in any orientation, or a list of its channels; without
-            an affine, axial slices, one behind the other. Channels in the order of the training.
+          images: with an affine, a volume in any orientation, or a list of its channels; without one, axial slices in
+            order. Raw intensities with background 0. The channels have the order of the training.
           affine: voxel to mm (RAS+, as nibabel gives it) of a volume; None: `images` are slices.
-          spacing: (x, y, z) mm between pixels and between slices, where `images` are slices; None: filters in mm are
-            left out.
-          name: seeds the noise together with a slice's position; `translate.py` takes the case's name.
+          spacing: (x, y, z) mm between pixels and between slices, if `images` are slices; None: filters in mm are
+            skipped.
+          name: part of the seed of the noise, with the position of a slice; `translate.py` uses the name of the case.
 
         Raises:
           UserError: for an array that does not fit, or without a calibration.
@@ -182,17 +185,17 @@ class Localizer:
         masks: np.ndarray | None = None,  # [S, H, W]
         spacing: tuple[float, float, float] | None = None,
     ) -> MapThreshold:
-        """Chooses the thresholds on validation slices and keeps them in `calibration`.
+        """Chooses the thresholds on validation slices and stores them in `calibration`.
 
         Args:
-          slices: of all validation cases.
-          labels: 1: the slice has a lesion.
-          patients: whose slice each is, slices of one behind the other; each patient's intensities are normalised
-            together. None: all are one's.
-          heights: where each slice lies in its head, from 0 (bottom) to 1 (top); None: healthy and lesion slices are
+          slices: the slices of all validation cases.
+          labels: label of each slice; 1: it has a lesion.
+          patients: patient of each slice; slices of one patient follow each other and are normalised together. None:
+            all slices belong to one patient.
+          heights: position of each slice in its head, from 0 (bottom) to 1 (top); None: healthy and lesion slices are
             not matched by height.
-          masks: ground truth, for the rule "dice" alone.
-          spacing: (x, y, z) mm between pixels and slices of the input; None: filters in mm are left out.
+          masks: ground truth, only for the rule "dice".
+          spacing: (x, y, z) mm between pixels and slices of the input; None: filters in mm are skipped.
 
         Raises:
           UserError: arrays that do not fit, or slices that are not what the rule needs.

@@ -66,43 +66,43 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Hyper-parameters of `hae_jax.model.UNet`. The defaults are those of the PyTorch constructor; what the published
-    networks were trained with stands in `configs/default.py`.
+    """Hyper-parameters of `hae_jax.model.UNet`. The defaults are those of the PyTorch constructor; the settings of
+    the published networks are in `configs/default.py`.
 
     Attributes:
-      task: "denoise"; or "classify", the encoder with a head for the classes instead of the decoder.
+      task: "denoise"; or "classify": the encoder with a classification head instead of the decoder.
       variant: "fpdm", "hae", "hae_lite", "hae_v2" or "hae_v2c".
       image_size: height and width of the input, pixels.
       in_channels: image channels (modalities).
-      out_channels: output channels; None: as `in_channels` (a learned variance doubles them).
+      out_channels: output channels; None: `in_channels` (a learned variance doubles them).
       model_channels: base width; the embeddings are E = 4 * model_channels wide.
       num_res_blocks: ResBlocks per level in the encoder (one more in the decoder).
       attention_resolutions: downsampling rates at which AttentionBlocks follow the ResBlocks.
       dropout: rate in ResBlocks and hybrid blocks, attention weights included.
-      channel_mult: width of each level as a multiple of model_channels; None: the usual one for image_size.
+      channel_mult: width of each level as a multiple of model_channels; None: the standard for image_size.
       conv_resample: learned convolutions in down- and upsampling.
       num_classes: number of labels; None: unconditional.
       num_heads: heads of the AttentionBlocks, unless `num_head_channels` is given.
-      num_head_channels: channels per head; -1: by `num_heads`.
-      num_heads_upsample: heads in the decoder; -1: as `num_heads`.
+      num_head_channels: channels per head; -1: `num_heads` decides.
+      num_heads_upsample: heads in the decoder; -1: `num_heads`.
       use_scale_shift_norm: the embedding scales and shifts the second norm, instead of being added.
       resblock_updown: ResBlocks do the resampling.
-      use_hae: the hybrid CNN+transformer blocks; without them every variant is a plain U-Net.
+      use_hae: hybrid CNN+transformer blocks; without them every variant is a plain U-Net.
       bottleneck_ratio: hidden width of the bottleneck MLP as a share of its channels.
-      memory_optimization: `hae_v2c` skips the class context where the whole batch's is zero.
-      zero_threshold: a class embedding is zero when no entry exceeds this.
+      memory_optimization: `hae_v2c` skips the class context if it is zero for the whole batch.
+      zero_threshold: a class embedding counts as zero if no entry exceeds this.
       null_context: whether a null row sees a context: "batch" (the trained code's rule), "sample" (never), "keep".
-      sparse_pattern: "blocks" (ours, 90 % of the pairs are skipped), "trained" (the published one), "dense".
+      sparse_pattern: "blocks" (this project's; 90 % of the pairs are skipped), "trained" (the published one), "dense".
       sparse_seed: seed of the sparse pattern at inference, and in training unless it is redrawn.
       sparse_redraw: draw the sparse pattern anew at each training step.
-      remat: what the backward pass recomputes: "none"; "block", each ResBlock, attention and hybrid block by itself;
-        "full", these within each group of them between two skips, so that little else than the skips is kept.
+      remat: what the backward pass recomputes: "none"; "block": each ResBlock, attention and hybrid block; "full": also
+        each group of blocks between two skips, so that little more than the skips is stored.
       dtype: compute type; parameters, norms, softmax and the output head stay float32.
-      attention: the code that computes attention: "auto", "xla" or "cudnn", and what `hae_jax.ops.forms` lists besides.
-      convolution: the code that computes convolutions: "auto", "xla" or "winograd".
+      attention: how attention is computed: "auto", "xla", "cudnn", or another form of `hae_jax.ops.forms`.
+      convolution: how convolutions are computed: "auto", "xla" or "winograd".
 
     Raises:
-      UserError: where the fields do not make a network.
+      UserError: if the fields do not describe a valid network.
     """
 
     variant: str = "hae_v2c"

@@ -33,7 +33,7 @@ class UNet(nnx.Module):
 
     Args:
       config: sizes, variant and rules.
-      rngs: the stream that the parameters are drawn from (PyTorch's default distributions).
+      rngs: random stream of the initial parameters (PyTorch's default distributions).
     """
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
@@ -74,23 +74,24 @@ class UNet(nnx.Module):
         """Predicts the noise in `x`.
 
         Args:
-          x: noised images; H and W must be divisible by what the levels halve.
-          t: the original timesteps (not respaced ones), or a single one for all rows, which is embedded once.
-          y: class labels, in 0..num_classes-1; needed where the network has classes, unless every row is null.
-          null: the null condition (an exact zero class embedding) for all rows, or for some: those then form a null
-            pass of their own that shares the batch, and are judged by `config.null_context` apart from the others.
-          drop: rows whose class embedding is dropped, as in training: zero, but judged with the rest of their batch.
+          x: noised images; H and W must be divisible by 2 ** (number of levels - 1).
+          t: original timesteps (not respaced ones), one per row, or a single one for all rows, which is embedded once.
+          y: class labels in 0..num_classes-1; required if the network has classes, unless every row is null.
+          null: the null condition (class embedding exactly zero) for all rows or for some. For `config.null_context`,
+            these rows count as a separate batch.
+          drop: rows whose class embedding is set to zero, as in training. For `config.null_context`, these rows count
+            with the rest of the batch.
           sparse_masks: explicit patterns, True where attention is blocked, in forward order, one for each masked
             attention (`masked_tokens()` gives their sizes); None: the config's pattern.
           rngs: randomness of a training step: a Flax stream, or one key per sample; None: inference, no dropout.
-          context_seen: rows that see their class context, where the caller knows a larger batch that this is a part
-            of; None: by `config.null_context`.
+          context_seen: rows that see their class context, given by a caller that has split a larger batch; None:
+            `config.null_context` decides.
 
         Returns:
-          The predicted noise, with the variance's channels after it where they are learned.
+          The predicted noise, followed by the channels of the variance if it is learned.
 
         Raises:
-          ValueError: for an `x` whose shape does not fit, a missing `y`, or masks that do not fit.
+          ValueError: if the shape of `x` or of a mask does not fit, or `y` is missing.
         """
         self._check_input(x)
         cond = self._condition(x, t, y, null, drop, rngs, context_seen)

@@ -91,7 +91,7 @@ def write_group_table(output: str | Path) -> Path:
         with open(path, newline="") as stream:
             rows |= {row["case"]: row for row in csv.DictReader(stream)}
     if not rows:
-        raise UserError(f"{output / RESULTS}: no case is finished there; run the level participant first")
+        raise UserError(f"{output / RESULTS}: has no finished case; run the level participant first")
     fields = [field for field in next(iter(rows.values())) if field != "case"]
     with written_whole(output / GROUP_TABLE) as temporary, open(temporary, "w", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")

@@ -62,7 +62,7 @@ def available(
         return found
     if store is None:
         path = newest_for_other_data(method, folder, key)
-        _LOG.info("calibration: %s is used again", path)
+        _LOG.info("calibration: using %s", path)
         return load_calibration(method, path)
     if not kept_file(method, folder, key).exists() and len(store.split("val")) == 0:
         raise UserError(f"{store.root}: its validation split is empty, and calibration needs slices with labels; "
@@ -90,7 +90,7 @@ def calibrated(
     """
     path = kept_file(method, folder, key)
     if path.exists():
-        _LOG.info("calibration: %s is used again", path)
+        _LOG.info("calibration: using %s", path)
         return _said(load_calibration(method, path))
     with one_at_a_time(path.with_name(f".{path.name}.lock"), lambda: _LOG.info(
             "calibration: another process is making %s; waiting for it", path)):
@@ -160,9 +160,9 @@ def newest_for_other_data(method: Method, folder: Path, key: Mapping[str, Any]) 
             return path
     fitting = _fitting_presets(method, key)
     raise UserError(
-        f"calibration: neither data.root ({key['data']['root']}) holds a prepared dataset, whose validation "
-        f"slices would be needed, nor {folder} a calibration of this network with these settings; prepare data, or "
-        f"name a calibration.json{f' or a preset ({fitting})' if fitting else ''} with --calibration")
+        f"calibration: a calibration is needed. data.root ({key['data']['root']}) has no prepared dataset "
+        f"with validation slices, and {folder} has no calibration of this network with these settings; prepare data, "
+        f"or give a calibration.json{f' or a preset ({fitting})' if fitting else ''} with --calibration")
 
 
 def fits(calibration: Any, key: Mapping[str, Any]) -> bool:
@@ -215,7 +215,7 @@ def _shipped(path: str | Path | None, method: Method, key: Mapping[str, Any]) ->
         return None
     if not fits(found, key):
         return None
-    _LOG.info("calibration: %s came with the weights", path)
+    _LOG.info("calibration: using %s, which came with the weights", path)
     return found
 
 
@@ -228,18 +228,18 @@ def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[
     of_published = name in PRESETS or _is_published(Path(name))
     if of_published != published and (name in PRESETS or Path(name).is_file()):
         of_this = "--method hae and its own rule" if of_published else "another method or rule"
-        raise UserError(f"--calibration {name}: is for {of_this}, and this run has the method {method.name} with the "
-                        f"rule {method.rule}; leave it out, or take one that this method has made")
+        raise UserError(f"--calibration {name}: is for {of_this}, but this run has the method {method.name} with "
+                        f"the rule {method.rule}; leave it out, or give one of this method")
     found = PRESETS[name] if name in PRESETS else _from_file(name, method)
     if published and found.modality != tuple(config.translation.modality):
-        raise UserError(f"--calibration {name}: made for the modalities {found.modality}, but translation.modality is "
-                        f"{tuple(config.translation.modality)}")
+        raise UserError(f"--calibration {name}: was made for the modalities {found.modality}, but translation.modality "
+                        f"is {tuple(config.translation.modality)}")
     for field, value in found.made_with.get("settings", found.made_with).items():
         if field in config.translation and json.dumps(value) != json.dumps(config.translation[field]):
-            _LOG.info("calibration: %s was made with %s %s, this run has %s; its threshold may not fit", name, field,
-                      value, config.translation[field])
+            _LOG.info("calibration: %s was made with %s %s, but this run has %s; the threshold may not fit", name,
+                      field, value, config.translation[field])
     if found.made_with.get("checkpoint", {}).get("sha256") not in (None, identity.get("sha256")):
-        _LOG.info("calibration: %s belongs to another network; its threshold may not fit", name)
+        _LOG.info("calibration: %s belongs to another network; the threshold may not fit", name)
     return found
 
 

@@ -64,20 +64,20 @@ def check_settings(config: ml_collections.ConfigDict, method: Method, model: Any
     if wanted.batch_size < 1:
         raise UserError(f"translation.batch_size is {wanted.batch_size}: it must be at least 1")
     if wanted.filter_dimensions not in (2, 3):
-        raise UserError(f"translation.filter_dimensions is {wanted.filter_dimensions}: choose 2, each slice "
-                        "alone, or 3")
+        raise UserError(f"translation.filter_dimensions is {wanted.filter_dimensions}: choose 2 (each slice "
+                        "alone) or 3")
     if config.evaluation.overlay_slices < 0:
         raise UserError(f"evaluation.overlay_slices is {config.evaluation.overlay_slices}: it must not be negative; 0 "
                         "draws nothing")
     if wanted.max_memory_gb is not None and not 0 < wanted.max_memory_gb < math.inf:
-        raise UserError(f"--max-memory {wanted.max_memory_gb:g}: give the gigabytes that a device may use, more than 0")
+        raise UserError(f"--max-memory {wanted.max_memory_gb:g}: give the gigabytes per device, more than 0")
     if len(config.data.modalities) != config.model.in_channels:
         raise UserError(f"data.modalities names {len(config.data.modalities)} channels "
-                        f"({', '.join(config.data.modalities)}), the network has {config.model.in_channels}")
+                        f"({', '.join(config.data.modalities)}), but the network has {config.model.in_channels}")
     if method.network and model is None:
-        raise UserError("needs a network; name one with --checkpoint")
+        raise UserError("needs a network; give one with --checkpoint")
     if method.name == "classifier" and not hasattr(model, "classifier"):
-        raise UserError("translation.method is 'classifier': it needs a classifier; name its run with --classifier")
+        raise UserError("translation.method is 'classifier': it needs a classifier; give its run with --classifier")
     if wanted.save_healthy and not method.network:
         _LOG.info("save_healthy: the method %s makes no pseudo-healthy reconstructions, so none are written",
                   method.name)
@@ -102,7 +102,7 @@ def make_output(output: str | Path, source: str | Path | None) -> Path:
     """
     output = Path(output)
     if source is not None and os.path.realpath(output) == os.path.realpath(source):
-        raise UserError(f"{output}: is the folder of the cases themselves; give another one with --output")
+        raise UserError(f"{output}: is the folder of the cases; give another one with --output")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the results with --output")
     try:
@@ -129,12 +129,12 @@ def _store(config: ml_collections.ConfigDict, needed: bool) -> Store | None:
     store = open_store(root)
     found, size = store.manifest["slice_shape"], config.model.image_size
     if found != [size, size, config.model.in_channels]:
-        raise UserError(f"{store.root}: its slices are {found} (H, W, channels), the network takes "
-                        f"{[size, size, config.model.in_channels]}; name the data that it was trained on with "
+        raise UserError(f"{store.root}: its slices are {found} (H, W, channels), but the network needs "
+                        f"{[size, size, config.model.in_channels]}; give the data that it was trained on with "
                         "--config.data.root")
     if store.modalities not in (None, tuple(config.data.modalities)):
-        raise UserError(f"{store.root}: its channels are {', '.join(store.modalities)}, data.modalities says "
-                        f"{', '.join(config.data.modalities)}; give --config.data.modalities in the store's order")
+        raise UserError(f"{store.root}: its channels are {', '.join(store.modalities)}, but data.modalities "
+                        f"is {', '.join(config.data.modalities)}; give --config.data.modalities in the store's order")
     return store
 
 
@@ -146,9 +146,9 @@ def _test_cases(store: Store, config: ml_collections.ConfigDict) -> tuple[list[C
     try:
         found = {case.name: case for case in find_cases(folder, config.data.modalities)}
     except UserError as error:
-        raise UserError(f"{store.root}: the cases that it was prepared from are not there ({error}); give cases with "
+        raise UserError(f"{store.root}: the cases that it was prepared from were not found ({error}); give cases with "
                         "--input FOLDER") from error
-    missing = {name: f"{folder}: the case is not there any more" for name in names if name not in found}
+    missing = {name: f"{folder}: the case no longer exists" for name in names if name not in found}
     if len(missing) == len(names):
-        raise UserError(f"{folder}: none of the test cases of {store.root} are there; give cases with --input FOLDER")
+        raise UserError(f"{folder}: has none of the test cases of {store.root}; give cases with --input FOLDER")
     return [found[name] for name in sorted(names) if name in found], missing

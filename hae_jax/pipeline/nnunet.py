@@ -62,7 +62,7 @@ def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = N
                 "name": Path(folder).name, "description": "Labels are masks found by HAE-JAX, not drawn by hand. "
                 f"{RESEARCH_USE}", "checkpoint": manifest.get("checkpoint")})
     except FileExistsError as error:
-        raise UserError(f"{folder}: is not empty; name a new folder") from error
+        raise UserError(f"{folder}: is not empty; give a new folder") from error
     return [found.case.name for found in ranked]
 
 
@@ -70,10 +70,10 @@ def _manifest(results: Path) -> dict[str, Any]:
     found = read_manifest(results)
     finished = {name: facts for name, facts in found["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
     if not finished:
-        raise UserError(f"{results}: no case is finished")
+        raise UserError(f"{results}: has no finished case")
     if lacking := [name for name, facts in finished.items() if f"{name}_probability.nii.gz" not in facts["files"]]:
-        raise UserError(f"{results}: no probability of {lacking[0]}, by which sure cases come first; run translate.py "
-                        "again with --save-probability")
+        raise UserError(f"{results}: has no probability map of {lacking[0]}, which is needed to rank the cases; run "
+                        "translate.py again with --save-probability")
     return {**found, "cases": finished}
 
 
@@ -82,7 +82,7 @@ def _cases(results: Path, manifest: Mapping[str, Any], modalities: tuple[str, ..
     for folder in dict.fromkeys(facts["folder"] for facts in manifest["cases"].values()):
         found |= {case.name: case for case in find_cases(folder, modalities)}
     if lost := [name for name in manifest["cases"] if name not in found]:
-        raise UserError(f"{manifest['cases'][lost[0]]['folder']}: the images of {lost[0]} are not there any more")
+        raise UserError(f"{manifest['cases'][lost[0]]['folder']}: the images of {lost[0]} no longer exist")
     return [found[name] for name in manifest["cases"]]
 
 

@@ -45,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 
 RECORDS = "records"
 CALIBRATION, BASELINE = "calibration.json", f"calibration_{IntensityThreshold.name}.json"
-_CHANGED = "its files were changed while it was translated; give the command again"
+_CHANGED = "its files were changed while it was translated; run the command again"
 
 
 class ResultsFolder:
@@ -83,7 +83,7 @@ class ResultsFolder:
         for case in cases:
             record, own = self._any_record(case.name), str(case.folder.resolve())
             if record is not None and record.row is not None and record.folder != own:
-                raise UserError(f"{self.path}: holds results of another case {case.name}, from {record.folder}; give "
+                raise UserError(f"{self.path}: has results of another case {case.name}, from {record.folder}; give "
                                 f"another folder with --output, or --overwrite to replace them by those of {own}")
 
     def begin(self, case: CaseFiles) -> None:
@@ -190,8 +190,8 @@ class ResultsFolder:
             volumes = read_json(self._facts(case)).get("volumes")
             return _read_measured(path, volumes) if volumes else None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: is damaged ({error}); delete it and {self._facts(case).name} beside it, and the "
-                            "case is done again") from error
+            raise UserError(f"{path}: is damaged ({error}); delete it and {self._facts(case).name} beside it, then run "
+                            "the command again") from error
 
     def _record(self, case: CaseFiles) -> Record | None:
         """The record of a case with this key, whose files are all there."""
@@ -215,7 +215,7 @@ class ResultsFolder:
             row = facts["row"] and CaseResult(**facts["row"])
             return Record(**facts | {"row": row, "files": tuple(facts["files"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            _LOG.info("%s: is damaged (%s), the case counts as not done", path, error)
+            _LOG.info("%s: is damaged (%s); the case is processed again", path, error)
             return None
 
     def _has_results(self, case: str) -> bool:

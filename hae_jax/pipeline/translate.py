@@ -72,7 +72,7 @@ def translate(
     baseline = IntensityThreshold.of(config) if method.network and inputs.validates_lesions else None
     results = ResultsFolder(output, run_key(config, identity, calibration or key, baseline is not None), cases)
     with one_at_a_time(results.lock(shard, num_shards), lambda: _LOG.info(
-            "%s: another run is at work there; waiting for its end", output)):
+            "%s: another run uses this folder; waiting until it ends", output)):
         for folder in (output, output / RECORDS, output / SLICES, kept):
             remove_leftovers(folder)
         own = cases[shard::num_shards]

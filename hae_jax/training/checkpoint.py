@@ -61,7 +61,7 @@ class Checkpoints:
         self._saving = None  # step of the last save
         # Folders that cannot be made are noticed at once; in the background, Orbax waits minutes for them.
         background = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
-        with disk_errors(lambda: f"{workdir}: no checkpoints can be kept there"):
+        with disk_errors(lambda: f"{workdir}: cannot hold checkpoints"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = _manager(
                 self.folder, max_to_keep=keep, cleanup_tmp_directories=True, async_options=background)
@@ -137,8 +137,8 @@ class Checkpoints:
         lacking = [f"{item}/{name}" for item, leaves in wanted.items()
                    for name in sorted(leaves.keys() - set(_stored_names(self.folder / str(step) / item)))]
         if lacking:
-            raise UserError(f"{self.folder / str(step)}: lacks {len(lacking)} arrays, first {lacking[0]}; another "
-                            "version has written it, go on with that one")
+            raise UserError(f"{self.folder / str(step)}: lacks {len(lacking)} arrays, the first is {lacking[0]}; it "
+                            "was written by another version, resume with that version")
         found = self._manager.restore(
             step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(w) for item, w in wanted.items()}))
         return _state({item: _unnamed(value, found[item]) for item, value in _items(like).items()})
@@ -160,7 +160,7 @@ class Checkpoints:
         step, damaged = _newest_sound(self.folder, steps)
         for bad, reason in damaged.items():
             aside = move_aside(self.folder / str(bad))
-            _LOG.info("%s: checkpoint %s is damaged (%s); it is kept as %s, checkpoint %s is used",
+            _LOG.info("%s: checkpoint %s is damaged (%s) and is kept as %s; using checkpoint %s",
                       self._workdir, bad, reason, aside.name, step)
         return step
 
@@ -189,14 +189,14 @@ def load_network(
     """
     folder = Path(workdir).resolve() / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{workdir}: no checkpoints there; train with train.py --workdir {workdir}, or name the folder "
+        raise UserError(f"{workdir}: has no checkpoints; train with train.py --workdir {workdir}, or give the folder "
                         "of a finished run")
     manager = _manager(folder, create=False, save_root_metadata=False)
     if not (steps := manager.all_steps()):
         raise UserError(f"{workdir}: has no checkpoint yet; train with train.py --workdir {workdir}")
     step, damaged = _newest_sound(folder, steps, ("config", "params", "ema"))
     for bad, reason in damaged.items():
-        _LOG.info("%s: checkpoint %s is damaged (%s); checkpoint %s is used", workdir, bad, reason, step)
+        _LOG.info("%s: checkpoint %s is damaged (%s); using checkpoint %s", workdir, bad, reason, step)
     config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
     graph, params = abstract_network(network_config(config, forms))
     sharding = replicated(make_mesh())
@@ -255,8 +255,8 @@ def _newest_sound(
             return step, damaged
         damaged[step] = problem
     reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-    raise UserError(f"{folder}: no sound checkpoint ({reasons}); bring back a copy of one, or "
-                    "begin in another --workdir")
+    raise UserError(f"{folder}: has no intact checkpoint ({reasons}); restore a copy of one, "
+                    "or start in another --workdir")
 
 
 def _stored_names(item: Path) -> Collection[str]:

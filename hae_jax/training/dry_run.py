@@ -143,7 +143,7 @@ def _data_lines(config: ml_collections.ConfigDict, network: UNetConfig) -> list[
     lines = [f"data: {config.data.root}", *(_split_line(store, split) for split in SPLITS)]
     shape, wanted = store.manifest["slice_shape"], [network.image_size, network.image_size, network.in_channels]
     if shape is not None and shape != wanted:
-        lines.append(f"  its slices are {shape}, the network wants {wanted}: set model.image_size and "
+        lines.append(f"  its slices are {shape}, but the network needs {wanted}: set model.image_size and "
                      "model.in_channels, or prepare the data again")
     images, slices = config.training.steps * config.training.batch_size, store.manifest["splits"]["train"]["slices"]
     if slices:

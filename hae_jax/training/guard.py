@@ -75,12 +75,12 @@ class RunLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self._workdir}: {self._holder()} is training there; wait until it is done, stop it, or "
-                            "give another --workdir") from None
+            raise UserError(f"{self._workdir}: {self._holder()} is training in this folder; wait until it ends, stop "
+                            "it, or give another --workdir") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            _LOG.warning("%s: its file system has no locks (%s); make sure that no other job trains there",
+            _LOG.warning("%s: its file system has no locks (%s); make sure that no other job uses this folder",
                          self._workdir, error.strerror)
         self._sign()
         # Half-written files of a run that was killed; nobody else writes here now.
@@ -133,7 +133,7 @@ class Guard:
     def stopped(self, workdir: str | Path, step: int) -> Stopped:
         """What to raise once the checkpoint of `step` is on its way."""
         reason = "another host's signal" if self._first is None else signal.Signals(self._first).name
-        return Stopped(f"{workdir}: stopped by {reason}, step {step} is saved; the same command goes on from there")
+        return Stopped(f"{workdir}: stopped by {reason}, step {step} is saved; the same command resumes from there")
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._first = self._first or number
@@ -175,8 +175,9 @@ def _check_room(workdir: Path, checkpoint_bytes: int, keep: int) -> None:
     missing = max(1, keep + 1 - there)
     free = shutil.disk_usage(workdir).free
     if free < missing * checkpoint_bytes:
-        raise UserError(f"{workdir}: {_size(free)} free, but {missing} more checkpoints of {_size(checkpoint_bytes)} "
-                        "need room there; free some, lower training.keep, or give another --workdir")
+        raise UserError(f"{workdir}: only {_size(free)} are free, but {missing} more checkpoints of "
+                        f"{_size(checkpoint_bytes)} are needed; free some space, lower training.keep, or give another "
+                        "--workdir")
 
 
 @contextlib.contextmanager
@@ -193,7 +194,7 @@ def agreed() -> Iterator[None]:
         found = error
     failing = _failing(found is not None)
     if failing is not None:
-        raise found or UserError(f"{failing} cannot go on; its message says why")
+        raise found or UserError(f"{failing} failed; see its message")
 
 
 def _failing(here: bool) -> str | None:
@@ -224,8 +225,8 @@ def disk_errors(what: Callable[[], str]) -> Iterator[None]:
             raise
         system: Any = error  # an OSError where the text has no number
         reason = os.strerror(int(number[1])) if number else f"{system.strerror}: {system.filename}"
-        raise UserError(f"{what()} ({reason}); make room or give the folder back its permissions, and run the same "
-                        "command again") from error
+        raise UserError(f"{what()} ({reason}); make space or restore the permissions of the folder, then run the "
+                        "same command again") from error
 
 
 def _unwritable(workdir: Path, error: OSError) -> UserError:

@@ -89,8 +89,9 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
         return int(environment["SLURM_NTASKS"]) > 1
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         if "OMPI_MCA_orte_hnp_uri" not in environment:
-            raise UserError("Open MPI 5 does not say where process 0 is; give --coordinator HOST:PORT --num-processes "
-                            "$OMPI_COMM_WORLD_SIZE --process-id $OMPI_COMM_WORLD_RANK (see docs/scaling.md)")
+            raise UserError("Open MPI 5 does not provide the address of process 0; give --coordinator HOST:PORT "
+                            "--num-processes $OMPI_COMM_WORLD_SIZE --process-id $OMPI_COMM_WORLD_RANK "
+                            "(docs/scaling.md)")
         return True
     return "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
 
@@ -103,7 +104,7 @@ def _explicit(coordinator: str | None, num_processes: int | None, process_id: in
     if all(value is None for value in flags.values()) or num_processes == 1:
         return {}
     if None in flags.values():
-        raise UserError(f"{_FLAGS} belong together: give all of them, or none where SLURM, Open MPI or Kubernetes "
+        raise UserError(f"{_FLAGS} belong together: give all of them, or none if SLURM, Open MPI or Kubernetes "
                         "starts the processes")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -129,7 +130,7 @@ def _initialize(explicit: dict[str, str | int], timeout: float) -> None:
                 **explicit, **detection, initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
                 shutdown_timeout_seconds=_SHUTDOWN)
     except Exception as error:  # of JAX, or of the client of the scheduler
-        raise UserError(f"the processes cannot be joined ({error}); give {_FLAGS}, or --num-processes 1 to train "
+        raise UserError(f"the processes cannot connect ({error}); give {_FLAGS}, or --num-processes 1 to train "
                         "alone") from error
     finally:
         alarm.cancel()

@@ -95,8 +95,8 @@ def _unless_unreachable(watch: Callable[[], None]) -> None:
     try:
         watch()
     except (OSError, AuthenticationError) as error:
-        print(f"warning: process {jax.process_index()} has no lifeline ({error}); should another process die, JAX will "
-              "end this one after a while, with a stack trace", file=sys.stderr, flush=True)
+        print(f"warning: process {jax.process_index()} cannot watch the other processes ({error}); if another process "
+              "fails, JAX will end this one after a while, with a stack trace", file=sys.stderr, flush=True)
 
 
 def _read(connection: Connection, process: int) -> tuple[int, str]:
@@ -113,7 +113,7 @@ def _fall(process: int, how: str) -> None:
         time.sleep(_GRACE)
     with tqdm.get_lock():  # no progress bar is drawn after the last word; one that is there ends before it
         print(f"\nerror: process {process} of {jax.process_count()} {how}, so process {jax.process_index()} stops; see "
-              f"what process {process} wrote, then give the same commands again to go on from the last checkpoint",
+              f"the messages of process {process}, then run the same commands again to resume from the last checkpoint",
               file=sys.stderr, flush=True)
         if how == _FAILED:
             jax.distributed.shutdown()  # the process that failed is waiting for this one to be done

@@ -110,7 +110,7 @@ def import_wandb(project: str) -> ModuleType:
     try:
         import wandb  # pyright: ignore[reportMissingImports]  an extra
     except ImportError as error:
-        raise UserError(f"training.wandb is {project!r}, and wandb is not installed; run `pip install wandb`, or leave "
+        raise UserError(f"training.wandb is {project!r}, but wandb is not installed; run `pip install wandb`, or leave "
                         "training.wandb out") from error
     return wandb
 

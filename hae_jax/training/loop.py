@@ -154,10 +154,10 @@ def _checked_store(config: ml_collections.ConfigDict, network: UNetConfig) -> St
     shape = store.split("train").read(0)["image"].shape
     expected = (network.image_size, network.image_size, network.in_channels)
     if shape != expected:
-        raise UserError(f"data.root: {config.data.root} holds slices of {shape}, the network wants {expected}; set "
+        raise UserError(f"data.root: {config.data.root} has slices of {shape}, but the network needs {expected}; set "
                         "model.image_size and model.in_channels, or prepare the data with another --image-size")
     if network.num_classes is not None and (labels := store.split("train").rows["labels"]).max() >= network.num_classes:
-        raise UserError(f"data.root: {config.data.root} has label {labels.max()}, the network has "
+        raise UserError(f"data.root: {config.data.root} has label {labels.max()}, but the network has "
                         f"model.num_classes {network.num_classes}")
     return store
 
@@ -192,9 +192,9 @@ def _with_initial_weights(run: Run, state: TrainState, shardings: TrainState) ->
     differing = [field.name for field in dataclasses.fields(theirs) if field.name not in _FREE_OF_WEIGHTS
                  and getattr(theirs, field.name) != getattr(run.network, field.name)]
     if differing:
-        raise UserError(f"training.initial_weights {name}: its network has another model.{', model.'.join(differing)}; "
+        raise UserError(f"training.initial_weights {name}: its network differs in model.{', model.'.join(differing)}; "
                         "give the config of its training, or other weights")
-    _say(f"beginning with the weights of {found.identity['path']}")
+    _say(f"starting from the weights of {found.identity['path']}")
     params = jax.tree.map(lambda value, sharding: jax.make_array_from_callback(
         value.shape, sharding, np.asarray(value).__getitem__), nnx.state(found.model, nnx.Param), shardings.params)
     ema = tuple(jax.tree.map(jnp.copy, params) for _ in state.ema)  # donated buffers must not be shared
@@ -258,7 +258,7 @@ def _told_what_is_saved(step: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        kept = f"step {step} is saved: the same command goes on from there" if step else "nothing was trained yet"
+        kept = f"step {step} is saved: the same command resumes from there" if step else "nothing is saved"
         raise UserError(f"{error}; {kept}") from error
 
 
@@ -294,8 +294,8 @@ def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: 
     latest = checkpoints.latest()
     kept = f"checkpoint {latest} is kept" if latest is not None else "there is no checkpoint yet"
     raise UserError(f"{run.workdir}: step {step} gave loss {float(metrics['loss'])} and gradient norm "
-                    f"{float(metrics['gradient_norm'])}; {kept}; go on with "
-                    "--config.training.nonfinite=skip, which leaves such steps out, or begin a new --workdir with a "
+                    f"{float(metrics['gradient_norm'])}; {kept}; resume with "
+                    "--config.training.nonfinite=skip, which skips such steps, or start in a new --workdir with a "
                     "lower training.learning_rate or with training.clip_norm")
 
 

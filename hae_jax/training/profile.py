@@ -49,8 +49,8 @@ class Profiler:
           UserError: the span is not among the steps to come.
         """
         if span is not None and not start < span.first <= span.last <= steps:
-            raise UserError(f"--profile {span.first}:{span.last}: steps {start + 1} to {steps} are still to come; "
-                            "choose among them")
+            raise UserError(f"--profile {span.first}:{span.last}: only steps {start + 1} to {steps} remain; "
+                            "choose among these")
         self.folder = workdir / "profile"
         self._span = span if jax.process_index() == 0 else None
         self._step: jax.profiler.StepTraceAnnotation | None = None

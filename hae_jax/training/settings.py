@@ -23,8 +23,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     """
     training, modalities = config.training, config.data.modalities
     if len(modalities) != config.model.in_channels:
-        raise UserError(f"data.modalities names {len(modalities)} channels ({', '.join(modalities)}), "
-                        f"model.in_channels is {config.model.in_channels}; set one of them to fit the other")
+        raise UserError(f"data.modalities names {len(modalities)} channels ({', '.join(modalities)}), but "
+                        f"model.in_channels is {config.model.in_channels}; change one of them")
     if config.data.scaling not in SCALINGS:
         raise UserError(f"data.scaling is {config.data.scaling!r}: choose {' or '.join(SCALINGS)}")
     for name in ("steps", "log_every", "save_every", "keep", "accumulation"):

@@ -32,7 +32,7 @@ def export_weights(run: str | Path, folder: str | Path) -> Network:
       The network that was written.
 
     Raises:
-      UserError: the run has no sound checkpoint.
+      UserError: the run has no intact checkpoint.
     """
     network = checkpoint.load_network(run)
     write_weights(folder, network.model, network.config, network.identity["step"])
@@ -79,7 +79,7 @@ def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str]
     if not is_there(path / WEIGHTS):
         return checkpoint.load_network(path, ema=ema, forms=forms)
     if not ema:
-        raise UserError(f"{path}: holds EMA weights alone; leave translation.ema as it is")
+        raise UserError(f"{path}: has only EMA weights; leave translation.ema at its default")
     return load_weights(path, forms)
 
 

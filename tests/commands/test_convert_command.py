@@ -107,7 +107,7 @@ def test_what_cannot_be_imported_is_one_line_and_nothing_is_written(golden, tmp_
     ):
         assert said in refused(["--checkpoint", *arguments, "--output", "run"], capsys)
         assert sorted(os.listdir()) == before
-    assert "run: no checkpoints there" in refused(["--to-torch", "run", "a.pt"], capsys)
+    assert "run: has no checkpoints" in refused(["--to-torch", "run", "a.pt"], capsys)
 
 
 @pytest.mark.parametrize("arguments", [

@@ -148,6 +148,6 @@ def test_what_other_settings_left_goes_away(tmp_path):
 def test_no_run_no_derivatives(tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
         write_derivatives(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="no case is finished"):
+    with pytest.raises(UserError, match="has no finished case"):
         write_group_table(tmp_path)
     assert not list(tmp_path.iterdir())

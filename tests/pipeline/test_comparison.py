@@ -124,7 +124,7 @@ def test_what_a_method_cannot_calibrate_with_is_said_before_the_first_runs(
     short.data.root = str(tmp_path / "gone")
     where = {"output": tmp_path / "out", "source": tmp_path / "in"}
     check(method_entries(["hae"], network), short, **where)
-    with pytest.raises(UserError, match=r"^ddib: calibration: neither data\.root"):
+    with pytest.raises(UserError, match=r"^ddib: calibration: a calibration is needed"):
         compare(method_entries(["hae", "ddib"], network), short, mesh_of(1), **where)
     assert not runs
 

@@ -203,7 +203,7 @@ def test_classifier_guidance_has_the_same_door(config, toy_network, mesh_of, thr
     config.translation.update({"method": "classifier", "classifier_steps": 3})
     report = translate(Guided(0), IDENTITY, config, mesh_of(1), output=tmp_path / "out", source=three_cases)
     assert report.results.keys() == {"classifier", "threshold"}
-    with pytest.raises(UserError, match="name its run with --classifier"):
+    with pytest.raises(UserError, match="give its run with --classifier"):
         translate(toy_network(0), IDENTITY, config, mesh_of(1), output=tmp_path / "out", source=three_cases)
 
 

@@ -74,7 +74,7 @@ def test_a_run_waits_for_another_in_the_same_folder(run, three_cases, tmp_path, 
     said = []
     on_message(lambda message: said.append(message) or other.close())
     assert run(three_cases).finished == 3
-    assert said[0] == f"{tmp_path / 'out'}: another run is at work there; waiting for its end"
+    assert said[0] == f"{tmp_path / 'out'}: another run uses this folder; waiting until it ends"
 
 
 def test_a_case_whose_files_change_meanwhile_has_failed(run, three_cases, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_case_whose_files_change_meanwhile_has_failed(run, three_cases, monkey
     monkeypatch.setattr(per_case, "read_slices", still_being_copied)
     report = run(three_cases)
     assert (report.finished, report.translated) == (2, 2)
-    assert report.failed == {"b": "its files were changed while it was translated; give the command again"}
+    assert report.failed == {"b": "its files were changed while it was translated; run the command again"}
     assert not any("finished before" in line or "belong to other shards" in line for line in report.lines())
 
 
@@ -130,10 +130,10 @@ def test_a_calibrated_network_needs_its_data_no_more(run, config, three_cases, t
     assert with_data.results.keys() == {"hae", "threshold"}
     assert without.results.keys() == {"hae"}  # the threshold has nothing to be chosen on
     config.translation.guidance = 3.0
-    with pytest.raises(UserError, match=r"neither data.root .*gone.* nor .* preset \(brats_600, brats_999\)"):
+    with pytest.raises(UserError, match=r"a calibration is needed.*gone.* preset \(brats_600, brats_999\)"):
         run(three_cases, calibrations=tmp_path / "calibrations")
     config.translation.update({"method": "ddib", "ddib_steps": 5})  # for which there are no presets
-    with pytest.raises(UserError, match=r"name a calibration.json with --calibration"):
+    with pytest.raises(UserError, match=r"give a calibration.json with --calibration"):
         run(three_cases, calibrations=tmp_path / "calibrations")
 
 
@@ -141,16 +141,16 @@ def test_a_preset_or_a_file_stands_in_for_a_calibration(run, config, three_cases
     config.data.root = str(tmp_path / "gone")
     config.translation.calibration = "brats_600"
     assert run(three_cases).finished == 3
-    assert "was made with forward_steps 600, this run has 5" in capsys.readouterr().out
+    assert "was made with forward_steps 600, but this run has 5" in capsys.readouterr().out
     config.translation.update({"respacing": "10", "reference": "null", "d_reverse": False, "clipping": "dynamic"})
     run(three_cases)
     said = capsys.readouterr().out
-    for difference in ("respacing , this run has 10", "reference healthy, this run has null",
-                       "d_reverse True, this run has False", "clipping static, this run has dynamic"):
+    for difference in ("respacing , but this run has 10", "reference healthy, but this run has null",
+                       "d_reverse True, but this run has False", "clipping static, but this run has dynamic"):
         assert f"was made with {difference}" in said
     assert read_json(tmp_path / "out" / "calibration.json")["threshold"] == 0.99488
     config.translation.calibration = "atlas_600"
-    with pytest.raises(UserError, match=r"atlas_600: made for the modalities \(0,\)"):
+    with pytest.raises(UserError, match=r"atlas_600: was made for the modalities \(0,\)"):
         run(three_cases)
     (tmp_path / "half.json").write_text("{")
     for name in ("none", "half"):  # the user's own file: nobody is told to delete it
@@ -283,7 +283,7 @@ def test_a_calibration_that_came_with_the_weights_is_used(run, config, prepared,
     shutil.copy(tmp_path / "first" / "calibration.json", tmp_path / "calibration.json")
     capsys.readouterr()
     run(three_cases, output=tmp_path / "second", shipped=tmp_path / "calibration.json")
-    assert f"calibration: {tmp_path / 'calibration.json'} came with the weights" in capsys.readouterr().out
+    assert f"calibration: using {tmp_path / 'calibration.json'}, which came with" in capsys.readouterr().out
     config.data.root = str(tmp_path / "gone")
     report = run(three_cases, output=tmp_path / "third", shipped=tmp_path / "calibration.json")
     assert report.finished == 3
@@ -293,8 +293,8 @@ def test_a_calibration_that_came_with_the_weights_is_used(run, config, prepared,
         np.testing.assert_array_equal(volumes[0], volumes[2])
     for changes in ({"guidance": 1.0}, {"method": "hae"}):
         config.translation.update(changes)
-        with pytest.raises(UserError, match=r"neither data\.root"):
+        with pytest.raises(UserError, match="a calibration is needed"):
             run(three_cases, output=tmp_path / "other", shipped=tmp_path / "calibration.json")
     config.translation.update({"method": "residual", "guidance": 2.0})
-    with pytest.raises(UserError, match=r"neither data\.root"):
+    with pytest.raises(UserError, match="a calibration is needed"):
         run(three_cases, output=tmp_path / "other", seed=1, shipped=tmp_path / "calibration.json")

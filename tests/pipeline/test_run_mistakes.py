@@ -99,7 +99,7 @@ def test_results_of_another_patient_of_that_name_are_not_replaced(run, three_cas
     elsewhere = shutil.copytree(three_cases, tmp_path / "elsewhere")
     assert run(elsewhere).translated == 0  # the same files, moved
     (elsewhere / "a" / "a_seg.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"holds results of another case a, from .*/in/a; give another folder"):
+    with pytest.raises(UserError, match=r"has results of another case a, from .*/in/a; give another folder"):
         run(elsewhere)
     assert run(elsewhere, overwrite=True).translated == 3
 
@@ -118,7 +118,7 @@ def test_whose_results_they_are_is_known_without_the_manifest_and_by_any_path(ru
     other = shutil.copytree(three_cases, tmp_path / "other" / three_cases.name)
     (other / "a" / "a_seg.nii.gz").unlink()
     monkeypatch.chdir(other.parent)
-    with pytest.raises(UserError, match="holds results of another case a"):
+    with pytest.raises(UserError, match="has results of another case a"):
         run(Path(other.name))
 
 
@@ -132,7 +132,7 @@ def test_a_name_that_is_no_text_fails_its_case_alone(run, three_cases, tmp_path)
 
 
 def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):
-    with pytest.raises(UserError, match="is the folder of the cases themselves"):
+    with pytest.raises(UserError, match="is the folder of the cases; give another"):
         run(three_cases, output=three_cases)
     run(three_cases, output=three_cases / "results")
     assert run(three_cases, output=tmp_path / "again").wanted == 3  # results are not taken for cases
@@ -239,5 +239,5 @@ def test_a_moved_source_says_what_to_do(run, prepared, config, tmp_path):
     store = shutil.copytree(prepared / "store", tmp_path / "store")
     (store / "manifest.json").write_text(json.dumps(read_json(store / "manifest.json") | {"source": "/gone"}))
     config.data.root = str(store)
-    with pytest.raises(UserError, match=r"prepared from are not there .*--input FOLDER"):
+    with pytest.raises(UserError, match=r"prepared from were not found .*--input FOLDER"):
         run()

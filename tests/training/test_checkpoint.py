@@ -84,7 +84,7 @@ def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_is_used(t
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert f"checkpoint 9 is damaged ({victim.relative_to(folder / '9')} " in said
-    assert "checkpoint 6 is used" in said
+    assert "using checkpoint 6" in said
     assert_same(restored(checkpoints, 6), state_of(6))
     aside = folder / "9.damaged"
     assert sorted(path.relative_to(aside) for path in aside.rglob("*")) == left
@@ -118,7 +118,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew(tmp_path):
         flip(largest_file(folder / step))
     for _ in range(2):  # the second try finds the same
         checkpoints = Checkpoints(tmp_path)
-        with pytest.raises(UserError, match=r"no sound checkpoint \(6: params/.* has another checksum; 3: .*; bring"):
+        with pytest.raises(UserError, match=r"no intact checkpoint \(6: params/.* has another checksum; 3: .*restore"):
             checkpoints.recover()
         checkpoints.close()
     assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
@@ -164,9 +164,9 @@ def test_a_folder_that_cannot_be_written_any_more_is_an_error_too(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     folder.rename(tmp_path / "elsewhere")
     folder.touch()  # neither for root can a folder be made below a file
-    with pytest.raises(UserError, match=r"checkpoint 6 could not be saved, .*directory.*; make room or give"):
+    with pytest.raises(UserError, match=r"checkpoint 6 could not be saved, .*directory.*; make space or restore"):
         checkpoints.save(state_of(6), CONFIG), checkpoints.close()
-    with pytest.raises(UserError, match=r"no checkpoints can be kept there"):
+    with pytest.raises(UserError, match=r"cannot hold checkpoints"):
         Checkpoints(tmp_path)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["3"]
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_state_is_refused(tmp_path):
     saved(tmp_path, (3,))
     checkpoints = Checkpoints(tmp_path)
     like = state_of(0)._replace(params={"w": jnp.zeros(SIZE), "bias": jnp.zeros(2)})
-    with pytest.raises(UserError, match=r"lacks 1 arrays, first params/bias; another version"):
+    with pytest.raises(UserError, match=r"lacks 1 arrays, the first is params/bias; it was written by another"):
         checkpoints.restore(3, like, jax.tree.map(lambda _: replicated(make_mesh()), like))
     checkpoints.close()
 
@@ -200,7 +200,7 @@ def test_loading_a_network_takes_the_newest_sound_one_and_changes_nothing(tiny_c
     np.testing.assert_array_equal(network.model.head_conv.bias[...], state.ema[0]["head_conv"]["bias"][...])
     _assert_exported(tmp_path, network)
     flip(largest_file(folder / "3" / "params"))
-    with pytest.raises(UserError, match=r"no sound checkpoint \(6: ema/.*; 3: params/"):
+    with pytest.raises(UserError, match=r"no intact checkpoint \(6: ema/.*; 3: params/"):
         load_network(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -216,7 +216,7 @@ def _assert_exported(run, network):
     assert found.identity["step"] == network.identity["step"]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float16), b),
                  nnx.state(network.model, nnx.Param), nnx.state(found.model, nnx.Param))
-    with pytest.raises(UserError, match="holds EMA weights alone"):
+    with pytest.raises(UserError, match="has only EMA weights"):
         load_trained(folder, ema=False)
     other = json.loads((folder / "config.json").read_text())
     other["config"]["model"]["in_channels"] = 1

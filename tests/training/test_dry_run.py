@@ -59,7 +59,7 @@ def test_activations_grow_with_the_batch_and_shrink_by_recomputing(one_level_con
 
 @pytest.mark.parametrize(("section", "field", "value", "said"), [
     ("data", "root", "/nowhere/data", "/nowhere/data: no prepared dataset here"),
-    ("model", "image_size", 8, "its slices are [16, 16, 4], the network wants [8, 8, 4]"),
+    ("model", "image_size", 8, "its slices are [16, 16, 4], but the network needs [8, 8, 4]"),
 ])
 def test_data_that_are_missing_or_do_not_fit_are_named(tiny_config, monkeypatch, section, field, value, said):
     monkeypatch.setattr("hae_jax.training.dry_run.activation_bytes", lambda network, rows: 1)

@@ -31,7 +31,7 @@ def test_a_second_job_is_refused_until_the_first_is_gone_even_by_kill_9(tmp_path
         try:
             assert holder.stdout.readline() == b"held\n"
             for _ in range(2):  # being refused changes nothing
-                with pytest.raises(UserError, match=rf"run: process {holder.pid} on host .* is training there"), \
+                with pytest.raises(UserError, match=rf"process {holder.pid} on host .* is training in this folder"), \
                         RunLock(workdir):
                     pass
         finally:
@@ -68,7 +68,7 @@ def test_the_first_signal_is_remembered_and_the_second_has_its_usual_effect(numb
         signal.signal(number, before)
     assert stopped.value.code == 75
     assert capsys.readouterr().err == (
-        f"runs/a: stopped by {number.name}, step 12 is saved; the same command goes on from there\n")
+        f"runs/a: stopped by {number.name}, step 12 is saved; the same command resumes from there\n")
 
 
 def test_outside_the_main_thread_nothing_is_caught():
@@ -92,7 +92,7 @@ def test_a_folder_without_room_or_that_cannot_be_written_is_named_before_the_fir
         with pytest.raises(UserError, match=r"file/run: cannot be written \(Not a directory: .*another --workdir"):
             refused(tmp_path / "file" / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_500_000))
-    with pytest.raises(UserError, match=r"run: 3\.5 MB free, but 4 more checkpoints of 1 MB need room"):
+    with pytest.raises(UserError, match=r"run: only 3\.5 MB are free, but 4 more checkpoints of 1 MB are needed"):
         check_workdir(tmp_path / "run", 1_000_000, keep=3)
     (tmp_path / "run" / "checkpoints" / "5").mkdir()  # it will make room for another
     check_workdir(tmp_path / "run", 1_000_000, keep=3)

@@ -140,8 +140,8 @@ def test_all_save_at_the_same_step_when_the_data_of_one_end(tiny_config, tmp_pat
             process.join(120)
     assert [process.exitcode for process in processes] == [2, 2], printed(tmp_path)
     said = [(tmp_path / f"{i}.txt").read_text() for i in range(2)]
-    kept = "; step 5 is saved: the same command goes on from there\n"
-    assert said[0].endswith(f"error: process 1 of 2 on {socket.gethostname()} cannot go on; its message says why{kept}")
+    kept = "; step 5 is saved: the same command resumes from there\n"
+    assert said[0].endswith(f"error: process 1 of 2 on {socket.gethostname()} failed; see its message{kept}")
     assert said[1].endswith(f"error: one of 2 data workers was killed{kept}")
     assert [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()] == ["5"]
     np.testing.assert_allclose(losses(workdir)[:4], losses(one_process), rtol=1e-5)

@@ -159,7 +159,7 @@ def test_a_run_that_is_killed_ten_times_and_asked_to_stop_twice_is_the_run_that_
             assert status == 75, printed
             before, saved = saved, max(int(path.name) for path in (workdir / "checkpoints").iterdir())
             assert before < saved < STEPS
-            assert f"{workdir}: stopped by {number.name}, step {saved} is saved; the same command goes on" in printed
+            assert f"{workdir}: stopped by {number.name}, step {saved} is saved; the same command resumes" in printed
     assert sum(number == SIGKILL for *_, number in DISTURBANCES) == 10
     assert in_saves >= 3
     run_to_the_end(store, workdir)

@@ -75,7 +75,7 @@ def test_a_run_begins_with_exported_weights(one_level_config, tmp_path, one_leve
         np.testing.assert_array_equal(ours[name], value.astype(np.float16), err_msg=name)
     assert exported.identity["step"] == 3
     config.model.num_res_blocks = 2
-    with pytest.raises(UserError, match=r"initial_weights .* its network has another model\.num_res_blocks; give"):
+    with pytest.raises(UserError, match=r"initial_weights .* its network differs in model\.num_res_blocks; give"):
         train(config, tmp_path / "other")
 
 
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ("training.p_uncond", 1.5, r"training\.p_uncond"),
     ("training.ema_rates", (), r"training\.ema_rates"),
     ("training.anneal", "exp", r"training\.anneal"),
-    ("model.image_size", 32, r"holds slices of \(16, 16, 4\)"),
+    ("model.image_size", 32, r"has slices of \(16, 16, 4\)"),
     ("model.variant", "hae_v3", r"model\.variant"),
     ("data.root", "/nowhere", r"/nowhere"),
     ("data.modalities", ("t1",), r"data\.modalities names 1 channels \(t1\), model\.in_channels is 4; set"),
@@ -196,7 +196,7 @@ def test_what_was_trained_is_saved_before_a_worker_s_death(one_level_config, tmp
         raise UserError("one of 2 data workers was killed")
 
     monkeypatch.setattr(loop, "train_batches", dying)
-    with pytest.raises(UserError, match="was killed; step 2 is saved: the same command goes on from there"):
+    with pytest.raises(UserError, match="was killed; step 2 is saved: the same command resumes from there"):
         train(one_level_config, tmp_path)
     monkeypatch.undo()
     train(one_level_config, tmp_path)

@@ -19,7 +19,7 @@ def test_nonsense_is_refused(text):
 
 @pytest.mark.parametrize("span", [Span(4, 6), Span(5, 9), Span(9, 12)])
 def test_steps_that_will_not_come_are_refused(tmp_path, span):
-    with pytest.raises(UserError, match="steps 6 to 8 are still to come"):
+    with pytest.raises(UserError, match="only steps 6 to 8 remain"):
         Profiler(tmp_path, span, start=5, steps=8)
 
 
