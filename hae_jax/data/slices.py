@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from hae_jax.data.cases import Case
-from hae_jax.data.nifti import Grid
+from hae_jax.data.orientation import Grid
 from hae_jax.errors import UserError
 
 PERCENTILE = 99.0  # of a modality's positive voxels; becomes intensity 1

@@ -259,14 +259,19 @@ def test_one_case_of_a_phantom_makes_them_phantom_figures(run, tmp_path, three_c
     case_writer(tmp_path / "phantom", "z", seed=0)
     (tmp_path / "phantom" / phantom.MANIFEST).write_text("{}")
     monkeypatch.chdir(tmp_path / "phantom" / "z")
-    one = run(".", output=tmp_path / "one")
-    assert one.phantom
-    assert one.table.startswith("PHANTOM figures from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
+    assert run(".", output=tmp_path / "one").phantom
     (three_cases / "z").symlink_to(tmp_path / "phantom" / "z")
     assert run(three_cases).table.startswith("PHANTOM")
     (three_cases / "z").unlink()
     assert run(three_cases).phantom  # its results are still there
     assert not run(three_cases, output=tmp_path / "other").phantom
+
+
+def test_phantom_figures_are_called_so(run, tmp_path, case_writer):
+    case_writer(tmp_path / "in", "a", seed=0)
+    (tmp_path / "in" / phantom.MANIFEST).write_text("{}")
+    table = run(tmp_path / "in").table
+    assert table.startswith("PHANTOM figures from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
 
 
 def test_most_anomalous():
