@@ -128,7 +128,7 @@ def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "im
     slices = dataclasses.replace(slices, images=slices.images[shown], index=slices.index[shown],
                                  masks=None if slices.masks is None else slices.masks[shown])
     return SlicedCase(case.name, to_model_range(slices.images, scaling), slices, scaling, case.affine, case.grid,
-                      head(case.volumes), case.mask, tuple(case.warnings))
+                      head(case.volumes), case.mask, case.warnings)
 
 
 def head(
