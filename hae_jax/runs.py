@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
-from flax import nnx
 
 from hae_jax.configs import default
 from hae_jax.errors import UserError
@@ -20,16 +19,21 @@ class TrainedRun(NamedTuple):
     """A trained network.
 
     Attributes:
-      model: the network.
+      model: the network; None if the method of a command needs none.
       config: config of its training; fields that are newer than the run have their defaults.
       identity: path, step, EMA weights or parameters, and the weights hash (SHA-256).
       folder: the run folder.
     """
 
-    model: nnx.Module
+    model: Any
     config: ml_collections.ConfigDict
     identity: dict[str, Any]
     folder: Path
+
+    @property
+    def results(self) -> Path:
+        """Where results go by default: into the folder, unless it is a shipped network's."""
+        return Path("results") / self.folder.name if self.folder.parent == SHIPPED else self.folder
 
     @property
     def method(self) -> Method:
@@ -91,8 +95,3 @@ def as_config(value: Any) -> Any:
     if isinstance(value, Mapping):
         return ml_collections.ConfigDict({name: as_config(item) for name, item in value.items()})
     return tuple(map(as_config, value)) if isinstance(value, list | tuple) else value
-
-
-def results_folder(folder: Path) -> Path:
-    """Where results go by default: into the run, but not into a shipped network's folder."""
-    return Path("results") / folder.name if folder.parent == SHIPPED else folder

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache
-    from hae_jax.commands.runs import network_and_config
+    from hae_jax.commands.runs import chosen_network
     from hae_jax.data.store import open_store
     from hae_jax.phantom.on_demand import ensure_phantom
     from hae_jax.pipeline.ablation import ablate, variations
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     use_all_cores()
     use_compilation_cache()
-    loaded, config = network_and_config(None, DEMO_CONFIG, arguments.checkpoint, overrides)
+    loaded = chosen_network(None, DEMO_CONFIG, arguments.checkpoint, overrides)
+    config = loaded.config
     ensure_phantom(config.data, config.model.image_size)
     page = ablate(loaded.model, config, make_mesh(), open_store(config.data.root), variations(config),
                   slices=arguments.slices, output=Path(arguments.output or loaded.results / "ablation"))

@@ -61,33 +61,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache
-    from hae_jax.commands.runs import Loaded, network_and_config, with_classifier
+    from hae_jax.commands.runs import chosen_network, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom, new_phantom
     from hae_jax.pipeline.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
+    from hae_jax.runs import TrainedRun
     from hae_jax.training.mesh import make_mesh
     from hae_jax.training.weights import CALIBRATION
 
     use_all_cores()
     use_compilation_cache()
-    loaded, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    loaded = chosen_network(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    config = loaded.config
     if arguments.phantom_seed is not None:
         if arguments.input:
             raise UserError("--phantom-seed and --input: give only one of them")
         new_phantom(config.data, arguments.phantom_seed, arguments.subjects)
     ensure_phantom(config.data, config.model.image_size)
 
-    def network(loaded: Loaded, trained_with=None) -> Network:
+    def network(loaded: TrainedRun, trained_with=None) -> Network:
         return Network(loaded.model, loaded.identity, loaded.results / "calibrations", trained_with,
-                       loaded.run / CALIBRATION)
+                       loaded.folder / CALIBRATION)
 
     others = {}
     for names, run in ((("anoddpm-simplex", "anoddpm-gaussian"), arguments.unconditional), (("dae",), arguments.dae)):
         if run:
             ema = f"--config.translation.ema={config.translation.ema}"  # the one setting that decides on its parameters
-            other, its_config = network_and_config(None, DEMO_CONFIG, run, [ema])
-            others |= dict.fromkeys(names, network(other, its_config))
+            other = chosen_network(None, DEMO_CONFIG, run, [ema])
+            others |= dict.fromkeys(names, network(other, other.config))
     if arguments.classifier:
-        others["classifier"] = network(with_classifier(loaded, config, arguments.classifier))
+        others["classifier"] = network(with_classifier(loaded, arguments.classifier))
     where = {"output": arguments.output or loaded.results / _name(arguments), "source": arguments.input}
     if counts:  # the methods' own are checked by `compare`, before the first of them runs; so are these
         check(steps_entries(counts, network(loaded)), config, **where)

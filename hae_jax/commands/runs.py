@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
@@ -12,20 +12,8 @@ from hae_jax.commands.config import overridden, read_config
 from hae_jax.errors import UserError
 from hae_jax.files import read_json
 
-
-class Loaded(NamedTuple):
-    """A trained network with the run, or the folder of exported weights, that it comes from."""
-
-    model: Any  # nnx.Module; None where the method needs no network
-    identity: dict[str, Any]
-    run: Path
-
-    @property
-    def results(self) -> Path:
-        """Where results go by default: into the run, but not into a shipped network's folder."""
-        from hae_jax.runs import results_folder
-
-        return results_folder(self.run)
+if TYPE_CHECKING:
+    from hae_jax.runs import TrainedRun
 
 
 DEMO_CONFIG, DEMO_WEIGHTS = "phantom", "phantom"  # of commands that are told neither
@@ -100,10 +88,10 @@ def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> 
     return config
 
 
-def network_and_config(
+def chosen_network(
     config_path: str | None, default_config: str, checkpoint: str | None, overrides: Sequence[str]
-) -> tuple[Loaded, ml_collections.ConfigDict]:
-    """The network that a command line asks for, and the settings to use it with.
+) -> "TrainedRun":
+    """The network that a command line asks for, with the settings to use it with; no model where none is needed.
 
     Args:
       config_path: a configuration file; None: that of the checkpoint, or `default_config` without one.
@@ -117,6 +105,7 @@ def network_and_config(
     """
     from hae_jax.model import UNetConfig  # here, since --help shall not wait for JAX
     from hae_jax.pipeline.cache_key import weights_hash
+    from hae_jax.runs import TrainedRun
     from hae_jax.training.weights import load_trained, trained_folder
 
     config = None
@@ -124,8 +113,8 @@ def network_and_config(
         named, config_path = config_path is not None, config_path or default_config
         config = read_config(config_path, overrides)
         if not checkpoint and config.translation.method == "threshold":
-            return Loaded(None, {"path": "none needed", "parameters": config.translation.method},
-                          Path("runs") / Path(config_path).stem), config
+            return TrainedRun(None, config, {"path": "none needed", "parameters": config.translation.method},
+                              Path("runs") / Path(config_path).stem)
         checkpoint = checkpoint or (newest_run(config_path, config.data.root) if named else DEMO_WEIGHTS)
     forms = dict(argument.removeprefix("--config.model.").split("=", 1) for argument in overrides
                  if argument.startswith(_FORMS))
@@ -144,10 +133,10 @@ def network_and_config(
     if not config.translation.ema:  # known only now, since the checkpoint itself may say so
         network = load_trained(checkpoint, ema=False, forms=forms)
     identity = {**network.identity, "sha256": weights_hash(network.model, config)}
-    return Loaded(network.model, identity, trained_folder(checkpoint)), config
+    return TrainedRun(network.model, config, identity, trained_folder(checkpoint))
 
 
-def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str) -> Loaded:
+def with_classifier(loaded: "TrainedRun", run: str) -> "TrainedRun":
     """The network together with the classifier of a run that guides it.
 
     Raises:
@@ -158,6 +147,7 @@ def with_classifier(loaded: Loaded, config: ml_collections.ConfigDict, run: str)
     from hae_jax.pipeline.cache_key import weights_hash
     from hae_jax.training.weights import load_trained
 
+    config = loaded.config
     if loaded.model is None:
         raise UserError(f"--classifier {run}: the method {config.translation.method} needs no network; leave it out")
     found = load_trained(run, forms={name: config.model[name] for name in FORM_FIELDS if name in config.model})

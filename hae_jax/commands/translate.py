@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Imported after parsing: --help shall not wait for JAX.
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache
-    from hae_jax.commands.runs import network_and_config, with_classifier
+    from hae_jax.commands.runs import chosen_network, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom
     from hae_jax.pipeline.bids import RESULTS, write_derivatives
     from hae_jax.pipeline.translate import translate
@@ -111,10 +111,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _stop_when_told()
     use_all_cores()
     use_compilation_cache()
-    network, config = network_and_config(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    network = chosen_network(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    config = network.config
     if arguments.classifier:
-        network = with_classifier(network, config, arguments.classifier)
-    calibrated = config.translation.calibration or (network.run / CALIBRATION).is_file()
+        network = with_classifier(network, arguments.classifier)
+    calibrated = config.translation.calibration or (network.folder / CALIBRATION).is_file()
     if not (arguments.input and calibrated):  # else no prepared data are needed
         ensure_phantom(config.data, config.model.image_size)
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = translate(network.model, network.identity, config, make_mesh(), source=arguments.input,
                        output=output / RESULTS if bids else output, overwrite=arguments.overwrite,
                        shard=arguments.shard, num_shards=arguments.num_shards,
-                       calibrations=network.results / "calibrations", shipped=network.run / CALIBRATION)
+                       calibrations=network.results / "calibrations", shipped=network.folder / CALIBRATION)
     print("\n".join(report.lines()))
     if bids:
         print(f"BIDS derivatives of {len(write_derivatives(report.output, output))} cases: {output}")

@@ -1,14 +1,10 @@
 """NIfTI files: the only reader and the only writer.
 
-A volume is read as float32 in LPS (axes towards left, posterior, superior), the orientation of BraTS and hence of what
-the published networks were trained on, and written back on its grid on disk. Only axes are swapped and flipped, nothing
-is resampled: an oblique image goes to the closest axes, and `Grid.restore` undoes it exactly. What a header says about
-its numbers (data type, units, voxel size) is followed or refused, never passed over.
+A volume is read as float32 in LPS with its grid on disk, and written back on that grid. What a header says about its
+numbers (data type, units, voxel size) is followed or refused, never passed over.
 """
 
 import contextlib
-import dataclasses
-import functools
 import gzip
 import logging
 import os
@@ -19,16 +15,16 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel import imageglobals, orientations
+from nibabel import imageglobals
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from hae_jax.data.case_warning import CaseWarning
+from hae_jax.data.orientation import Grid
 from hae_jax.data.presence import absence, pointer
 from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
-ORIENTATION = "LPS"
 EXTENSIONS = (".nii.gz", ".nii", ".NII.GZ", ".NII")  # the first is that of a file to be named
 SPACING = (0.02, 30.0)  # mm between voxels; anything else is no image of a head
 SIZES_AGREE = 0.01  # relative difference of two voxel sizes that says nothing
@@ -40,61 +36,6 @@ _CODES = range(6)  # of the space that sform and qform lead to
 _GZIP = b"\x1f\x8b"
 _HEADER_SIZES = {348, 540}  # the first number of a NIfTI-1 or NIfTI-2 file
 _CHUNK = 2**22  # bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The voxel grid of an image as it lies on disk.
-
-    Attributes:
-      shape: (X, Y, Z) of the file.
-      affine: [4, 4] float64, voxel -> mm (RAS+, as nibabel gives it).
-      header: of a 3-D image on this grid; results are written with it.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    header: nib.Nifti1Header
-
-    @property
-    def axes(self) -> str:
-        """The closest axis codes, such as "RAS"."""
-        return "".join(nib.aff2axcodes(self.affine))
-
-    @functools.cached_property
-    def transform(self) -> np.ndarray:
-        """[3, 2], for each axis of the file: where it goes in LPS, and whether it keeps (1) or turns (-1) its way."""
-        return orientations.ornt_transform(orientations.io_orientation(self.affine),
-                                           orientations.axcodes2ornt(ORIENTATION))
-
-    @property
-    def reoriented_affine(self) -> np.ndarray:  # [4, 4]
-        """Voxel -> mm of what `reorient` returns."""
-        return self.affine @ orientations.inv_ornt_aff(self.transform, self.shape)
-
-    @property
-    def reoriented_shape(self) -> tuple[int, int, int]:
-        """Shape of what `reorient` returns."""
-        shape = [0, 0, 0]
-        for size, axis in zip(self.shape, self.transform[:, 0], strict=True):
-            shape[int(axis)] = size
-        return tuple(shape)
-
-    def reorient(
-        self,
-        values: np.ndarray,  # [X, Y, Z] in the file's axes
-    ) -> np.ndarray:  # the same voxels in LPS; a view
-        """Turns a volume to LPS."""
-        return orientations.apply_orientation(values, self.transform)
-
-    def restore(
-        self,
-        values: np.ndarray,  # [X', Y', Z'] in LPS
-    ) -> np.ndarray:  # [X, Y, Z] in the file's axes
-        """Turns a volume back into the file's axes; `reorient` undone."""
-        back = orientations.ornt_transform(orientations.axcodes2ornt(ORIENTATION),
-                                           orientations.io_orientation(self.affine))
-        return np.ascontiguousarray(orientations.apply_orientation(values, back))
 
 
 def stem(path: Path) -> str:
@@ -122,6 +63,7 @@ def read_volume(
     """Reads one volume.
 
     Args:
+      path: the file.
       volume: position along the fourth axis; None: the file is 3-D.
       volumes: that the file must have.
       wanted: the modalities of the case; for errors.

@@ -14,6 +14,7 @@ from hae_jax.evaluation import figures
 from hae_jax.pipeline import comparison
 from hae_jax.pipeline.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
 from hae_jax.pipeline.translate import translate
+from hae_jax.runs import TrainedRun
 
 
 @pytest.fixture
@@ -158,12 +159,12 @@ def command(network, twin, short, tmp_path, monkeypatch, overridden):
     compared = []
     loaded = {"a": (network, short), "b": (twin, twin.config)}
 
-    def network_and_config(config_path, default_config, checkpoint, overrides):
+    def chosen_network(config_path, default_config, checkpoint, overrides):
         overridden[checkpoint] = overrides
         found, config = loaded[checkpoint]
-        return trained_runs.Loaded(found.model, found.identity, tmp_path / checkpoint), config
+        return TrainedRun(found.model, config, found.identity, tmp_path / checkpoint)
 
-    monkeypatch.setattr(trained_runs, "network_and_config", network_and_config)
+    monkeypatch.setattr(trained_runs, "chosen_network", chosen_network)
     monkeypatch.setattr(devices, "use_all_cores", lambda: None)
     monkeypatch.setattr(comparison, "compare", lambda entries, *_, **__: [compared.extend(entries)])
     return lambda *arguments: compare_methods.main(["--checkpoint", "a", *arguments]), compared

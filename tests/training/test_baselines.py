@@ -11,6 +11,7 @@ from hae_jax.data.store import open_store
 from hae_jax.errors import UserError
 from hae_jax.model import UNet
 from hae_jax.model.classifier import Classifier, GuidedNetwork
+from hae_jax.runs import TrainedRun
 from hae_jax.training.loop import train
 from hae_jax.training.settings import check_settings
 from hae_jax.training.weights import load_trained
@@ -44,17 +45,17 @@ def test_a_classifier_learns_and_guides(classifier_config, tmp_path):
 
     config = runs.trained_config(found.config, [])
     denoiser = object.__new__(UNet)
-    loaded = runs.Loaded(denoiser, {"path": "a"}, tmp_path)
-    guided = runs.with_classifier(loaded, config, str(tmp_path / "run"))
+    loaded = TrainedRun(denoiser, config, {"path": "a"}, tmp_path)
+    guided = runs.with_classifier(loaded, str(tmp_path / "run"))
     assert isinstance(guided.model, GuidedNetwork)
     assert guided.identity["classifier"]["step"] == 60
     config.diffusion.steps = 100
     with pytest.raises(UserError, match=r"was trained with diffusion\.steps 50, but the network with 100"):
-        runs.with_classifier(loaded, config, str(tmp_path / "run"))
+        runs.with_classifier(loaded, str(tmp_path / "run"))
     with pytest.raises(UserError, match="needs no network"):
-        runs.with_classifier(loaded._replace(model=None), config, str(tmp_path / "run"))
+        runs.with_classifier(loaded._replace(model=None), str(tmp_path / "run"))
     with pytest.raises(UserError, match="is a classifier, which cannot find lesions alone"):
-        runs.network_and_config(None, "", str(tmp_path / "run"), [])
+        runs.chosen_network(None, "", str(tmp_path / "run"), [])
 
 
 def test_a_denoising_autoencoder_trains_on_healthy_slices(one_level_config, tmp_path):
@@ -68,7 +69,7 @@ def test_a_denoising_autoencoder_trains_on_healthy_slices(one_level_config, tmp_
     assert last["loss"] < first["loss"]
     assert last["loss_t1of4"] == pytest.approx(last["loss"])  # there is one timestep
     with pytest.raises(UserError, match="is not a classifier"):
-        runs.with_classifier(runs.Loaded("model", {}, tmp_path), config, str(tmp_path / "run"))
+        runs.with_classifier(TrainedRun("model", config, {}, tmp_path), str(tmp_path / "run"))
 
 
 def test_healthy_slices_alone(tiny_store):
