@@ -107,7 +107,7 @@ def test_a_name_that_is_no_text_fails_its_case_alone(run, three_cases, tmp_path)
 
 def test_results_are_not_taken_for_cases(run, three_cases, tmp_path):
     run(three_cases)
-    with pytest.raises(UserError, match=r"holds results of translate\.py"):
+    with pytest.raises(UserError, match=r"has results of translate\.py"):
         run(tmp_path / "out", output=tmp_path / "again")
 
 
