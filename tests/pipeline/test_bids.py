@@ -105,7 +105,7 @@ def test_mistakes_are_one_line(app, dataset, tmp_path, capsys):
     assert app(tmp_path, tmp_path / "out", "participant") == 2
     assert "has no dataset_description.json" in capsys.readouterr().err
     assert app(dataset, tmp_path / "out", "participant", "--participant-label", "07") == 2
-    assert "holds no sub-07; check --participant-label" in capsys.readouterr().err
+    assert "has no sub-07; check --participant-label" in capsys.readouterr().err
     assert app(dataset, tmp_path / "out", "group") == 2
     assert "run the level participant first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
