@@ -14,14 +14,14 @@
 # %% [markdown]
 # # Lesions in arrays: `hae_jax.Localizer`
 #
-# `Localizer` takes NumPy arrays and gives masks. This page runs on the phantom (template anatomy with drawn lesions)
-# with the network that comes with the program; it needs neither data nor a GPU. It takes a minute or two on two
-# cores.
+# This notebook shows how to find lesions in NumPy arrays with `Localizer`. It runs on the phantom (template anatomy
+# with drawn lesions) with the network that comes with the program. It needs neither data nor a GPU, and takes a minute
+# or two on two cores.
 #
 # **Research use only. Not a medical device; not for diagnosis or treatment.**
 #
-# `pip install hae-jax jupyterlab ipywidgets`, then open this page. `localize.py` is the same page as a script
-# (`jupytext --sync localize.ipynb` keeps both alike).
+# Install with `pip install hae-jax jupyterlab ipywidgets`, then open this notebook. `localize.py` is the same notebook
+# as a script (`jupytext --sync localize.ipynb` synchronises both).
 
 # %%
 import dataclasses
@@ -43,8 +43,9 @@ from hae_jax.phantom.cohort import make_phantom
 # %% [markdown]
 # ## A case
 #
-# Four small phantom subjects. `read_case` finds the modalities of a case and turns them to LPS: right to left, front
-# to back, bottom to top. For your own data, `find_cases` takes BraTS folders and the other layouts of docs/data.md.
+# The data are four small phantom subjects. `read_case` reads the modalities of a case and turns them to LPS: right to
+# left, front to back, bottom to top. For your own data, `find_cases` reads BraTS folders and the other layouts of
+# docs/data.md.
 
 # %%
 folder = make_phantom(tempfile.mkdtemp() + "/phantom", subjects=4, size=0.12, workers=1, progress=False)
@@ -53,8 +54,8 @@ case = cases[0]
 print(case.name, case.volumes.shape, "X, Y, Z and flair, t1, t1ce, t2")
 
 # %% [markdown]
-# `Localizer.load` takes the name of shipped weights, a run folder of `train.py`, or a folder of exported weights. It
-# is called with a volume of raw intensities with background 0, and the affine from voxels to mm.
+# `Localizer.load` loads shipped weights by name, a run folder of `train.py`, or a folder of exported weights. Call the
+# localizer with a volume of raw intensities with background 0, and with the affine from voxels to mm.
 
 # %%
 localizer = Localizer.load("phantom", batch_size=8)
@@ -95,8 +96,8 @@ ipywidgets.interact(show, k=ipywidgets.IntSlider(most, 0, case.volumes.shape[2] 
 # %% [markdown]
 # ## An array of your own
 #
-# Any array will do: here the four channels as a list, from a scanner that stores right to left as left to right and
-# with another axis first. The affine says so, and the mask comes back in the array's own axes.
+# Any array can be used. Here the four channels are a list of volumes with another order of axes, and with left and
+# right exchanged. The affine describes this. The mask has the axes of the array.
 
 # %%
 own = [np.ascontiguousarray(case.volumes[::-1, ..., c].transpose(2, 0, 1)) for c in range(4)]
@@ -111,10 +112,10 @@ print("mask:", other.mask.shape, "the same lesion:",
 # %% [markdown]
 # ## Two rules for the mask
 #
-# A rule chooses the threshold of the map on validation slices. `healthy_fpr` lets a share of the healthy slices'
-# pixels through; `mixture` takes the threshold with the largest expected Dice. Both look at image labels alone:
-# lesion in this slice, yes or no. `calibrate` takes slices, their labels and, so that intervals and normalisation are
-# right, the patients.
+# A rule chooses the threshold of the map on validation slices. With `healthy_fpr`, a fixed share of the healthy
+# slices' pixels is above the threshold. `mixture` chooses the threshold with the largest expected Dice. Both use image
+# labels alone: lesion in this slice, yes or no. `calibrate` takes slices, their labels, and their patients. The
+# patients are needed for the normalisation and the intervals.
 
 # %%
 slices, labels, patients, heights = [], [], [], []
@@ -149,13 +150,13 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# These are figures of one phantom subject, with a handful of validation slices; they say nothing about patients.
+# These are metrics of one phantom subject, with a few validation slices. They say nothing about patients.
 #
 # ## Your own denoiser in the forward process
 #
-# `forward_process` is the published method as one pure function. It asks for a denoiser with two faces: the answer
-# under no condition, and both answers, under "healthy" and under no condition. Any function of (x, t) will do. This
-# one has not learnt anything. It believes that healthy tissue is never brighter than a ceiling.
+# `forward_process` is the published method as one pure function. It needs two functions of (x, t): one returns the
+# output under the null condition, the other returns the outputs under "healthy" and under the null condition. The
+# denoiser below is not trained. It assumes that healthy tissue is never brighter than a ceiling.
 
 # %%
 process = Process(make_schedule("linear", 1000))
@@ -186,6 +187,5 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# With a network of yours, `Localizer(denoisers, process, image_size=..., channels=...)` does the rest;
-# `numpy_denoisers` takes one outside JAX, such as a PyTorch module. Folders of NIfTI files are `translate.py`'s
-# (docs/translation.md).
+# For your own network, use `Localizer(denoisers, process, image_size=..., channels=...)`. `numpy_denoisers` wraps a
+# network outside JAX, such as a PyTorch module. For folders of NIfTI files, use `translate.py` (docs/translation.md).

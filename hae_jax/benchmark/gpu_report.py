@@ -108,7 +108,7 @@ def table(results: dict[str, Any]) -> str:
     cells = [(f["step"], f["name"], f"{number(f['value'])} {f['unit']}".strip(), _verdict(f))
              for f in results["figures"]]
     cells += [(s["step"], s["status"], "", "") for s in results["steps"] if s["status"] != "finished"]
-    return f"{head}\n\n{render(('step', 'figure', 'value', 'wanted'), cells)}"
+    return f"{head}\n\n{render(('step', 'metric', 'value', 'goal'), cells)}"
 
 
 def publish(results: str | Path, folder: str | Path) -> list[Path]:

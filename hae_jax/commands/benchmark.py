@@ -16,8 +16,9 @@ Measure a training step, a forward pass, the translation of a batch and the load
 FLOP/s, memory, compile time. Compared programs are timed in turns (interleaved timing). Model FLOP are the operations
 that the network needs, counted on shapes. MFU is model FLOP/s divided by the FLOP/s of a large matrix product on the
 same devices. "time x" and "memory x" are the values of a baseline divided by ours, of another variant divided by the
-first one, or of a block's other form divided by the first form. "blocks" are single layers in the sizes of the full
-network; they are measured only with --part blocks."""
+first one, or of a block's other form divided by the first form. For the loader, "time x" is its slices/s divided by
+those that the training step needs. "blocks" are single layers in the sizes of the full network; they are measured only
+with --part blocks."""
 _PARTS = ("train", "forward", "translate", "input")
 _EPILOG = """\
 examples:

@@ -174,11 +174,11 @@ def _fate(code: int | None) -> str:
     shared = "/dev/shm"
     if code in (None, -signal.SIGBUS):
         free = f", {shutil.disk_usage(shared).free / 2**20:.3g} MiB are free" if os.path.isdir(shared) else ""
-        return f"found no room in {shared}{free}: make it larger (Docker: --shm-size=2g), lower data.prefetch"
+        return f"had no space in {shared}{free}: make it larger (Docker: --shm-size=2g), lower data.prefetch"
     if code == -signal.SIGKILL:
         return "was killed (SIGKILL), most likely for want of memory: lower data.workers or data.prefetch"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit status {code}"
-    return f"died ({name}); what it wrote stands above"
+    return f"died ({name}); see its output above"
 
 
 def _check_batch_size(batch_size: int, reader: SplitReader) -> None:

@@ -66,7 +66,7 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
     folder = Path(folder)
     check_modalities(modalities)
     if _holds_results(folder):
-        raise UserError(f"{folder}: holds results of translate.py, no cases; give the folder of the images")
+        raise UserError(f"{folder}: has results of translate.py, not cases; give the folder of the images")
     if reason := absence(folder):
         reason = "no such folder" if reason == "missing" else reason
         raise UserError(f"{folder}: {reason}; give a folder of cases, one case's folder, or a table of cases (.csv)")
@@ -89,7 +89,7 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
     if not cases:
         raise _all_of(faults) if faults else _no_cases(folder, passed_over)
     if passed_over:
-        print(f"warning: {folder}: passes over {passed_over} (docs/data.md)", file=sys.stderr)
+        print(f"warning: {folder}: skips {passed_over} (docs/data.md)", file=sys.stderr)
     cases += [_failed(folder, path, modalities, error) for path, error in faults.items()]
     return sorted(_each_named_once(cases), key=lambda case: case.name)
 
@@ -122,7 +122,8 @@ def looked_for(case: CaseFiles) -> str:
         there = [file for file in _files(folder) if file not in case.paths]
     except OSError:
         there = []
-    return f"looked for: {names}; there: {_few(there) or 'no other file'}; rename it, or name it in a table, --cases"
+    return (f"looked for: {names}; there: {_few(there) or 'no other file'}; rename the file, or list it in a table of "
+            "cases (--cases)")
 
 
 def _all_of(faults: dict[Path, UserError]) -> UserError:

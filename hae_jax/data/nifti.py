@@ -99,7 +99,7 @@ def header_warnings(grid: Grid) -> list[CaseWarning]:
     found = []
     if grid.header["qform_code"] == 0 and grid.header["sform_code"] == 0:
         found.append(CaseWarning(
-            "the header tells no orientation (qform and sform codes are 0); taken as {}", grid.axes))
+            "the header has no orientation (qform and sform codes are 0); read as {}", grid.axes))
     spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)
     if not _plausible(spacing):
         found.append(CaseWarning(
@@ -180,7 +180,7 @@ def _check_kind(path: Path, image: object) -> None:
         raise UserError(f"{path}: is a colour image ({len(dtype.names)} channels a voxel); export the intensities, "
                         "one number a voxel")
     if dtype.kind not in "iuf":
-        raise UserError(f"{path}: its data type {dtype} is no number; export it as float32 or int16")
+        raise UserError(f"{path}: its data type {dtype} is not numeric; export it as float32 or int16")
 
 
 def _check_shape(path: Path, shape: tuple[int, ...], expected: tuple[int, ...], wanted: Sequence[str]) -> None:

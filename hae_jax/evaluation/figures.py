@@ -42,10 +42,10 @@ def overlay_figure(
     title: str = "",
     row_titles: Sequence[str] | None = None,
 ) -> None:
-    """Writes a PNG with a row for each slice: input modalities, healthy counterpart, map, mask, truth.
+    """Writes a PNG with a row for each slice: input modalities, pseudo-healthy reconstruction, map, mask, ground truth.
 
-    A counterpart shares its input's grey window, and all maps share one colour scale, so both can be compared by eye.
-    The outlines of mask and truth lie on the first of the modalities.
+    A reconstruction has the grey window of its input, and all maps have one colour scale, so they can be compared. The
+    outlines of mask and ground truth are drawn on the first of the modalities.
 
     Raises:
       ValueError: if there is no slice.
@@ -53,7 +53,7 @@ def overlay_figure(
     if not len(inputs):
         raise ValueError("there is no slice to draw")
     names = [*channels, *(f"healthy {channels[m]}" for m in modality), "anomaly map", "mask"]
-    names += [] if truth is None else ["truth"]
+    names += [] if truth is None else ["ground truth"]
     crop = _crop(inputs)
     figure, axes = _panels(len(inputs), names, _aspect(inputs[0][crop]), title)
     hottest = float(np.quantile(maps, 0.999)) or 1.0
@@ -138,7 +138,7 @@ def loss_curve(
                   label=f"training, mean of {span} lines")
     if validation is not None:
         axis.plot(validation[0], np.asarray(validation[1], float), color=_ORANGE, linewidth=1.8, marker="o",
-                  markersize=3, label="validation, averaged weights")
+                  markersize=3, label="validation, EMA weights")
     if smooth or validation is not None:
         axis.legend(frameon=False, fontsize=9)
     if (values > 0).all():

@@ -158,8 +158,8 @@ class SliceTranslator:
                             "smaller network, or a larger device") from error
         self.batch_size = max(size // 2 // self._mesh.size, 1) * self._mesh.size
         self._compiled.clear()
-        _LOG.info("out of memory with batches of %d slices: going on with %d (--config.translation.batch_size=%d "
-                  "avoids the first try)", size, self.batch_size, self.batch_size)
+        _LOG.info("out of memory with batches of %d slices: using batches of %d "
+                  "(--config.translation.batch_size=%d avoids the first try)", size, self.batch_size, self.batch_size)
 
     def _executable(self, size: int, shape: tuple[int, ...]) -> Any:
         if size not in self._compiled:

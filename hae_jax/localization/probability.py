@@ -25,13 +25,13 @@ from hae_jax.localization import rules
 
 MEANINGS = {
     "probability":
-        "Probability that a voxel belongs to a lesion, from 0 to 1: the probability that its slice has a lesion, given "
-        "the slice's anomaly score, times the probability that the voxel is lesion in a lesion slice, given the value "
-        "of the anomaly map. Both were estimated on validation slices from image labels alone and hold where lesions "
-        "are as frequent as there.",
+        "Probability that a voxel belongs to a lesion, from 0 to 1. It is the product of two probabilities: that its "
+        "slice has a lesion, given the slice's anomaly score, and that the voxel is lesion in a lesion slice, given "
+        "the value of the anomaly map. Both were estimated on validation slices from image labels alone. They are valid if "
+        "lesions are as frequent as in the validation slices.",
     "uncertainty":
         "Standard deviation, from 0 to 0.5, that the probability of the same slice would have if the noise of the "
-        "method were drawn again. It says how much the noise matters, not how often the network is wrong.",
+        "method were drawn again. It measures the effect of the noise, not how often the network is wrong.",
 }
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)  # of the normal distribution
 
@@ -139,9 +139,9 @@ def volumes(case: SlicedCase, method: Any, results: Any, masks: Any, calibration
     """
     curves = getattr(calibration, "probability", None)
     if curves is None:
-        raise UserError("calibration: holds no probabilities, since it is a published preset, of the rule quantile, or "
-                        "of one class of slices, or older than version 0.2.0; calibrate again on validation slices "
-                        "of both classes, or leave save_probability out")
+        raise UserError("calibration: has no probability curves. It is a published preset, has the rule quantile, was "
+                        "made from one class of slices, or is older than version 0.2.0; calibrate again on "
+                        "validation slices of both classes, or leave save_probability out")
     maps, spread = np.asarray(masks.map, np.float64), getattr(results, "spread", None)
     draws = getattr(getattr(method, "settings", None), "draws", 1)
     probability = pixel_probability(curves, maps, masks.score) * case.heads

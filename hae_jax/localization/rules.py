@@ -117,8 +117,8 @@ def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
         excess.append(u_b[best] - h_b[best])
         draws.append(_expected_dice(u_b, h_b, _lesion_share(u_b, h_b, drawn.above()))[best])
     if not excess or share == 0 or np.quantile(excess, _INTERVAL[0]) <= 0:
-        raise UserError("rule mixture: in lesion slices no more head pixels lie above the threshold than in healthy "
-                        "slices, beyond chance; train longer, choose other channels, or use the rule dice, "
+        raise UserError("rule mixture: lesion slices have no more head pixels above the threshold than healthy "
+                        "slices, up to chance; train longer, choose other channels, or use the rule dice, "
                         "which needs ground truth")
     low, high = np.quantile(draws, _INTERVAL)
     return Threshold(float(levels[best]), float(expected[best]), (float(low), float(high)), float(share))
@@ -150,7 +150,7 @@ def best_dice(samples: Sequence[Sample]) -> Threshold:
     """
     lesion = [s for s in samples if s.label]
     if not any(s.truth.any() for s in lesion):
-        raise UserError("rule dice: no validation slice has a lesion in its mask; put cases that have some into the "
+        raise UserError("rule dice: no validation slice has a lesion in its mask; put cases with lesions into the "
                         "validation split, or use the rule mixture, which needs image labels alone")
     levels, total = _levels(samples), np.zeros(_CANDIDATES)
     for s in lesion:
@@ -268,4 +268,4 @@ def require_both(samples: Sequence[Sample]) -> None:
     lesion = sum(s.label > 0 for s in samples)
     if not 0 < lesion < len(samples):
         raise UserError(f"validation slices: {len(samples) - lesion} healthy and {lesion} with a lesion; the rule "
-                        "needs both kinds: put cases that have them into the validation split")
+                        "needs both kinds: put cases with both into the validation split")

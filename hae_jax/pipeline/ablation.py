@@ -1,6 +1,6 @@
 """Settings of the method `residual` side by side on slices of the validation split: which of them matter.
 
-Settings are chosen here, by expected Dice times AUC of slices, which need image labels alone; test subjects are left
+Settings are chosen here, by expected Dice times slice AUC, which need image labels alone; test subjects are left
 alone. `hae_jax.commands.ablate` calls it.
 """
 

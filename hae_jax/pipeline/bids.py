@@ -29,9 +29,9 @@ _SUFFIXES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1w", "t2": "T2w"}
 _IGNORED = ("*_anomalymap.*", "*_uncertainty.*", "group_*")  # what BIDS has no names for
 _README = f"""# Lesions found by HAE-JAX
 
-`*_desc-hae_mask.nii.gz` is the lesion mask, `*_desc-hae_probseg.nii.gz` the probability of a lesion where it was asked
-for (the JSON beside it says what it means). `.bidsignore` names files that BIDS has no suffix for: the anomaly map and
-the uncertainty. `{RESULTS}` holds tables, metrics, pictures, the manifest and the calibration.
+`*_desc-hae_mask.nii.gz` is the lesion mask. `*_desc-hae_probseg.nii.gz` is the probability of a lesion, if it was
+saved; the JSON file beside it defines it. `.bidsignore` lists files without a BIDS suffix: the anomaly map and the
+uncertainty. `{RESULTS}` holds tables, metrics, pictures, the manifest and the calibration.
 
 {RESEARCH_USE}
 """
@@ -149,13 +149,15 @@ def _derivatives(name: str, files: Iterable[str]) -> Iterator[tuple[str, _File]]
             yield file, _File("_label-L_desc-hae_uncertainty", {"Description": MEANINGS[kind]})
         elif kind == "map":
             yield file, _File("_desc-hae_anomalymap", {
-                "Description": "Anomaly map: high where there is a lesion, in units of the method, not a probability."})
+                "Description": "Anomaly map: high where there is a lesion. Its unit depends on the method. It is not a "
+                "probability."})
         elif kind.startswith("healthy_"):
             modality = kind.removeprefix("healthy_")
             suffix = _SUFFIXES.get(modality, modality)
             desc = "pseudohealthyce" if modality == "t1ce" else "pseudohealthy"
             yield file, _File(f"_desc-{desc}_{suffix}", {
-                "SkullStripped": True, "Description": "What the network takes the image to be without its lesion."})
+                "SkullStripped": True, "Description": "Pseudo-healthy reconstruction: the image as predicted "
+                "without a lesion."})
 
 
 def _sources(cases: Mapping[str, Any], modalities: tuple[str, ...]) -> dict[str, CaseFiles]:

@@ -25,13 +25,12 @@ _SHOWN = (  # part of the metrics, metric, what the card calls it
     ("volumes", "dice", "volume Dice"), ("volumes", "hd95_mm", "HD95, mm"),
     ("volumes", "healthy_volume_ml", "false-positive volume in healthy subjects, ml (mean)"))
 _LIMITS = """\
-- Trained with one label per slice, lesion yes or no. It finds what the lesions of its training have in common, not
-  their kind.
-- Takes skull-stripped axial slices of the modalities above, registered to each other. Images of other scanners,
-  sequences or preprocessing may need a calibration of their own, or a training.
-- Masks depend on the threshold in `calibration.json`, probabilities on how frequent lesions were in the validation
-  slices.
-- Metrics hold for the data that they name. Nothing was measured on subgroups of patients."""
+- The network was trained with one label per slice, lesion yes or no. It does not distinguish kinds of lesions.
+- The input must be skull-stripped axial slices of the modalities above, registered to each other. Images of other
+  scanners, sequences or preprocessing may need a new calibration or a new training.
+- Masks depend on the threshold in `calibration.json`. Probabilities depend on the share of lesion slices among the
+  validation slices.
+- The metrics are valid for the named data only. Subgroups of patients were not evaluated."""
 
 
 def export_network(

@@ -244,7 +244,7 @@ def _draw(work: CaseWork, done: TranslatedCase, healthy: np.ndarray | None, mask
     """The overlay of the most anomalous slices."""
     case, path, modality = done.case, work.results.path / _overlay(done.case.name), work.localizer.method.modality
     shown = most_anomalous(masks.score, work.config.evaluation.overlay_slices)
-    title = f"{case.name}{' (phantom figure)' if work.results.phantom(case.name) else ''}: mask {row.volume_ml:.1f} ml"
+    title = f"{case.name}{' (phantom)' if work.results.phantom(case.name) else ''}: mask {row.volume_ml:.1f} ml"
     if row.dice is not None:
         title += f", ground truth {row.true_volume_ml:.1f} ml, volume Dice {row.dice:.2f}"
     overlay_figure(

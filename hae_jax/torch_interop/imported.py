@@ -62,7 +62,7 @@ def write_run(
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: exists and is not empty; name another folder")
+        raise UserError(f"--output {output}: exists and is not empty; give another folder")
     sources, notes = _averages(weights, tuple(config.training.ema_rates))
     state = _state(weights, sources, config, config_name or "the guessed config")
     notes += _optimizer_notes(weights.adamw, config.training)
@@ -79,13 +79,13 @@ def _averages(weights: Weights, rates: tuple[float, ...]) -> tuple[list[Source],
     if None in given and len(given) == len(rates) == 1:
         given = {rates[0]: given[None]}
     if strange := [str(source.path) for rate, source in given.items() if rate not in rates]:
-        raise UserError(f"{', '.join(strange)}: not of a rate in the config, training.ema_rates is {rates}; set it, or "
+        raise UserError(f"{', '.join(strange)}: EMA rate not in the config, training.ema_rates is {rates}; set it, or "
                         "name the file ema_RATE_STEP.pt")
     sources = [given.get(rate, weights.params) for rate in rates]
-    notes = [f"average {rate}: {source.path}{'' if rate in given else ', the parameters themselves'}"
+    notes = [f"EMA weights {rate}: {source.path}{'' if rate in given else ', a copy of the parameters'}"
              for rate, source in zip(rates, sources, strict=True)]
     if rate_in_name(weights.params.path) is not None:
-        notes.append(f"parameters: {weights.params.path}, an average; training goes on from it")
+        notes.append(f"parameters: {weights.params.path}, EMA weights; training continues from them")
     return sources, notes
 
 

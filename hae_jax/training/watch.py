@@ -51,7 +51,7 @@ class Report:
 
     A step with a validation (`training.validate_every`) has validation_loss and validation_loss_null in its line, one
     with `training.localization_every` what `localization.Localization` gives. The EMA weights with the largest
-    expected Dice times AUC of slices so far are in best/.
+    expected Dice times slice AUC so far are in best/.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Report:
 
 
 def localization_score(values: Mapping[str, float | None]) -> float:
-    """Expected Dice times AUC of slices, by which the best network is kept; NaN where one is missing."""
+    """expected Dice times slice AUC, by which the best network is kept; NaN where one is missing."""
     expected, auc = (values.get(f"localization_{name}") for name in ("expected_dice", "auc"))
     return float("nan") if expected is None or auc is None else expected * auc
 

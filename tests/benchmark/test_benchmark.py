@@ -117,7 +117,7 @@ def test_attention_keeps_its_size_in_pixels():
     (["--variant", "unet"], "--variant unet: choose among fpdm"),
     (["--baseline", "slow"], "--baseline slow: choose among naive, attention"),
     (["--batch", "0"], "--batch 0: must be at least 1"),
-    (["--part", ","], "argument --part: names nothing"),
+    (["--part", ","], "argument --part: is empty"),
     (["--output", __file__], "test_benchmark.py: is a file; give a folder"),
     (["--repeats", "0"], "--repeats 0: must be at least 1"),
     (["--part", "forward", "--batch", "3", "--config.training.accumulation=2"], "--batch is 3"),

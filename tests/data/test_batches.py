@@ -180,7 +180,7 @@ def test_empty_split_is_named(store):
 @pytest.mark.parametrize(("error", "says"), [
     (RuntimeError(f"Worker process was terminated unexpectedly with exit code {-signal.SIGBUS}."), "/dev/shm"),
     (RuntimeError("terminated unexpectedly with exit code 3."), "exit status 3"),
-    (OSError(28, "No space left on device"), "no room in /dev/shm"),
+    (OSError(28, "No space left on device"), "no space in /dev/shm"),
 ])
 def test_a_worker_s_death_is_one_line(reader, monkeypatch, error, says):
     def died():

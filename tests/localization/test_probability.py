@@ -113,5 +113,5 @@ def test_files_of_a_run(run, config, three_cases):
 def test_a_calibration_without_probabilities_is_said(run, config, three_cases):
     config.translation.update({"method": "hae", "save_probability": True})
     done = run(three_cases)
-    assert all("holds no probabilities" in reason for reason in done.failed.values())
+    assert all("has no probability curves" in reason for reason in done.failed.values())
     assert set(done.failed) == {"a", "b", "c"}

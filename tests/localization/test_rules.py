@@ -42,7 +42,7 @@ def test_healthy_slices_are_weighted_to_the_heights_of_lesion_slices():
 
 
 def test_mixture_refuses_what_is_not_above_chance():
-    with pytest.raises(UserError, match="beyond chance"):
+    with pytest.raises(UserError, match="up to chance"):
         mixture(samples(shift=0.0))
 
 
@@ -88,5 +88,5 @@ def test_a_few_pixels_alone_are_no_lesion():
     slices = [Sample(rng.random(100) * (0 if i % 2 else 1e-3), np.zeros(100, bool), i % 2, i / 30, f"p{i % 5}")
               for i in range(30)]
     slices[1].values[:3] = 5.0
-    with pytest.raises(UserError, match="beyond chance"):
+    with pytest.raises(UserError, match="up to chance"):
         mixture(slices)

@@ -80,7 +80,7 @@ def exported(monkeypatch):
 
 
 def test_the_weights_that_find_most_lesions_are_kept_also_after_a_restart(config, tmp_path, clock, exported):
-    """By expected Dice times AUC of slices; a run that goes on knows the best of its lines."""
+    """By expected Dice times slice AUC; a run that goes on knows the best of its lines."""
     config.training.localization_every = 1
     values = dict(enumerate([(np.nan, 0.5), (0.4, 0.9), (0.6, 0.5), (0.5, 0.9), (0.5, 0.9), (0.4, 0.9), (0.9, 0.9)], 1))
 
