@@ -27,8 +27,8 @@ MEANINGS = {
     "probability":
         "Probability that a voxel belongs to a lesion, from 0 to 1. It is the product of two probabilities: that its "
         "slice has a lesion, given the slice's anomaly score, and that the voxel is lesion in a lesion slice, given "
-        "the value of the anomaly map. Both were estimated on validation slices from image labels alone. They are valid if "
-        "lesions are as frequent as in the validation slices.",
+        "the value of the anomaly map. Both were estimated on validation slices from image labels alone. They are "
+        "valid if lesions are as frequent as in the validation slices.",
     "uncertainty":
         "Standard deviation, from 0 to 0.5, that the probability of the same slice would have if the noise of the "
         "method were drawn again. It measures the effect of the noise, not how often the network is wrong.",
