@@ -1,4 +1,4 @@
-"""What every command shares: user mistakes end in one line, not in a traceback."""
+"""Shared by all commands: a mistake of the user ends in one line, not in a traceback."""
 
 import difflib
 import errno
@@ -24,12 +24,12 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command's `main(argv=None)`: a `UserError` becomes one line on stderr and exit status 2.
 
-    So does a disk that is full or not to be written to, and a JAX that has not the devices it was told to use.
+    The same holds for a disk that is full or not writable, and for devices that JAX does not find.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        os.environ["MPLBACKEND"] = "Agg"  # no command shows windows; a notebook's backend may not be installed here
+        os.environ["MPLBACKEND"] = "Agg"  # no command opens windows; the backend of a notebook may not be installed
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # paths may hold bytes that are no text
@@ -62,7 +62,7 @@ def checked_table(path: str) -> str:
     """The table of cases that a flag names.
 
     Raises:
-      UserError: it is not called .csv, which is what tells it from a folder.
+      UserError: its name does not end in .csv.
     """
     if not path.lower().endswith(".csv"):
         raise UserError(f"--cases {path}: must be a CSV file with the ending .csv")
@@ -73,8 +73,7 @@ def check_fields(overrides: Sequence[str]) -> None:
     """Checks overrides such as `--config.seed=1` against the fields that every configuration has.
 
     Raises:
-      UserError: naming the first one whose field does not exist, with those that it may mean, or whose value is of a
-        wrong kind.
+      UserError: names the first override with an unknown field (and similar fields), or with a value of a wrong type.
     """
     config = read_config(DEFAULTS, [])
     known = fields(config)
@@ -95,7 +94,7 @@ def check_fields(overrides: Sequence[str]) -> None:
 
 
 def _meant(field: str, known: Iterable[str]) -> str:
-    """The fields whose own name, in whatever section, is like the one that was given."""
+    """The fields with a similar name, in any section."""
     own_names = {name: name.rpartition(".")[2] for name in known}
     close = difflib.get_close_matches(field.rpartition(".")[2], own_names.values(), cutoff=0.7)
     meant = [name for name, own in own_names.items() if own in close]
