@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_overrides(overrides)
     check_fields(overrides)
 
-    # Imported after parsing: --help shall not wait for JAX.
+    # Imported after parsing: --help needs no JAX.
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import chosen_network
     from hae_jax.data.store import open_store

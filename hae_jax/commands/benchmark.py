@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # PyTorch's threads wait for each other by spinning otherwise. On cores that other work shares, that made a
         # small network fifty times slower, and the spinning would take time from ours, too.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Imported after parsing: --help shall not wait for JAX.
+    # Imported after parsing: --help needs no JAX.
     import jax
 
     from hae_jax.benchmark.programs import Settings, with_model

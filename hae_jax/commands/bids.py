@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs one level; exits with 1 if a case failed."""
     arguments, others = _parser().parse_known_args(argv)
-    # Imported after parsing: --help shall not wait for JAX.
+    # Imported after parsing: --help needs no JAX.
     from hae_jax.pipeline.bids import RESULTS, write_derivatives, write_group_table
 
     if arguments.analysis_level == "group":

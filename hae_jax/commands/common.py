@@ -1,4 +1,4 @@
-"""What every command shares: user mistakes end in one line, not in a traceback."""
+"""Shared by all commands: a mistake of the user ends in one line, not in a traceback."""
 
 import difflib
 import errno
@@ -28,12 +28,13 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command's `main(argv=None)`: a `UserError` becomes one line on stderr and exit status 2.
 
-    So do faults of what is around the program (`_outside`). Standard streams that are closed are taken for empty ones.
+    The same holds for faults outside the program (`_outside`). A standard stream that is closed is replaced by an empty
+    one.
     """
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        os.environ["MPLBACKEND"] = "Agg"  # no command shows windows; a notebook's backend may not be installed here
+        os.environ["MPLBACKEND"] = "Agg"  # no command opens windows; the backend of a notebook may not be installed
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:
                 setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
@@ -98,7 +99,7 @@ def checked_table(path: str) -> str:
     """The table of cases that a flag names.
 
     Raises:
-      UserError: it is not called .csv, which is what tells it from a folder.
+      UserError: its name does not end in .csv.
     """
     if not path.lower().endswith(".csv"):
         raise UserError(f"--cases {path}: must be a CSV file with the ending .csv")
@@ -109,8 +110,7 @@ def check_fields(overrides: Sequence[str]) -> None:
     """Checks overrides such as `--config.seed=1` against the fields that every configuration has.
 
     Raises:
-      UserError: naming the first one whose field does not exist, with those that it may mean, or whose value is of a
-        wrong kind.
+      UserError: names the first override with an unknown field (and similar fields), or with a value of a wrong type.
     """
     config = read_config(DEFAULTS, [])
     known = fields(config)
@@ -131,7 +131,7 @@ def check_fields(overrides: Sequence[str]) -> None:
 
 
 def _meant(field: str, known: Iterable[str]) -> str:
-    """The fields whose own name, in whatever section, is like the one that was given."""
+    """The fields with a similar name, in any section."""
     own_names = {name: name.rpartition(".")[2] for name in known}
     close = difflib.get_close_matches(field.rpartition(".")[2], own_names.values(), cutoff=0.7)
     meant = [name for name, own in own_names.items() if own in close]

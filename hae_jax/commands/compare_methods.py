@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--methods is empty and --steps is not given; give one of them")
     counts = _counts(arguments.steps)
 
-    # Imported after parsing: --help shall not wait for JAX.
+    # Imported after parsing: --help needs no JAX.
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import chosen_network, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom, new_phantom

@@ -62,7 +62,7 @@ def fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]
 
 
 def _run(file: Path) -> Any:
-    """What `get_config` of a file returns. The file is run anew, whatever was read before under its name."""
+    """The return value of `get_config` of a file. The file is run at each call."""
     if file.suffix != ".py":
         raise UserError(f"--config {file}: a configuration file is a .py file with a function get_config (see "
                         "configs/phantom.py); for the config of a trained network give --checkpoint")
@@ -89,7 +89,7 @@ def _line(file: Path, error: BaseException) -> str:
 
 
 def _checked(path: str, config: Any) -> ml_collections.ConfigDict:
-    """The config, which has every field of the default one, of its kind, and no other."""
+    """The config, checked to have the same fields as the default one, with values of the same types."""
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config {path}: its get_config returns {type(config).__name__}, not a ConfigDict; end it "
                         "with return config")
@@ -109,7 +109,7 @@ def _checked(path: str, config: Any) -> ml_collections.ConfigDict:
 
 
 def _file(path: str) -> Path:
-    """The file itself, or the preset of this name; "configs/brats_v2c.py" is one everywhere."""
+    """The file, or the preset of this name; "configs/brats_v2c.py" is a preset in every folder."""
     given = Path(path)
     if given.is_file():
         return given

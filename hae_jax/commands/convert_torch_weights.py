@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    from hae_jax.torch_interop import imported  # after parsing: --help shall not wait for JAX
+    from hae_jax.torch_interop import imported  # after parsing: --help needs no JAX
     from hae_jax.torch_interop import run as torch_run
 
     config, text = read_config(arguments.config or DEFAULTS, overrides), None

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.table and Path(arguments.output).suffix not in (".svg", ".png", ".pdf"):
         parser.error(f"--output {arguments.output}: the name must end in .svg, .png or .pdf")
 
-    from hae_jax.model import UNetConfig  # after parsing: --help shall not wait for JAX
+    from hae_jax.model import UNetConfig  # after parsing: --help needs no JAX
 
     configs = [UNetConfig.from_mapping(read_config(name, []).model) for name in _NETWORKS]
     if arguments.table:

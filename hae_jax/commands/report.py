@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.output == "":
         raise UserError("--output is empty; name a file, or leave --output out")
 
-    # Imported after parsing: --help shall not wait for NumPy.
+    # Imported after parsing: --help needs no NumPy.
     from hae_jax.report.write import write_report
 
     print(write_report(arguments.folder, output=arguments.output, anonymize=arguments.anonymize,

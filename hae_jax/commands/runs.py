@@ -1,4 +1,4 @@
-"""Trained networks as commands see them: which run to take, and the settings to use it with."""
+"""Which trained network a command uses, and with which settings."""
 
 import json
 import sys
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from hae_jax.runs import TrainedRun
 
 
-DEMO_CONFIG, DEMO_WEIGHTS = "phantom", "phantom"  # of commands that are told neither
+DEMO_CONFIG, DEMO_WEIGHTS = "phantom", "phantom"  # defaults of the commands
 _FIXED = ("--config.model.", "--config.diffusion.", "--config.training.", "--config.data.scaling")
 _FORMS = ("--config.model.attention=", "--config.model.convolution=")  # how the network is computed
 
 
 def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") -> Path:
-    """The run in `folder` with the newest checkpoint, among those that were trained on this data.
+    """The run with the newest checkpoint among those in `folder` that were trained on these data.
 
     Args:
       config_path: the configuration that asks for it, for the message.
@@ -45,7 +45,7 @@ def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") ->
 
 
 def _data_root(config: Path) -> str | None:
-    """The data that a run was trained on; None where a folder is no run of ours, or its config is damaged."""
+    """The data that a run was trained on; None if the folder is not a run, or its config is damaged."""
     try:
         return read_json(config)["data"]["root"]
     except (UserError, KeyError, TypeError, IndexError):
@@ -53,10 +53,10 @@ def _data_root(config: Path) -> str | None:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """What belongs to a trained network cannot be changed any more.
+    """Refuses overrides of settings that are fixed by the training.
 
     Raises:
-      UserError: naming the argument, also when it is no override at all.
+      UserError: names the argument, also if it is not an override.
     """
     for argument in overrides:
         if not argument.startswith("--config."):
@@ -67,7 +67,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_collections.ConfigDict:
-    """The config that a checkpoint was saved with, with overrides; fields it does not know yet have their defaults.
+    """The config of a checkpoint with overrides; fields that are newer than the checkpoint have their defaults.
 
     Raises:
       UserError: if an override names no field or has the wrong type.
@@ -91,19 +91,19 @@ def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> 
 def chosen_network(
     config_path: str | None, default_config: str, checkpoint: str | None, overrides: Sequence[str]
 ) -> "TrainedRun":
-    """The network that a command line asks for, with the settings to use it with; no model where none is needed.
+    """The network that a command line selects, with its settings; no model if the method needs none.
 
     Args:
-      config_path: a configuration file; None: that of the checkpoint, or `default_config` without one.
-      default_config: what stands in for both.
-      checkpoint: a run's folder, or a folder or the shipped name of exported weights; None: the newest run that was
-        trained on the data of `config_path`, or the shipped weights of the phantom where that is None.
+      config_path: a configuration file; None: the config of the checkpoint, or `default_config` without a checkpoint.
+      default_config: the config if neither is given.
+      checkpoint: a run folder, a folder of exported weights, or a name of shipped weights; None: the newest run that
+        was trained on the data of `config_path`, or the shipped weights of the phantom if `config_path` is None.
       overrides: of single fields.
 
     Raises:
       UserError: if there is no such file or network, or an override does not fit.
     """
-    from hae_jax.model import UNetConfig  # here, since --help shall not wait for JAX
+    from hae_jax.model import UNetConfig  # here: --help needs no JAX
     from hae_jax.pipeline.cache_key import weights_hash
     from hae_jax.runs import TrainedRun
     from hae_jax.training.weights import load_trained, trained_folder
@@ -130,7 +130,7 @@ def chosen_network(
     if tuple(config.data.modalities) != learnt:
         print(f"warning: the network was trained with the channels {', '.join(learnt)} in this order, but "
               f"data.modalities is {', '.join(config.data.modalities)}", file=sys.stderr)
-    if not config.translation.ema:  # known only now, since the checkpoint itself may say so
+    if not config.translation.ema:  # the config of the checkpoint may set it
         network = load_trained(checkpoint, ema=False, forms=forms)
     identity = {**network.identity, "sha256": weights_hash(network.model, config)}
     return TrainedRun(network.model, config, identity, trained_folder(checkpoint))

@@ -1,4 +1,4 @@
-"""`train.py`: trains a network, or goes on with it."""
+"""`train.py`: trains a network, or resumes a run."""
 
 import argparse
 import os
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (arguments.workdir or only_says):
         raise UserError("--workdir is missing; give the folder for the run, such as --workdir runs/a")
 
-    # Imported after parsing: --help shall not wait for JAX.
+    # Imported after parsing: --help needs no JAX.
     import jax
 
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     overrides += [f"--config.translation.{field}={getattr(arguments, field)}" for field in _SHORTCUTS
                   if getattr(arguments, field) is not None]
 
-    # Imported after parsing: --help shall not wait for JAX.
+    # Imported after parsing: --help needs no JAX.
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import chosen_network, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom

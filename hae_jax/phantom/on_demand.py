@@ -46,7 +46,7 @@ def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
     phantom, root = data.phantom, Path(data.root)
     if phantom is None or root.exists() or finish_replacing(root):
         return
-    _LOG.info("%s is not there yet: making a phantom of %d subjects in %s", root, phantom.subjects, phantom.cases)
+    _LOG.info("%s does not exist: making a phantom of %d subjects in %s", root, phantom.subjects, phantom.cases)
     make_phantom(phantom.cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,
                  size=phantom.size, workers=phantom.workers, kind=phantom.get("kind", "tumour"))
     report = prepare(phantom.cases, root, image_size=image_size, train_fraction=phantom.train_fraction,

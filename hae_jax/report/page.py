@@ -89,7 +89,7 @@ class Pictures:
         return self.folder / f"{name}.js"
 
     def inside(self) -> dict[str, str]:
-        """JSON texts by name; what earlier pages left beside this one and nobody asks for any more is deleted."""
+        """JSON texts by name; unused files of earlier pages are deleted."""
         for path in self.folder.glob("*.js"):
             if path.stem not in self.outside and path.read_text(encoding="utf-8").startswith(_SIDECAR):
                 path.unlink()

@@ -111,6 +111,6 @@ def _made(results: Results, name: str, label: str, key: str, pictures: Pictures,
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's numbers without the digits that nobody reads."""
+    """The row's numbers, rounded to five digits."""
     return {column: float(f"{value:.5g}") if isinstance(value, float) else value
             for column, value in row.items() if column != "case"}

@@ -137,7 +137,7 @@ def _data_lines(config: ml_collections.ConfigDict, network: UNetConfig) -> list[
         store = open_store(config.data.root)
     except UserError as error:
         if config.data.phantom is not None:
-            return [f"data: {config.data.root} is not there yet; training would make a phantom of "
+            return [f"data: {config.data.root} does not exist; training would make a phantom of "
                     f"{config.data.phantom.subjects} subjects first"]
         return [f"data: {error}"]
     lines = [f"data: {config.data.root}", *(_split_line(store, split) for split in SPLITS)]
