@@ -32,10 +32,10 @@ def saved_state(workdir, step):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_settings, tmp_path_factory):
+def finished(one_level_settings, tmp_path_factory):
     """A run of three steps on all four devices, with sample grids; not to be changed."""
     workdir = tmp_path_factory.mktemp("finished")
-    config = tiny_settings()
+    config = one_level_settings()
     config.training.sample_every = 2
     config.training.sample_steps = 2
     config.training.sample_guidance = (0.0, 2.0)
@@ -43,34 +43,26 @@ def finished(tiny_settings, tmp_path_factory):
     return workdir
 
 
-def test_one_device_gives_the_losses_of_four(tiny_config, tmp_path, finished):
-    train(tiny_config, tmp_path, jax.devices()[:1])
+def test_one_device_gives_the_losses_of_four(one_level_config, tmp_path, finished):
+    train(one_level_config, tmp_path, jax.devices()[:1])
     np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def one_level(one_level_settings, tmp_path_factory):
-    """A run of three steps of the network of one level, on all four devices; not to be changed."""
-    workdir = tmp_path_factory.mktemp("one_level")
-    train(one_level_settings(), workdir)
-    return workdir
-
-
-def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(one_level_config, tmp_path, one_level):
+def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(one_level_config, tmp_path, finished):
     one_level_config.training.mesh = (1, -1)
     one_level_config.training.accumulation = 4
     train(one_level_config, tmp_path, jax.devices()[:2])
-    np.testing.assert_allclose(losses(tmp_path), losses(one_level), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
 
 
-def test_a_run_begins_with_exported_weights(one_level_config, tmp_path, one_level):
+def test_a_run_begins_with_exported_weights(one_level_config, tmp_path, finished):
     """Parameters and EMA alike; afterwards it is a run like any other, and those of another network are refused."""
-    exported = export_weights(one_level, tmp_path / "weights")
+    exported = export_weights(finished, tmp_path / "weights")
     config = one_level_config
     config.training.update({"initial_weights": str(tmp_path / "weights"), "learning_rate": 0.0, "steps": 1})
     train(config, tmp_path / "run")
     ours, theirs = (torch_state(checkpoint.load_network(path, ema=ema).model)
-                    for path, ema in ((tmp_path / "run", False), (one_level, True)))
+                    for path, ema in ((tmp_path / "run", False), (finished, True)))
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value.astype(np.float16), err_msg=name)
     assert exported.identity["step"] == 3
@@ -79,11 +71,11 @@ def test_a_run_begins_with_exported_weights(one_level_config, tmp_path, one_leve
         train(config, tmp_path / "other")
 
 
-def test_bfloat16_computes_nearly_the_same_with_float32_parameters(one_level_config, tmp_path, one_level):
+def test_bfloat16_computes_nearly_the_same_with_float32_parameters(one_level_config, tmp_path, finished):
     one_level_config.model.dtype = "bfloat16"
     train(one_level_config, tmp_path)
-    np.testing.assert_allclose(losses(tmp_path), losses(one_level), rtol=0.02)
-    assert losses(tmp_path) != losses(one_level)
+    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=0.02)
+    assert losses(tmp_path) != losses(finished)
     assert {str(a.dtype) for name, a in saved_state(tmp_path, 3).items() if name.startswith("params")} == {"float32"}
 
 
@@ -118,9 +110,9 @@ def train_until(config, workdir, step):
             train(config, workdir)
 
 
-def test_a_finished_run_is_left_alone(tiny_config, finished, capsys):
+def test_a_finished_run_is_left_alone(one_level_config, finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
-    train(tiny_config, finished)
+    train(one_level_config, finished)
     assert (finished / "metrics.jsonl").read_bytes() == before
     assert "already trained" in capsys.readouterr().out
 
@@ -181,14 +173,14 @@ def test_bad_settings_are_named_before_anything_is_written(tiny_config, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_does_not_go_on_with_another_config(tiny_config, finished):
-    tiny_config.training.learning_rate = 5e-4
-    tiny_config.model.num_heads = 2
+def test_a_run_does_not_go_on_with_another_config(one_level_config, finished):
+    one_level_config.training.learning_rate = 5e-4
+    one_level_config.model.num_heads = 2
     with pytest.raises(UserError, match=r"num_heads was 4, is 2; training\.learning_rate was 0\.001, is 0\.0005"):
-        train(tiny_config, finished)
+        train(one_level_config, finished)
 
 
-def test_what_was_trained_is_saved_before_a_worker_s_death(one_level_config, tmp_path, one_level, monkeypatch):
+def test_what_was_trained_is_saved_before_a_worker_s_death(one_level_config, tmp_path, finished, monkeypatch):
     batches = loop.train_batches
 
     def dying(*arguments, **options):
@@ -200,4 +192,4 @@ def test_what_was_trained_is_saved_before_a_worker_s_death(one_level_config, tmp
         train(one_level_config, tmp_path)
     monkeypatch.undo()
     train(one_level_config, tmp_path)
-    np.testing.assert_array_equal(losses(tmp_path), losses(one_level))
+    np.testing.assert_array_equal(losses(tmp_path), losses(finished))
