@@ -22,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, compares."""
     parser = argparse.ArgumentParser(prog="ablate.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="RUN", help="run folder of train.py, folder of exported "
-                        "weights, or name of shipped weights; default: the shipped weights of the phantom")
+    parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN", help="run folder of "
+                        "train.py, folder of exported weights, or name of shipped weights; default: "
+                        "the shipped weights of the phantom")
     parser.add_argument("--slices", type=int, default=256, metavar="N", help="validation slices used; default: 256")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: RUN/ablation")
     arguments, overrides = parser.parse_known_args(argv)

@@ -28,8 +28,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: the config of the checkpoint, or "
                         f"{DEMO_CONFIG}")
-    parser.add_argument("--checkpoint", metavar="RUN", help="run folder of train.py, folder of exported weights, or "
-                        "name of shipped weights; default: as for translate.py")
+    parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN", help="run folder of "
+                        "train.py, folder of exported weights, or name of shipped weights; default: as "
+                        "for translate.py")
     parser.add_argument("--unconditional", metavar="RUN", help="run of an unconditional network for AnoDDPM (configs/"
                         "anoddpm.py); default: the null condition of --checkpoint")
     parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py, for the method classifier")

@@ -26,8 +26,8 @@ def _parser() -> argparse.ArgumentParser:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", metavar="FOLDER", help="new folder for the network")
     target.add_argument("--nnunet", metavar="FOLDER", help="new folder for the dataset")
-    parser.add_argument("--checkpoint", metavar="RUN", default="phantom", help="with --to: run folder of train.py, "
-                        "or name of shipped weights (default: %(default)s)")
+    parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN", default="phantom",
+                        help="with --to: run folder of train.py, or name of shipped weights (default: %(default)s)")
     parser.add_argument("--results", metavar="FOLDER", help="results of translate.py: metrics for the card, or masks")
     parser.add_argument("--license", metavar="ID", default="unknown", help="with --to: licence of the weights, as "
                         "the Hub abbreviates it (default: %(default)s)")

@@ -50,8 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: the config of the checkpoint, or "
                         f"{DEMO_CONFIG} without a checkpoint. The network settings always come from the checkpoint")
-    parser.add_argument("--checkpoint", metavar="RUN", help="run folder of train.py, folder of exported weights, or "
-                        "name of shipped weights; default: with --config the newest run in runs/ that was trained on "
+    parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN", help="run folder of "
+                        "train.py, folder of exported weights, or name of shipped weights; default: "
+                        "with --config the newest run in runs/ that was trained on "
                         "the config's data, otherwise the shipped weights of the phantom")
     parser.add_argument("--classifier", metavar="RUN", help="run of configs/classifier.py that guides the network, for "
                         "--method classifier")

@@ -117,7 +117,7 @@ def test_settings_come_from_the_checkpoint_with_overrides(calls):
 def test_how_the_network_is_computed_can_be_chosen_and_nothing_else_of_it(calls, capsys):
     tree = default.get_config().to_dict()
     _train("a", tree)
-    main(["--checkpoint", "runs/a", "--config.model.attention=cudnn", "--config.model.convolution=xla"])
+    main(["--run", "runs/a", "--config.model.attention=cudnn", "--config.model.convolution=xla"])
     assert calls["forms"] == {"attention": "cudnn", "convolution": "xla"}
     assert calls["config"].model.attention == "cudnn"
     main(["--checkpoint", "runs/a"])
