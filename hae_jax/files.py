@@ -195,6 +195,8 @@ def read_json(path: str | os.PathLike) -> Any:
       UserError: it cannot be read, is empty, or is not JSON: file, line and mistake.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its other end
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; remove it")
     try:
         content = path.read_bytes()
     except OSError as error:

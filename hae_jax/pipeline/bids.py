@@ -5,7 +5,6 @@ first. Volumes are linked, not copied, where the file system can. See the BIDS s
 """
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from hae_jax.data.slices import patient_of
 from hae_jax.errors import UserError
 from hae_jax.files import write_json, written_whole
 from hae_jax.pipeline.probability import MEANINGS
+from hae_jax.pipeline.results_folder import read_manifest
 from hae_jax.provenance import RESEARCH_USE
 
 RESULTS = Path("sourcedata") / "hae-jax"  # in a folder of derivatives: the results that they are made of
@@ -58,7 +58,7 @@ def write_derivatives(results: str | Path, output: str | Path) -> list[Path]:
       UserError: there is no manifest.json, or two cases would get the same BIDS name.
     """
     results, output = Path(results), Path(output)
-    manifest = _manifest(results)
+    manifest = read_manifest(results)
     finished = {name: facts for name, facts in manifest["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
     stems = _stems(finished)
     sources = _sources(finished, tuple(manifest["config"]["data"]["modalities"]))
@@ -101,14 +101,6 @@ def write_group_table(output: str | Path) -> Path:
             writer.writerow([f"sub-{parts['sub']}", f"ses-{parts['ses']}" if "ses" in parts else "n/a", name,
                              *(row[field] or "n/a" for field in fields)])
     return output / GROUP_TABLE
-
-
-def _manifest(results: Path) -> dict[str, Any]:
-    path = results / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give the run's command again, which writes it") from error
 
 
 def _entities(name: str) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ import ml_collections
 
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
-from hae_jax.files import one_at_a_time, written_whole
+from hae_jax.files import one_at_a_time, read_json, written_whole
 from hae_jax.localization.calibration import PRESETS, Calibration, preset
 from hae_jax.localization.methods import Method
 from hae_jax.localization.validation import Translator, validation_results
@@ -207,7 +207,7 @@ def _from_file(name: str, method: Method) -> Calibration:
 def _is_published(path: Path) -> bool:
     """Whether a calibration's file is the forward process's own; what cannot be read is for `load` to complain of."""
     try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError):
+        fields = read_json(path)
+    except UserError:
         return True
     return not isinstance(fields, dict) or "method" not in fields

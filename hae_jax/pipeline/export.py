@@ -12,7 +12,7 @@ from typing import Any
 from hae_jax import __version__
 from hae_jax.data.store import MANIFEST
 from hae_jax.errors import UserError
-from hae_jax.files import folder_written_whole
+from hae_jax.files import folder_written_whole, read_json
 from hae_jax.provenance import RESEARCH_USE
 from hae_jax.runs import TrainedRun, load_run
 from hae_jax.training.weights import CALIBRATION, CONFIG, WEIGHTS, write_weights
@@ -80,7 +80,7 @@ def export_network(
 def _metrics(results: Path, run: TrainedRun) -> dict[str, Any]:
     path = results / "metrics.json"
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         weights = found["checkpoint"].get("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a folder that translate.py has finished") from error
@@ -117,7 +117,7 @@ def _training(config: Any) -> Iterator[str]:
     what = Path(data.root).name if data.phantom is None else "phantom: template anatomy with drawn lesions, no patients"
     yield f"- Dataset: {what}. Modalities: {', '.join(data.modalities)}. Labels: one per slice, lesion yes or no."
     try:
-        split = json.loads((Path(data.root) / MANIFEST).read_text())["split"]
+        split = read_json(Path(data.root) / MANIFEST)["split"]
         yield "- " + ", ".join(f"{name}: {len(cases)} cases" for name, cases in split.items()) + "."
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         yield "- The prepared dataset was not at hand when this card was written; add its size and origin."

@@ -1,7 +1,6 @@
 """Masks of a run as a training set for nnU-Net: a segmentation network can then be trained without drawn masks."""
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from hae_jax.data.cases import CaseFiles, find_cases, read_case
 from hae_jax.data.nifti import write_volume
 from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole, write_json
+from hae_jax.pipeline.results_folder import read_manifest
 from hae_jax.provenance import RESEARCH_USE
 
 ORDER = "sure_cases.csv"
@@ -60,18 +60,14 @@ def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = N
                 "channel_names": {str(i): name for i, name in enumerate(modalities)},
                 "labels": {"background": 0, "lesion": 1}, "numTraining": len(ranked), "file_ending": ".nii.gz",
                 "name": Path(folder).name, "description": "Labels are masks found by HAE-JAX, not drawn by hand. "
-                f"{RESEARCH_USE}", "checkpoint": manifest["checkpoint"]})
+                f"{RESEARCH_USE}", "checkpoint": manifest.get("checkpoint")})
     except FileExistsError as error:
         raise UserError(f"{folder}: is not empty; name a new folder") from error
     return [found.case.name for found in ranked]
 
 
 def _manifest(results: Path) -> dict[str, Any]:
-    path = results / "manifest.json"
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a folder that translate.py has finished") from error
+    found = read_manifest(results)
     finished = {name: facts for name, facts in found["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
     if not finished:
         raise UserError(f"{results}: no case is finished")

@@ -5,7 +5,6 @@ with other settings, another network or a changed input file the case is done ag
 """
 
 import dataclasses
-import json
 import logging
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from hae_jax.errors import UserError
 from hae_jax.evaluation import report
 from hae_jax.evaluation.report import CaseResult
 from hae_jax.evaluation.volumes import VolumeMetrics
-from hae_jax.files import write_json, written_whole
+from hae_jax.files import read_json, write_json, written_whole
 from hae_jax.localization.masks import Masks
 from hae_jax.localization.methods import IntensityThreshold
 from hae_jax.pipeline import cache_key
@@ -137,8 +136,8 @@ class ResultsFolder:
     def key_of_tables(self) -> dict[str, Any] | None:
         """The key of the run that wrote the tables; None where there are none, or the manifest is damaged."""
         try:
-            return json.loads((self.path / MANIFEST).read_text()).get("inputs")
-        except (OSError, ValueError, AttributeError):
+            return read_json(self.path / MANIFEST).get("inputs")
+        except (UserError, AttributeError):
             return None
 
     def save_calibrations(self, method: Any, baseline: Any | None) -> None:
@@ -190,8 +189,8 @@ class ResultsFolder:
           UserError: if the file is damaged.
         """
         path = self._arrays(case)
-        volumes = json.loads(self._facts(case).read_text()).get("volumes")
         try:
+            volumes = read_json(self._facts(case)).get("volumes")
             return _read_measured(path, volumes) if volumes else None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: is damaged ({error}); delete it and {self._facts(case).name} beside it, and the "
@@ -209,14 +208,15 @@ class ResultsFolder:
     def _any_record(self, case: str) -> Record | None:
         """The record of a case with whatever key; a damaged one is said aloud and does not count."""
         path = self._facts(case)
+        if not path.exists():
+            return None
         try:
-            facts = json.loads(path.read_text())
+            facts = read_json(path)
+            _check_record(facts)
             if facts.pop("volumes", None) and not zipfile.is_zipfile(self._arrays(case)):
                 raise ValueError(f"{self._arrays(case).name} beside it is not whole")
             row = facts["row"] and CaseResult(**facts["row"])
             return Record(**facts | {"row": row, "files": tuple(facts["files"])})
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _LOG.info("%s: is damaged (%s), the case counts as not done", path, error)
             return None
@@ -250,6 +250,39 @@ class ResultsFolder:
 
     def _arrays(self, case: str) -> Path:
         return self.path / RECORDS / f"{case}.npz"
+
+
+def _check_record(facts: Mapping[str, Any]) -> None:
+    """Raises a ValueError where a record holds what this program does not write: files elsewhere, say."""
+    texts = [facts[name] for name in ("key", "run_key", "folder", "patient")] + list(facts["files"])
+    volumes = facts.get("volumes", {})
+    if not (all(isinstance(text, str) for text in texts) and all(map(_is_inside, facts["files"]))
+            and isinstance(facts["made_by"], dict) and isinstance(facts["failed"], str | None)
+            and isinstance(volumes, dict) and all(isinstance(found, dict) for found in volumes.values())):
+        raise ValueError("a field is not what this program writes")
+
+
+def _is_inside(name: str) -> bool:
+    parts = Path(name).parts
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished run, with what other programs' formats are made of: cases and modalities.
+
+    Raises:
+      UserError: it is missing, damaged, or lacks these.
+    """
+    path = folder / MANIFEST
+    try:
+        found = read_json(path)
+        texts = [*found["config"]["data"]["modalities"], *(
+            text for facts in found["cases"].values() for text in (facts["folder"], *facts["files"]))]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("folders, files or modalities are no text")
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a folder that translate.py has finished") from error
+    return found
 
 
 def _read_measured(path: Path, volumes: Mapping[str, Mapping[str, Any]]) -> Measured:

@@ -19,6 +19,7 @@ from hae_jax.data.nifti import read_volume
 from hae_jax.data.orientation import Grid
 from hae_jax.errors import UserError
 from hae_jax.report import sprites
+from hae_jax.report.kinds import are_slices
 from hae_jax.report.privacy import Privacy
 from hae_jax.report.results import Thresholds, read_json
 
@@ -66,7 +67,11 @@ def case_folders(folder: Path, name: str) -> list[str]:
 
 
 def _facts(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
-    return read_json(folder / "slices" / f"{name}.json", notes)
+    facts = read_json(folder / "slices" / f"{name}.json", notes)
+    if are_slices(facts):
+        return facts
+    notes.append(f"{name}.json is not what translate.py writes, and left out")
+    return {}
 
 
 def _paths(facts: dict[str, Any]) -> list[Path]:
@@ -98,6 +103,9 @@ def read(folder: Path, name: str) -> ReadCase:
             _read_result(case, folder / file, what)
         elif what in ("mask", "map"):
             case.warnings.append(f"{file} is missing")
+    if case.grid is not None and max(facts.get("slice") or [0]) >= case.grid.reoriented_shape[2]:
+        case.warnings.append("its slices are not those of its volumes, and left out")
+        case.facts = {field: value for field, value in facts.items() if field in ("images", "segmentation")}
     return case
 
 
@@ -140,7 +148,9 @@ def uncertainty(case: ReadCase, thresholds: Thresholds) -> float | None:
     multiplied by it.
     """
     facts = case.facts
-    if case.map is None or thresholds.pixel is None or not facts.get("slice"):
+    if case.map is None or thresholds.pixel is None or not (facts.get("slice") and facts.get("anomaly_score")):
+        return None
+    if thresholds.gated and thresholds.slice is None:
         return None
     values, scores = case.map[:, :, facts["slice"]], np.array(facts["anomaly_score"])
 

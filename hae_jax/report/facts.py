@@ -56,7 +56,8 @@ def _calibration(results: Results) -> str:
         found.get("threshold") is not None and f"threshold {found['threshold']:.4g}",
         results.thresholds.slice is not None and f"slices from {results.thresholds.slice:.4g}" if found else None,
         found.get("slice_auc") and f"AUC of validation slices {found['slice_auc']:.3f}",
-        found.get("healthy_slices") and f"{found['healthy_slices']} healthy and {found['lesion_slices']} lesion slices",
+        {"healthy_slices", "lesion_slices"} <= found.keys()
+        and f"{found['healthy_slices']} healthy and {found['lesion_slices']} lesion slices",
         root and f"of {PurePath(root).name}")
 
 

@@ -51,7 +51,7 @@ class Pictures:
                 if found["key"] != key:
                     return None
                 text = stream.read()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         body = text.removeprefix(_call(name)).rstrip().removesuffix(")")
         self._keep(name, body, key, found["entry"])

@@ -6,10 +6,16 @@ something went wrong.
 
 import csv
 import dataclasses
-import json
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from hae_jax import files
+from hae_jax.errors import UserError
+from hae_jax.report import kinds
 
 _TEXTS = ("case",)  # columns of cases.csv that are no numbers
 _COUNTS = ("slices", "lesion_slices", "lesions", "lesions_found", "lesions_predicted", "false_lesions")
@@ -61,7 +67,7 @@ class Results:
         """Of the calibration."""
         found = self.calibration
         if "diff_max" in found:  # the published forward process: a similarity, which is low where there is a lesion
-            return Thresholds(None, 1 - found["threshold"])
+            return Thresholds(None, None if found.get("threshold") is None else 1 - found["threshold"])
         fixed = found.get("rule") != "quantile"
         return Thresholds(found.get("threshold") if fixed else None, found.get("slice_threshold"),
                           found.get("method") not in _UNGATED)
@@ -75,8 +81,8 @@ def is_results(folder: Path) -> bool:
 def read_results(folder: Path) -> Results:
     """Reads what is there."""
     notes: list[str] = []
-    manifest, metrics, calibration = (
-        read_json(folder / f"{name}.json", notes) for name in ("manifest", "metrics", "calibration"))
+    manifest, metrics, calibration = (read_json(folder / f"{name}.json", notes, checks) for name, checks in (
+        ("manifest", kinds.MANIFEST), ("metrics", kinds.METRICS), ("calibration", kinds.CALIBRATION)))
     rows, records = _read_rows(folder / "cases.csv", notes), _read_records(folder / "records", notes)
     failed = dict(manifest.get("failed") or {})
     if not manifest:
@@ -90,18 +96,22 @@ def read_results(folder: Path) -> Results:
                    calibration, notes)
 
 
-def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON object; empty, and noted, where the file is missing or damaged."""
+def read_json(
+    path: Path, notes: list[str], checks: Mapping[str, kinds.Check] = MappingProxyType({})
+) -> dict[str, Any]:
+    """A JSON object; empty, and noted, where the file is missing or damaged. What fails its check is left out."""
+    if not os.path.lexists(path):
+        notes.append(f"{path.name} is missing")
+        return {}
     try:
-        found = json.loads(path.read_text())
+        found = files.read_json(path)
         if isinstance(found, dict):
-            return found
-        reason = "is no JSON object"
-    except FileNotFoundError:
-        reason = "is missing"
-    except (OSError, ValueError) as error:
-        reason = f"cannot be read ({error})"
-    notes.append(f"{path.name} {reason}")
+            bad = kinds.wrong(found, checks)
+            notes.extend(f"{path.name}: {name} is not what translate.py writes, and left out" for name in bad)
+            return {name: value for name, value in found.items() if name not in bad}
+        notes.append(f"{path.name} is no JSON object")
+    except UserError as error:
+        notes.append(str(error).replace(f"{path}:", path.name, 1))
     return {}
 
 
@@ -127,5 +137,6 @@ def _number(column: str, text: str | None) -> Any:
 
 
 def _read_records(folder: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
-    found = {path.stem: read_json(path, notes) for path in sorted(folder.glob("*.json")) if path.name[0] != "."}
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name[0] != "."]
+    found = {path.stem: read_json(path, notes, kinds.RECORD) for path in paths}
     return {name: record for name, record in found.items() if record}

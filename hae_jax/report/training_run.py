@@ -61,7 +61,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             found.append({**line, "step": int(line["step"])})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if number < len(texts):
                 notes.append(f"{path.name}: line {number} is damaged and left out")
     if not texts:

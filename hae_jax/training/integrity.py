@@ -40,7 +40,7 @@ def damage(folder: Path, parts: Collection[str] | None = None) -> str | None:
         expected = json.loads((folder / CHECKSUMS).read_bytes())["files"]
         expected = {str(name): {"size": int(file["size"]), "crc32": str(file["crc32"])}
                     for name, file in expected.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{CHECKSUMS} is not readable"
     names = [name for name in expected if parts is None or name.split("/")[0] in parts]
     with ThreadPoolExecutor() as pool:

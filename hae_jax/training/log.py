@@ -80,7 +80,7 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(found, dict) or not isinstance(found.get("step"), int):
             break

@@ -31,6 +31,19 @@ def test_a_damaged_record_is_said_and_its_case_done_again(run, three_cases, tmp_
     assert run(three_cases).finished == 3
 
 
+RECORD = {"key": "k", "run_key": "r", "folder": "/in/a", "patient": "a", "files": ["a_mask.nii.gz", "slices/a.json"],
+          "made_by": {}, "failed": None, "volumes": {"residual": {}}}
+
+
+@pytest.mark.parametrize("change", [
+    {"files": ["../thesis.tex"]}, {"files": ["/etc/hosts"]}, {"files": [""]}, {"files": [3]}, {"key": None},
+    {"patient": []}, {"made_by": 3}, {"failed": {}}, {"volumes": "x"}, {"volumes": {"residual": []}}])
+def test_a_record_that_names_other_files_does_not_count(change):
+    results_folder._check_record(RECORD)
+    with pytest.raises(ValueError, match="not what this program writes"):
+        results_folder._check_record(RECORD | change)
+
+
 def test_a_record_s_damaged_bytes_are_said(run, three_cases, tmp_path, monkeypatch):
     run(three_cases)
     damage = zlib.error("invalid code lengths set")

@@ -1,6 +1,8 @@
 """What stands in a page, without a browser: data, limits, what is hidden, and what is missing."""
 
+import itertools
 import json
+import os
 import pwd
 import re
 import shutil
@@ -14,7 +16,7 @@ from run_helpers import SHAPE
 
 from hae_jax.commands.report import main
 from hae_jax.errors import UserError
-from hae_jax.report import cases, sprites
+from hae_jax.report import cases, kinds, sprites
 from hae_jax.report.privacy import Privacy
 from hae_jax.report.results import Thresholds
 from hae_jax.report.write import write_report
@@ -34,6 +36,28 @@ def test_a_user_without_a_home_gets_a_page(results, monkeypatch):
     with pytest.raises(RuntimeError, match="home"):
         Path.home()
     assert write_report(results).is_file()
+
+
+@pytest.mark.parametrize(("file", "known"), [
+    ("manifest.json", kinds.MANIFEST), ("metrics.json", kinds.METRICS), ("calibration.json", kinds.CALIBRATION),
+    ("slices/a.json", {}), ("records/a.json", {})])
+def test_values_of_another_kind_are_left_out_and_said(results, file, known):
+    """Somebody has edited the file by hand: each field in turn."""
+    path, others = results / file, itertools.cycle([{"x": [None]}, None, "x", {}, [1e9, "x"], -1])
+    before = path.read_text()
+    for name, other in zip(json.loads(before), others, strict=False):
+        _edit(path, **{name: other})
+        notes = _data(write_report(results))["notes"]
+        bad = name in known and other is not None and not known[name](other)
+        assert (f"{file}: {name} is not what translate.py writes, and left out" in notes) == bad
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "slices/a.json"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(results, file):
+    (results / file).unlink()
+    os.mkfifo(results / file)
+    assert "is no file" in json.dumps(_data(write_report(results)))
 
 
 @pytest.mark.parametrize("limit", [0, float("inf"), float("nan")])
@@ -155,7 +179,7 @@ def test_a_run_that_has_not_finished_shows_what_there_is(results):
     assert [entry["name"] for entry in data["cases"]] == ["a"]
     assert [name for name, _ in data["failed"]] == ["b", "c"]
     notes = " ".join(data["notes"])
-    for said in ("manifest.json is missing", "calibration.json cannot be read", "the run is not finished"):
+    for said in ("manifest.json is missing", "calibration.json is not JSON (line 1", "the run is not finished"):
         assert said in notes
 
 
