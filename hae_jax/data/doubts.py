@@ -9,6 +9,7 @@ class Doubt(str):
     """
 
     kind: str
+    _values: tuple[object, ...]
 
     def __new__(cls, kind: str, *values: object) -> "Doubt":
         """Puts this case's values where `kind` has a brace pair, as `str.format` does."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel import imageglobals
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -238,7 +239,7 @@ def _mm(spacing: np.ndarray) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what nibabel prints of its repairs, which names no file; what matters of it is checked here."""
-    logger = nib.imageglobals.logger
+    logger = imageglobals.logger
     logger.addFilter(_nothing)
     try:
         yield
