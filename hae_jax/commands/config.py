@@ -1,5 +1,6 @@
 """Reading a configuration file and its overrides from a command line."""
 
+import math
 import runpy
 import traceback
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from hae_jax.errors import UserError
 
 _PRESETS = Path(configs.__file__).parent
 DEFAULTS = str(_PRESETS / "default.py")
+_SEEDS = 2**63
 CONFIG_HELP = ("configuration file, or name of a preset such as brats_v2c; --config.FIELD=VALUE sets a single field, "
                "such as --config.seed=1 (configs/default.py explains all fields)")
 
@@ -49,7 +51,18 @@ def overridden(
     except Exception as error:  # of absl, ml_collections and the parsers of values, each of its own kind
         raise UserError(" ".join([*filter(None, [path]), *overrides])
                         + f": {error}; see configs/default.py for the fields") from error
+    _check_numbers(holder.value)
     return holder.value
+
+
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    for name, value in fields(config).items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"{name} is {value}: it must be finite")
+    seed = config.get("seed", 0)
+    if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+        raise UserError(f"seed is {seed}: give a whole number from 0 to 2^63 - 1")
 
 
 def fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]:
