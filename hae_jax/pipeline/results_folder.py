@@ -252,13 +252,16 @@ class ResultsFolder:
 def _check_record(facts: Mapping[str, Any]) -> None:
     """Raises a ValueError where a record holds what this program does not write: files elsewhere, say."""
     texts = [facts[name] for name in ("key", "run_key", "folder", "patient")] + list(facts["files"])
-    inside = all(Path(name).parts and not Path(name).is_absolute() and ".." not in Path(name).parts
-                 for name in facts["files"])
     volumes = facts.get("volumes", {})
-    if not (all(isinstance(text, str) for text in texts) and inside and isinstance(facts["made_by"], dict)
-            and isinstance(facts["failed"], str | None) and isinstance(volumes, dict)
-            and all(isinstance(found, dict) for found in volumes.values())):
+    if not (all(isinstance(text, str) for text in texts) and all(map(_is_inside, facts["files"]))
+            and isinstance(facts["made_by"], dict) and isinstance(facts["failed"], str | None)
+            and isinstance(volumes, dict) and all(isinstance(found, dict) for found in volumes.values())):
         raise ValueError("a field is not what this program writes")
+
+
+def _is_inside(name: str) -> bool:
+    parts = Path(name).parts
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def runs(monkeypatch):
 @pytest.mark.parametrize(("names", "settings", "message"), [
     (("hae", "ddip"), {}, r"^ddip: translation\.method is 'ddip': choose"),
     (("hae", "ddib"), {"ddib_steps": 51}, r"^ddib: translation\.ddib_steps is 51"),
-    (("ddib", "hae"), {"calibration": "atlas_600"}, r"^hae: --calibration atlas_600: made for the modalities"),
+    (("ddib", "hae"), {"calibration": "atlas_600"}, r"^hae: --calibration atlas_600: was made for the modalities"),
     (("ddib", "hae"), {"batch_size": 0}, r"batch_size is 0"),
 ])
 def test_every_method_is_checked_before_the_first_runs(

@@ -269,13 +269,6 @@ def test_one_case_of_a_phantom_makes_them_phantom_figures(run, tmp_path, three_c
     assert not run(three_cases, output=tmp_path / "other").phantom
 
 
-def test_phantom_figures_are_called_so(run, tmp_path, case_writer):
-    case_writer(tmp_path / "in", "a", seed=0)
-    (tmp_path / "in" / phantom.MANIFEST).write_text("{}")
-    table = run(tmp_path / "in").table
-    assert table.startswith("PHANTOM figures from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
-
-
 def test_most_anomalous():
     score = np.zeros(40)
     score[[20, 21, 22, 5, 35]] = [0.9, 0.8, 0.7, 0.6, 0.5]

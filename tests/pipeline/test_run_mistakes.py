@@ -136,7 +136,7 @@ def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):
         run(three_cases, output=three_cases)
     run(three_cases, output=three_cases / "results")
     assert run(three_cases, output=tmp_path / "again").wanted == 3  # results are not taken for cases
-    with pytest.raises(UserError, match=r"holds results of translate\.py"):
+    with pytest.raises(UserError, match=r"has results of translate\.py"):
         run(three_cases / "results", output=tmp_path / "other")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made or written to"):
