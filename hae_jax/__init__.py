@@ -7,6 +7,13 @@ Research use only. Not a medical device; not for diagnosis or treatment.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hae_jax.localization.forward_process import forward_process
+    from hae_jax.localization.localizer import Localizer
+    from hae_jax.model import UNet, UNetConfig
+    from hae_jax.runs import load_run
 
 __version__ = "0.2.0"
 __all__ = ["Localizer", "UNet", "UNetConfig", "__version__", "forward_process", "load_run"]

@@ -210,7 +210,7 @@ def translation(report: Report) -> None:
     config, mesh = report.config(), _one_device()
     steps = 4 if report.rehearse else config.translation.forward_steps
     speeds = {batch: report.found("training", f"batch {batch}") or 0 for batch in report.batches}
-    for batch in dict.fromkeys((report.batches[0], max(speeds, key=speeds.get))):
+    for batch in dict.fromkeys((report.batches[0], max(speeds, key=speeds.__getitem__))):
         program = TranslationOfBatch(config, mesh, batch, steps)
         compiled, memory = _ready(program, mesh, call=False)
         start = time.perf_counter()

@@ -119,9 +119,11 @@ class Program(Protocol):
 
     def lower(self, form: Form = PLAIN) -> jax.stages.Lowered:
         """Traces it."""
+        ...
 
     def flops(self, form: Form = PLAIN) -> int:
         """Operations of one call, counted on shapes; what remat repeats is not counted."""
+        ...
 
     def place(self) -> None:
         """Puts what it is called with on the devices, unless it is there."""

@@ -97,6 +97,7 @@ def _cells(row: Row, result: Result) -> list[str]:
     median = float(np.median(row.seconds))
     if row.part == "input":
         return ["input", row.variant, row.form, seconds(median), "", number(row.images_per_second), *[""] * 7]
+    assert row.model_flops is not None  # only the loader's are not known
     speed = row.model_flops / median
     return [row.part, row.variant, row.form, seconds(median), seconds(min(row.seconds)),
             number(row.images_per_second), number(row.flops and row.flops / row.images / 1e9), number(speed / 1e9),

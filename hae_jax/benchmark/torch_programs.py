@@ -53,7 +53,7 @@ class _Program:
         self.network = TorchNetwork(network)
         self.network.load_state_dict(_initial_weights(network, config.seed))
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        self.network.to(self.device, memory_format=layout)
+        self.network.to(self.device).to(memory_format=layout)
         self._run = torch.compile(self.network, mode=options.compile) if options.compile else self.network
         self._autocast = network.dtype == "bfloat16" if options.autocast is None else options.autocast
         arrays = host_batch(network, batch)

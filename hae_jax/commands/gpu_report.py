@@ -97,7 +97,7 @@ def _closure(names: Sequence[str]) -> set[str]:
         except importlib.metadata.PackageNotFoundError:
             continue
         found.add(name)
-        waiting += [re.match(r"[\w.-]+", line)[0] for line in needed if "extra ==" not in line]
+        waiting += [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needed if "extra ==" not in line]
     return found
 
 

@@ -89,7 +89,7 @@ def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> 
 
 
 def chosen_network(
-    config_path: str | None, default_config: str, checkpoint: str | None, overrides: Sequence[str]
+    config_path: str | None, default_config: str, checkpoint: str | Path | None, overrides: Sequence[str]
 ) -> "TrainedRun":
     """The network that a command line selects, with its settings; no model if the method needs none.
 

@@ -132,7 +132,7 @@ def _by_name(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
     if not images:
         return []
     prefixes = sorted({file.case for file in images})
-    subjects = {_BIDS_SUBJECT.match(prefix)[0] for prefix in prefixes if _BIDS_SUBJECT.match(prefix)}
+    subjects = {found[0] for prefix in prefixes if (found := _BIDS_SUBJECT.match(prefix))}
     twice = max(collections.Counter(file.kind for file in images).values()) > 1
     if folder.name not in prefixes and (twice or len(subjects) > 1):
         return [_named_case(folder, prefix or folder.name, [file for file in named if file.case == prefix], modalities)

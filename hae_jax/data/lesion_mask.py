@@ -77,7 +77,7 @@ def _doubtful_size(path: Path, mask: np.ndarray, volumes: np.ndarray) -> list[Ca
     if share >= DOUBTFUL_SHARE:
         return [CaseWarning("{}: covers {} of the head; check that it is a lesion mask", path, _percent(share))]
     head = (volumes > 0).any(axis=(0, 1, 3))  # [Z]
-    slices = mask.any(axis=(0, 1)) & head
+    slices = np.any(mask, axis=(0, 1)) & head
     if slices.any() and slices[head].all():
         return [CaseWarning(
             "{}: marks a lesion in all {} slices (100 %), {} of the head; check that it is a lesion mask",

@@ -78,7 +78,7 @@ class SlicedCase:
     @property
     def heads(self) -> np.ndarray:  # [S, H, W] bool
         """Where each slice shows anything."""
-        return self.slices.images.any(axis=-1)
+        return np.any(self.slices.images, axis=-1)
 
     @property
     def slice_grid(self) -> SliceGrid:
@@ -110,6 +110,7 @@ class SlicedCase:
         channel: int,
     ) -> np.ndarray:  # [X, Y, Z] float32
         """The pseudo-healthy reconstruction of one modality in the file's own intensities."""
+        assert self.slices.scales is not None  # since the case was read from files
         images = self.slices.images[..., channel:channel + 1]
         normalised = from_model_range(healthy[..., None], images, self.scaling)[..., 0]
         return self.volume(normalised * self.slices.scales[channel])

@@ -63,8 +63,9 @@ class StoreWriter:
         if self._split is None or self._split.name != split:
             self._close_split()
             self._split = _SplitWriter(self._root, split, item_shape)
+        assert slices.masks is not None
         masks = (slices.masks > 0.5).astype(np.uint8)
-        labels = masks.any(axis=(1, 2)).astype(np.int32)
+        labels = np.any(masks, axis=(1, 2)).astype(np.int32)
         self._split.add(images=slices.images, masks=masks, labels=labels, slices=slices.index,
                         cases=np.full(len(labels), len(self._cases), np.int32))
         self._cases.append({

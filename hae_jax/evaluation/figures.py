@@ -119,8 +119,8 @@ def sample_grid(
 
 def loss_curve(
     path: str | os.PathLike,
-    steps: Sequence[int],
-    values: Sequence[float | None],
+    steps: Sequence[int] | np.ndarray,
+    values: Sequence[float | None] | np.ndarray,
     validation: tuple[Sequence[int], Sequence[float | None]] | None = None,  # steps and values
 ) -> None:
     """Writes a PNG of the training loss over the steps, with its running mean once there are enough points.

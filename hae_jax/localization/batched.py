@@ -92,7 +92,7 @@ class SliceTranslator:
           UserError: if not even one slice on each device fits into the memory that is allowed.
         """
         if self._max_memory_gb is not None:
-            self.batch_size, self._max_memory_gb = self._chosen_by_memory(shape), None
+            self.batch_size, self._max_memory_gb = self._chosen_by_memory(shape, self._max_memory_gb), None
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # what does not fit is met again with the first batch
             self._executable(self.batch_size, shape)
 
@@ -145,7 +145,7 @@ class SliceTranslator:
             return
         for i, item in enumerate(batch):
             # Copies: a view would keep the whole batch for as long as one of its cases is unfinished.
-            yield item, type(results)(*(values[i].copy() for values in fetched))
+            yield item, results._make(values[i].copy() for values in fetched)
 
     def _shrink(self, size: int, error: Exception) -> None:
         """Halves the batch size after a batch of `size` did not fit, unless that has been done since."""
@@ -167,9 +167,9 @@ class SliceTranslator:
             self._compiled[size] = self._run.lower(self._params, *rows).compile()
         return self._compiled[size]
 
-    def _chosen_by_memory(self, shape: tuple[int, ...]) -> int:
-        """The largest batch size that needs at most `max_memory_gb`, by what XLA plans to allocate."""
-        unit, limit = self._mesh.size, self._max_memory_gb
+    def _chosen_by_memory(self, shape: tuple[int, ...], limit: float) -> int:
+        """The largest batch size that needs at most `limit` GB, by what XLA plans to allocate."""
+        unit = self._mesh.size
         one, two = (self._planned_gb(n * unit, shape) for n in (1, 2))
         if one > limit:
             raise UserError(f"--max-memory {limit:g}: a batch of {unit} slices, one on each device, needs {one:.2f} GB")
@@ -203,7 +203,7 @@ class IntensityReader:
         """Yields each slice with its result, in order."""
         for item in slices:
             rows = self._intensity(item.intensity[None])
-            yield item, type(rows)(*(values[0] for values in rows))
+            yield item, rows._make(values[0] for values in rows)
 
 
 def _slice_keys(seed: int, names: jax.Array, indices: jax.Array) -> jax.Array:  # [B], [B] -> [B] keys

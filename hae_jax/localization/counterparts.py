@@ -91,6 +91,7 @@ class Ddib(MapThresholdMethod):
         """The pseudo-healthy slices of a batch."""
 
         def towards_healthy(x, t):
+            assert denoisers.healthy_and_null is not None  # the network has classes
             return guided_output(*denoisers.healthy_and_null(x, t), self.guidance)
 
         x = inverted(self.process, denoisers.null, x0, self.steps)
@@ -213,6 +214,7 @@ class ClassifierGuidance(MapThresholdMethod):
         noise_scale[schedule.timesteps] = np.sqrt(1 - schedule.alpha_bar)
 
         def log_healthy(x, t):
+            assert denoisers.classifier is not None  # the network is a `GuidedNetwork`
             return jax.nn.log_softmax(denoisers.classifier(x, t))[:, HEALTHY].sum()  # each slice's term is its own
 
         def guided(x, t):

@@ -45,12 +45,15 @@ class Filters(Protocol):
 
     def heads(self, heads: np.ndarray, grid: SliceGrid) -> np.ndarray:
         """The part of the heads [S, H, W] bool in which lesions are looked for."""
+        ...
 
     def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
         """Filtered anomaly maps [S, H, W]."""
+        ...
 
     def masks(self, masks: np.ndarray, grid: SliceGrid) -> np.ndarray:
         """Filtered masks [S, H, W] bool."""
+        ...
 
 @dataclasses.dataclass(frozen=True)
 class PhysicalFilters:

@@ -47,22 +47,28 @@ class Method(Protocol):
       passes: network passes for a slice.
     """
 
-    name: str
-    network: bool
-    rule: str
-    modality: tuple[int, ...]
-    passes: int
+    name: ClassVar[str]
+    network: ClassVar[bool]
+    @property
+    def rule(self) -> str: ...
+    @property
+    def modality(self) -> tuple[int, ...]: ...
+    @property
+    def passes(self) -> int: ...
 
     def calibrate(
         self, results: Iterable[tuple[Any, ValidationSlice]], made_with: Mapping[str, Any]
     ) -> Calibration | MapThreshold:
         """What turns maps into masks, from the result of each validation slice and what is known of the slice."""
+        ...
 
     def read_calibration(self, fields: Any) -> Calibration | MapThreshold:
         """The result of `calibrate` from the JSON object that holds its fields."""
+        ...
 
     def masks(self, results: Any, calibration: Any, heads: np.ndarray, grid: SliceGrid) -> Masks:
         """The masks of a case's stacked results [S, ...] in its heads [S, H, W] bool."""
+        ...
 
     def healthy(self, results: Any) -> np.ndarray | None:
         """The pseudo-healthy reconstructions, [S, H, W, M] in [-1, 1]; None: the method makes none."""

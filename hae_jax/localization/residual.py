@@ -120,6 +120,7 @@ def residual(
             residual, healthy = totals
             t = timesteps[i % count][None]  # one timestep for all slices: embedded once
             x = process.noised(start, t, noise(i))
+            assert denoisers.healthy_and_null is not None  # the network has classes
             output = guided_output(*denoisers.healthy_and_null(x, process.original(t)), settings.guidance)
             guided = process.predict(output, x, t).x0[..., modality]
             difference = x0_m - guided

@@ -34,6 +34,7 @@ class AttentionBlock(nnx.Module):
         batch, height, width, channels = x.shape
         qkv = self.qkv(self.norm(x).reshape(batch, height * width, channels))
         q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, self.heads, 3, -1), 3, 0)
+        assert self.encoder_kv.bias is not None  # `linear` makes one
         with jax.named_scope(f"attention, {height * width} tokens"):
             h = attend_with_context(q, k, v, cond.context, self.encoder_kv.kernel[...], self.encoder_kv.bias[...],
                                     attention_form(self.config.attention, self.config.dtype))

@@ -144,13 +144,14 @@ class UNetConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if self.channel_mult is None:
+        channel_mult = self.channel_mult
+        if channel_mult is None:
             if self.image_size not in DEFAULT_CHANNEL_MULT:
                 sizes = ", ".join(map(str, DEFAULT_CHANNEL_MULT))
                 raise UserError(f"model.channel_mult: no default for image_size {self.image_size} "
                                 f"(only for {sizes}): give one multiplier per level")
-            object.__setattr__(self, "channel_mult", DEFAULT_CHANNEL_MULT[self.image_size])
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+            channel_mult = DEFAULT_CHANNEL_MULT[self.image_size]
+        object.__setattr__(self, "channel_mult", tuple(channel_mult))
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
         if self.out_channels is None:
             object.__setattr__(self, "out_channels", self.in_channels)
@@ -171,6 +172,7 @@ class UNetConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
+        assert self.channel_mult is not None  # since __post_init__
         return tuple(int(m * self.model_channels) for m in self.channel_mult)
 
     @property

@@ -60,9 +60,10 @@ class _Sheet:
 
     def arrow(self, *points: tuple[float, float]) -> None:
         """A line through the points with a head at the last."""
+        *_, before, end = points
         if len(points) > 2:
             self.axes.plot(*zip(*points[:-1], strict=True), color=_LINE, linewidth=0.9, solid_joinstyle="miter")
-        self.axes.annotate("", points[-1], points[-2], arrowprops={
+        self.axes.annotate("", end, before, arrowprops={
             "arrowstyle": "-|>", "color": _LINE, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9})
 
     def down(self, upper: Box, lower: Box) -> None:

@@ -82,8 +82,8 @@ class MultiHeadAttention(nnx.Module):
 
     def _pattern_key(self, randomness: Randomness | None) -> jax.Array:
         """The key of this attention's pattern: of this step where patterns are redrawn, else of the seed."""
-        redraws = self.config.sparse_redraw and randomness is not None
-        key = randomness.shared if redraws else jax.random.key(self.config.sparse_seed)
+        redraws = self.config.sparse_redraw
+        key = randomness.shared if redraws and randomness is not None else jax.random.key(self.config.sparse_seed)
         return jax.random.fold_in(key, self.dropout.layer)
 
 

@@ -88,6 +88,8 @@ class Conv(nnx.Conv):
     """Flax's convolution, computed by `conv2d`: square kernels, strides and padding."""
 
     form = "auto"  # of `hae_jax.ops.forms.CONVOLUTION`
+    strides: tuple[int, int]  # as `conv` gives them; Flax's type is wider
+    bias: nnx.Param
 
     def __call__(
         self,

@@ -73,7 +73,7 @@ def attend_blocks(
         return _attend_rows(q, k, v, links)
 
     def one_head(q, k, v, head):
-        return _attend_blocks(q, k, v, links, (lambda p: drop(p, head)) if drop else None)
+        return _attend_blocks(q, k, v, links, (lambda p, drop=drop: drop(p, head)) if drop else None)
 
     return _over_heads(one_head, q, k, v, one_by_one=form == "rows")
 

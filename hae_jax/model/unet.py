@@ -163,7 +163,7 @@ def run_block(
     block: nnx.List, inputs: tuple[jax.Array, ...], cond: Conditioning, masks: tuple[jax.Array, ...], remat: bool
 ) -> jax.Array:
     """One of the U-Net's blocks on its inputs, joined along their channels; masks are those of its hybrid layer."""
-    h = jnp.concatenate(inputs, axis=-1) if len(inputs) > 1 else inputs[0]
+    h = inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs, axis=-1)
     for layer in block:
         if isinstance(layer, nnx.Conv):
             h = layer(h)

@@ -18,6 +18,9 @@ _WORTH_GUESSING = 4096  # pixels; for smaller maps the mean itself is cheap
 class GroupNorm(nnx.GroupNorm):
     """Flax's GroupNorm (statistics in float32), also with scale and shift for each sample, and with SiLU behind."""
 
+    scale: nnx.Param  # always there; Flax's may be None
+    bias: nnx.Param
+
     def __call__(
         self,
         x: jax.Array,  # [B, H, W, C]
@@ -29,6 +32,7 @@ class GroupNorm(nnx.GroupNorm):
         """Normalises each group of channels over pixels (Wu and He, "Group Normalization", arXiv:1803.08494)."""
         gain, offset = (jnp.broadcast_to(a[...], (x.shape[0], x.shape[3])) for a in (self.scale, self.bias))
         if scale is not None:
+            assert shift is not None
             scale, shift = 1 + scale.astype(jnp.float32), shift.astype(jnp.float32)
             gain, offset = gain * scale, offset * scale + shift
         with jax.named_scope(f"norm, {x.shape[3]} channels, {x.shape[2]} px"):

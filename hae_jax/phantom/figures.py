@@ -116,7 +116,7 @@ def _row(files: CaseFiles) -> tuple[str, np.ndarray, np.ndarray]:
     case = read_case(files)
     mask = case.mask if case.mask is not None else np.zeros(case.volumes.shape[:3], bool)
     area = mask.sum(axis=(0, 1))
-    k = int(np.argmax(area)) if area.any() else mask.shape[2] // 2
+    k = int(np.argmax(area)) if area.any() else len(area) // 2
     scale = [np.percentile(v[v > 0], 99.5) for v in np.moveaxis(case.volumes, -1, 0)]
     head = np.argwhere(case.volumes[..., 0].any(axis=2))
     (x0, y0), (x1, y1) = head.min(axis=0), head.max(axis=0) + 1

@@ -186,6 +186,7 @@ def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collectio
 
 
 def _check_same_data(network: Network, config: ml_collections.ConfigDict) -> None:
+    assert network.config is not None
     for field in ("data.modalities", "model.image_size", "model.in_channels"):
         section, name = field.split(".")
         its, ours = network.config[section][name], config[section][name]

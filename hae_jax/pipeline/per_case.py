@@ -249,7 +249,7 @@ def _draw(work: CaseWork, done: TranslatedCase, healthy: np.ndarray | None, mask
         title += f", ground truth {row.true_volume_ml:.1f} ml, volume Dice {row.dice:.2f}"
     overlay_figure(
         path, case.inputs[shown], case.inputs[shown][..., list(modality)] if healthy is None else healthy[shown],
-        masks.map[shown], masks.mask[shown], None if case.truth is None else case.slice_truth[shown],
+        masks.map[shown], masks.mask[shown], None if case.slice_truth is None else case.slice_truth[shown],
         channels=work.config.data.modalities, modality=modality, title=title,
         row_titles=[f"slice {case.slices.index[s]}, score {masks.score[s]:.4g}" for s in shown])
 

@@ -236,7 +236,7 @@ def write_tables(output: Path, key: Mapping[str, Any], context: Context, records
 
 
 def summarise(output: Path, context: Context, cases: Sequence[str], records: Mapping[str, Record], tally: Tally,
-              worked_on: Sequence[str], changed: Mapping[str, str]) -> Summary:
+              worked_on: Sequence[str], changed: dict[str, str]) -> Summary:
     """Sums a run up.
 
     Args:

@@ -142,16 +142,17 @@ def uncertainty(case: ReadCase, thresholds: Thresholds) -> float | None:
     (V- - V+) / (V- + V+ + 1 ml): V- is the volume of the map above both thresholds divided by 1.25, V+ above both
     multiplied by it.
     """
-    facts = case.facts
-    if case.map is None or thresholds.pixel is None or not (facts.get("slice") and facts.get("anomaly_score")):
+    facts, grid, pixel = case.facts, case.grid, thresholds.pixel
+    if case.map is None or grid is None or pixel is None or not (facts.get("slice") and facts.get("anomaly_score")):
         return None
-    if thresholds.gated and thresholds.slice is None:
+    gate = thresholds.slice if thresholds.gated else None
+    if thresholds.gated and gate is None:
         return None
     values, scores = case.map[:, :, facts["slice"]], np.array(facts["anomaly_score"])
 
     def volume(factor: float) -> float:
-        called = scores >= thresholds.slice * factor if thresholds.gated else np.ones(len(scores), bool)
-        return np.count_nonzero(values[..., called] >= thresholds.pixel * factor) * _voxel_ml(case.grid)
+        called = np.ones(len(scores), bool) if gate is None else scores >= gate * factor
+        return np.count_nonzero(values[..., called] >= pixel * factor) * _voxel_ml(grid)
 
     most, least = volume(1 / _LOOSE), volume(_LOOSE)
     return (most - least) / (most + least + _SPECK_ML)
@@ -187,7 +188,7 @@ def _background(case: ReadCase) -> np.ndarray | None:  # [X, Y, Z] uint8
 def _thumbnail(case: ReadCase) -> str | None:
     """The most anomalous slice; without scores, the one in the middle."""
     shown = _background(case)
-    if shown is None:
+    if shown is None or case.grid is None:
         return None
     scores = case.facts.get("anomaly_score")
     z = case.facts["slice"][int(np.argmax(scores))] if scores else shown.shape[2] // 2
@@ -229,7 +230,7 @@ def volumes(case: ReadCase, thresholds: Thresholds) -> dict[str, Any] | None:
     """What the case view draws, ready for JSON; None where no volume can be read."""
     if case.grid is None:
         return None
-    box = sprites.head_box(_shown(case))
+    box = sprites.head_box(_shown(case, case.grid.reoriented_shape))
     shape = tuple(side.stop - side.start for side in box)
     tile, columns, per_sheet = sprites.layout(shape)
     origin = [side.start for side in box]
@@ -241,13 +242,13 @@ def volumes(case: ReadCase, thresholds: Thresholds) -> dict[str, Any] | None:
         "images": [{"name": name, "sheets": sprites.sheets(_grey(volume, volume, box)),
                     "healthy": _healthy(case, name, volume, box)} for name, volume in case.images.items()],
         "map": _map(case, box, thresholds),
-        "labels": _labels(case, box),
+        "labels": _labels(case, case.grid.reoriented_shape, box),
         "hasMask": case.mask is not None, "hasTruth": case.truth is not None,
     }
 
 
-def _shown(case: ReadCase) -> np.ndarray:  # [X, Y, Z] bool
-    shown = np.zeros(case.grid.reoriented_shape, bool)
+def _shown(case: ReadCase, shape: tuple[int, int, int]) -> np.ndarray:  # [X, Y, Z] bool
+    shown = np.zeros(shape, bool)
     for volume in (*case.images.values(), case.map, case.mask):
         if volume is not None:
             shown |= volume != 0
@@ -272,10 +273,10 @@ def _map(case: ReadCase, box: tuple[slice, ...], thresholds: Thresholds) -> dict
             "threshold": thresholds.pixel and float(f"{thresholds.pixel:.4g}")}
 
 
-def _labels(case: ReadCase, box: tuple[slice, ...]) -> list[str] | None:
+def _labels(case: ReadCase, shape: tuple[int, int, int], box: tuple[slice, ...]) -> list[str] | None:
     if case.mask is None and case.truth is None:
         return None
-    labels = np.zeros(case.grid.reoriented_shape, np.uint8)
+    labels = np.zeros(shape, np.uint8)
     for bit, mask in ((_MASK_BIT, case.mask), (_TRUTH_BIT, case.truth)):
         if mask is not None:
             labels |= np.uint8(bit) * mask.astype(np.uint8)

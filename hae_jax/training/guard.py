@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -69,39 +69,41 @@ class RunLock:
     def _take(self) -> None:
         try:
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._file = (self._workdir / ".lock").open("a+")
+            file = self._file = (self._workdir / ".lock").open("a+")
         except OSError as error:
             raise _unwritable(self._workdir, error) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self._workdir}: {self._holder()} is training in this folder; wait until it ends, stop "
-                            "it, or give another --workdir") from None
+            raise UserError(f"{self._workdir}: {self._holder(file)} is training in this folder; wait until it ends, "
+                            "stop it, or give another --workdir") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             _LOG.warning("%s: its file system has no locks (%s); make sure that no other job uses this folder",
                          self._workdir, error.strerror)
-        self._sign()
+        self._sign(file)
         # Half-written files of a run that was killed; nobody else writes here now.
         for leftover in filter(Path.is_file, self._workdir.glob(".*.partial.*")):
             leftover.unlink()
 
-    def _sign(self) -> None:
-        self._file.truncate(0)
+    @staticmethod
+    def _sign(file: TextIO) -> None:
+        file.truncate(0)
         started = datetime.now().astimezone().isoformat(timespec="seconds")
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": started}, self._file)
-        self._file.flush()
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": started}, file)
+        file.flush()
 
-    def _holder(self) -> str:
+    @staticmethod
+    def _holder(file: TextIO) -> str:
         try:
-            self._file.seek(0)
-            holder = json.load(self._file)
+            file.seek(0)
+            holder = json.load(file)
             return f"process {holder['pid']} on host {holder['host']} (since {holder['started']})"
         except (ValueError, KeyError):  # it has just begun
             return "another process"
         finally:
-            self._file.close()
+            file.close()
 
 
 class Guard:
@@ -112,7 +114,7 @@ class Guard:
 
     def __init__(self):
         self._first = None
-        self._previous = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Guard":
         if threading.current_thread() is threading.main_thread():

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -96,14 +97,14 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
     return "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
 
 
-def _explicit(coordinator: str | None, num_processes: int | None, process_id: int | None) -> dict[str, str | int]:
+def _explicit(coordinator: str | None, num_processes: int | None, process_id: int | None) -> dict[str, Any]:
     """The flags as arguments of `jax.distributed.initialize`; empty where the scheduler shall say."""
     flags = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--num-processes is {num_processes}: it must be at least 1")
     if all(value is None for value in flags.values()) or num_processes == 1:
         return {}
-    if None in flags.values():
+    if coordinator is None or num_processes is None or process_id is None:
         raise UserError(f"{_FLAGS} belong together: give all of them, or none if SLURM, Open MPI or Kubernetes "
                         "starts the processes")
     host, _, port = coordinator.rpartition(":")
@@ -115,7 +116,7 @@ def _explicit(coordinator: str | None, num_processes: int | None, process_id: in
     return flags
 
 
-def _initialize(explicit: dict[str, str | int], timeout: float) -> None:
+def _initialize(explicit: dict[str, Any], timeout: float) -> None:
     where = f" at {explicit['coordinator_address']}" if explicit else ""
     # JAX would end the process, too, but with a stack trace.
     alarm = threading.Timer(timeout, _give_up, [f"the processes did not find each other{where} within {timeout:g} "

@@ -50,6 +50,7 @@ class Lifeline:
 
     def _watch_others(self) -> None:
         """Process 0: accepts everybody, then waits for anybody to leave."""
+        assert global_state.client is not None  # the processes have found each other
         key = secrets.token_bytes(16)
         with Listener(("", 0), backlog=jax.process_count(), authkey=key) as listener:
             global_state.client.key_value_set(_NAME, f"{listener.address[1]} {key.hex()}")
@@ -70,6 +71,8 @@ class Lifeline:
 
     def _watch_first(self) -> None:
         """The other processes: wait for news from process 0, or for its death."""
+        assert global_state.client is not None
+        assert global_state.coordinator_address is not None
         port, key = global_state.client.blocking_key_value_get(_NAME, int(self._timeout * 1000)).split()
         host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
         address = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)[0][4]

@@ -73,7 +73,7 @@ class RunLog:
             loss_curve(self._figure, *trained, validated if validated[0] else None)
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl up to the first that is damaged, as by a crash."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -129,7 +129,7 @@ def _begin_wandb(workdir: Path, project: str, config: dict[str, Any] | None) -> 
                       dir=str(workdir))
 
 
-def _curve(lines: list[dict[str, float | None]], name: str) -> tuple[list[float], list[float | None]]:
+def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
     points = [(line["step"], line[name]) for line in lines if name in line]
     return [step for step, _ in points], [value for _, value in points]
 

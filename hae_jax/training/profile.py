@@ -77,7 +77,7 @@ class Profiler:
 
     def after(self, step: int, state: Any) -> None:
         """To be called at the end of a step, with what it gave; waits for it if it is the last one recorded."""
-        if self._step is None:
+        if self._step is None or self._span is None:
             return
         if step == self._span.last:
             jax.block_until_ready(state)
@@ -92,7 +92,7 @@ class Profiler:
 
     def _stop(self) -> None:
         self._end_step()
-        if self._records:
+        if self._records and self._span is not None:
             self._records = False
             jax.profiler.stop_trace()
             newest = max(self.folder.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)

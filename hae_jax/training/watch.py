@@ -117,23 +117,23 @@ class Report:
             if self._due(done, "log_every"):
                 values |= self._state_of(done, state)
                 state = state._replace(window=self._empty(state.window))
-            if self._due(done, "validate_every"):
+            if self._validation is not None and self._due(done, "validate_every"):
                 values |= self._validation(state.ema[0])
-            if self._due(done, "localization_every"):
+            if self._localization is not None and self._due(done, "localization_every"):
                 values |= self._localization(state.ema[0])
                 self._keep_best(done, state, values)
-            if values and self._speaks:
+            if values and self._log is not None:
                 self._log.write(done, values)
                 self._bar.set_postfix({name: f"{values[name]:.4f}" for name in _IN_BAR if name in values},
                                       refresh=False)
-            if self._due(done, "sample_every"):
-                self._sample(done, state)
+            if self._sampler is not None and self._due(done, "sample_every"):
+                self._sample(self._sampler, done, state)
         return state
 
     def close(self) -> None:
         """Ends the bar and draws the loss curve."""
         self._bar.close()
-        if self._speaks:
+        if self._log is not None:
             self._log.close()
 
     def _due(self, done: int, every: str) -> bool:
@@ -159,9 +159,9 @@ class Report:
         skipped = int(state.skipped)  # the schedule stands still in these steps
         return norms | {"learning_rate": float(self._rate(done - 1 - skipped)), "skipped_steps": skipped}
 
-    def _sample(self, done: int, state: TrainState) -> None:
+    def _sample(self, sampler: Callable[..., jax.Array], done: int, state: TrainState) -> None:
         strengths = tuple(self._config.training.sample_guidance) if self._network.num_classes else (0.0,)
-        images = draw_samples(self._sampler, state.ema[0], self._config.seed, strengths)
+        images = draw_samples(sampler, state.ema[0], self._config.seed, strengths)
         if self._speaks:
             path = self._workdir / "samples" / f"step_{done:07d}.png"
             write_samples(path, images, strengths, self._network.num_classes, self._config.data.modalities)
