@@ -1,10 +1,9 @@
 """`tools/ablate.py`: which settings of the method `residual` matter, on validation slices."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import check_fields, entry_point
+from hae_jax.commands.common import CommandParser, check_fields, entry_point
 from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 
 _DESCRIPTION = """\
@@ -20,8 +19,7 @@ examples:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, compares."""
-    parser = argparse.ArgumentParser(prog="ablate.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN", help="run folder of "
                         "train.py, folder of exported weights, or name of shipped weights; default: "
                         "the shipped weights of the phantom")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import check_fields, entry_point
+from hae_jax.commands.common import CommandParser, check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP, DEFAULTS, read_config
 from hae_jax.errors import UserError
 
@@ -33,8 +33,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     add = parser.add_argument
     add("--part", type=_names, metavar="A,B", help="what to measure, of train, forward, translate, "
         "input, blocks; default: "

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import CommandParser, entry_point
 from hae_jax.errors import UserError
 
 _DESCRIPTION = """\
@@ -23,8 +23,7 @@ Jobs with one subject each may run at the same time. Research use only; not a me
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hae-bids", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     parser.add_argument("bids_dir", type=Path, help="BIDS dataset with skull-stripped, registered images")
     parser.add_argument("output_dir", type=Path, help="folder for the derivatives")
     parser.add_argument("analysis_level", choices=("participant", "group"), help="participant: process "

@@ -1,10 +1,12 @@
-"""Shared by all commands: a mistake of the user ends in one line, not in a traceback."""
+"""What every command shares: its parser, and one line instead of a traceback for user mistakes."""
 
+import argparse
 import difflib
 import errno
 import functools
 import io
 import os
+import re
 import select
 import sys
 import traceback
@@ -22,7 +24,28 @@ _OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAM
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY, errno.EXDEV, errno.EBUSY)
 _SIGPIPE = 128 + 13  # the status of a program that writes to one that has ended
 _PREFIX = "--config."
+_SCRIPT = re.compile(  # a script of a clone that the wheel installs as hae-...
+    r"(?<![\w/])(?:python )?(?:tools/)?"
+    r"(train|translate|make_phantom|prepare_data|ablate|compare_methods|convert_torch_weights|benchmark|report)\.py\b")
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command. Its help and its errors use the name by which the command was called.
+
+    That is `translate.py` in a clone and `hae-translate` after `pip install`.
+    """
+
+    def __init__(self, description: str, epilog: str):
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def format_help(self) -> str:
+        """The text of --help; an installed command finds no scripts, so their names are replaced."""
+        text = super().format_help()
+        if not self.prog.startswith("hae-"):
+            return text
+        return _SCRIPT.sub(lambda script: "hae-" + script[1].replace("_", "-"), text)
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:

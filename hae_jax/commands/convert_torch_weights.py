@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import CommandParser, entry_point
 from hae_jax.commands.config import CONFIG_HELP, DEFAULTS, read_config
 
 _DESCRIPTION = """\
@@ -20,9 +20,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="convert_torch_weights.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", help="state dict: .pt (plain or nested under state_dict, model or ema) or "
         ".safetensors; a file named ema_RATE_STEP.pt is used both as parameters and as EMA weights")

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import CommandParser, entry_point
 from hae_jax.errors import UserError
 
 _DESCRIPTION = """\
@@ -21,8 +21,7 @@ made with --save-probability. Research use only; not a medical device."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hae-export", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", metavar="FOLDER", help="new folder for the network")
     target.add_argument("--nnunet", metavar="FOLDER", help="new folder for the dataset")

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import CommandParser, entry_point
 from hae_jax.errors import UserError
 from hae_jax.phantom.cohort import make_phantom, modalities_of
 from hae_jax.phantom.lesion import PHANTOMS
@@ -20,9 +20,8 @@ ICBM152 template of the nilearn package, and the lesions are drawn.
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="make_phantom", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXAMPLES,
-        description="Make a phantom: brain MRI subjects in the BraTS 2021 layout, some with lesions, from a seed.")
+    parser = CommandParser(
+        "Make a phantom: brain MRI subjects in the BraTS 2021 layout, some with lesions, from a seed.", _EXAMPLES)
     parser.add_argument("--output", default="data/phantom", metavar="FOLDER",
                         help="folder for the subjects; default: data/phantom")
     parser.add_argument("--subjects", type=int, default=24, metavar="N", help="number of subjects; default: 24")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hae_jax.commands.common import CASES_HELP, checked_table, entry_point
+from hae_jax.commands.common import CASES_HELP, CommandParser, checked_table, entry_point
 from hae_jax.data.layouts import LAYOUTS, MODALITIES
 from hae_jax.data.prepare import prepare
 from hae_jax.data.store import verify_store
@@ -30,8 +30,7 @@ The default split is the published one; fewer than 20 cases need a larger --val-
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=_DESCRIPTION, epilog=_EPILOG, 
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     add = parser.add_argument
     add("--source", metavar="FOLDER", help="folder of cases in one of the layouts below")
     add("--cases", metavar="FILE", help=CASES_HELP)

@@ -1,9 +1,8 @@
 """`tools/report.py`: the report page of a folder of results or of a training run."""
 
-import argparse
 from collections.abc import Sequence
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import CommandParser, entry_point
 from hae_jax.errors import UserError
 
 _DESCRIPTION = """\
@@ -20,8 +19,7 @@ examples:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and writes the page."""
-    parser = argparse.ArgumentParser(prog="report.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     parser.add_argument("folder", metavar="FOLDER", help="results of translate.py, or a run of train.py")
     parser.add_argument("--output", metavar="FILE", help="the page; default: FOLDER/report.html")
     parser.add_argument("--anonymize", action="store_true", help="number the cases and leave out links, commands and "

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from hae_jax.commands.common import check_fields, entry_point
+from hae_jax.commands.common import CommandParser, check_fields, entry_point
 from hae_jax.commands.config import CONFIG_HELP, read_config
 from hae_jax.errors import UserError
 
@@ -20,8 +20,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--workdir", metavar="FOLDER",
                         help="run folder: checkpoints, metrics.jsonl, TensorBoard logs, sample pictures")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import CASES_HELP, check_fields, checked_table, entry_point
+from hae_jax.commands.common import CASES_HELP, CommandParser, check_fields, checked_table, entry_point
 from hae_jax.commands.config import CONFIG_HELP
 from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 from hae_jax.errors import UserError
@@ -45,9 +45,7 @@ _SHORTCUTS = {  # flags that stand for one field of config.translation
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="translate.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: the config of the checkpoint, or "
                         f"{DEMO_CONFIG} without a checkpoint. The network settings always come from the checkpoint")
     parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN", help="run folder of "

@@ -24,6 +24,19 @@ def test_every_front_door_has_help_and_opens_from_any_folder(script, tmp_path):
     assert done.stderr == ""
 
 
+def test_help_names_the_commands_as_they_are_installed(monkeypatch, capsys):
+    """After `pip install` there are no scripts: the help of hae-train speaks of hae-train, in a clone of train.py."""
+    for program, own, other in (("train.py", "python train.py", "hae-"), ("hae-train", "\n  hae-train", "train.py")):
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/{program}"])
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        said = capsys.readouterr().out
+        assert said.startswith(f"usage: {program}")
+        assert own in said
+        assert other not in said
+        assert "configs/phantom.py" in said  # presets keep their names
+
+
 def test_a_mistake_is_one_line_and_status_2(capsys):
     @entry_point
     def command(argv):
