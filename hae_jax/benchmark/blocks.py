@@ -87,7 +87,8 @@ def _rows(block: Block, gradients: bool, repeats: int, mesh: Mesh, say: Callable
                      repeats)
     flops = [(TRAINING_FACTOR if gradients else 1) * count_flops(f, *arguments) for f in forms]
     times = [float(np.median(turn / turns[0])) for turn in turns]
-    memories = [program.memory and program.memory / programs[0].memory for program in programs]
+    first = programs[0].memory
+    memories = [program.memory / first if program.memory and first else None for program in programs]
     counted = list(block.forms).index(block.counted)
     return [Row("blocks", name, form, turns[i].tolist(), images, flops[i], flops[counted],
                 programs[i].memory, programs[i].seconds, times[i], memories[i]) for i, form in enumerate(block.forms)]

@@ -325,7 +325,9 @@ def _ready(program: Program, mesh: Mesh, form: Form = PLAIN, *, call: bool = Tru
     program.place()
     used = peak_of_first_call(mesh.devices.flat[0], lambda: program.call(compiled.executable),
                               compiled.arguments) if call else None
-    return compiled, used or compiled.memory
+    peak = used or compiled.memory
+    assert peak is not None  # XLA plans the memory of CPUs and GPUs
+    return compiled, peak
 
 
 def _timed(report: Report, programs: Sequence[tuple[Program, Compiled]]) -> np.ndarray:  # [programs, turns] seconds

@@ -53,7 +53,7 @@ class _Program:
         self.network = TorchNetwork(network)
         self.network.load_state_dict(_initial_weights(network, config.seed))
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        self.network.to(self.device).to(memory_format=layout)
+        self.network.to(self.device, memory_format=layout)  # pyright: ignore[reportCallIssue]  not in torch's overloads
         self._run = torch.compile(self.network, mode=options.compile) if options.compile else self.network
         self._autocast = network.dtype == "bfloat16" if options.autocast is None else options.autocast
         arrays = host_batch(network, batch)
@@ -131,7 +131,7 @@ class TorchTrainingStep(_Program):
                                      for a in (alpha_bar, 1 - alpha_bar))  # [T, 1, 1, 1] each
         self._predicts_eps = diffusion.predicts == "eps"
         self._p_uncond, self._clip_norm = training.p_uncond, training.clip_norm
-        self._params = list(self.network.parameters())
+        self._params: list[torch.Tensor] = list(self.network.parameters())
         self._optimizer = torch.optim.AdamW(self._params, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                             weight_decay=training.weight_decay, fused=True)
         self._averages = [(rate, [p.detach().clone() for p in self._params]) for rate in training.ema_rates]

@@ -51,7 +51,7 @@ class Grid:
         shape = [0, 0, 0]
         for size, axis in zip(self.shape, self.transform[:, 0], strict=True):
             shape[int(axis)] = size
-        return tuple(shape)
+        return shape[0], shape[1], shape[2]
 
     def reorient(
         self,

@@ -144,8 +144,9 @@ def prepare(
     with folder_written_whole(output, replace=replaces) as root:
         manifest, skipped, warnings = _write(root, source, plan, modalities, workers)
     totals = manifest["splits"]
-    per_split = [{split: totals[split][key] for split in SPLITS} for key in ("cases", "slices", "lesion_slices")]
-    return PrepareReport(output, *per_split, skipped, time.monotonic() - started, warnings)
+    cases, slices, lesion_slices = (
+        {split: totals[split][key] for split in SPLITS} for key in ("cases", "slices", "lesion_slices"))
+    return PrepareReport(output, cases, slices, lesion_slices, skipped, time.monotonic() - started, warnings)
 
 
 def _write(

@@ -110,7 +110,7 @@ class SlicedCase:
         channel: int,
     ) -> np.ndarray:  # [X, Y, Z] float32
         """The pseudo-healthy reconstruction of one modality in the file's own intensities."""
-        assert self.slices.scales is not None  # since the case was read from files
+        assert self.slices.scales is not None  # `case_slices` gives them
         images = self.slices.images[..., channel:channel + 1]
         normalised = from_model_range(healthy[..., None], images, self.scaling)[..., 0]
         return self.volume(normalised * self.slices.scales[channel])

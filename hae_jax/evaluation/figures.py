@@ -277,9 +277,9 @@ def _colour_bar(figure: Figure, axis: Axes, coloured: AxesImage) -> None:
     bar.ax.tick_params(colors=_FAINT, labelsize=6, length=0, pad=2)
 
 
-def _crop(inputs: np.ndarray, margin: int = 3) -> tuple[slice, slice]:
+def _crop(inputs: np.ndarray, margin: int = 3) -> tuple[slice, ...]:
     """The rectangle that holds the head in all slices, so that black borders take no room."""
-    head = (inputs > -0.95).any(axis=(0, 3))
+    head = np.any(inputs > -0.95, axis=(0, 3))
     if not head.any():
         return slice(None), slice(None)
     ends = (np.flatnonzero(head.any(axis=axis))[[0, -1]] for axis in (1, 0))

@@ -149,7 +149,7 @@ def lesion_count(mask: np.ndarray) -> int:
 
 def summarise(
     cases: Sequence[VolumeMetrics], patients: Sequence[str] | None = None, seed: int = 0
-) -> dict[str, dict[str, float | int | None] | int]:
+) -> dict[str, dict[str, float | int | None] | float | None]:
     """Everything that `DEFINITIONS` explains over several cases, ready for JSON.
 
     A metric is {"mean", "low", "high", "cases"}. Equal seeds draw equal patients, so that methods which were measured

@@ -32,7 +32,7 @@ from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
 from hae_jax.localization import probability
 from hae_jax.localization.batched import IntensityReader, Slice, SliceTranslator
-from hae_jax.localization.calibration import MapThreshold
+from hae_jax.localization.calibration import Calibration, MapThreshold
 from hae_jax.localization.forward_process import Denoisers, GivenDenoisers
 from hae_jax.localization.map_threshold import NO_FILTERS, Masks, ValidationSlice, stacked
 from hae_jax.localization.methods import Method
@@ -184,7 +184,7 @@ class Localizer:
         heights: Sequence[float] | None = None,
         masks: np.ndarray | None = None,  # [S, H, W]
         spacing: tuple[float, float, float] | None = None,
-    ) -> MapThreshold:
+    ) -> Calibration | MapThreshold:
         """Chooses the thresholds on validation slices and stores them in `calibration`.
 
         Args:
@@ -303,7 +303,7 @@ class Localizer:
         x, y, z = spacing
         return x * shape[0] / self._image_size, y * shape[1] / self._image_size, z
 
-    def _without_mm(self, spacing: tuple[float, float, float] | None) -> Method:
+    def _without_mm(self, spacing: tuple[float, float, float] | None) -> Method | Residual:
         return self.method if spacing is not None else dataclasses.replace(self.method, filters=NO_FILTERS)
 
 

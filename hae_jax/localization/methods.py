@@ -47,14 +47,11 @@ class Method(Protocol):
       passes: network passes for a slice.
     """
 
-    name: ClassVar[str]
-    network: ClassVar[bool]
-    @property
-    def rule(self) -> str: ...
-    @property
-    def modality(self) -> tuple[int, ...]: ...
-    @property
-    def passes(self) -> int: ...
+    name: str
+    network: bool
+    rule: str
+    modality: tuple[int, ...]
+    passes: int
 
     def calibrate(
         self, results: Iterable[tuple[Any, ValidationSlice]], made_with: Mapping[str, Any]
@@ -256,7 +253,8 @@ def _walk(config: ml_collections.ConfigDict, field: str) -> tuple[Process, int]:
 
 
 _NEED_CLASSES = ("residual", "hae", "ddib")
-METHODS: dict[str, Callable[[ml_collections.ConfigDict], Method]] = {  # by the name on the command line
+# By the name on the command line. Any: a `Method`, some of whose fields are properties or class variables.
+METHODS: dict[str, Callable[[ml_collections.ConfigDict], Any]] = {
     "residual": residual_method,
     "hae": _hae,
     "ddib": _ddib,

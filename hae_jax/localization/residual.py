@@ -160,7 +160,7 @@ def _smoothed(
         widths = [(radius, radius) if i == axis else (0, 0) for i in range(maps.ndim)]
         padded = jnp.pad(maps, widths, mode="edge")
         size = maps.shape[axis]
-        maps = sum(k * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, k in enumerate(kernel))
+        maps = jnp.asarray(sum(k * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, k in enumerate(kernel)))
     return maps
 
 

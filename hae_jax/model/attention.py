@@ -68,7 +68,7 @@ def attend_with_context(
     token = None if context is None else _context_token(q, context, kernel, bias, by_rows)
     if form == "cudnn" and cudnn_attention.fits(q):
         return cudnn_attention.attend_with_token(q, k, v, *token) if token else cudnn_attention.attend(q, k, v)
-    out, lse = attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), by_rows)
+    out, lse = attention(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), by_rows)  # pyright: ignore[reportGeneralTypeIssues]  custom_vjp hides the result's type
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     if token is not None:
         value = token.factor[..., None] * token.direction[:, None] + token.base
@@ -91,7 +91,7 @@ def _context_token(q: jax.Array, context: Context, kernel: jax.Array, bias: jax.
     u, w = jnp.moveaxis((context.c @ kernel).reshape(batch, heads, 2, depth), 2, 0)  # [B, h, d]
     b_k, b_v = jnp.moveaxis(bias.reshape(heads, 2, depth), 1, 0)  # [h, d]
     q = depth**-0.5 * q.astype(jnp.float32)
-    log_sum, mean = log_sum_exp(jnp.einsum("bthd,bhd->bht", q, u), context.c, by_rows)
+    log_sum, mean = log_sum_exp(jnp.einsum("bthd,bhd->bht", q, u), context.c, by_rows)  # pyright: ignore[reportGeneralTypeIssues]  custom_vjp hides the result's type
     offset = jnp.einsum("bthd,hd->bht", q, b_k)
     logit = jnp.where(context.seen[:, None, None], log_sum + offset, -jnp.inf)
     return _Token(jnp.swapaxes(logit, 1, 2), jnp.swapaxes(mean, 1, 2), w, b_v)

@@ -22,7 +22,7 @@ class Classifier(nnx.Module):
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
         self.config = config
-        rngs = ParameterKeys(rngs.params())
+        rngs = ParameterKeys.of(rngs)
         self.time_embed = EmbeddingMLP(config, rngs)
         self.input_blocks, _ = encoder(config, rngs)
         width, heads = config.widths[-1], config.heads(config.widths[-1], decoder=False)

@@ -75,8 +75,8 @@ def device_peak_flops(device: jax.Device, dtype: str) -> float | None:
     Args:
       dtype: "bfloat16" or "float32".
     """
-    column = {"bfloat16": 1, "float32": 2}[dtype]
-    return next((row[column] for row in _PEAKS if row[0] in device.device_kind), None)
+    column = {"bfloat16": 0, "float32": 1}[dtype]
+    return next((peaks[column] for name, *peaks in _PEAKS if name in device.device_kind), None)
 
 
 def count_flops(f: Any, *args: Any) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,11 @@ class ParameterKeys:
 
     def __init__(self, key: jax.Array):
         self._key, self._count = key, 0
+
+    @classmethod
+    def of(cls, rngs: nnx.Rngs) -> nnx.Rngs:
+        """From the next key of a stream; typed as what Flax's layers ask for, which only call `params`."""
+        return cast(nnx.Rngs, cls(rngs.params()))
 
     def params(self) -> jax.Array:
         """The next key."""

@@ -38,7 +38,7 @@ class UNet(nnx.Module):
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
         self.config = config
-        rngs = ParameterKeys(rngs.params())
+        rngs = ParameterKeys.of(rngs)
         self.time_embed = EmbeddingMLP(config, rngs)
         if config.num_classes is not None:
             self.label_emb = nnx.Embed(config.num_classes, config.model_channels, rngs=rngs,

@@ -106,10 +106,10 @@ class Grid:
     shape: of the whole volume. voxel: edge length in mm. box: slices of the volume. axes: positions along the box, mm.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     voxel: float
-    box: tuple[slice, slice, slice]
-    axes: tuple[np.ndarray, np.ndarray, np.ndarray]
+    box: tuple[slice, ...]
+    axes: tuple[np.ndarray, ...]
 
     @classmethod
     def of_size(cls, size: float) -> "Grid":
@@ -128,14 +128,14 @@ class Grid:
         return affine
 
     @property
-    def box_shape(self) -> tuple[int, int, int]:
+    def box_shape(self) -> tuple[int, ...]:
         return tuple(len(a) for a in self.axes)
 
     def positions(self) -> np.ndarray:
         """Millimetre positions of the box's voxels, [3, x, y, z]."""
         return np.stack(np.meshgrid(*self.axes, indexing="ij"))
 
-    def crop(self, centre: Sequence[float], radius: float) -> tuple[slice, slice, slice]:
+    def crop(self, centre: Sequence[float] | np.ndarray, radius: float) -> tuple[slice, ...]:
         """The part of the box within `radius` mm of `centre` along each axis (at least one voxel)."""
         first = [a[0] for a in self.axes]
         low = [int(np.floor((c - radius - f) / self.voxel)) for c, f in zip(centre, first, strict=True)]
@@ -143,7 +143,7 @@ class Grid:
         return tuple(slice(min(max(a, 0), n - 1), max(min(b, n), 1))
                      for a, b, n in zip(low, high, self.box_shape, strict=True))
 
-    def part(self, crop: tuple[slice, slice, slice]) -> "Grid":
+    def part(self, crop: tuple[slice, ...]) -> "Grid":
         """The same volume with `crop` of the box as its box."""
         box = tuple(slice(b.start + c.start, b.start + c.stop) for b, c in zip(self.box, crop, strict=True))
         return Grid(self.shape, self.voxel, box, tuple(a[c] for a, c in zip(self.axes, crop, strict=True)))

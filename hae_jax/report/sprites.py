@@ -92,7 +92,7 @@ def window(
 
 def head_box(
     shown: np.ndarray,  # [X, Y, Z] bool
-) -> tuple[slice, slice, slice]:
+) -> tuple[slice, ...]:
     """The box that holds every True voxel, with a margin; the whole volume where there is none."""
     found = ndimage.find_objects(shown.astype(np.uint8))
     if not found:

@@ -99,7 +99,7 @@ def _adamw(path: Path, groups: Any, state: Any) -> AdamW:
     for name, arrays in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
         _checked_finite(path, {f"{name} of parameter {i}": a for i, a in enumerate(arrays) if a is not None})
     settings = {name: groups[0][name] for name in ("lr", "weight_decay", "betas", "eps") if name in groups[0]}
-    return AdamW(path, max(int(entry["step"]) for entry in seen), *moments, settings)
+    return AdamW(path, max(int(entry["step"]) for entry in seen), moments[0], moments[1], settings)
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:

@@ -68,7 +68,8 @@ def initial_state(
 
 def empty_window() -> Window:
     """Sums over no steps."""
-    return Window(*(jnp.zeros((), jnp.float32) for _ in range(3)), jnp.zeros(LOSS_BINS), jnp.zeros(LOSS_BINS))
+    steps, loss, norm = (jnp.zeros((), jnp.float32) for _ in range(3))
+    return Window(steps, loss, norm, jnp.zeros(LOSS_BINS), jnp.zeros(LOSS_BINS))
 
 
 def network_config(config: dict[str, Any], forms: Mapping[str, str] | None = None) -> UNetConfig:

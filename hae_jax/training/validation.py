@@ -50,7 +50,7 @@ def fixed_samples(reader: SplitReader, slices: int, steps: int, *, conditional: 
     t = np.random.default_rng(_SEED).permutation((middle * steps / count).astype(np.int32))
     label, null = reader.rows["labels"][row], np.zeros(count, bool)
     once = Samples(row, label, t, null)
-    return Samples(*(np.tile(a, 2) for a in once[:3]), np.append(null, ~null)) if conditional else once
+    return Samples(np.tile(row, 2), np.tile(label, 2), np.tile(t, 2), np.append(null, ~null)) if conditional else once
 
 
 class Validation:

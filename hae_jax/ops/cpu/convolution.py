@@ -51,9 +51,8 @@ def _forward(x, kernel, stride, padding):
 
 
 def _backward(stride, padding, inputs, g):
-    x, kernel = inputs
-    dtype, arrays = x.dtype, _float32(x, kernel, g)
-    gradients = _input_gradient(*arrays, stride, padding), _kernel_gradient(*arrays, stride, padding)
+    dtype, (x, kernel, g) = inputs[0].dtype, _float32(*inputs, g)
+    gradients = _input_gradient(x, kernel, g, stride, padding), _kernel_gradient(x, kernel, g, stride, padding)
     return tuple(gradient.astype(dtype) for gradient in gradients)
 
 
@@ -76,7 +75,7 @@ def _input_gradient(x, kernel, g, stride, padding):
 def _kernel_gradient(x, kernel, g, stride, padding):
     shape = kernel.shape
     height, width, inputs, outputs = shape
-    if _winograd_wins(x, kernel, stride, padding) and winograd.has_large_tiles(*x.shape[1:3], padding):
+    if _winograd_wins(x, kernel, stride, padding) and winograd.has_large_tiles(x.shape[1], x.shape[2], padding):
         return winograd.kernel_gradient(x, g, padding)
     if inputs <= _FEW_CHANNELS:
         patches = jnp.concatenate(_shifted(x, shape, stride, padding), -1)

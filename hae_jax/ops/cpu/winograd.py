@@ -93,7 +93,7 @@ def kernel_gradient(
     padding: int,
 ) -> jax.Array:  # [3, 3, C, D]
     """dk = G^T [(B^T d B) * (A g A^T)] G, summed over tiles: products of [C, tiles] with [tiles, D]."""
-    form, (h, w) = _chosen(*x.shape[1:3], padding), tile_count(*x.shape[1:3], padding)
+    form, (h, w) = _chosen(x.shape[1], x.shape[2], padding), tile_count(x.shape[1], x.shape[2], padding)
     rows = _strip_rows(len(x), h, w, form)
     strips = -(-h // rows)
     # Points need the output's gradient on both sides, so that no layer's are made right after the forward pass.
@@ -143,7 +143,7 @@ def _unknown_zero(x: jax.Array) -> jax.Array:
 
 def _convolve(x, kernel, padding):
     height, width = (size + 2 * padding - 2 for size in x.shape[1:3])
-    form, (h, w) = _chosen(*x.shape[1:3], padding), tile_count(*x.shape[1:3], padding)
+    form, (h, w) = _chosen(x.shape[1], x.shape[2], padding), tile_count(x.shape[1], x.shape[2], padding)
     # Each device makes its own points of the kernel when it needs them: [n n, shares, C, D].
     when_needed = _unknown_zero(_in_shares(x, 0)[:, 0, :1, 0, 0])  # [shares, 1]
     kernel_points = jnp.einsum("psk,kcd->pscd", _both_axes(form.G)[:, None] + when_needed,
@@ -196,8 +196,8 @@ def _input_points(
 
 def _combined(matrix: np.ndarray, parts: list[jax.Array]) -> list[jax.Array]:
     """The matrix times the parts; it has many zeros."""
-    return [sum(part if factor == 1 else factor * part for factor, part in zip(row, parts, strict=True) if factor)
-            for row in matrix]
+    return [jnp.asarray(sum(part if factor == 1 else factor * part
+                            for factor, part in zip(row, parts, strict=True) if factor)) for row in matrix]
 
 
 def _outputs(
