@@ -60,7 +60,8 @@ def read_weights(
     averages: dict[float | None, Source] = {}
     for path in map(Path, ema):
         if (rate := rate_in_name(path)) in averages:
-            raise UserError(f"{path}: a second average with the same rate as {averages[rate].path}; give each once")
+            raise UserError(f"{path}: a second file of EMA weights with the same rate as {averages[rate].path}; "
+                            "give each once")
         averages[rate] = Source(path, read_state_dict(path, ("ema", *(key for key in NESTED if key != "ema"))))
     own_rate = rate_in_name(params.path)
     if own_rate is not None and not averages:

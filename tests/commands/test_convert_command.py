@@ -58,7 +58,7 @@ def test_without_a_config_the_network_is_found_and_comes_back(golden, tmp_path, 
     for said in ("variant hae_v2c", "in_channels 1", "out_channels 2", "num_classes 3", "resblock_updown True",
                  "bottleneck_ratio 0.5", "attention_resolutions (1, 2)", "use_scale_shift_norm False",
                  "not in the weights, taken from the config: image_size 128, num_heads 4", "sparse_pattern is 'blocks'",
-                 "step 7, 1042562 parameters", "average 0.99: ema_0.99_000007.pt", "verified: "):
+                 "step 7, 1042562 parameters", "EMA weights 0.99: ema_0.99_000007.pt", "verified: "):
         assert said in out
     rounded = {name: value.float().numpy() for name, value in tensors(state, torch.bfloat16).items()}
     network = load_network("runs/imported")

@@ -189,8 +189,8 @@ def test_an_average_alone_serves_as_parameters_and_average(files, settings, tmp_
     weights = torch_run.read_weights(files / "ema_0.9_000003.pt")
     assert (weights.step, list(weights.ema)) == (3, [0.9])
     lines = imported.write_run(weights, settings(), tmp_path / "run")
-    assert any("an average; training goes on from it" in line for line in lines)
-    assert any("average 0.5" in line and "the parameters themselves" in line for line in lines)
+    assert any("EMA weights; training continues from them" in line for line in lines)
+    assert any("EMA weights 0.5" in line and "the parameters themselves" in line for line in lines)
     expected = torch.load(files / "ema_0.9_000003.pt")
     for ema in (True, False):
         found = torch_state(load_network(tmp_path / "run", ema=ema).model)
@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_said_in_one_line_and_nothing_is_written(files, set
     assert "exists and is not empty" in refused(output=tmp_path / "used")
     with pytest.raises(UserError, match="no moments of Adam"):
         torch_run.read_weights(files / "model000003.pt", tmp_path / "small.pt")
-    with pytest.raises(UserError, match="second average with the same rate"):
+    with pytest.raises(UserError, match="second file of EMA weights with the same rate"):
         torch_run.read_weights(files / "model000003.pt", ema=[files / "ema_0.5_000003.pt"] * 2)
 
 
