@@ -271,6 +271,6 @@ def _table(size: int, tally: Tally, results: dict[str, dict[str, Any]], phantom:
         return None
     healthy = next(iter(results.values()))["shares"]["healthy"]
     headline = (f"{'PHANTOM metrics' if phantom else 'metrics'} from {tally.cases} case{'s' * (tally.cases != 1)}, "
-                f"{tally.slices} slices of {size} x {size} px, {healthy:.0%} of them healthy (an empty mask without a lesion scores 1 in "
-                "all-slice metrics); brackets: 95% interval over patients")
+                f"{tally.slices} slices of {size} x {size} px, {healthy:.0%} of them healthy (an empty mask without a "
+                "lesion scores 1 in all-slice metrics); brackets: 95% interval over patients")
     return f"{headline}\n{report.metrics_table(results)}"
