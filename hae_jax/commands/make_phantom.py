@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--figure {args.figure}: the name must end in .png")
     folder = make_phantom(args.output, subjects=args.subjects, lesion_share=args.lesion_share, seed=args.seed,
                           size=args.size, workers=args.workers, kind=args.kind)
-    print(f"phantom of {args.subjects} subjects in {folder}")
+    print(f"phantom of {args.subjects} subject{'s' * (args.subjects != 1)} in {folder}")
     if args.figure:
         from hae_jax.phantom.figures import draw_phantom  # matplotlib is slow to import
 

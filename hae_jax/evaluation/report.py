@@ -131,6 +131,9 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(row) for row in aligned)
 
 
+_WRITTEN = {"dice": "Dice", "iou": "IoU", "auroc": "AUROC", "auprc": "AUPRC", "hd95": "HD95", "f1": "F1", "mm": "(mm)",
+            "ml": "(ml)"}
+_GROUPS = {"all_slices": "all-slice", "lesion_slices": "lesion-slice", "slice_level": "slice", "volumes": "volume"}
 # Columns of comparison.csv and where they are in a method's results: first those that have an interval.
 _INTERVALS = {
     **{f"{setting}_{name}": (setting, name) for setting in ("all_slices", "lesion_slices")
@@ -249,10 +252,15 @@ def _found(results: Any, *place: str) -> Any:
     return results
 
 
+def written(name: str) -> str:
+    """A metric's name, or its group's, as it is written in a text: lesion_f1 -> lesion F1."""
+    return _GROUPS.get(name) or " ".join(_WRITTEN.get(word, word) for word in name.split("_"))
+
+
 def _flattened(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in results.items():
-        label = f"{prefix}{name.replace('_', ' ')}"
+        label = f"{prefix}{written(name)}"
         nested = isinstance(value, Mapping) and not _is_interval(value)
         flat |= _flattened(value, f"{label} ") if nested else {label: value}
     return flat
@@ -268,7 +276,7 @@ def _shown(value: Any, digits: int = 3) -> str:
     if _is_interval(value):
         ends = "" if value["low"] is None else f" [{_shown(value['low'], digits)}, {_shown(value['high'], digits)}]"
         return _shown(value["mean"], digits) + ends
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return f"{round(value, digits) + 0:.{digits}f}" if isinstance(value, float) else str(value)  # + 0: no -0.000
 
 
 def _cell(value: Any) -> Any:

@@ -147,7 +147,9 @@ class Summary:
 
     def _how(self) -> str:
         again = self.finished - self.translated
-        parts = [f"{self.translated} cases translated in {self.seconds:.0f} s"] if self.translated or not again else []
+        parts = []
+        if self.translated or not again:
+            parts.append(f"{self.translated} case{'s' * (self.translated != 1)} translated in {self.seconds:.0f} s")
         if again:
             parts.append(f"{again} cases were finished before, with the same network, files and settings "
                          "(--overwrite processes them again)")
@@ -268,7 +270,7 @@ def _table(size: int, tally: Tally, results: dict[str, dict[str, Any]], phantom:
     if not results:
         return None
     healthy = next(iter(results.values()))["shares"]["healthy"]
-    headline = (f"{'PHANTOM metrics' if phantom else 'metrics'} from {tally.cases} cases, {tally.slices} slices "
-                f"of {size} x {size} px, {healthy:.0%} of them healthy (an empty mask without a lesion scores 1 in "
-                "all-slice metrics); brackets: 95% interval over patients")
+    headline = (f"{'PHANTOM metrics' if phantom else 'metrics'} from {tally.cases} case{'s' * (tally.cases != 1)}, "
+                f"{tally.slices} slices of {size} x {size} px, {healthy:.0%} of them healthy (an empty mask without a "
+                "lesion scores 1 in all-slice metrics); brackets: 95% interval over patients")
     return f"{headline}\n{report.metrics_table(results)}"

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from hae_jax.evaluation.report import written
 from hae_jax.report.privacy import Privacy
 from hae_jax.report.results import Results
 
 _HEADLINES = (("volumes", "dice"), ("lesion_slices", "dice"), ("lesion_slices", "auprc"), ("slice_level", "accuracy"),
               ("volumes", "lesion_f1"))
-_WRITTEN = {"dice": "Dice", "iou": "IoU", "auroc": "AUROC", "auprc": "AUPRC", "hd95": "HD95", "f1": "F1", "mm": "(mm)",
-            "ml": "(ml)"}
 
 
 def results_facts(results: Results, privacy: Privacy) -> list[list[str]]:
@@ -64,7 +63,7 @@ def _calibration(results: Results) -> str:
 
 
 def metrics_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of metrics: "methods", and "rows" of group, name, definition, headline, and a value by method.
+    """The table of metrics: "methods", and "rows" of group, name, title, definition, headline, and a value by method.
 
     A value is [mean, low, high, cases]; a number without an interval has None for what it lacks.
     """
@@ -73,14 +72,10 @@ def metrics_rows(metrics: Mapping[str, Any]) -> dict[str, Any]:
     names = dict.fromkeys(name for results in columns.values() for name in results)
     definitions = metrics.get("definitions") or {}
     return {"methods": list(columns), "rows": [
-        {"group": group.replace("_", " "), "name": _words(name), "headline": (group, name) in _HEADLINES,
+        {"group": group.replace("_", " "), "name": written(name), "title": f"{written(group)} {written(name)}",
+         "headline": (group, name) in _HEADLINES,
          "definition": _definition(definitions, group, name),
          "values": [results.get((group, name)) for results in columns.values()]} for group, name in names]}
-
-
-def _words(name: str) -> str:
-    """A metric's name as it is written in a text: lesion_f1 -> lesion F1."""
-    return " ".join(_WRITTEN.get(word, word) for word in name.split("_"))
 
 
 def _flat(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], list[Any]]]:

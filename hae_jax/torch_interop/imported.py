@@ -63,7 +63,7 @@ def write_run(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: exists and is not empty; give another folder")
-    sources, notes = _averages(weights, tuple(config.training.ema_rates))
+    sources, notes = _ema_sources(weights, tuple(config.training.ema_rates))
     state = _state(weights, sources, config, config_name or "the guessed config")
     notes += _optimizer_notes(weights.adamw, config.training)
     with folder_written_whole(output) as folder:
@@ -73,8 +73,8 @@ def write_run(
     return [f"step {weights.step}, {sum(a.size for a in weights.params.state.values())} parameters", *notes]
 
 
-def _averages(weights: Weights, rates: tuple[float, ...]) -> tuple[list[Source], list[str]]:
-    """Where each average of the config begins, and what is to be said about it."""
+def _ema_sources(weights: Weights, rates: tuple[float, ...]) -> tuple[list[Source], list[str]]:
+    """Where each set of EMA weights of the config begins, and what is to be said about it."""
     given = dict(weights.ema)
     if None in given and len(given) == len(rates) == 1:
         given = {rates[0]: given[None]}
@@ -211,7 +211,7 @@ def _verified(folder: Path, state: TrainState, network: UNetConfig, sources: lis
     found = checkpoints.restore(weights.step, state, jax.tree.map(lambda _: sharding, state))
     checkpoints.close()
     pairs = [("parameters", found.params, weights.params.state)]
-    pairs += [(f"average {i}", tree, source.state)
+    pairs += [(f"EMA weights {i}", tree, source.state)
               for i, (tree, source) in enumerate(zip(found.ema, sources, strict=True))]
     if weights.adamw:
         known = _shapes_of(network)

@@ -76,22 +76,24 @@ def test_metrics_table():
     })
     assert [line.split() for line in table.splitlines()] == [
         ["network", "flair"],
-        ["all", "slices", "dice", "0.712", "-"],
-        ["all", "slices", "auroc", "-", "-"],
+        ["all-slice", "Dice", "0.712", "-"],
+        ["all-slice", "AUROC", "-", "-"],
         ["shares", "slices", "12", "-"],
-        ["volume", "dice", "-", "0.700"],
+        ["volume", "Dice", "-", "0.700"],
     ]
     assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_metrics_table_shows_intervals_in_one_line():
     table = report.metrics_table({
-        "a": {"volumes": {"dice": {"mean": 0.5, "low": 0.25, "high": 0.75, "cases": 9}, "cases": 9}},
+        "a": {"volumes": {"dice": {"mean": 0.5, "low": -0.25, "high": 0.75, "cases": 9}, "cases": 9}},
         "b": {"volumes": {"dice": {"mean": 0.5, "low": None, "high": None, "cases": 1}}},
         "c": {"volumes": {"dice": {"mean": None, "low": None, "high": None, "cases": 0}}},
+        "d": {"volumes": {"dice": {"mean": -0.0001, "low": None, "high": None, "cases": 1}}},
     })
     assert [line.split() for line in table.splitlines()[1:]] == [
-        ["volumes", "dice", "0.500", "[0.250,", "0.750]", "0.500", "-"], ["volumes", "cases", "9", "-", "-"]]
+        ["volume", "Dice", "0.500", "[-0.250,", "0.750]", "0.500", "-", "0.000"],
+        ["volume", "cases", "9", "-", "-", "-"]]
 
 
 def _compared(dice, slices=40):

@@ -64,7 +64,7 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
     assert manifest["config"]["translation"]["guidance"] == 2.0
     assert (manifest["seed"], manifest["checkpoint"]["path"]) == (config.seed, IDENTITY["path"])
     assert 0 < float(row["seconds"]) < manifest["seconds"]
-    assert "volumes dice" in report.table
+    assert "volume Dice" in report.table
     assert "PHANTOM" not in report.table
     assert report.pictures == [tmp_path / "out" / f"{name}_overlay.png"]
     assert not report.failed
@@ -261,7 +261,7 @@ def test_one_case_of_a_phantom_makes_them_phantom_figures(run, tmp_path, three_c
     monkeypatch.chdir(tmp_path / "phantom" / "z")
     one = run(".", output=tmp_path / "one")
     assert one.phantom
-    assert one.table.startswith("PHANTOM metrics from 1 cases, 7 slices of 16 x 16 px, 57% of them healthy")
+    assert one.table.startswith("PHANTOM metrics from 1 case, 7 slices of 16 x 16 px, 57% of them healthy")
     (three_cases / "z").symlink_to(tmp_path / "phantom" / "z")
     assert run(three_cases).table.startswith("PHANTOM")
     (three_cases / "z").unlink()

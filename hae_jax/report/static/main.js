@@ -35,8 +35,7 @@ function resultTiles() {
   tile(`${flagged} of ${report.cases.length}`, "cases with a lesion slice", "Cases in which at least one slice was called a lesion slice.");
   for (const row of report.metrics.rows.filter((own) => own.headline && own.values[0])) {
     const [mean, low, high] = row.values[0];
-    const name = row.group === "volumes" ? `volume ${row.name}` : `${row.group}: ${row.name}`;
-    tile(shown(mean), report.phantom ? `${name} (phantom)` : name, row.definition, interval(low, high));
+    tile(shown(mean), report.phantom ? `${row.title} (phantom)` : row.title, row.definition, interval(low, high));
   }
 }
 
