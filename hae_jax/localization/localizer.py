@@ -268,8 +268,13 @@ class Localizer:
 
     def _checked(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:  # [., ., ., C] float32
         if isinstance(images, list | tuple):
-            images = np.stack([np.asarray(channel) for channel in images], axis=-1)
+            channels = [np.asarray(channel) for channel in images]
+            if len(shapes := {channel.shape for channel in channels}) > 1:
+                raise UserError(f"images: the channels have different shapes, {sorted(shapes)}; bring them to one grid")
+            images = np.stack(channels, axis=-1) if channels else np.empty(0)
         images = np.asarray(images)
+        if not np.issubdtype(images.dtype, np.number) and images.dtype != bool:
+            raise UserError("images: hold objects, not numbers; give arrays, of nibabel images get_fdata()")
         if images.ndim != 4 or images.shape[-1] != self._channels or not images.size:
             raise UserError(f"images: have shape {images.shape}, the network takes [X, Y, Z, {self._channels}] or "
                             f"[S, H, W, {self._channels}]")

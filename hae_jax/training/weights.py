@@ -74,7 +74,11 @@ def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str]
       UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.
     """
     path = trained_folder(path)
-    if (reason := absence(path)) not in (None, "missing"):  # a dead link or a closed folder
+    if (reason := absence(path)) == "missing":
+        names = sorted(folder.parent.name for folder in SHIPPED.glob(f"*/{WEIGHTS}"))
+        raise UserError(f"{path}: there is no such folder; give a run folder of train.py, a folder of exported "
+                        f"weights, or shipped weights ({', '.join(names)})")
+    if reason:  # a dead link or a closed folder
         raise UserError(f"{path}: {reason}")
     if not is_there(path / WEIGHTS):
         return checkpoint.load_network(path, ema=ema, forms=forms)

@@ -73,7 +73,8 @@ def test_without_a_checkpoint_one_line_says_what_to_do(capsys):
 def test_a_folder_without_checkpoint_is_named(capsys):
     status, lines = _exit(["--checkpoint", "runs/nothing"], capsys)
     assert (status, len(lines)) == (2, 1)
-    assert "runs/nothing" in lines[0]
+    assert lines[0].startswith("error: runs/nothing: there is no such folder")
+    assert "shipped weights (phantom, phantom_stroke)" in lines[0]
 
 
 def test_a_config_alone_means_the_newest_run_on_its_data(calls, capsys):
