@@ -135,7 +135,7 @@ def prepare(
         raise UserError(f"image_size {image_size} and workers {workers}: both must be at least 1")
     check_modalities(modalities)
     if finish_replacing(output):
-        _LOG.info("%s: is back; the run that was to replace it was killed", output)
+        _LOG.info("%s: restored; the run that was replacing it was killed", output)
     replaces = _must_replace(output, overwrite)
     if any(is_there(source / folder) for folder in _NPZ_SPLITS.values()):
         plan = _plan_npz(source, modalities, image_size)

@@ -140,7 +140,7 @@ def test_the_dataset_that_a_killed_run_was_to_replace_is_back(source, tmp_path, 
     with pytest.raises(UserError, match="store: exists; give --overwrite"):
         prepare(source, output, image_size=32, **HALF)
     assert snapshot(output) == before
-    assert "store: is back; the run that was to replace it was killed" in capsys.readouterr().out
+    assert "store: restored; the run that was replacing it was killed" in capsys.readouterr().out
     prepare(source, output, image_size=32, overwrite=True, **HALF)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "store"]
 
