@@ -133,7 +133,11 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 _WRITTEN = {"dice": "Dice", "iou": "IoU", "auroc": "AUROC", "auprc": "AUPRC", "hd95": "HD95", "f1": "F1", "mm": "(mm)",
             "ml": "(ml)"}
-_GROUPS = {"all_slices": "all-slice", "lesion_slices": "lesion-slice", "slice_level": "slice", "volumes": "volume"}
+_WHOLE = {  # groups, and metrics whose names do not read as texts
+    "all_slices": "all-slice", "lesion_slices": "lesion-slice", "slice_level": "slice", "volumes": "volume",
+    "healthy_volume_ml": "of false positives in healthy subjects (ml)",
+    "healthy_volume_median_ml": "of false positives in healthy subjects, median (ml)",
+    "healthy_false_lesions": "false lesions in healthy subjects"}
 # Columns of comparison.csv and where they are in a method's results: first those that have an interval.
 _INTERVALS = {
     **{f"{setting}_{name}": (setting, name) for setting in ("all_slices", "lesion_slices")
@@ -254,7 +258,7 @@ def _found(results: Any, *place: str) -> Any:
 
 def written(name: str) -> str:
     """A metric's name, or its group's, as it is written in a text: lesion_f1 -> lesion F1."""
-    return _GROUPS.get(name) or " ".join(_WRITTEN.get(word, word) for word in name.split("_"))
+    return _WHOLE.get(name) or " ".join(_WRITTEN.get(word, word) for word in name.split("_"))
 
 
 def _flattened(results: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
