@@ -194,13 +194,7 @@ def read_json(path: str | os.PathLike) -> Any:
     Raises:
       UserError: it cannot be read, is empty, or is not JSON: file, line and mistake.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # reading a pipe would wait for its other end
-        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; remove it")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    content = read_content(path)
     if not content.strip():
         raise UserError(f"{path}: is empty")
     try:
@@ -211,6 +205,42 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: is not JSON ({error})") from error
     except RecursionError as error:
         raise UserError(f"{path}: is nested too deeply") from error
+
+
+def read_json_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
+    """Reads a log with one JSON object per line.
+
+    Returns:
+      The objects, and the numbers (from 1) of the lines that are damaged, as by a crash. These are left out.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    found, damaged = [], []
+    for number, text in enumerate(read_content(path).decode(errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError(text)
+            found.append(line)
+        except (ValueError, RecursionError):
+            damaged.append(number)
+    return found, damaged
+
+
+def read_content(path: str | os.PathLike) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+      UserError: it is a folder, a pipe or a device, or cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for its other end
+            raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; remove it")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def decoded(content: bytes) -> str:

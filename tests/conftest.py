@@ -4,6 +4,7 @@ Options in XLA_FLAGS are kept. They and the instruction set of the processor are
 has a program, so that none is taken that was compiled for another.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -28,7 +29,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 show_messages()
 
+# Tracing makes many objects that stay: Python's search for garbage would take a quarter of its time.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
+
 jax.devices()  # from here on their number is settled, whatever a command under test asks for
+
+
+# Files with single tests of more than 20 s, the longest first. They begin early, so that no process ends long after the
+# others.
+_LONG = ("test_gpu_report.py", "test_kill.py", "test_example.py", "test_wheel.py", "test_hosts.py", "test_mesh.py",
+         "test_golden.py", "test_imported.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves long tests to the front; the order of the others stays."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
 
 
 @pytest.fixture(scope="session")

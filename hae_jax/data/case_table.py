@@ -20,7 +20,7 @@ from hae_jax.data.layout_rules import MODALITIES, SYNONYMS, CaseFiles, ImageFile
 from hae_jax.data.nifti import EXTENSIONS
 from hae_jax.data.presence import absence
 from hae_jax.errors import UserError
-from hae_jax.files import decoded
+from hae_jax.files import decoded, read_content
 
 _OTHERS = ("case", "patient", "segmentation")
 _FORBIDDEN = re.compile(r"[/\\\0-\x1f\x7f]")  # in the name of a case: results are named after it
@@ -47,10 +47,7 @@ def read_table(path: Path, modalities: Sequence[str]) -> list[CaseFiles]:
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Number, from 1, and cells of each row."""
-    try:
-        text = decoded(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    text = decoded(read_content(path))
     if "\0" in text:
         raise UserError(f"{path}: is no text; save the table as CSV")
     first = text.partition("\n")[0]

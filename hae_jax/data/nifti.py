@@ -219,6 +219,9 @@ def _affine_mm(path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header) -> 
         if not np.isfinite(sizes).all() or not sizes.all():
             raise UserError(f"{path}: its header gives no voxel size (pixdim is {', '.join(map(str, sizes))}); correct "
                             "the header")
+        if (sizes < 0).any():  # nibabel takes the absolute value, and an axis may be reversed in truth
+            raise UserError(f"{path}: its header gives a negative voxel size (pixdim is {', '.join(map(str, sizes))}); "
+                            "correct the header, or export the image again with an sform")
     assert image.affine is not None  # since it was read from a file
     with np.errstate(all="ignore"):
         affine = image.affine if millimetres == 1 else np.diag([millimetres] * 3 + [1]) @ image.affine

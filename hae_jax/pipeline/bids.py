@@ -5,6 +5,7 @@ first. Volumes are linked, not copied, where the file system can. See the BIDS s
 """
 
 import csv
+import io
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from hae_jax import __version__
 from hae_jax.data.cases import CaseFiles, find_cases
 from hae_jax.data.splits import patient_of
 from hae_jax.errors import UserError
-from hae_jax.files import write_json, written_whole
+from hae_jax.files import decoded, read_content, write_json, written_whole
 from hae_jax.localization.probability import MEANINGS
 from hae_jax.pipeline.results_folder import read_manifest
 from hae_jax.provenance import RESEARCH_USE
@@ -88,8 +89,10 @@ def write_group_table(output: str | Path) -> Path:
     output, rows = Path(output), {}
     tables = sorted((output / RESULTS).rglob("cases.csv"), key=lambda path: path.stat().st_mtime)
     for path in tables:  # where two runs have worked on a case, the later one counts
-        with open(path, newline="") as stream:
-            rows |= {row["case"]: row for row in csv.DictReader(stream)}
+        found = list(csv.DictReader(io.StringIO(decoded(read_content(path)), newline="")))
+        if any(None in row or None in row.values() or "case" not in row for row in found):
+            raise UserError(f"{path}: is damaged; run the level participant again")
+        rows |= {row["case"]: row for row in found}
     if not rows:
         raise UserError(f"{output / RESULTS}: has no finished case; run the level participant first")
     fields = [field for field in next(iter(rows.values())) if field != "case"]
@@ -99,7 +102,7 @@ def write_group_table(output: str | Path) -> Path:
         for name, row in sorted(rows.items()):
             parts = dict(_entities(name))
             writer.writerow([f"sub-{parts['sub']}", f"ses-{parts['ses']}" if "ses" in parts else "n/a", name,
-                             *(row[field] or "n/a" for field in fields)])
+                             *(row.get(field) or "n/a" for field in fields)])
     return output / GROUP_TABLE
 
 

@@ -6,6 +6,7 @@ something went wrong.
 
 import csv
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Mapping
@@ -116,13 +117,16 @@ def read_json(
 
 
 def _read_rows(path: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
-    try:
-        with path.open(newline="", errors="surrogateescape") as stream:
-            return {row["case"]: {name: _number(name, value) for name, value in row.items() if name}
-                    for row in csv.DictReader(stream)}
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         notes.append(f"{path.name} is missing")
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+        return {}
+    try:
+        stream = io.StringIO(files.read_content(path).decode(errors="surrogateescape"), newline="")
+        return {row["case"]: {name: _number(name, value) for name, value in row.items() if name}
+                for row in csv.DictReader(stream)}
+    except UserError as error:
+        notes.append(str(error).replace(f"{path}:", path.name, 1))
+    except (ValueError, KeyError, csv.Error) as error:
         notes.append(f"{path.name} cannot be read ({error})")
     return {}
 

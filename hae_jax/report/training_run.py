@@ -1,7 +1,7 @@
 """A run folder of train.py as it lies on disk: the log's columns, the sample grids, what was trained."""
 
-import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from hae_jax.errors import UserError
+from hae_jax.files import read_json_lines
 from hae_jax.report import sprites
 from hae_jax.report.page import Pictures
 from hae_jax.report.privacy import Privacy
@@ -48,24 +50,18 @@ def _versions(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The log's whole lines; the last one may be half-written while training goes on."""
-    found = []
+    """The log's whole lines."""
     try:
-        texts = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        notes.append(f"{path.name}: {'is missing' if isinstance(error, FileNotFoundError) else error.strerror}; there "
-                     "are no curves")
+        lines, damaged = read_json_lines(path)
+    except UserError as error:
+        notes.append(f"{path.name} is missing; there are no curves" if not os.path.lexists(path) else
+                     str(error).replace(f"{path}:", path.name, 1))
         return []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-            found.append({**line, "step": int(line["step"])})
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            if number < len(texts):
-                notes.append(f"{path.name}: line {number} is damaged and is left out")
-    if not texts:
+    notes.extend(f"{path.name}: line {number} is damaged and is left out" for number in damaged
+                 if number < len(lines) + len(damaged))  # the last one may be half-written while training goes on
+    if not lines and not damaged:
         notes.append(f"{path.name} is empty; the first line is written after training.log_every steps")
-    return found
+    return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float | None]]]:

@@ -5,6 +5,7 @@ checkpoint finds every line up to it, drops what comes after, and writes that ag
 """
 
 import json
+import logging
 import math
 import os
 import uuid
@@ -17,8 +18,10 @@ from tensorboardX import SummaryWriter
 
 from hae_jax.errors import UserError
 from hae_jax.evaluation.figures import loss_curve
-from hae_jax.files import written_whole
+from hae_jax.files import read_json_lines, written_whole
 from hae_jax.training.state import LOSS_BINS, Window
+
+_LOG = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -74,17 +77,15 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to the first that is damaged, as by a crash."""
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
-            break
-        lines.append(found)
-    return lines
+    """The lines of a metrics.jsonl that are whole and have a step.
+
+    A crash may leave half of the last line. Any other damaged line gets a warning.
+    """
+    lines, damaged = read_json_lines(path)
+    for number in damaged:
+        if number < len(lines) + len(damaged):
+            _LOG.warning("%s: line %d is damaged and left out; the other lines are kept", path, number)
+    return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def window_means(window: Window) -> dict[str, float]:

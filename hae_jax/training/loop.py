@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,8 +141,19 @@ def _check(
     mesh = make_mesh(training.mesh, devices)
     check_batch_size(training.batch_size, training.accumulation, mesh, "training.batch_size")
     optimizer = make_optimizer(training)
-    return Run(config, config.to_dict(), workdir, mesh, _checked_store(config, network), network, process, optimizer,
-               _abstract_state(config), profile)
+    store = _checked_store(config, network)
+    _check_memory(training.batch_size, network)
+    return Run(config, config.to_dict(), workdir, mesh, store, network, process, optimizer, _abstract_state(config),
+               profile)
+
+
+def _check_memory(batch_size: int, network: UNetConfig) -> None:
+    """Refuses a batch whose images do not fit into this host's memory. Compiling its step could take hours."""
+    needed = batch_size // jax.process_count() * network.image_size**2 * network.in_channels * np.float32().nbytes
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise UserError(f"training.batch_size is {batch_size}: the images of a batch need {needed / 1e9:.3g} GB, and "
+                        f"this machine has {memory / 1e9:.3g} GB of memory; set it lower")
 
 
 def _checked_store(config: ml_collections.ConfigDict, network: UNetConfig) -> Store:

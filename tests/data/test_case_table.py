@@ -1,5 +1,7 @@
 """Tables of cases: they override every guess; each mistake is one line that names the row."""
 
+import os
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -65,6 +67,12 @@ def test_mistakes_of_the_table(tmp_path, text, says):
     with pytest.raises(UserError, match=rf"cases\.csv.*{says}") as error:
         find_cases(table(tmp_path, text), ("t1",))
     assert "\n" not in str(error.value)
+
+
+def test_a_pipe_in_place_of_the_table_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "cases.csv")
+    with pytest.raises(UserError, match=r"cases\.csv: is no file"):
+        find_cases(tmp_path / "cases.csv", ("t1",))
 
 
 @pytest.mark.parametrize(("row", "says"), [

@@ -80,7 +80,7 @@ def test_a_header_that_would_give_other_voxels_is_refused(tmp_path, start, value
 
 
 def test_nibabel_adds_no_lines_of_its_own(tmp_path, caplog):
-    nib.save(image(affine=None), tmp_path / "a.nii")
+    nib.save(image(), tmp_path / "a.nii")  # its sform gives the voxel size
     content = bytearray((tmp_path / "a.nii").read_bytes())
     content[80:84] = np.float32(-2).tobytes()  # pixdim[1]
     (tmp_path / "a.nii").write_bytes(content)
@@ -91,15 +91,15 @@ def test_nibabel_adds_no_lines_of_its_own(tmp_path, caplog):
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("size", [0, np.nan])
-def test_a_voxel_without_size_is_refused(tmp_path, size):
-    """nibabel would take it for 1 mm."""
+@pytest.mark.parametrize(("size", "says"), [(0, "no"), (np.nan, "no"), (-2, "a negative")])
+def test_a_voxel_without_size_is_refused(tmp_path, size, says):
+    """nibabel would take 0 for 1 mm, and the absolute value of a negative size."""
     made = image(affine=None)
     nib.save(made, tmp_path / "a.nii")
     content = bytearray((tmp_path / "a.nii").read_bytes())
     content[84:88] = np.float32(size).tobytes()  # pixdim[2]
     (tmp_path / "a.nii").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.nii: its header gives no voxel size"):
+    with pytest.raises(UserError, match=rf"a\.nii: its header gives {says} voxel size"):
         read_volume(tmp_path / "a.nii")
 
 

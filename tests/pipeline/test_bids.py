@@ -14,7 +14,7 @@ from hae_jax.commands import bids as command
 from hae_jax.data.cases import MODALITIES
 from hae_jax.errors import UserError
 from hae_jax.pipeline import bids
-from hae_jax.pipeline.bids import RESULTS, write_derivatives, write_group_table
+from hae_jax.pipeline.bids import GROUP_TABLE, RESULTS, write_derivatives, write_group_table
 
 _NAMES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-gadolinium_T1w", "t2": "T2w"}
 
@@ -88,7 +88,7 @@ def test_derivatives_of_a_dataset(app, dataset, tmp_path):
     assert {issue["code"] for issue in found["warning"]} <= {"TOO_FEW_AUTHORS"}  # of our description
 
     command.main([str(dataset), str(output), "group"])
-    with open(output / bids.GROUP_TABLE, newline="") as stream:
+    with open(output / GROUP_TABLE, newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     assert [(row["participant_id"], row["session_id"]) for row in rows] == [
         ("sub-01", "ses-1"), ("sub-01", "ses-2"), ("sub-02", "n/a")]
@@ -151,3 +151,12 @@ def test_no_run_no_derivatives(tmp_path):
     with pytest.raises(UserError, match="has no finished case"):
         write_group_table(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    table = tmp_path / RESULTS / "run" / "cases.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("case,slices\np1\n")
+    with pytest.raises(UserError, match=r"cases\.csv: is damaged; run the level participant again"):
+        write_group_table(tmp_path)
+    assert not (tmp_path / GROUP_TABLE).exists()

@@ -53,7 +53,7 @@ def test_values_of_another_kind_are_left_out_and_said(results, file, known):
         path.write_text(before)
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "slices/a.json"])
+@pytest.mark.parametrize("file", ["manifest.json", "slices/a.json", "cases.csv"])
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(results, file):
     (results / file).unlink()
     os.mkfifo(results / file)

@@ -16,7 +16,7 @@ from spawned import spawned
 from hae_jax.data.slices import CaseSlices
 from hae_jax.data.store import StoreWriter
 
-STEPS, LOG_EVERY, VALIDATE_EVERY, SAVE_EVERY = 70, 3, 11, 5
+STEPS, LOG_EVERY, VALIDATE_EVERY, SAVE_EVERY = 70, 3, 23, 5
 # What is waited for: that it begins (to build and to restore), a line of the log, or the n-th save; then a random time
 # of at most so many seconds; then the signal.
 DISTURBANCES = [("begins", 3, SIGKILL), ("save 1", 0.03, SIGKILL), ("line", 0.4, SIGKILL), ("save 2", 0.03, SIGKILL),

@@ -26,6 +26,16 @@ def test_a_resumed_run_has_every_line_once(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
+def test_a_damaged_line_is_said_and_the_others_are_kept(tmp_path, caplog):
+    write(tmp_path, 0, (1, 2, 3))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(["\0" * 9 + "\n", *lines[1:]]))
+    write(tmp_path, 2, (3,))
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[1:])
+    (message,) = caplog.messages
+    assert message == f"{tmp_path / 'metrics.jsonl'}: line 1 is damaged and left out; the other lines are kept"
+
+
 def test_a_run_without_a_checkpoint_begins_its_log_anew(tmp_path):
     write(tmp_path, 0, (1, 2))
     write(tmp_path, 0, (1,))

@@ -155,6 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("training.batch_size", 6, r"training\.batch_size is 6: 4 devices x 1 .* set it to 8"),
+    ("training.batch_size", 10**9, r"need 4.1e\+03 GB, and this machine has .* GB of memory; set it lower"),
     ("training.accumulation", 3, r"set it to 12"),
     ("training.steps", 0, r"training\.steps is 0"),
     ("training.p_uncond", 1.5, r"training\.p_uncond"),
