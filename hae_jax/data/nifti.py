@@ -215,7 +215,7 @@ def _affine_mm(path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header) -> 
         if int(stored[code]) not in _CODES:
             raise UserError(f"{path}: its header is damaged ({code} is {int(stored[code])}); copy or export it again")
     if header["sform_code"] == 0:  # else the voxel size is the sform's
-        sizes = stored["pixdim"][1:4]  # nibabel makes 1 of 0
+        sizes = np.asarray(stored["pixdim"][1:4], float)  # nibabel makes 1 of 0
         if not np.isfinite(sizes).all() or not sizes.all():
             raise UserError(f"{path}: its header gives no voxel size (pixdim is {', '.join(map(str, sizes))}); correct "
                             "the header")
