@@ -19,7 +19,7 @@ _PRESETS = Path(configs.__file__).parent
 DEFAULTS = str(_PRESETS / "default.py")
 _SEEDS = 2**63
 CONFIG_HELP = ("configuration file, or name of a preset such as brats_v2c; --config.FIELD=VALUE sets a single field, "
-               "such as --config.seed=1 (configs/default.py explains all fields)")
+               "such as --config.seed=1; None unsets a field that may be None (configs/default.py explains all fields)")
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
@@ -44,7 +44,13 @@ def overridden(
       UserError: an override names no field or has the wrong type.
     """
     values = flags.FlagValues()
-    argv = ["config", *overrides]
+    last = {argument.partition("=")[0]: argument for argument in overrides}  # for each field
+    # absl and ml_collections have no way to write None.
+    optional = {f"--config.{name}" for name, value in fields(default.get_config()).items()
+                if value is None or name == "model.num_classes"}
+    unset = {flag for flag, argument in last.items() if flag in optional and argument == f"{flag}=None"}
+    config.update_from_flattened_dict({flag.removeprefix("--config."): None for flag in unset})
+    argv = ["config", *(argument for flag, argument in last.items() if flag not in unset)]
     try:
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)
         values(argv)

@@ -74,6 +74,17 @@ def test_numbers_that_cannot_be_are_refused(override, says):
         read_config("default", [f"--config.{override}"])
 
 
+def test_none_unsets_a_field_that_may_be_none():
+    """Also where the preset gives a value; the last override of a field counts."""
+    flags = [f"--config.{field}=None" for field in ("training.clip_norm", "training.initial_weights", "data.phantom",
+                                                    "model.num_classes", "training.wandb")]
+    found = read_config("phantom", [*flags, "--config.training.wandb=mine"])
+    assert [found.training.clip_norm, found.training.initial_weights, found.data.phantom, found.model.num_classes,
+            found.training.wandb] == [None, None, None, None, "mine"]
+    with pytest.raises(UserError, match=r"training\.steps=None"):
+        read_config("phantom", ["--config.training.steps=None"])
+
+
 def test_files_of_one_name_do_not_mix(tmp_path):
     for k in (1, 2):
         (tmp_path / str(k)).mkdir()
