@@ -3,17 +3,19 @@
 `training.localization` looks at it while a network is trained, `ablation` when settings are compared.
 """
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hae_jax.data.slices import SliceGrid
 from hae_jax.errors import UserError
 from hae_jax.evaluation import ranking
 from hae_jax.evaluation.metrics import dice
 from hae_jax.localization import rules
-from hae_jax.localization.map_threshold import MapThresholdMethod, ValidationSlice
+from hae_jax.localization.map_threshold import MapThresholdMethod, ValidationSlice, stacked
 
 
 class Measures(NamedTuple):
@@ -54,6 +56,24 @@ def measure(method: MapThresholdMethod, results: Iterable[tuple[Any, ValidationS
     errors = rules.slice_threshold(scores, labels)[1] if len(scores) else 0
     return Measures(expected, share, rules.slice_auc(scores, labels), 1 - errors / max(len(scores), 1),
                     *_with_ground_truth([sample for sample in samples if sample.label], thresholds))
+
+
+def masks_dice(method: MapThresholdMethod, results: Sequence[tuple[Any, ValidationSlice]]) -> float:
+    """Mean Dice of the lesion slices' masks, with the method's rule, slice labels and filters.
+
+    The thresholds are chosen on the same slices. NaN without ground truth, or if the rule finds no threshold.
+    """
+    try:
+        calibration = method.calibrate(results, {})
+    except UserError:
+        return math.nan
+    found = []
+    for _, own in itertools.groupby(results, key=lambda pair: pair[1].case):
+        maps, slices = zip(*own, strict=True)
+        grid = SliceGrid(np.array([item.position for item in slices]), slices[0].spacing)
+        masks = method.masks(stacked(maps), calibration, np.stack([item.head for item in slices]), grid).mask
+        found += [dice(mask[None], item.truth[None])[0] for mask, item in zip(masks, slices, strict=True) if item.label]
+    return float(np.mean(found)) if any(item.truth.any() for _, item in results) else math.nan
 
 
 def _with_ground_truth(lesion: list[rules.Sample], thresholds: dict[str, float]) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -20,7 +20,7 @@ from hae_jax import files, provenance
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
 from hae_jax.localization.batched import IntensityReader, SliceTranslator
-from hae_jax.localization.measures import Measures, measure
+from hae_jax.localization.measures import Measures, masks_dice, measure
 from hae_jax.localization.methods import IntensityThreshold, make_method
 from hae_jax.pipeline.calibrations import validation_results
 
@@ -29,6 +29,8 @@ _HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "sli
           "slice_accuracy": "slice accuracy", "auprc": "lesion-slice AUPRC",
           "best_dice": "lesion-slice Dice at the best single threshold (upper bound)",
           "mixture_dice": "lesion-slice Dice, rule mixture", "fpr_dice": "lesion-slice Dice, rule healthy_fpr"}
+# Fields that do not change what the network computes.
+_FILTERS = {"filters", "across_mm", "head_erosion_mm", "median_mm", "smallest_ml"}
 
 
 def variations(config: ml_collections.ConfigDict) -> list[tuple[str, dict[str, Any]]]:
@@ -51,8 +53,19 @@ def variations(config: ml_collections.ConfigDict) -> list[tuple[str, dict[str, A
         rows += [(f"{name} alone", {"weights": tuple(float(other == name) * (-1 if name == "t1" else 1)
                                                      for other in names)}) for name in names if name != "t1ce"]
     rows += [("not smoothed across slices", {"filters": "mm", "across_mm": 0.0}),
-             ("head eroded by 4 mm", {"filters": "mm", "head_erosion_mm": 4.0})]
+             ("head eroded by 4 mm", {"filters": "mm", "head_erosion_mm": 4.0}),
+             ("components of any size", {"filters": "mm", "smallest_ml": 0.0}),
+             ("components from 1 ml", {"filters": "mm", "smallest_ml": 1.0}),
+             ("median of 10 mm", {"filters": "mm", "median_mm": 10.0})]
     return rows
+
+
+class _Row(NamedTuple):
+    name: str
+    passes: int
+    values: Measures
+    masks_dice: float
+    seconds: float  # per slice; NaN: no network was run
 
 
 def ablate(
@@ -81,19 +94,27 @@ def ablate(
         raise UserError(f"{store.root}: the chosen validation slices are of one class; prepare data with both classes, "
                         "or use more --slices")
     flair = IntensityThreshold.of(config)
-    found = [("intensity itself", 0, measure(flair, validation_results(
-        IntensityReader(flair.intensity), store, config.data.scaling, chosen)), math.nan)]
+    items = list(validation_results(IntensityReader(flair.intensity), store, config.data.scaling, chosen))
+    found = [_Row("intensity itself", 0, measure(flair, items), masks_dice(flair, items), math.nan)]
     _write(output, config, found, len(chosen))
+    unchanged = None  # the maps of the config's own settings
     for name, changes in rows:
         own = copy.deepcopy(config)
         own.translation.method = "residual"
         own.translation.update(changes)
         method = make_method(own)
-        translator = SliceTranslator(model, method, batch_size=own.translation.batch_size, seed=config.seed, mesh=mesh)
-        translator.prepare(tuple(store.manifest["slice_shape"]))
-        start = time.monotonic()
-        values = measure(method, validation_results(translator, store, config.data.scaling, chosen, name))
-        found.append((name, method.passes, values, (time.monotonic() - start) / len(chosen)))
+        seconds, filters_alone = math.nan, set(changes) <= _FILTERS
+        if not filters_alone or unchanged is None:
+            translator = SliceTranslator(model, method, batch_size=own.translation.batch_size, seed=config.seed,
+                                         mesh=mesh)
+            translator.prepare(tuple(store.manifest["slice_shape"]))
+            start = time.monotonic()
+            items = list(validation_results(translator, store, config.data.scaling, chosen, name))
+            seconds = (time.monotonic() - start) / len(chosen)
+            unchanged = items if filters_alone else unchanged
+        else:
+            items = unchanged
+        found.append(_Row(name, method.passes, measure(method, items), masks_dice(method, items), seconds))
         _write(output, config, found, len(chosen))
     return output / "ablation.md"
 
@@ -105,22 +126,23 @@ def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
     return np.unique(np.minimum(starts[:, None] + np.arange(_BLOCK), total - 1))
 
 
-def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[tuple[str, int, Measures, float]],
-           slices: int) -> None:
+def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[_Row], slices: int) -> None:
     """After each row, so that a stopped run keeps what it has."""
-    head = ["settings", "passes", *_HEADS.values(), "seconds per slice"]
+    head = ["settings", "passes", *_HEADS.values(), "lesion-slice Dice, masks", "seconds per slice"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    lines += [[name, str(passes), *(f"{value:.3f}" for value in values), f"{seconds:.3f}"]
-              for name, passes, values, seconds in rows]
+    lines += [[row.name, str(row.passes), *(f"{value:.3f}" for value in (*row.values, row.masks_dice, row.seconds))]
+              for row in rows]
     phantom = config.data.phantom is not None
     page = [f"# {'PHANTOM metrics' if phantom else 'Metrics'} of {slices} validation slices", "",
             *(f"| {' | '.join('-' if cell == 'nan' else cell for cell in line)} |" for line in lines), "",
             "Expected Dice, lesion share, slice AUC and slice accuracy come from image labels alone, the other columns "
-            "from ground truth. Lesion-slice Dice: before filters of masks.", "", provenance.RESEARCH_USE, ""]
+            "from ground truth. Lesion-slice Dice is measured before the filters of masks. In the column masks it is "
+            "measured after them, with the rule and the slice labels of the settings. Components are cut at the ends "
+            f"of blocks of {_BLOCK} slices.", "", provenance.RESEARCH_USE, ""]
     with files.written_whole(output / "ablation.md") as temporary:
         temporary.write_text("\n".join(page), encoding="utf-8")
     files.write_json(output / "ablation.json", {
-        "rows": [{"settings": name, "passes": passes} | {
-            field: None if math.isnan(value) else value for field, value in values._asdict().items()}
-            for name, passes, values, _ in rows],
+        "rows": [{"settings": row.name, "passes": row.passes} | {
+            field: None if math.isnan(value) else value
+            for field, value in (row.values._asdict() | {"masks_dice": row.masks_dice}).items()} for row in rows],
         "config": config.to_dict(), "made_by": provenance.record()})

@@ -7,7 +7,7 @@ from run_helpers import read_json
 from hae_jax.data.store import open_store
 from hae_jax.errors import UserError
 from hae_jax.localization.map_threshold import ValidationSlice
-from hae_jax.localization.measures import measure
+from hae_jax.localization.measures import masks_dice, measure
 from hae_jax.localization.methods import Intensity, IntensityThreshold
 from hae_jax.pipeline import ablation
 
@@ -19,12 +19,16 @@ def settings(config):
 
 
 def test_each_row_is_measured(settings, prepared, toy_network, mesh_of, tmp_path):
-    rows = [("as configured", {}), ("guidance off", {"guidance": 0.0})]
+    rows = [("as configured", {}), ("guidance off", {"guidance": 0.0}),
+            ("components of any size", {"filters": "mm", "smallest_ml": 0.0})]
     store = open_store(prepared / "store")
     page = ablation.ablate(toy_network(0), settings, mesh_of(2), store, rows, slices=100, output=tmp_path / "out")
     found = read_json(tmp_path / "out" / "ablation.json")["rows"]
-    assert [row["settings"] for row in found] == ["intensity itself", "as configured", "guidance off"]
-    assert [row["passes"] for row in found] == [0, 4, 4]
+    assert [row["settings"] for row in found] == [
+        "intensity itself", "as configured", "guidance off", "components of any size"]
+    assert [row["passes"] for row in found] == [0, 4, 4, 4]
+    assert found[3]["auprc"] == found[1]["auprc"]  # the same maps
+    assert [row["masks_dice"] > 0.1 for row in found] == [True, False, False, True]  # 0.1 ml is much at 16 px
     assert found[0]["best_dice"] > 0.9  # the balls are bright
     assert found[1]["auprc"] != found[2]["auprc"]
     text = page.read_text()
@@ -40,7 +44,7 @@ def test_variations_change_one_setting_each(settings):
     assert len({name for name, _ in rows}) == len(rows)
     fields = set().union(*(changes for _, changes in rows))
     assert fields == {"timesteps", "guidance", "draws", "rounds", "rectify", "smoothing", "weights", "filters",
-                      "across_mm", "head_erosion_mm"}
+                      "across_mm", "head_erosion_mm", "median_mm", "smallest_ml"}
     assert max(max(changes.get("timesteps", (0,))) for _, changes in rows) == 600  # 1200 is beyond the schedule
     for name, changes in rows:
         settings.translation.update({"method": "residual"})
@@ -76,7 +80,10 @@ def test_measures_against_their_definitions():
     assert found.best_dice == pytest.approx(1, abs=1e-6)
     assert found.mixture_dice > 0.95
     assert found.lesion_share == pytest.approx(16 / 144, rel=0.05)
-    blind = measure(IntensityThreshold(), [(map, item._replace(truth=np.zeros((12, 12), bool))) for map, item in items])
+    assert masks_dice(IntensityThreshold(), items) > 0.95
+    blind = [(map, item._replace(truth=np.zeros((12, 12), bool))) for map, item in items]
+    assert np.isnan(masks_dice(IntensityThreshold(), blind))
+    blind = measure(IntensityThreshold(), blind)
     assert np.isnan([blind.auprc, blind.best_dice, blind.mixture_dice, blind.fpr_dice]).all()
     assert (blind.expected_dice, blind.slice_auc) == (found.expected_dice, found.slice_auc)
     flat = measure(IntensityThreshold(), [(Intensity(0 * map.map), item) for map, item in items])
