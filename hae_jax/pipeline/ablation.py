@@ -25,6 +25,7 @@ from hae_jax.localization.methods import IntensityThreshold, make_method
 from hae_jax.pipeline.calibrations import validation_results
 
 _BLOCK = 8  # neighbouring slices
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly
 _HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "slice_auc": "slice AUC",
           "slice_accuracy": "slice accuracy", "auprc": "lesion-slice AUPRC",
           "best_dice": "lesion-slice Dice at the best single threshold (upper bound)",
@@ -120,9 +121,14 @@ def ablate(
 
 
 def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
-    """Rows of a split in blocks of neighbours, so that smoothing across slices has something to work on."""
+    """Rows of a split in blocks of neighbours, so that smoothing across slices has something to work on.
+
+    Each block lies at another place of its part of the split. Equal distances could select the same heights of all
+    subjects, for example their lowest slices.
+    """
     count = max(1, min(wanted, total) // _BLOCK)
-    starts = (np.arange(count) * total / count).astype(int)
+    place = np.arange(count) * _GOLDEN % 1
+    starts = ((np.arange(count) + place) * total / count).astype(int)
     return np.unique(np.minimum(starts[:, None] + np.arange(_BLOCK), total - 1))
 
 

@@ -63,8 +63,12 @@ def test_slices_of_one_class_are_refused(settings, prepared, toy_network, mesh_o
 def test_blocks_of_neighbours():
     chosen = ablation._blocks(1000, 80)
     assert len(chosen) == 80
-    assert (np.diff(chosen).reshape(-1)[:7] == 1).all()
-    assert (chosen[0], chosen[8]) == (0, 100)
+    assert (np.diff(chosen.reshape(10, 8)) == 1).all()
+    assert list(chosen[::8] // 100) == list(range(10))
+    heights = np.sort(chosen[::8] % 100)  # of ten subjects of 100 slices each
+    assert heights[0] < 20
+    assert np.diff(heights).max() < 20
+    assert heights[-1] > 80
     assert len(ablation._blocks(5, 80)) == 5
 
 
