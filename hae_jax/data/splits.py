@@ -1,4 +1,4 @@
-"""Which patients train, validate and test, and whose a case is."""
+"""The split into training, validation and test patients, and the patient of a case."""
 
 import collections
 import random
@@ -9,7 +9,7 @@ from hae_jax.errors import UserError
 
 SPLITS = ("train", "val", "test")
 _VISIT = re.compile(r"(?<=^BraTS-...-\d{5})-\d{3}$")
-_SUBJECT = re.compile(r"sub-[^_]+")  # BIDS: what follows tells sessions, runs and kinds of image
+_SUBJECT = re.compile(r"sub-[^_]+")  # BIDS: session, run and kind of image follow
 
 
 def split_patients(
@@ -56,6 +56,6 @@ def split_patients(
 
 
 def patient_of(name: str) -> str:
-    """The patient that a case is of: several visits of one are told apart by BraTS 2023 and BIDS names."""
+    """The patient of a case. Visits of one patient are recognised in names of BraTS 2023 and BIDS."""
     subject = _SUBJECT.match(name)
     return subject.group() if subject else _VISIT.sub("", name)
