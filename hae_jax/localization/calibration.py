@@ -1,7 +1,7 @@
-"""What is chosen on validation slices and turns maps into masks, and the published values of it.
+"""Calibrations: thresholds that are chosen on validation slices and used to make masks of maps; published presets.
 
-`MapThreshold` is that of every method but the published forward process, whose own is `Calibration`. `map_threshold.py`
-and `published.py` make and apply them; `pipeline.calibrations` keeps them as JSON.
+The published forward process uses `Calibration`, all other methods use `MapThreshold`. `published.py` and
+`map_threshold.py` make and apply them. `pipeline.calibrations` stores them as JSON.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ _BINS = 60  # of the histogram of anomaly scores
 
 @dataclasses.dataclass(frozen=True)
 class MapThreshold:
-    """What turns a method's maps into masks.
+    """The thresholds that turn a method's maps into masks.
 
     Attributes:
       method: the method's name.
@@ -77,7 +77,7 @@ class MapThreshold:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What `published.make_masks` needs to know about a network, its guidance strength and its number of steps.
+    """The values for `published.make_masks`. They hold for one network, guidance strength and number of steps.
 
     Attributes:
       threshold: a slice is called a lesion slice where its similarity (`published.similarity`) is at most this.
@@ -162,7 +162,7 @@ def _or_none(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or kind(value)
 
 
-_KINDS: dict[str, Callable[[Any], bool]] = {  # what each field of a calibration looks like in JSON
+_KINDS: dict[str, Callable[[Any], bool]] = {  # checks of each field of a calibration in JSON
     "method": lambda value: isinstance(value, str),
     "rule": lambda value: isinstance(value, str) and value in rules.LABELS,
     "labels": lambda value: isinstance(value, str),
@@ -189,7 +189,7 @@ def score_histogram(
     scores: np.ndarray,  # [S] anomaly scores
     labels: np.ndarray,  # [S] 0 healthy, 1 lesion
 ) -> dict[str, list]:
-    """How many healthy and lesion slices have which anomaly score: "edges" [n + 1], "healthy" [n], "lesion" [n]."""
+    """Histograms of anomaly scores by class of slices: "edges" [n + 1], "healthy" [n], "lesion" [n]."""
     lesion, edges = np.asarray(labels) > 0, np.histogram_bin_edges(scores, _BINS)
     return {"edges": edges.tolist(), "healthy": np.histogram(scores[~lesion], edges)[0].tolist(),
             "lesion": np.histogram(scores[lesion], edges)[0].tolist()}
