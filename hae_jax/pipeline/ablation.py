@@ -1,7 +1,7 @@
-"""Settings of the method `residual` side by side on slices of the validation split: which of them matter.
+"""Ablation: compares settings of the method `residual` on slices of the validation split.
 
-Settings are chosen here, by expected Dice times slice AUC, which need image labels alone; test subjects are left
-alone. `hae_jax.commands.ablate` calls it.
+Choose settings by expected Dice times slice AUC, which need image labels only. Test subjects are not used.
+`hae_jax.commands.ablate` calls this module.
 """
 
 import copy
@@ -24,7 +24,7 @@ from hae_jax.localization.measures import Measures, measure
 from hae_jax.localization.methods import IntensityThreshold, make_method
 from hae_jax.pipeline.calibrations import validation_results
 
-_BLOCK = 8  # neighbouring slices
+_BLOCK = 8  # neighbouring slices in a block
 _HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "slice_auc": "slice AUC",
           "slice_accuracy": "slice accuracy", "auprc": "lesion-slice AUPRC",
           "best_dice": "lesion-slice Dice at the best single threshold (upper bound)",
@@ -32,7 +32,7 @@ _HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "sli
 
 
 def variations(config: ml_collections.ConfigDict) -> list[tuple[str, dict[str, Any]]]:
-    """What is compared: the config's settings, and each of them changed alone."""
+    """The variants to compare: the config's settings, and variants that each change one of them."""
     wanted = config.translation
     times = tuple(wanted.timesteps)
     rows = [("as configured", {})]
@@ -99,7 +99,7 @@ def ablate(
 
 
 def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
-    """Rows of a split in blocks of neighbours, so that smoothing across slices has something to work on."""
+    """Rows of a split in blocks of neighbouring slices, which smoothing across slices needs."""
     count = max(1, min(wanted, total) // _BLOCK)
     starts = (np.arange(count) * total / count).astype(int)
     return np.unique(np.minimum(starts[:, None] + np.arange(_BLOCK), total - 1))
@@ -107,7 +107,7 @@ def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
 
 def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[tuple[str, int, Measures, float]],
            slices: int) -> None:
-    """After each row, so that a stopped run keeps what it has."""
+    """Writes the tables. It is called after each row, so that a stopped run keeps its results."""
     head = ["settings", "passes", *_HEADS.values(), "seconds per slice"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     lines += [[name, str(passes), *(f"{value:.3f}" for value in values), f"{seconds:.3f}"]

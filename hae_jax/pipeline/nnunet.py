@@ -1,4 +1,4 @@
-"""Masks of a run as a training set for nnU-Net: a segmentation network can then be trained without drawn masks."""
+"""Export of a run's masks as a training set for nnU-Net, to train a segmentation network without manual masks."""
 
 import csv
 from collections.abc import Mapping
@@ -97,7 +97,7 @@ def _ranked(results: Path, case: CaseFiles) -> _Ranked:
 
 
 def _write_case(folder: Path, results: Path, files: CaseFiles) -> None:
-    """All channels and the label on one grid, with one header, as nnU-Net wants them."""
+    """Writes all channels and the label on one grid, with the same header, as nnU-Net requires."""
     case = read_case(files)
     for channel in range(case.volumes.shape[-1]):
         write_volume(folder / "imagesTr" / f"{case.name}_{channel:04d}.nii.gz", case.volumes[..., channel], case.grid,

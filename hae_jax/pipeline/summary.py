@@ -1,4 +1,4 @@
-"""What a case leaves behind, and what the cases of a run add up to: tables, metrics, manifest, a printed summary."""
+"""The record of a case, and the summary of a run: tables, metrics, manifest and the printed summary."""
 
 import dataclasses
 import time
@@ -25,14 +25,14 @@ _SHOWN = 5  # names in a line
 
 
 class Answer(NamedTuple):
-    """What one method says about a case."""
+    """The result of one method for a case."""
 
     masks: Masks  # at network resolution
     volume: VolumeMetrics  # on the case's own grid
 
 
 class Measured(NamedTuple):
-    """What the metrics need of a case that has a segmentation, at network resolution."""
+    """The data for the metrics of a case with a segmentation, at network resolution."""
 
     truth: np.ndarray  # [S, H, W] bool
     foreground: np.ndarray  # [S, H, W] bool
@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A case that was worked on.
+    """A case that was processed.
 
     Attributes:
       key: its cache key.
@@ -67,7 +67,7 @@ class Record:
 
 
 class Context(NamedTuple):
-    """What the tables say of a run besides its cases.
+    """Facts about a run, besides its cases, for the tables.
 
     Attributes:
       config: the config tree.
@@ -90,7 +90,7 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run did.
+    """The outcome of a run.
 
     Attributes:
       output: the folder that holds it.
@@ -159,7 +159,7 @@ class Summary:
 
 
 class Tally:
-    """Sums over the cases that have a segmentation, for several methods side by side.
+    """Sums over the cases with a segmentation, for several methods.
 
     Of a case only sums and counts stay, so that memory does not grow with pixels.
 
@@ -174,7 +174,7 @@ class Tally:
         self._methods: dict[str, _Sums] = {}
 
     def add(self, patient: str, case: Measured | None) -> None:
-        """Adds a case with every method's answer; None, a case without a segmentation, is passed over.
+        """Adds a case with the result of every method. None, for a case without a segmentation, is ignored.
 
         Args:
           patient: whose case it is; several may be one's, who is drawn with all of them.
@@ -196,7 +196,7 @@ class Tally:
             sums.patients.append(patient)
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each method that answered for every case: `running.SliceSums`'s, and "volumes". Empty without cases.
+        """The results of `running.SliceSums` and "volumes", for each method with results for every case. May be empty.
 
         Where the intensity threshold has answered as well, the others have "above_threshold".
         """
@@ -210,16 +210,16 @@ class Tally:
 
 
 class _Sums(NamedTuple):
-    """Of one method."""
+    """The sums of one method."""
 
     slices: SliceSums
-    volumes: list[VolumeMetrics]  # of each case that it answered for
-    patients: list[str]  # likewise
+    volumes: list[VolumeMetrics]  # of each of its cases
+    patients: list[str]  # of each of its cases
 
 
 def write_tables(output: Path, key: Mapping[str, Any], context: Context, records: Mapping[str, Record],
                  done: Summary, rewrite_manifest: bool) -> None:
-    """Writes cases.csv, metrics.json and, if asked for, manifest.json."""
+    """Writes cases.csv, metrics.json and, with `rewrite_manifest`, manifest.json."""
     config, method = context.config, context.method
     report.write_cases(output / CASES, _finished(records))
     report.write_metrics(
@@ -239,7 +239,7 @@ def write_tables(output: Path, key: Mapping[str, Any], context: Context, records
 
 def summarise(output: Path, context: Context, cases: Sequence[str], records: Mapping[str, Record], tally: Tally,
               worked_on: Sequence[str], changed: dict[str, str]) -> Summary:
-    """Sums a run up.
+    """Summarises a run.
 
     Args:
       output: the folder of results.

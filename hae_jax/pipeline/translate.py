@@ -1,4 +1,4 @@
-"""A folder of cases in, NIfTI masks, pictures and metrics out: the run that `translate.py` starts."""
+"""The run that `translate.py` starts: from a folder of cases to NIfTI masks, pictures and metrics."""
 
 import logging
 import time
@@ -79,7 +79,7 @@ def translate(
         unfinished = [case for case in own if overwrite or not results.finished(case)]
         if not overwrite:
             results.check_namesakes(unfinished)
-        # Without cases to do, the tables may still be another run's, that has added its cases with other settings.
+        # Even if all cases are finished, another run with other settings may have written the tables.
         if unfinished or (own and results.key_of_tables() != results.key):
             translator = _translator(model, method, config, mesh)
             localizer = CalibratedMethod(method, calibration or calibrated(
