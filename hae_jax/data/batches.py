@@ -42,27 +42,27 @@ def train_batches(
     Batches run across the ends of epochs, so that all have the same size. Process p of P gets rows p B/P .. (p+1) B/P
     of each global batch of B.
 
-    Balanced, healthy and lesion slices take turns, each class in epochs of its own.
+    With `balance`, healthy and lesion slices alternate. Each class has separate epochs.
 
     Args:
       reader: the training split.
       batch_size: global batch size B, over all processes.
-      seed: of the order; any integer >= 0.
-      start_step: number of global batches to leave out; costs nothing however large.
-      process_index: of this process, p.
+      seed: seed of the order; any integer >= 0.
+      start_step: number of global batches to skip, at no cost.
+      process_index: number of this process, p.
       process_count: P; must divide B.
-      workers: processes that read and scale; 0 does so in threads of this process, which is enough for most disks.
-      prefetch: batches to read ahead (per worker); 0 reads when asked.
-      balance: draw healthy and lesion slices equally often, whatever their numbers.
+      workers: processes that read and scale; 0 uses threads of this process, which is enough for most disks.
+      prefetch: batches to read ahead (per worker); 0 reads on demand.
+      balance: draw healthy and lesion slices equally often.
       healthy_only: leave out slices with a lesion.
       scaling: see `to_model_range`.
 
     Returns:
       An iterator of dictionaries: image [B/P, H, W, C] float32 in [-1, 1]; label, case, slice [B/P] int32. With
-      workers, `close()` it when done; the death of one is a UserError.
+      workers, call `close()` at the end. If a worker dies, the iterator raises a UserError.
 
     Raises:
-      UserError: the split is empty, or one class of it where they are to be balanced, or a number does not fit.
+      UserError: the split is empty, a class is missing with `balance` or `healthy_only`, or a number is wrong.
     """
     _check_batch_size(batch_size, reader)
     if batch_size % process_count:

@@ -48,12 +48,12 @@ class Case:
 def read_case(files: CaseFiles) -> Case:
     """Reads all of a case and checks that its parts belong together.
 
-    A file may have an orientation of its own, as long as it lies on the same voxels.
+    Files may have different orientations if they have the same voxels.
 
     Raises:
-      UserError: the case has a `problem`, or a file is missing, unreadable, of other dimensions than its layout says,
-        not finite, without a positive voxel, or on another grid than the first modality; or the segmentation holds
-        numbers that mark no lesion.
+      UserError: the case has a `problem`; a file is missing, unreadable, not finite, without a positive voxel, on
+        another grid than the first modality, or its dimensions do not fit the layout; or the segmentation has values
+        that are not lesion labels.
     """
     _check_files(files)
     wanted = [image.modality for image in files.images]

@@ -50,18 +50,19 @@ _SHOWN = 3  # names in a message
 def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> list[CaseFiles]:
     """Lists the cases in `folder` and the folders below it, sorted by name.
 
-    Cases with one name are one case with a `problem`, as is a case with a file that is there twice (.nii and .nii.gz).
-    So is a folder, called by its path, that cannot be looked into (closed, or a link to where nothing is), or whose
-    cases cannot be told apart. NIfTI files that belong to no case are named in a warning on stderr.
+    Cases that share a name become one case with a `problem`. A case with a file that exists twice (.nii and .nii.gz)
+    has a `problem` as well. A folder that cannot be listed (no permission, or a dead link), or whose cases cannot be
+    distinguished, becomes a case with a `problem`, named after its path. NIfTI files that belong to no case are named
+    in a warning on stderr.
 
     Args:
-      folder: a data set in any of `LAYOUTS`, a single case's folder, one file of a case, or a table of cases (.csv,
-        `case_table`). Hidden files and the results of translate.py are passed over.
-      modalities: the channels wanted, in their order. Others that a case may have are ignored.
+      folder: a dataset in any of `LAYOUTS`, a single case's folder, one file of a case, or a table of cases (.csv,
+        `case_table`). Hidden files and the results of translate.py are ignored.
+      modalities: the wanted channels, in their order. Other channels of a case are ignored.
 
     Raises:
-      UserError: no case is there, the folder holds results of translate.py, or in all of it dataset.json does not tell
-        where a modality is.
+      UserError: there are no cases, the folder holds results of translate.py, or no dataset.json gives the position of
+        a modality.
     """
     folder = Path(folder)
     check_modalities(modalities)

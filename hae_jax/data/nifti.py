@@ -121,14 +121,14 @@ def write_volume(
 ) -> None:
     """Writes a NIfTI file on another image's grid, whole or not at all.
 
-    Shape, zooms, qform and sform with their codes, and units are those of the image, to the last bit; what its header
-    says about intensities is replaced.
+    Shape, zooms, qform and sform with their codes, and units are exactly those of the image. Fields of the header about
+    intensities are replaced.
 
     Args:
       path: ending in .nii or .nii.gz.
       values: the volume.
-      grid: of the image.
-      description: what it is, at most 79 characters.
+      grid: the image's grid.
+      description: a description of at most 79 characters.
     """
     values, header = np.ascontiguousarray(grid.restore(values)), grid.header.copy()
     header.set_data_shape(values.shape)  # the input may be 4-D, or 3-D with a fourth axis of length 1

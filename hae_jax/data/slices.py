@@ -35,11 +35,11 @@ class CaseSlices:
 
 
 class SliceGrid(NamedTuple):
-    """Where a case's slices lie.
+    """The position and spacing of a case's slices.
 
     Attributes:
-      positions: [S] their numbers in the volume, in rising order; None: they are to be filtered one by one.
-      spacing: (x, y, z) mm between pixels and between neighbouring slices; None where it is not known.
+      positions: [S] numbers of the slices in the volume, in increasing order; None: slices are filtered one by one.
+      spacing: (x, y, z) mm between pixels and between neighbouring slices; None if it is not known.
     """
 
     positions: np.ndarray | None = None
@@ -51,18 +51,18 @@ ONE_BY_ONE = SliceGrid()
 
 @dataclasses.dataclass(frozen=True)
 class SlicedCase:
-    """A case as the network sees it, and the way back.
+    """A case as slices for the network, with methods to put results back on the case's grid.
 
     Attributes:
-      name: of the case.
-      inputs: [S, H, W, C] float32 in [-1, 1], what the network gets. Slices that show nothing are left out.
-      slices: the same slices as in a prepared dataset (normalised, not scaled), their masks, positions, grid.
-      scaling: how `inputs` were made of them (`to_model_range`).
-      affine: [4, 4] voxels, reoriented, to mm.
-      grid: of the files; `grid.restore` and `nifti.write_volume` turn volumes back to it.
-      head: [X, Y, Z] bool, reoriented: where anything is shown, and what that encloses.
+      name: name of the case.
+      inputs: [S, H, W, C] float32 in [-1, 1], the network's input. Empty slices are left out.
+      slices: the same slices as in a prepared dataset (normalised, not scaled), with masks, positions and grid.
+      scaling: the scaling from `slices` to `inputs` (`to_model_range`).
+      affine: [4, 4] reoriented voxels to mm.
+      grid: grid of the files; `grid.restore` and `nifti.write_volume` bring volumes back to it.
+      head: [X, Y, Z] bool, reoriented: all non-zero voxels, and those that they enclose.
       truth: [X, Y, Z] bool, reoriented: the lesion; None without a segmentation.
-      warnings: what is unusual about the case, in words.
+      warnings: warnings about the case.
     """
 
     name: str
@@ -117,10 +117,10 @@ class SlicedCase:
 
 
 def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "images") -> SlicedCase:
-    """Slices a case that is in memory; `where` it comes from is for errors.
+    """Slices a case that is in memory. `where`, its origin, is named in errors.
 
     Raises:
-      UserError: if it cannot be used.
+      UserError: the case cannot be used.
     """
     slices = case_slices(case, image_size)
     shown = slices.images.any(axis=(1, 2, 3))  # empty slices may lie between others
@@ -174,11 +174,11 @@ def intensity_scales(
 def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
     """Normalises a case and cuts it into axial slices of `image_size` x `image_size` pixels.
 
-    Axial means axis 2; axes 0 and 1 become H and W, not transposed. Kept are the slices from the first to the last that
-    shows brain.
+    Axial slices are along axis 2. Axes 0 and 1 become H and W without transposition. All slices from the first to the
+    last one that shows brain are kept.
 
     Raises:
-      UserError: no slice shows anything.
+      UserError: no slice shows brain.
     """
     scales = intensity_scales(case.volumes)
     volumes = normalise_volumes(case.volumes, scales)
@@ -199,7 +199,7 @@ def slice_spacing(
     shape: Sequence[int] | None,  # (X, Y, Z) of the volume
     size: int,
 ) -> tuple[float, float, float] | None:
-    """(x, y, z) mm between the pixels of slices of `size` x `size` and between slices; None where it is not known."""
+    """(x, y, z) mm between the pixels of slices of `size` x `size` and between slices; None if it is not known."""
     if affine is None or shape is None:
         return None
     x, y, z = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
@@ -231,12 +231,12 @@ def to_model_range(
 ) -> np.ndarray:  # [..., H, W, C] float32
     """Scales slices to [-1, 1], the range of the network's input.
 
-    With "slice" (as published), each slice and channel by its own range: 2 (x - min) / (max - min + 1e-5) - 1; a
-    constant one becomes -1. A bright lesion then darkens the rest of its slice. With "volume", all slices of a case
-    alike: 2 x / 1.5 - 1, clipped.
+    With "slice" (as published), each slice and channel is scaled by its range: 2 (x - min) / (max - min + 1e-5) - 1. A
+    constant slice becomes -1. A bright lesion makes the rest of its slice darker. With "volume", all slices of a case
+    are scaled equally: 2 x / 1.5 - 1, clipped.
 
     Raises:
-      UserError: another scaling.
+      UserError: unknown scaling.
     """
     if scaling not in SCALINGS:
         raise UserError(f"data.scaling is {scaling!r}: choose slice or volume")
@@ -271,9 +271,9 @@ def slices_to_volume(
     index: np.ndarray,  # [S] positions along axis 2
     shape: tuple[int, int, int],  # (X, Y, Z)
 ) -> np.ndarray:  # [X, Y, Z] float32
-    """Puts slices back on the case's grid: bilinear to X x Y, zero where there was no slice.
+    """Puts slices back on the case's grid, bilinearly resized to X x Y. Positions without a slice are zero.
 
-    A mask goes the same way as 0 and 1, and is thresholded afterwards at > 0.5.
+    A mask is given as 0 and 1 and thresholded afterwards at > 0.5.
     """
     volume = np.zeros(shape, np.float32)
     volume[:, :, index] = resize(values, tuple(shape[:2])).transpose(1, 2, 0)

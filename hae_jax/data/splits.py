@@ -18,14 +18,14 @@ def split_patients(
 ) -> dict[str, list[str]]:
     """Splits patients as published: sorted names, shuffled, then int(train_fraction n), int(val_fraction n), the rest.
 
-    All visits of a patient come into one split. The defaults need 20 patients to give one for validation. Fewer are not
-    rearranged silently: the error names the option to set.
+    All visits of a patient are in the same split. With the defaults, at least 20 patients are needed for one validation
+    patient. With fewer, the error names the option to set.
 
     Args:
-      names: of the cases.
-      train_fraction: share of the patients.
-      val_fraction: share of the patients.
-      patient: whose each case is; where it does not say, the case's name does (`patient_of`).
+      names: names of the cases.
+      train_fraction: share of training patients.
+      val_fraction: share of validation patients.
+      patient: the patient of each case; if missing or None, it is derived from the case's name (`patient_of`).
 
     Returns:
       {"train": [...], "val": [...], "test": [...]} in shuffled order, without overlap. `test` may be empty.

@@ -38,7 +38,7 @@ _DIMENSIONS = ("slice", "height", "width", "channel")
 
 
 class StoreWriter:
-    """Writes a store into the existing, empty folder `root`. Cases of one split must follow one another."""
+    """Writes a store into the existing, empty folder `root`. Cases of one split must be added consecutively."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -50,10 +50,10 @@ class StoreWriter:
     def add(
         self, name: str, split: str, slices: CaseSlices, affine: np.ndarray | None, patient: str | None = None
     ) -> None:
-        """Appends one case, which must have masks; `patient` says whose it is where its name does not.
+        """Appends one case, which must have masks. `patient` is needed if its name does not give the patient.
 
         Raises:
-          UserError: its slices have another size or number of channels than those before.
+          UserError: its slices differ in size or number of channels from those of earlier cases.
         """
         item_shape = slices.images.shape[1:]
         if self._item_shape not in (None, item_shape):
@@ -83,7 +83,7 @@ class StoreWriter:
         return {split: _totals(self._cases, split) for split in SPLITS}
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Writes what is buffered, then the manifest with `facts` (source, modalities, settings, ...). Returns it."""
+        """Writes buffered slices, then the manifest with `facts` (source, modalities, settings, ...). Returns it."""
         self._close_split()
         manifest = {
             "format": FORMAT,
@@ -119,7 +119,7 @@ class Store:
 
     @property
     def modalities(self) -> tuple[str, ...] | None:
-        """The channels in their order; None where the dataset does not say."""
+        """The channels in their order; None if the dataset does not name them."""
         names = self.manifest.get("modalities")
         return None if names is None else tuple(names)
 
@@ -130,7 +130,7 @@ class Store:
 
 
 class SplitReader:
-    """Random access to the slices of one split. Thread-safe; a pickled copy opens its files anew."""
+    """Random access to the slices of one split. It is thread-safe. A pickled copy opens its files again."""
 
     def __init__(self, folder: Path, length: int):
         self.folder = Path(folder)
@@ -147,11 +147,11 @@ class SplitReader:
 
         Returns:
           image [..., H, W, C] float32, normalised but not yet in [-1, 1]; mask [..., H, W] uint8; label, case and slice
-          [...] int32. The leading axis is there if `indices` has one.
+          [...] int32. The leading axis exists if `indices` has one.
 
         Raises:
           IndexError: an index is outside 0 .. len - 1.
-          UserError: a file is damaged or gone.
+          UserError: a file is damaged or missing.
         """
         indices = np.asarray(indices, np.int64)
         if np.any((indices < 0) | (indices >= self._length)):
@@ -178,7 +178,7 @@ class SplitReader:
 
 
 def open_store(root: str | Path) -> Store:
-    """Opens a prepared dataset; checks that its files are there with their sizes, not their contents.
+    """Opens a prepared dataset. Checks existence and size of its files, but not their contents.
 
     Raises:
       UserError: `root` is not a prepared dataset, is damaged, or was written in another format version.

@@ -37,7 +37,7 @@ class Slice(NamedTuple):
 
 
 class SliceTranslator:
-    """A method for a stream of slices; compiled once, for one shape.
+    """Applies a method to a stream of slices. It is compiled once, for one shape.
 
     Attributes:
       batch_size: slices in a batch, over all devices. Becomes smaller when the devices run out of memory.
@@ -58,16 +58,16 @@ class SliceTranslator:
 
         Args:
           model: a network, called as `hae_jax.model.UNet`.
-          method: what to do with a batch of slices: (denoisers, images, keys) -> a NamedTuple of arrays [B, ...].
+          method: a function of a batch of slices: (denoisers, images, keys) -> a NamedTuple of arrays [B, ...].
           batch_size: rounded up to a multiple of the number of devices.
-          seed: of the noise; that of a slice is a function of this, its case's name and its position.
-          mesh: the devices; rows lie over all of them, parameters on each.
+          seed: seed of the noise. A slice's noise depends on it, the case's name and the slice's position.
+          mesh: the devices. Rows are split over all of them; parameters are replicated.
           conditional: whether the network takes class labels.
-          max_memory_gb: choose the batch size by memory instead, the largest one up to `LARGEST_BATCH` that needs no
-            more than this: on each device, or, where the devices are cores of one CPU, on all of them together.
+          max_memory_gb: choose the batch size by memory instead: the largest one up to `LARGEST_BATCH` that needs at
+            most this on each device or, if the devices are cores of one CPU, on all of them together.
 
         Raises:
-          UserError: if the batch size is not positive.
+          UserError: the batch size is not positive.
         """
         if batch_size < 1:
             raise UserError(f"translation.batch_size is {batch_size}: it must be at least 1")
@@ -86,10 +86,10 @@ class SliceTranslator:
                             compiler_options=compiler_options())
 
     def prepare(self, shape: tuple[int, int, int]) -> None:
-        """Chooses the batch size, where memory shall decide, and compiles: once, for slices of one shape (H, W, C).
+        """Compiles for slices of one shape (H, W, C). With `max_memory_gb`, it first chooses the batch size.
 
         Raises:
-          UserError: if not even one slice on each device fits into the memory that is allowed.
+          UserError: one slice per device needs more memory than allowed.
         """
         if self._max_memory_gb is not None:
             self.batch_size, self._max_memory_gb = self._chosen_by_memory(shape, self._max_memory_gb), None
@@ -99,11 +99,11 @@ class SliceTranslator:
     def __call__(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, NamedTuple]]:
         """Translates slices and yields each with its result (NumPy arrays without the batch axis), in order.
 
-        The next batch is read and started before the results of the last one are waited for. If the devices run out of
-        memory, what was in flight is done again in smaller batches.
+        The next batch is read and started before the results of the previous one are fetched. If the devices run out of
+        memory, the started batches are repeated in smaller batches.
 
         Raises:
-          UserError: if not even one slice on each device fits into memory.
+          UserError: one slice per device does not fit into memory.
         """
         slices, waiting = iter(slices), None
         if (first := next(slices, None)) is None:
@@ -190,7 +190,7 @@ class SliceTranslator:
 
 
 class IntensityReader:
-    """The counterpart of `SliceTranslator` for methods that need no network: slice after slice."""
+    """The equivalent of `SliceTranslator` for methods without a network. It processes slices one by one."""
 
     def __init__(self, intensity: Callable[[np.ndarray], NamedTuple]):
         """Takes a function from normalised slices [S, H, W, C] to a NamedTuple of arrays [S, ...]."""

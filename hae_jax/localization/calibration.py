@@ -22,24 +22,24 @@ class MapThreshold:
 
     Attributes:
       method: the method's name.
-      rule: that has chosen the threshold.
-      labels: that this rule has seen: "image labels" or "ground truth".
+      rule: the rule that has chosen the threshold.
+      labels: the labels that this rule has used: "image labels" or "ground truth".
       threshold: a head pixel belongs to the mask where the map is at least this; with the rule "quantile", the largest
         anomaly score of the lesion slices, which scales each slice's own threshold.
       slice_threshold: a slice is called a lesion slice where its anomaly score is at least this.
-      slice_errors: validation slices on the wrong side of it.
-      slice_auc: area under the ROC curve of the validation slices' anomaly scores; None with one class alone.
+      slice_errors: number of validation slices that it classifies wrongly.
+      slice_auc: area under the ROC curve of the validation slices' anomaly scores; None with only one class.
       healthy_slices: validation slices without a lesion.
-      lesion_slices: validation slices with one.
-      expected_dice: that the rule expects (`rules.Threshold`); None where it makes no estimate.
-      interval: 95 % over patients of it; empty where there is none.
-      lesion_share: share of lesion pixels in lesion slices, by the rule "mixture"; None for the others.
-      made_with: what it belongs to (checkpoint identity, settings, data, ...), ready for JSON.
-      probability: curves that turn maps into probabilities (`probability.fit`); None where there are none.
-      slice_scores: `score_histogram` of the validation slices, for the report; empty where it is not known.
+      lesion_slices: validation slices with a lesion.
+      expected_dice: the rule's estimate of Dice (`rules.Threshold`); None without an estimate.
+      interval: its 95 % interval over patients; empty if there is none.
+      lesion_share: share of lesion pixels in lesion slices, by the rule "mixture"; None for other rules.
+      made_with: its key (checkpoint identity, settings, data, ...), ready for JSON.
+      probability: curves that turn maps into probabilities (`probability.fit`); None if there are none.
+      slice_scores: `score_histogram` of the validation slices, for the report; empty if it is not known.
 
     Raises:
-      ValueError: if a threshold is not finite.
+      ValueError: a threshold is not finite.
     """
 
     method: str
@@ -82,16 +82,16 @@ class Calibration:
     Attributes:
       threshold: a slice is called a lesion slice where its similarity (`published.similarity`) is at most this.
       diff_max: per modality, the largest peak of the diff curve over lesion slices (squared intensity in [-1, 1]).
-      diff_min: per modality, the smallest such peak; empty where it is not known (published values).
-      modality: the image channels that `diff_max` stands for, in its order.
-      healthy_slices: number of healthy slices it was made from; None where it is not known, here and below.
-      lesion_slices: number of lesion slices it was made from.
-      errors: how many of these slices the threshold puts on the wrong side.
-      made_with: what it belongs to (checkpoint identity, guidance strength, steps, ...), ready for JSON.
-      slice_scores: `score_histogram` of the validation slices, for the report; empty where it is not known.
+      diff_min: per modality, the smallest such peak; empty if it is not known (published values).
+      modality: the image channels of `diff_max`, in its order.
+      healthy_slices: number of healthy slices in the calibration; None if it is not known, here and below.
+      lesion_slices: number of lesion slices in the calibration.
+      errors: number of these slices that the threshold classifies wrongly.
+      made_with: its key (checkpoint identity, guidance strength, steps, ...), ready for JSON.
+      slice_scores: `score_histogram` of the validation slices, for the report; empty if it is not known.
 
     Raises:
-      ValueError: if the numbers are not finite or their lengths do not agree.
+      ValueError: the values are not finite or their lengths do not agree.
     """
 
     threshold: float
@@ -120,7 +120,7 @@ def from_json(cls: type, fields: Any) -> Any:
 
     Args:
       cls: `MapThreshold` or `Calibration`; its tuples are lists in JSON.
-      fields: what the file holds.
+      fields: the JSON object of the file.
 
     Raises:
       ValueError, TypeError, OverflowError: it is no JSON object, or a field is missing, unknown or of a wrong kind.

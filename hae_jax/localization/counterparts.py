@@ -50,8 +50,8 @@ class Ddib(MapThresholdMethod):
       process: the diffusion process.
       steps: N, inversion steps t = 0..N-1 of the (respaced) schedule; the slice counts as being at level 0 before them
         and is at level N after them.
-      guidance: strength w towards healthy on the way back; None: none.
-      start: where the way back begins: "published", at t = N-1, one level below what was reached, or "level", at N.
+      guidance: strength w towards healthy in decoding; None: no guidance.
+      start: first step of decoding: "published", t = N-1, one level below the reached one, or "level", N.
       modality: channels that the map is made of.
 
     Raises:
@@ -105,13 +105,13 @@ class AnoDdpm(MapThresholdMethod):
 
     x_N = sqrt(a_N) x0 + sqrt(1 - a_N) noise, healthy = DDPM from x_N, map = mean over modalities of (healthy - x0)^2.
 
-    A network that knows the healthy only is what the method is meant for; one with classes answers under its null
-    condition.
+    The method is meant for a network that was trained on healthy slices only. A network with classes is used under its
+    null condition.
 
     Attributes:
       process: the diffusion process.
       steps: N, noising and denoising steps of the (respaced) schedule: noised to t = N-1, then back from there.
-      noise: that the slice is noised with: "simplex" or "gaussian". On the way back it is Gaussian.
+      noise: noise that is added to the slice: "simplex" or "gaussian". The noise of denoising steps is Gaussian.
       modality: channels that the map is made of.
 
     Raises:
@@ -228,10 +228,10 @@ class ClassifierGuidance(MapThresholdMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Dae(MapThresholdMethod):
-    """Denoising autoencoder (Kascenas et al. 2022): trained on healthy slices to take coarse noise away.
+    """Denoising autoencoder (Kascenas et al. 2022), trained on healthy slices to remove coarse noise.
 
-    What it takes away from a slice without noise is called a lesion: map = mean over modalities of |f(x0) - x0|. It
-    is a process of one step here (`make_schedule`, "single") whose network predicts x0.
+    It is applied to a slice without noise: map = mean over modalities of |f(x0) - x0|. Here, it is a process of one
+    step (`make_schedule`, "single") whose network predicts x0.
 
     Attributes:
       process: the process of one step.

@@ -48,26 +48,26 @@ class Translation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSettings:
-    """How far and how to translate. `maps` to `every` are ablations; by default they change nothing.
+    """Settings of the forward process. `maps` to `every` are ablations, whose defaults change nothing.
 
     Attributes:
-      steps: steps of the (respaced) schedule to walk, from its beginning.
-      guidance: strength w of the guided prediction; None: the plain "healthy" one, which is also that of w = 0.
-      reference: what the guided prediction is compared with: the unguided "healthy" one (the published code) or the
-        "null" one (the paper).
-      d_reverse: walk by DDIM inversion; off: noise the slice anew at each step.
-      modality: channels that take part.
+      steps: number of steps of the (respaced) schedule, from its beginning.
+      guidance: strength w of the guided prediction; None: the prediction for "healthy", as with w = 0.
+      reference: the prediction with which the guided one is compared: the unguided "healthy" prediction (the published
+        code) or the "null" prediction (the paper).
+      d_reverse: use DDIM inversion; False: noise the slice again at each step.
+      modality: channels in the maps.
       maps: what maps average: "mse", (G_t - X)^2; "gradient", (G_t - R_t)^2 / (B_t^2 (1 + w)^2) with
         B_t = (1 - a_t) / sqrt(a_t), the squared difference of the two scores; "gradient_unscaled", (G_t - R_t)^2.
       t_e_ratio: t_e is the step where diff is largest times this, rounded half to even, at most the last step. Unless
         it is 1, the walk is made twice and costs twice the time, in the same memory.
-      last_step_only: the map is the step before t_e alone.
+      last_step_only: the map uses only the step before t_e.
       every: k > 1: the map averages the steps 0, k, 2k, ... below t_e, and t_e itself.
       inversion: of the walk by DDIM inversion. "published": x_{t-1} is taken as if it were at level t, which shifts
         every step by one level; "exact": as at level t - 1, so that few large steps work as well.
 
     Raises:
-      UserError: for values that cannot be.
+      UserError: impossible values.
     """
 
     steps: int
@@ -118,16 +118,16 @@ def check_modality(modality: tuple[int, ...]) -> None:
 
 
 class GivenDenoisers(nnx.Module):
-    """Denoisers without parameters of their own, in the place of a network."""
+    """Denoisers without parameters, in place of a network."""
 
     def __init__(self, denoisers: Denoisers):
         self.denoisers = nnx.static(denoisers) if hasattr(nnx, "static") else denoisers
 
 
 def network_denoisers(model: Callable[..., jax.Array], conditional: bool = True) -> Denoisers:
-    """The denoisers of a network: `model(x, t, y, null=...)`, or `model(x, t)` where it is not class-conditional.
+    """The denoisers of a network: `model(x, t, y, null=...)`, or `model(x, t)` if it is not class-conditional.
 
-    That of a `hae_jax.model.classifier.GuidedNetwork` come with its classifier.
+    Denoisers of a `hae_jax.model.classifier.GuidedNetwork` include its classifier.
     """
     if isinstance(model, GivenDenoisers):
         return model.denoisers
@@ -170,7 +170,7 @@ def forward_process(
     noise: Callable[[jax.Array], jax.Array],  # step () -> [B, H, W, C]
     settings: ForwardSettings,
 ) -> Translation:
-    """Walks `settings.steps` steps of the forward process and compares two predictions of x0 at each (Che et al.).
+    """Runs `settings.steps` steps of the forward process and compares two predictions of x0 at each (Che et al.).
 
     G_t is the guided prediction of x0 from x_t, R_t the reference. t_e = argmax_t mean (G_t - R_t)^2, the map is
     (1 / t_e) sum_{t < t_e} (G_t - X)^2.

@@ -36,15 +36,15 @@ _WEIGHTS = {"flair": 1.0, "t1": -0.5, "t1ce": 0.0, "t2": 0.5}
 class Method(Protocol):
     """The interface of all methods. A method with a network is callable; one without has `intensity` instead.
 
-    `__call__(denoisers, x0 [B, H, W, C] in [-1, 1], keys [B])` is pure and gives a NamedTuple of arrays [B, ...];
-    `intensity(images [S, H, W, C], normalised by volume)` gives the same from the slices alone.
+    `__call__(denoisers, x0 [B, H, W, C] in [-1, 1], keys [B])` is pure and returns a NamedTuple of arrays [B, ...].
+    `intensity(images [S, H, W, C], normalised by volume)` returns the same from the slices only.
 
     Attributes:
-      name: as on the command line.
-      network: whether it needs one.
-      rule: that chooses the threshold (`rules.LABELS`).
-      modality: channels that the pseudo-healthy reconstruction is made of.
-      passes: network passes for a slice.
+      name: name on the command line.
+      network: whether it needs a network.
+      rule: the rule that chooses the threshold (`rules.LABELS`).
+      modality: channels of the pseudo-healthy reconstruction.
+      passes: network passes per slice.
     """
 
     name: str
@@ -81,11 +81,11 @@ class Intensity(NamedTuple):
 class IntensityThreshold(MapThresholdMethod):
     """The trivial baseline: bright pixels on flair are lesion. Without flair, bright or dark pixels on another channel.
 
-    The map is the normalised intensity, turned round where lesions are dark, and is never filtered by a median. Slices
-    that are called healthy keep their masks: the score of a threshold tells too little to take them away.
+    The map is the normalised intensity, inverted if lesions are dark. It is never filtered by a median. Slices that are
+    called healthy keep their masks, since the score of a threshold is too uncertain to remove them.
 
     Attributes:
-      channel: that it looks at.
+      channel: the channel with the threshold.
       dark: whether lesions are dark in it.
     """
 

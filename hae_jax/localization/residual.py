@@ -46,11 +46,11 @@ class ResidualSettings:
         on the resolution.
       guidance: strength w towards healthy.
       draws: noise draws for each timestep.
-      rounds: how often the slice is looked at. Before each further round, pixels with a positive residual get their
-        pseudo-healthy value. At low noise the network fills in a large lesion only in part; each round fills in more.
-      modality: channels that take part.
-      weights: of each of these channels, with the sign that a lesion has in it: 1 where it is bright, -1 where dark.
-      smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0 leaves it as it is.
+      rounds: number of rounds. Before each further round, pixels with a positive residual get their pseudo-healthy
+        value. At low noise, the network removes a large lesion only in part; each round removes more of it.
+      modality: channels in the residual.
+      weights: weight of each of these channels: positive if lesions are bright in it, negative if they are dark.
+      smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0: no smoothing.
       rectify: where the sign of the residual goes: the positive part is taken "after" all means; as ablations "before"
         the mean over timesteps, or "never", the mean absolute residual.
 
@@ -104,7 +104,7 @@ def residual(
     modality m, K a Gaussian. The positive part is taken last, after filters across slices: noise then cancels instead
     of adding up.
 
-    With several rounds, x_t of the next round is noised from x0 in which G replaces what was found. The map is that of
+    In each further round, x_t is noised from x0 in which G replaces pixels with a positive residual. The map is that of
     the last round.
     """
     modality, weights = jnp.asarray(settings.modality), jnp.asarray(settings.weights, jnp.float32)

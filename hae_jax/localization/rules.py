@@ -53,9 +53,9 @@ class Threshold(NamedTuple):
 
 
 def anomaly_score(values: np.ndarray) -> float:  # [N]
-    """A slice's score: the mean of the highest hundredth of the map's values in the head, at least one of them.
+    """A slice's score: the mean of the highest 1 % of the map's values in the head, of at least one value.
 
-    0 where nothing is left of the head.
+    It is 0 for an empty head.
     """
     if not values.size:
         return 0.0
@@ -66,7 +66,7 @@ def anomaly_score(values: np.ndarray) -> float:  # [N]
 def slice_threshold(scores: np.ndarray, labels: np.ndarray) -> tuple[float, int]:  # [S], [S]
     """The lowest anomaly score of a lesion slice that gives the fewest errors, and their number.
 
-    Thresholds lie halfway between neighbouring scores; of several equally good ones the middle one is taken.
+    Thresholds are halfway between neighbouring scores. Of several equally good ones, the middle one is used.
     """
     values, lesion = np.unique(np.asarray(scores, np.float64)), np.asarray(labels) > 0
     candidates = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2, np.nextafter(values[-1:], np.inf)])
@@ -83,7 +83,7 @@ def slice_auc(scores: np.ndarray, labels: np.ndarray) -> float:  # [S], [S]
 
 
 def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
-    """The threshold with the largest expected Dice, from image labels alone.
+    """The threshold with the largest expected Dice, from image labels only.
 
     Let H(v) and U(v) be the shares of head pixels above v in healthy and in lesion slices. A lesion slice's pixels are
     a mixture: U = pi T + (1 - pi) H, with pi the share of lesion pixels and T(v) the share of these above v. As T is
@@ -91,9 +91,10 @@ def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
     largest such value (mixture proportion estimation; Elkan and Noto 2008 for the setting of positive and unlabelled
     data). Then Dice(v) = 2 pi T / (U + pi) = 2 (U - (1 - pi) H) / (U + pi).
 
-    Assumptions: what is not lesion in a lesion slice looks like a healthy slice at the same height in the head (healthy
-    slices are weighted to the heights of the lesion slices), and at some v nearly all lesion pixels lie above while
-    most others lie below. Where a lesion darkens the rest of its slice (`data.scaling` "slice"), the first is broken.
+    Assumptions: 1. The other pixels of a lesion slice are like those of a healthy slice at the same height in the head
+    (healthy slices are weighted to the heights of the lesion slices). 2. At some v, nearly all lesion pixels are above
+    and most others below. The first does not hold if a lesion makes the rest of its slice darker (`data.scaling`
+    "slice").
 
     Args:
       samples: validation slices with and without lesions.

@@ -75,18 +75,17 @@ def calibrated(
 ) -> Any:
     """The calibration with this key: the stored one, else a new one from validation slices, which is then stored.
 
-    Of several processes that want the same one, the first makes it and the others wait.
+    If several processes need the same one, the first makes it and the others wait.
 
     Args:
-      translator: the method at work, a `SliceTranslator` or an `IntensityReader`.
-      store: the prepared dataset, of which the validation slices are used, with what of their labels and masks the
-        method asks for.
-      folder: where calibrations are kept, made if absent.
-      key: of `cache_key.calibration_key`.
-      scaling: of the slices, the network's (`to_model_range`).
+      translator: the running method, a `SliceTranslator` or an `IntensityReader`.
+      store: the prepared dataset. Its validation slices are used, with the labels and masks that the method needs.
+      folder: folder of stored calibrations, made if absent.
+      key: the result of `cache_key.calibration_key`.
+      scaling: the network's scaling of slices (`to_model_range`).
 
     Raises:
-      UserError: if there are not both kinds of slices, or the file is damaged.
+      UserError: a class of slices is missing, or the file is damaged.
     """
     path = kept_file(method, folder, key)
     if path.exists():
@@ -107,8 +106,8 @@ def validation_results(
     """Yields the method's result for each validation slice, with the slice's description, in stored order.
 
     Args:
-      chosen: rows of the split, rising; None: all.
-      doing: what the progress bar says.
+      chosen: rows of the split, increasing; None: all.
+      doing: text of the progress bar.
     """
     known, reader = collections.deque(), store.split("val")
     chosen = np.arange(len(reader)) if chosen is None else chosen
@@ -134,7 +133,7 @@ def load_calibration(method: Method, path: str | Path) -> Any:
     """Reads a calibration of a method.
 
     Raises:
-      UserError: if there is no such file, or it is damaged, or another method's or rule's.
+      UserError: the file does not exist, is damaged, or belongs to another method or rule.
     """
     try:
         return method.read_calibration(read_json(path))

@@ -36,11 +36,12 @@ class Network:
     """A network and its origin.
 
     Attributes:
-      model: None for methods that need none.
+      model: the network; None for methods without a network.
       identity: its checkpoint, ready for JSON.
-      calibrations: folder in which its calibrations are kept.
-      config: of its training, of which network and diffusion count; None: those of the comparison's config.
-      shipped: the file of a calibration that came with it.
+      calibrations: folder of its calibrations.
+      config: config of its training, of which model, diffusion, training and data.scaling are used; None: the
+        comparison's config.
+      shipped: the file of a calibration beside its weights.
     """
 
     model: nnx.Module | None
@@ -76,10 +77,10 @@ def check(
 ) -> None:
     """Checks names, settings, networks, data and calibrations of all entries before the first one runs.
 
-    `compare` and `compare_steps` do it themselves. Makes the folders for the results.
+    It also makes the folders for the results. `compare` and `compare_steps` call it.
 
     Raises:
-      UserError: naming the entry that cannot run.
+      UserError: an entry cannot run. The message names it.
     """
     own = [_own_config(entry, config) for entry in entries]
     # Messages of the checks that are not errors are hidden here and shown when the entry runs.
@@ -102,15 +103,15 @@ def compare(
     """Runs each entry on the same cases and writes comparison.csv, .md, .png and .json.
 
     Args:
-      config: the config tree that the entries differ from.
-      output: folder for the tables; each entry's results go into a folder in it.
+      config: the config tree, from which the entries differ.
+      output: folder for the tables; each entry's results are in a subfolder.
       source: folder of cases with segmentations; None: the test split of `data.root`.
 
     Returns:
-      What was written.
+      The written files.
 
     Raises:
-      UserError: for settings or data that do not fit, or if a case failed or none has a segmentation.
+      UserError: settings or data do not fit, a case failed, or no case has a segmentation.
     """
     check(entries, config, output=output, source=source)
     rows, phantom = _measured(entries, config, mesh, Path(output), source)

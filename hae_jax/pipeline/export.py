@@ -41,16 +41,16 @@ def export_network(
 
     Args:
       source: a run folder, a folder of exported weights, or the name of shipped ones.
-      folder: to write, not there yet or empty.
-      license_id: of the weights, as the Hub calls it, such as "apache-2.0".
-      results: of `translate.py` with this network, whose metrics go into the card; None: no metrics.
-      half: weights of a run in half precision; its calibration does not fit them and is left out.
+      folder: the folder to write, which must be new or empty.
+      license_id: licence of the weights in the Hub's notation, such as "apache-2.0".
+      results: results of `translate.py` with this network, whose metrics are added to the card; None: no metrics.
+      half: write weights of a run in half precision. Its calibration does not fit them and is left out.
 
     Returns:
-      What the user should know, in lines.
+      Lines for the user.
 
     Raises:
-      UserError: there is no network, the folder is not empty, or the results are another network's.
+      UserError: there is no network, the folder is not empty, or the results are from another network.
     """
     run = load_run(source)
     metrics = None if results is None else _metrics(Path(results), run)

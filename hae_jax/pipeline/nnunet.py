@@ -28,9 +28,9 @@ class _Ranked(NamedTuple):
 def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = None) -> list[str]:
     """Writes imagesTr, labelsTr, dataset.json and `ORDER`, whole or not at all.
 
-    Cases are ordered by how sure their mask is, the surest first: its Dice as the probability map expects it,
-    (2 sum of p in the mask + 1 ml) / (volume of the mask + sum of p + 1 ml), which is near 1 for an empty mask where
-    little is probable.
+    Cases are ordered by the certainty of their masks, the most certain first. The certainty is the Dice that the
+    probability map predicts: (2 sum of p in the mask + 1 ml) / (volume of the mask + sum of p + 1 ml). It is near 1 for
+    an empty mask if all probabilities are low.
 
     Args:
       results: folder of a finished run with `save_probability`.

@@ -59,7 +59,7 @@ class CaseWork(NamedTuple):
       config: the config tree.
       results: where the files go.
       localizer: the run's method.
-      baseline: the intensity threshold, measured beside it; None where it has nothing to be chosen on.
+      baseline: the intensity threshold, for comparison; None if there are no slices to choose it.
     """
 
     config: ml_collections.ConfigDict
@@ -71,15 +71,15 @@ class CaseWork(NamedTuple):
 def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Translator) -> None:
     """Translates cases, writes each one's files as soon as it is complete, and its record after them.
 
-    A case that fails leaves a record that says why; the others go on.
+    If a case fails, the reason is written to its record, and the other cases are processed.
 
     Args:
-      work: what is done with each.
-      cases: those to work on.
-      translator: the run's method at work.
+      work: the settings, methods and output folder.
+      cases: the cases to process.
+      translator: the run's method.
 
     Raises:
-      OSError: nothing can be written any more, which would be the same for every case after it.
+      OSError: the disk refuses to write, so that all other cases would fail as well.
     """
     files = {case.name: case for case in cases}
     for case in cases:

@@ -53,8 +53,8 @@ class ResultsFolder:
 
     Attributes:
       path: the folder.
-      key: of the run (`cache_key.run_key`).
-      cases: those of all shards.
+      key: key of the run (`cache_key.run_key`).
+      cases: cases of all shards.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], cases: Sequence[CaseFiles]):
@@ -78,7 +78,7 @@ class ResultsFolder:
         """Refuses to replace the results of another patient whose case has the same name.
 
         Raises:
-          UserError: if results that are there were made from a case in another folder.
+          UserError: existing results were made from a case in another folder.
         """
         for case in cases:
             record, own = self._any_record(case.name), str(case.folder.resolve())
@@ -99,7 +99,7 @@ class ResultsFolder:
     def writing(self, case: str, files: Sequence[str]) -> None:
         """Marks a case's files as incomplete before they are written. Until `commit`, they are valid for no key.
 
-        Files of earlier results stay known, to be deleted by `commit`.
+        The record keeps the files of earlier results, so that `commit` can delete them.
         """
         before = self._any_record(case)
         there = tuple(dict.fromkeys((*(() if before is None else before.files), *files)))
@@ -110,7 +110,7 @@ class ResultsFolder:
 
         Args:
           files: the names of its files.
-          measured: what the metrics need; None without a segmentation.
+          measured: the data for the metrics; None without a segmentation.
         """
         self._replace(case, dataclasses.replace(self._begun[case], files=tuple(files), row=row), measured)
 
@@ -121,7 +121,7 @@ class ResultsFolder:
     def invalidate(self, cases: Sequence[CaseFiles]) -> None:
         """Removes results that will be replaced from the tables, since the run may be stopped before its end.
 
-        Shards that begin with cases of their own leave the tables of the others alone.
+        A shard that starts with new cases does not change the tables of other shards.
         """
         if self.key_of_tables() in (None, self.key) and not any(self._has_results(case.name) for case in cases):
             return
@@ -149,10 +149,11 @@ class ResultsFolder:
     def summary(self, context: Context, worked_on: Sequence[CaseFiles]) -> Summary:
         """Writes the tables of all cases with this key, including those of other shards.
 
-        Shards may end at the same time; the one that writes last looks once more, so that no case is left out.
+        Shards may end at the same time. The tables are written again if new records have appeared meanwhile, so that no
+        case is left out.
 
         Args:
-          worked_on: the cases that this run has worked on.
+          worked_on: the cases that this run has processed.
         """
         while True:
             records, tally = self.records(), Tally()
@@ -268,7 +269,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished run, with the cases and modalities that exports to other formats need.
 
     Raises:
-      UserError: it is missing, damaged, or lacks these.
+      UserError: it is missing, damaged, or lacks cases or modalities.
     """
     path = folder / MANIFEST
     try:

@@ -49,7 +49,7 @@ class Network(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run. With several processes, each makes every call."""
+    """The checkpoints of one run. With several processes, all must make the same calls."""
 
     def __init__(self, workdir: str | Path, keep: int | None = 3):
         """Opens or makes `<workdir>/checkpoints`. Half-written checkpoints are removed; the newest `keep` are kept.
@@ -73,13 +73,13 @@ class Checkpoints:
     def recover(self) -> int | None:
         """Finds the step to resume from: the newest checkpoint whose files agree with their checksums.
 
-        Damaged ones are said aloud and moved aside, so that their steps can be saved again.
+        Damaged checkpoints are logged and renamed, so that their steps can be saved again.
 
         Returns:
-          The step of the newest sound checkpoint; None if there are no checkpoints.
+          The step of the newest intact checkpoint; None if there are no checkpoints.
 
         Raises:
-          UserError: if there are checkpoints and all are damaged; they are left as they are.
+          UserError: all checkpoints are damaged. They are not changed.
         """
         step = None
         with agreed():
@@ -94,7 +94,7 @@ class Checkpoints:
         """Saves the state in the background. The state may be donated as soon as this method returns.
 
         Raises:
-          UserError: if this or the save before it cannot be written; older checkpoints are kept.
+          UserError: this or the previous checkpoint cannot be written. Older checkpoints are kept.
         """
         step = int(state.step)
         items = {name: ocp.args.StandardSave(_named(value)) for name, value in _items(state).items()}
@@ -109,10 +109,10 @@ class Checkpoints:
         """Raises the error of the last save, if it has ended with one.
 
         Args:
-          wait: until it is over.
+          wait: wait until the save has ended.
 
         Raises:
-          UserError: if it could not be written; older checkpoints are kept.
+          UserError: the checkpoint could not be written. Older checkpoints are kept.
         """
         if wait or not self._manager.is_saving_in_progress():
             with disk_errors(self._failed):
@@ -126,7 +126,7 @@ class Checkpoints:
         """Reads a checkpoint onto the devices of `shardings`. Their number may differ from that at saving.
 
         Args:
-          like: a state of the same network, of which the shapes count.
+          like: a state of the same network, of which only the shapes are used.
           shardings: where each leaf shall lie.
 
         Raises:

@@ -43,7 +43,7 @@ class Stopped(SystemExit):
 class RunLock:
     """Context in which only this process uses `workdir`. The kernel releases the lock when the process ends.
 
-    Of several hosts' processes only the first takes it. On a file system that knows no locks, the run goes on with a
+    With several processes, only the first takes the lock. On a file system without locks, the run continues with a
     warning.
     """
 
@@ -55,7 +55,7 @@ class RunLock:
         """Takes the lock, and makes the folder if it does not exist.
 
         Raises:
-          UserError: if another process has it, naming its host and id, or if the folder cannot be written.
+          UserError: another process has it (the message names its host and id), or the folder cannot be written.
         """
         with agreed():
             if jax.process_index() == 0:
@@ -109,7 +109,7 @@ class RunLock:
 class Guard:
     """Context in which SIGTERM and SIGUSR1 request a stop instead of ending the run at once.
 
-    A second signal of the same kind has its usual effect. Outside the main thread nothing is caught.
+    A second signal of the same kind has its usual effect. Outside of the main thread, signals are not handled.
     """
 
     def __init__(self):
@@ -152,12 +152,12 @@ def check_workdir(workdir: str | Path, checkpoint_bytes: int, keep: int) -> None
     """Checks before the first step that the run's results can be written.
 
     Args:
-      workdir: the run's folder; made if there is none.
+      workdir: the run's folder; made if absent.
       checkpoint_bytes: size of one checkpoint.
-      keep: how many are kept; for a moment there is one more.
+      keep: number of checkpoints that are kept. Temporarily, there is one more.
 
     Raises:
-      UserError: if nothing can be written there or the checkpoints do not fit on the disk.
+      UserError: the folder cannot be written, or the checkpoints do not fit on the disk.
     """
     with agreed():
         _check_room(Path(workdir), checkpoint_bytes, keep)
@@ -216,7 +216,7 @@ def disk_errors(what: Callable[[], str]) -> Iterator[None]:
     """Context that turns disk errors into a UserError. Other errors are not changed.
 
     Args:
-      what: says what went wrong and for which folder.
+      what: returns the beginning of the message: the folder and what failed.
     """
     try:
         yield

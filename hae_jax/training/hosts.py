@@ -31,19 +31,19 @@ def joined(
 ) -> Iterator[None]:
     """Context in which the processes of a run are connected. With a single process, it does nothing.
 
-    Given nothing, the processes are those of the SLURM step, the Open MPI run or the indexed Kubernetes job that this
-    one belongs to, if it belongs to one. To be entered before anything asks for a device, and after the number of CPU
-    devices is set. When another process dies, this one ends with one line on stderr and status 1; when the context is
-    left by an error, so do all the others.
+    Without arguments, the processes are those of the SLURM step, the Open MPI run or the indexed Kubernetes job that
+    this process belongs to, if any. Enter the context before JAX's devices are initialised and after the number of CPU
+    devices is set. If another process dies, this one ends with one line on stderr and status 1. If an error leaves the
+    context, all other processes end in the same way.
 
     Args:
-      coordinator: HOST:PORT at which process 0 can be reached by all; the port must be free there.
-      num_processes: how many there are; 1: this one alone, whatever the scheduler says.
-      process_id: which this one is, 0 .. num_processes - 1.
-      timeout: seconds that the processes may take to find each other.
+      coordinator: HOST:PORT of process 0, reachable by all; the port must be free there.
+      num_processes: number of processes; 1: only this one, also under a scheduler.
+      process_id: number of this process, 0 .. num_processes - 1.
+      timeout: seconds in which the processes must connect.
 
     Raises:
-      UserError: flags that do not fit together, or a scheduler that does not say enough.
+      UserError: the flags do not fit together, or the scheduler's variables are incomplete.
     """
     explicit = _explicit(coordinator, num_processes, process_id)
     if not explicit and (num_processes == 1 or not in_cluster(os.environ)):
@@ -80,10 +80,10 @@ def describe() -> str:
 def in_cluster(environment: Mapping[str, str]) -> bool:
     """Whether a scheduler has started several processes, according to its environment variables.
 
-    These are the ones that `jax.distributed.initialize` goes by. A Kubernetes job does not say how many pods it has.
+    These are the variables that `jax.distributed.initialize` uses. A Kubernetes job does not give its number of pods.
 
     Raises:
-      UserError: under Open MPI 5, which no longer tells the processes where the first of them is.
+      UserError: under Open MPI 5, which no longer gives the address of process 0.
     """
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
@@ -153,7 +153,7 @@ def _without_proxies() -> Iterator[None]:
 def has_host_to_itself(environment: Mapping[str, str]) -> bool:
     """Whether a scheduled process uses all visible GPUs and not only that with its local number.
 
-    JAX takes it that there is a process for each GPU and that all of them see all GPUs.
+    JAX assumes one process per GPU, and that all processes see all GPUs.
     """
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return False

@@ -34,12 +34,12 @@ class RunLog:
         """Opens the log and drops lines of an interrupted run after `start_step`.
 
         Args:
-          start_step: of the checkpoint that the run goes on from, or 0.
-          project: of wandb; None: wandb is left alone.
-          config: what wandb notes as the run's config.
+          start_step: step of the checkpoint from which the run is resumed, or 0.
+          project: project of wandb; None: wandb is not used.
+          config: the run's config for wandb.
 
         Raises:
-          UserError: wandb is wanted and not installed.
+          UserError: wandb is requested but not installed.
         """
         workdir.mkdir(parents=True, exist_ok=True)
         self.path = workdir / "metrics.jsonl"

@@ -82,18 +82,18 @@ def train(
     """Trains a network. Resumes from the newest intact checkpoint in `workdir`, if there is one.
 
     Writes checkpoints, best/, metrics.jsonl, tensorboard/, samples/, config.json, run.json and loss.png to `workdir`.
-    The same call after an interruption continues the run as if it had never stopped. With several processes, each makes
-    it.
+    The same call after an interruption continues the run as if it had never stopped. With several processes, all must
+    make the call.
 
     Args:
       config: the config tree (`configs/default.py`).
-      devices: what to train on; None: all devices of all hosts.
+      devices: devices to train on; None: all devices of all hosts.
       profile: steps to record.
 
     Raises:
-      UserError: for settings or data that do not fit, a folder that cannot be written or that another job writes, and
-        when the loss is not finite any more.
-      Stopped: after a signal that asks to stop, once the state is saved.
+      UserError: settings or data do not fit, the folder cannot be written or another job uses it, or the loss is no
+        longer finite.
+      Stopped: after a signal that requests a stop, once the state is saved.
     """
     run = _check(config, Path(workdir), devices, profile)
     if jax.process_count() > 1:

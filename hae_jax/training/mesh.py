@@ -19,12 +19,12 @@ def make_mesh(shape: Sequence[int] = (-1, 1), devices: Sequence[jax.Device] | No
     """Makes a mesh ("data", "model") of devices. Batches are split over both axes, the state over "model" only.
 
     Args:
-      shape: devices along each axis; one may be -1: what is left. (-1, 1) copies the state to every device (data
-        parallel), (1, -1) cuts it over all devices (FSDP), (4, 2) over pairs of them.
-      devices: which; None: all devices of all hosts.
+      shape: number of devices along each axis; one may be -1, for the remaining devices. (-1, 1) copies the state to
+        every device (data parallel), (1, -1) splits it over all devices (FSDP), (4, 2) over pairs of devices.
+      devices: the devices; None: all devices of all hosts.
 
     Raises:
-      UserError: the shape does not fit the number of devices, or the hosts have unequal numbers of them.
+      UserError: the shape does not fit the number of devices, or the processes have unequal numbers of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _axis_sizes(tuple(shape), len(devices))
@@ -106,7 +106,7 @@ def _shard_bytes(leaf: Any, sharding: NamedSharding) -> int:
 def sharding_table(abstract_state: Any, shardings: Any) -> str:
     """A table of the sharding: a line for each parameter, then sums for each part of the state.
 
-    EMA weights and the optimiser's moments have the shapes of the parameters and lie where these do: sums are enough.
+    Only sums are given for EMA weights and the optimiser, since their shapes and shardings equal those of parameters.
 
     Args:
       abstract_state: the state, or its shapes and dtypes.
@@ -146,7 +146,7 @@ def check_batch_size(batch_size: int, parts: int, mesh: Mesh, field: str) -> Non
     """Checks that a batch can be split into equal parts, and each part over all devices.
 
     Raises:
-      UserError: naming the field and the next size that fits.
+      UserError: it cannot. The message names the field and the next size that fits.
     """
     unit = parts * mesh.size
     if batch_size < 1 or batch_size % unit:

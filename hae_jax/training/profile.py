@@ -34,19 +34,19 @@ def parse_span(text: str) -> Span:
 class Profiler:
     """Records the steps of a span to `<workdir>/profile`. Without a span and in other processes, it does nothing.
 
-    Used as a context: what has begun is written even where the loop ends early.
+    Use it as a context, so that a started profile is written even if the loop ends early.
     """
 
     def __init__(self, workdir: Path, span: Span | None, start: int, steps: int):
         """Checks the span against the run. Nothing is written yet.
 
         Args:
-          span: what to record; None: nothing.
-          start: steps done so far.
-          steps: at which the run ends.
+          span: steps to record; None: nothing.
+          start: number of steps done so far.
+          steps: last step of the run.
 
         Raises:
-          UserError: the span is not among the steps to come.
+          UserError: the span is not within the remaining steps.
         """
         if span is not None and not start < span.first <= span.last <= steps:
             raise UserError(f"--profile {span.first}:{span.last}: only steps {start + 1} to {steps} remain; "

@@ -137,12 +137,12 @@ def sharded_initial_state(
 ) -> tuple[TrainState, TrainState]:
     """The state before the first step. Each part is made on the devices that hold it.
 
-    The parameters are drawn in the host's memory (every host draws the same) and sent to the devices in shards; what
-    follows from them is computed there.
+    The parameters are drawn in host memory (all hosts draw the same values) and sent to the devices in shards. The rest
+    of the state is computed on the devices.
 
     Args:
       rates: number of sets of EMA weights.
-      history_steps: T where the losses of the timesteps are remembered (`remembered_timesteps`); None: they are not.
+      history_steps: T if losses of timesteps are stored (`remembered_timesteps`), else None.
 
     Returns:
       The state, and a tree of its shardings.

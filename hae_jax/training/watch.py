@@ -38,19 +38,19 @@ _REGULAR = ("log_every", "validate_every", "localization_every", "sample_every")
 class Report:
     """The progress bar, the log and the sample grids of a run.
 
-    A line of metrics.jsonl has, where it is a line of training (`training.log_every`), the means since the last one of
-    loss, gradient_norm and loss_t1of4 .. loss_t4of4 (by quartile of the timestep), and of its step parameter_norm,
-    ema_distance (to the parameters, relative to their norm; ema_distance_2 of a second rate), learning_rate and
-    skipped_steps (all so far).
+    A training line of metrics.jsonl (`training.log_every`) has means since the last such line: loss, gradient_norm and
+    loss_t1of4 .. loss_t4of4 (by quartile of the timestep). It also has values of its step: parameter_norm, ema_distance
+    (to the parameters, relative to their norm; ema_distance_2 for a second rate), learning_rate, and skipped_steps (all
+    so far).
 
-    Its `TIMING_FIELDS` are images_per_second; model_flops_per_second of all devices (`hae_jax.model.flops`), and
-    peak_share of what they could do, where that is known; device_memory_gib, the peak of the fullest device of this
-    host, or on a CPU what the process holds now; input_wait_seconds per step that the loop waited for a batch, and
-    input_wait_share of its time, which is the most that a faster input could save. Compilation, validation and
-    samples are not in these times. The line of a first step alone has no speeds.
+    Its `TIMING_FIELDS` are: images_per_second; model_flops_per_second of all devices (`hae_jax.model.flops`);
+    peak_share, the share of the devices' peak, if it is known; device_memory_gib, the largest peak of this host's
+    devices or, on a CPU, the current memory of the process; input_wait_seconds, the time per step that the loop waited
+    for a batch; input_wait_share, its share of the time, which is the most that a faster input could save. These times
+    do not include compilation, validation and samples. A line of only the first step has no speeds.
 
-    A step with a validation (`training.validate_every`) has validation_loss and validation_loss_null in its line, one
-    with `training.localization_every` what `localization.Localization` gives. The EMA weights with the largest
+    The line of a step with validation (`training.validate_every`) has validation_loss and validation_loss_null. A line
+    with `training.localization_every` has the metrics of `localization.Localization`. The EMA weights with the largest
     expected Dice times slice AUC so far are in best/.
     """
 
@@ -69,10 +69,10 @@ class Report:
         """Opens the log.
 
         Args:
-          start: steps done so far.
+          start: number of steps done so far.
           sampler: made by `make_sampler`; None: no sample grids.
-          validation: a `Validation`; None: none.
-          localization: a `Localization`; None: none.
+          validation: a `Validation`; None: no validation.
+          localization: a `Localization`; None: no localization metrics.
         """
         self._workdir, self._config, self._network, self._mesh = workdir, config, network, mesh
         self._sampler, self._validation, self._localization = sampler, validation, localization
@@ -107,7 +107,7 @@ class Report:
         """Writes what is due at a step. Call it before the step's checkpoint is saved.
 
         Returns:
-          The state; with an empty window where a line of training was written.
+          The state. Its window is empty if a training line was written.
         """
         values: dict[str, float] = {}
         if self._due(done, "log_every"):

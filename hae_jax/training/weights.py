@@ -26,7 +26,7 @@ SHIPPED = Path(weights.__file__).parent  # with a folder for each shipped networ
 
 
 def export_weights(run: str | Path, folder: str | Path) -> Network:
-    """Writes the EMA weights of a run's newest sound checkpoint to `folder`, replacing earlier ones.
+    """Writes the EMA weights of a run's newest intact checkpoint to `folder`, replacing earlier ones.
 
     Returns:
       The network that was written.
@@ -45,8 +45,8 @@ def write_weights(
     """Writes a network's parameters and its config to `folder`, replacing earlier ones.
 
     Args:
-      parameters: which ones they are, for the network's identity; they are then written in full precision. None: EMA
-        parameters, in half precision.
+      parameters: name of the parameters for the network's identity; they are written in full precision. None: EMA
+        weights in half precision.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,10 +68,10 @@ def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str]
 
     Args:
       path: the folder, or the name of shipped weights, such as "phantom".
-      ema: the EMA weights instead of the last ones.
+      ema: read the EMA weights instead of the last parameters.
 
     Raises:
-      UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.
+      UserError: there is no network, it is damaged, or it has only EMA weights and `ema` is False.
     """
     path = trained_folder(path)
     if (reason := absence(path)) == "missing":
