@@ -70,8 +70,8 @@ def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
     """Removes temporary files and folders of killed writers, but not those that are being written.
 
     Args:
-      folder: where they are.
-      name: of what they were to become; a pattern.
+      folder: folder of the temporary files.
+      name: pattern of the final names.
     """
     for path in Path(folder).glob(f".*.partial.{name}"):
         with contextlib.suppress(OSError):  # it is being written, or the file system has no locks
@@ -100,11 +100,11 @@ def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iter
 
     Args:
       path: the folder.
-      replace: a folder at `path` is removed once the new one is in its place.
+      replace: replace a folder at `path`, which is removed after the new one is in place.
 
     Raises:
-      FileExistsError: if `path` exists, is not an empty folder, and is not to be replaced.
-      UserError: if `path` is a mount point, which cannot be renamed.
+      FileExistsError: `path` exists, is not an empty folder, and `replace` is False.
+      UserError: `path` is a mount point, which cannot be renamed.
     """
     path = Path(os.path.realpath(path)) if replace else Path(path)  # if it is a link, its target is replaced
     if os.path.ismount(path):
@@ -145,7 +145,7 @@ def finish_replacing(path: str | os.PathLike) -> bool:
     """Repairs the state that `folder_written_whole` leaves if it is killed while it replaces a folder.
 
     Returns:
-      Whether the old folder was put back, since the new one was not in place yet.
+      Whether the old folder was restored, since the new one was not in place yet.
     """
     path, back = Path(os.path.realpath(path)), False
     for old in path.parent.glob(f".*{_REPLACED}{glob.escape(path.name)}"):
@@ -162,12 +162,12 @@ def finish_replacing(path: str | os.PathLike) -> bool:
 def one_at_a_time(path: str | os.PathLike, waiting: Callable[[], None]) -> Iterator[None]:
     """Context that only one process at a time can enter with the same `path`.
 
-    The kernel lets go of the lock however its owner ends. Where a file system has no locks, or nothing can be written,
-    nobody waits: for work that may be done twice, only needlessly.
+    The kernel releases the lock when its owner ends in any way. If the file system has no locks or is read-only,
+    processes do not wait. So use it for work that may be done twice without harm.
 
     Args:
-      path: a file that is there only for this. It stays, empty: who waits for it would miss those who come after its
-        removal and make another.
+      path: a file only for this lock. It stays as an empty file. If it were removed, waiting processes would hold the
+        lock of the removed file, and new ones would lock another file.
       waiting: called if another process is inside.
     """
     path = Path(path)

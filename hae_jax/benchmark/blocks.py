@@ -43,12 +43,12 @@ class Block(NamedTuple):
     """A block of the network in several forms.
 
     Attributes:
-      name: with its size.
-      forms: functions of `params` and `inputs`, one of them `OURS`; the first is what the others are compared with.
-      params: that all devices have.
-      inputs: [B, ...] each, cut among the devices.
-      has_gradients: whether gradients are of interest.
-      counted: the form whose operations count as the work that is done.
+      name: the block's name with its size.
+      forms: functions of `params` and `inputs`, one of them `OURS`. The others are compared with the first.
+      params: parameters, replicated on all devices.
+      inputs: arrays [B, ...], split over the devices.
+      has_gradients: whether gradients are measured.
+      counted: the form whose operations are used for the speed.
     """
 
     name: str
@@ -67,9 +67,9 @@ def measure_blocks(batch: int, dtype: str, repeats: int, mesh: Mesh, say: Callab
     """Times the forms of each block in turns, forward and with gradients. Memory is that of XLA's plan.
 
     Args:
-      batch: images in a call, which the mesh divides; the sparse attention alone takes one, on one device.
-      repeats: turns.
-      say: is told what is being done.
+      batch: images per call, divisible by the number of devices. Only the sparse attention has one, on one device.
+      repeats: number of turns.
+      say: function that gets progress messages.
     """
     return [row for block in blocks(batch, dtype) for gradients in (False, True)[:1 + block.has_gradients]
             for row in _rows(block, gradients, repeats, mesh, say)]

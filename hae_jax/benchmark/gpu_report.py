@@ -37,10 +37,10 @@ class Step:
     """One step of the report.
 
     Attributes:
-      name: as in the table.
-      limit: seconds that it may take.
-      about: what it finds out, in a few words.
-      command: what runs it; the arguments of `gpu_steps` are added. None: the step of this name.
+      name: name in the table.
+      limit: time limit in seconds.
+      about: short description.
+      command: command that runs it, without the arguments of `gpu_steps`. None: the step of this name.
     """
 
     name: str
@@ -70,12 +70,12 @@ def gpu_report(
 
     Args:
       output: folder, made if absent; earlier results in it are replaced.
-      seconds: that all steps may take together.
-      rehearse: do everything in small, on whatever device there is.
-      say: is told what is being done.
+      seconds: time limit of all steps together.
+      rehearse: use small sizes, on any device.
+      say: function that gets progress messages.
 
     Returns:
-      What `results.json` holds.
+      The contents of `results.json`.
 
     Raises:
       UserError: the folder cannot be used, or the time is too short for any step.

@@ -30,11 +30,11 @@ class Compiled(NamedTuple):
 
 
 def compile_program(lower: Callable[[], jax.stages.Lowered], devices: int) -> Compiled:
-    """Traces and compiles.
+    """Traces and compiles a program.
 
     Args:
-      lower: traces the program.
-      devices: that it runs on and that share one memory: the cores of a CPU; else 1.
+      lower: function that traces the program.
+      devices: number of its devices that share one memory, such as cores of a CPU; else 1.
     """
     start = time.perf_counter()
     executable = lower().compile()
@@ -56,7 +56,7 @@ def sharing_memory(mesh: Mesh) -> int:
 def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> np.ndarray:  # [calls, repeats] seconds
     """Times the calls in turns, `repeats` times, so that the machine's state is the same for all of them.
 
-    Each is called once before the clock starts. Quick ones are called several times a turn.
+    Each call is made once before the measurement. Short calls are repeated several times per turn.
     """
     counts = []
     for call in calls:
@@ -98,12 +98,13 @@ def matmul_peak(mesh: Mesh, dtype: str, repeats: int = 5) -> float:
 def peak_of_first_call(device: jax.Device, call: Callable[[], Any], arguments: int) -> int | None:
     """Peak memory of a call in bytes, including its arguments, from the device's statistics.
 
-    These know the largest peak of the process alone: None where the call stays below it, and where there are none.
+    The statistics give only the largest peak of the process. The result is None if the call stays below it, or if there
+    are no statistics.
 
     Args:
-      device: one of the mesh; all do the same.
-      call: done once.
-      arguments: bytes of its arguments, which are on the device already.
+      device: one device of the mesh; all do the same.
+      call: function that is called once.
+      arguments: bytes of its arguments, which are already on the device.
     """
     before = device.memory_stats()
     call()

@@ -71,8 +71,8 @@ def translate(
 ) -> Translation:
     """The forward process with four passes per step and all predictions stored, [T, B, H, W, M].
 
-    Each condition has a pass of its own, and each slice an embedding of the timestep. Only for the published maps:
-    `settings` has its defaults for those.
+    Each condition has a separate pass, and each slice a separate embedding of the timestep. It makes only the published
+    maps, for the default `settings` of maps.
     """
     modality = jnp.asarray(settings.modality)
 

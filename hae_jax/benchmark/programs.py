@@ -45,15 +45,15 @@ class Settings:
     """The settings of the benchmark.
 
     Attributes:
-      parts: of `PARTS`.
-      variants: of the network; the first is what the others are compared with.
-      baselines: what ours is compared with: "naive", or with single pieces naive, or "torch".
-      batch: images in a call, over all devices.
-      steps: that a translation walks.
-      repeats: turns; each program is timed once in each.
+      parts: parts of `PARTS`.
+      variants: variants of the network. The others are compared with the first.
+      baselines: forms that are compared with ours: "naive", names of single naive pieces, or "torch".
+      batch: images per call, over all devices.
+      steps: steps of a translation.
+      repeats: number of turns. Each program is timed once per turn.
 
     Raises:
-      UserError: for values that cannot be.
+      UserError: impossible values.
     """
 
     parts: tuple[str, ...]

@@ -21,19 +21,19 @@ class Row:
     """The metrics of one program; None where unknown.
 
     Attributes:
-      part: which program.
-      variant: of the network; for the loader, where its slices come from; for a block, which one.
-      form: "ours", or what of it is naive, or "torch", the same network in PyTorch.
-      seconds: of a call in each turn.
-      images: of a call.
-      flops: of a call, as this program computes; not counted for PyTorch.
-      model_flops: of a call, as our form computes: what counts as work done.
-      memory: bytes at the peak, of each device by its own statistics; where it has none, or a larger program came
-        before, by XLA's plan, which is that of all cores of a CPU together. For PyTorch, what it allocated on the GPU.
-      compile_seconds: tracing and compilation.
-      time_ratio: time over that of what it is compared with: ours for a baseline, the first variant for another one,
-        the first form of a block; for the loader, slices per second over what the training step needs.
-      memory_ratio: likewise, of the plans.
+      part: the program.
+      variant: variant of the network; for the loader, the origin of its slices; for a block, its name.
+      form: "ours", the naive pieces, or "torch" for the same network in PyTorch.
+      seconds: time of a call in each turn.
+      images: images per call.
+      flops: operations of a call in this form; not counted for PyTorch.
+      model_flops: operations of a call in our form, on which the speed is based.
+      memory: peak memory in bytes, per device from its statistics. Without statistics, or after a larger program, it is
+        that of XLA's plan, on a CPU for all cores together. For PyTorch, it is the memory allocated on the GPU.
+      compile_seconds: time of tracing and compilation.
+      time_ratio: time divided by that of the reference: ours for a baseline, the first variant for other variants, the
+        first form of a block. For the loader, slices per second divided by those that the training step needs.
+      memory_ratio: memory of XLA's plan divided by that of the reference.
     """
 
     part: str

@@ -158,7 +158,7 @@ def comparison_figure(
 ) -> None:
     """Writes a PNG with a line for each method, and on it a dot each for volume Dice, lesion-slice Dice and AUPRC.
 
-    A bar is the 95% interval over patients. What a method lacks is not drawn.
+    A bar is the 95% interval over patients. Missing metrics of a method are not drawn.
     """
     figure = Figure(figsize=(7.2, 1.6 + 0.62 * len(rows)), layout="constrained")
     axis = figure.add_subplot()

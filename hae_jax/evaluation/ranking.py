@@ -116,8 +116,9 @@ def rankings(
 ) -> dict[str, dict[str, float | int | None]]:
     """"auroc" and "auprc" of all patients together, with intervals from draws of patients (`bootstrap.with_interval`).
 
-    In a coarse bin all lesion pixels have the precision at its lower edge. What that takes from the AUPRC of all
-    patients is given back bin by bin, also in draws: the error would be wider than the interval of many patients.
+    In a coarse bin, all lesion pixels have the precision at its lower edge. The resulting error of the AUPRC of all
+    patients is corrected bin by bin, also in draws. Otherwise, the error would be larger than the interval of many
+    patients.
     """
     stacked = sparse.vstack([sparse.csr_array((2, BINS // _FINE)), *cases]).tocsr()[2:]
     columns, whose = np.unique(stacked.indices), numbers(patients)

@@ -120,8 +120,8 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Results of several methods side by side, for the log.
 
     Args:
-      columns: for each method its nested dictionaries of numbers; what one method lacks is shown as "-". A metric
-        with an interval (`bootstrap.with_interval`) takes one line: 0.712 [0.650, 0.770].
+      columns: for each method, its nested dictionaries of numbers. Missing metrics are shown as "-". A metric with an
+        interval (`bootstrap.with_interval`) takes one line: 0.712 [0.650, 0.770].
     """
     flat = {method: _flattened(results) for method, results in columns.items()}
     names = list(dict.fromkeys(name for results in flat.values() for name in results))
@@ -181,11 +181,11 @@ class ComparedMethod(NamedTuple):
 
     Attributes:
       method: its title.
-      settings: what distinguishes it from other lines, in words.
-      results: those of `running.SliceSums` and "volumes" of `volumes.summarise`; what it lacks stays empty.
-      seconds_per_slice: None where it was not measured.
-      labels: that the threshold has seen, "image labels" or "ground truth".
-      passes: network passes for a slice.
+      settings: settings that differ from other lines, as text.
+      results: results of `running.SliceSums`, and "volumes" of `volumes.summarise`; missing ones stay empty.
+      seconds_per_slice: None if not measured.
+      labels: labels that the threshold has used, "image labels" or "ground truth".
+      passes: network passes per slice.
     """
 
     method: str
@@ -202,10 +202,10 @@ def write_comparison(
     """Writes <name>.csv (all metrics, to six digits; an empty cell where there is none) and <name>.md.
 
     Args:
-      folder: where to, made if absent.
-      rows: the methods in the order of the table, measured on the same slices; tuples in the order of the fields do.
-      phantom: whether the cases are of the phantom, which the headline says.
-      name: of the files.
+      folder: folder of the files, made if absent.
+      rows: the methods in the order of the table, measured on the same slices. Tuples in the order of fields also work.
+      phantom: whether the cases belong to the phantom, which the headline states.
+      name: name of the files.
     """
     rows = [ComparedMethod(*row) for row in rows]
     with files.written_whole(Path(folder) / f"{name}.csv") as temporary, \

@@ -59,9 +59,9 @@ def class_context(
 ) -> Context:
     """Decides which rows see their context (`UNetConfig.null_context`).
 
-    "batch" is the rule of the trained `hae_v2c`: the context is absent when every row of the batch is zero. A null pass
-    stacked onto a conditional one is all zero, whatever the other's rows are, and the other is judged without it.
-    Under jit with a batch sharded over devices, the batch is the global one.
+    "batch" is the rule of the published `hae_v2c`: the context is absent if all rows of the batch are zero. If a null
+    pass shares the batch with a conditional pass, its rows see no context, and the rule is applied to the other rows
+    only. Under jit with a batch that is sharded over devices, the rule uses the global batch.
     """
     rule = context_rule(config)
     zero = jnp.all(jnp.abs(c) <= config.zero_threshold, axis=-1)

@@ -94,9 +94,9 @@ class UNetConfig:
       null_context: whether a null row sees a context: "batch" (the trained code's rule), "sample" (never), "keep".
       sparse_pattern: "blocks" (this project's; 90 % of the pairs are skipped), "trained" (the published one), "dense".
       sparse_seed: seed of the sparse pattern at inference, and in training unless it is redrawn.
-      sparse_redraw: draw the sparse pattern anew at each training step.
-      remat: what the backward pass recomputes: "none"; "block": each ResBlock, attention and hybrid block; "full": also
-        each group of blocks between two skips, so that little more than the skips is stored.
+      sparse_redraw: draw a new sparse pattern at each training step.
+      remat: parts that the backward pass recomputes: "none"; "block": ResBlocks, attention and hybrid blocks; "full":
+        also each group of blocks between two skips, so that little more than the skips is stored.
       dtype: compute type; parameters, norms, softmax and the output head stay float32.
       attention: how attention is computed: "auto", "xla", "cudnn", or another form of `hae_jax.ops.forms`.
       convolution: how convolutions are computed: "auto", "xla" or "winograd".

@@ -46,10 +46,10 @@ def attend_with_token(
 ) -> jax.Array:  # [B, T, h, d]
     """Attention over T tokens and an additional token, with a logit per query and the value factor * direction + base.
 
-    The queries are extended by their logit and the token's key by a one, which meet in the product; in bfloat16 the
-    logit is too coarse, so what its rounding leaves is a further number. The token's value is `base`, extended by a
-    one, so that the output says the token's weight, which is what `direction` is then added with. The token comes
-    twice, each with half of the weight: kernels want even numbers of keys.
+    The queries are extended by the logit, and the token's key by a one, so that their product contains the logit.
+    bfloat16 is too coarse for the logit, so its rounding error is a second additional channel. The token's value is
+    `base`, extended by a one. So the output contains the token's weight, by which `direction` is then scaled. The token
+    is added twice with half of the weight each, since kernels require an even number of keys.
     """
     batch, tokens, heads, depth = q.shape
     logit = (jnp.maximum(logit, _NOT_SEEN) - jnp.log(2.0)) * depth**0.5

@@ -17,7 +17,7 @@ _ON_CPUS = {"attention": "rows", "convolution": "winograd"}
 def automatic(operation: str, platform: str) -> str:
     """The form for "auto", in any dtype: the forms for CPUs on CPUs, and XLA's on other platforms.
 
-    It is never "cudnn": nobody has timed that form on a GPU yet.
+    It is never "cudnn", since that form has not been timed on a GPU yet.
 
     Args:
       operation: "attention" or "convolution".

@@ -35,14 +35,14 @@ class ReadCase:
     """A case in memory.
 
     Attributes:
-      facts: of slices/<case>.json; empty where it is missing.
-      grid: of its volumes; None where no volume can be read.
+      facts: contents of slices/<case>.json; empty if it is missing.
+      grid: grid of its volumes; None if no volume can be read.
       images: [X, Y, Z] float32 by modality.
-      healthy: pseudo-healthy reconstructions, likewise.
+      healthy: pseudo-healthy reconstructions, in the same form.
       map: [X, Y, Z] float32.
       mask: [X, Y, Z] bool.
       truth: [X, Y, Z] bool.
-      warnings: what the case's translation warned of, and what cannot be shown.
+      warnings: warnings of the case's translation, and of volumes that cannot be shown.
     """
 
     facts: dict[str, Any]

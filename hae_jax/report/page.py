@@ -23,15 +23,15 @@ _SIDECAR = "// HAE-JAX report, part of a page: "
 class Pictures:
     """The data that the page loads on demand: a JSON text for each case, in the page or in files beside it.
 
-    All stay in memory up to the limit; what is beyond it sends all of them to `<page without suffix>/<name>.js`.
+    They stay in memory up to the limit. Beyond the limit, all of them are written to `<page without suffix>/<name>.js`.
     """
 
     def __init__(self, page: Path, limit: int):
-        """Begins a page.
+        """Starts a page.
 
         Args:
-          page: where it will lie.
-          limit: bytes that fit into it.
+          page: path of the page.
+          limit: largest size of pictures in the page, bytes.
         """
         self.folder = page.with_suffix("")
         self._limit, self._size = limit, 0
@@ -61,10 +61,10 @@ class Pictures:
         """Adds pictures.
 
         Args:
-          name: of the case on the page.
-          content: ready for JSON.
-          key: what they were made of.
-          entry: what the page says of the case, kept for `known`.
+          name: name of the case on the page.
+          content: data, ready for JSON.
+          key: key of the input from which they were made.
+          entry: the case's entry on the page, stored for `known`.
         """
         self._keep(name, script_json(content), key, dict(entry or {}))
 
@@ -113,7 +113,7 @@ def write_page(path: Path, data: Mapping[str, Any], pictures: Pictures) -> None:
     """Writes a page, whole or not at all.
 
     Args:
-      data: what `main.js` reads: "kind", "title", "facts", ...
+      data: data for `main.js`: "kind", "title", "facts", ...
     """
     inside = pictures.inside()
     style = (_STATIC / "style.css").read_text(encoding="utf-8")

@@ -8,18 +8,18 @@ _PATH = re.compile(r"""(?<![^\s'"(\[=:,])(?:~|\.{1,2})?/(?:[^\s'"<>,;:()\[\]]*/)
 
 
 class Privacy:
-    """Cleans text before it comes into a page.
+    """Removes private parts of text for a page.
 
     Attributes:
-      labels: by the name of a case what it is called instead; empty: cases keep their names.
+      labels: new name of each case, by its name; empty: cases keep their names.
     """
 
     def __init__(self, folders: Iterable[str], names: Iterable[str], *, anonymous: bool):
         """Takes the private folders and names.
 
         Args:
-          folders: absolute paths that may stand in messages; known ones are found even where they hold spaces.
-          names: of all cases, in the order of their numbers.
+          folders: absolute paths that may occur in messages. These are also found if they contain spaces.
+          names: names of all cases, in the order of their numbers.
           anonymous: whether cases are numbered.
         """
         self._folders = _any_of(folder for folder in folders if len(folder) > 1)

@@ -43,11 +43,11 @@ class Results:
     """The contents of a folder of results.
 
     Attributes:
-      folder: where it lies.
-      rows: of finished cases, by name: numbers as numbers, None for an empty cell.
-      failed: why others have no results, by name.
-      manifest, metrics, calibration: the files of these names; empty where they are missing.
-      notes: what is missing or damaged, one line each.
+      folder: the folder.
+      rows: rows of finished cases by name, with numbers, and None for empty cells.
+      failed: reason of each failed case, by name.
+      manifest, metrics, calibration: the files with these names; empty if missing.
+      notes: missing or damaged parts, one line each.
     """
 
     folder: Path

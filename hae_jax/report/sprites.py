@@ -44,8 +44,8 @@ def sheets(
     """Draws the slices of a volume on one or more sheets.
 
     Args:
-      volume: what is drawn.
-      exact: PNG, for labels; else JPEG, which loses a little and is several times smaller.
+      volume: the volume.
+      exact: use PNG, for labels; else JPEG, which is slightly lossy and several times smaller.
     """
     (width, height), columns, per_sheet = layout(volume.shape)
     drawn = []

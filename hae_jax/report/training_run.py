@@ -30,8 +30,8 @@ def run_data(folder: Path, pictures: Pictures, privacy: Privacy) -> dict[str, An
     """The page's data of a run, ready for JSON. The sample grids are added to `pictures`.
 
     Args:
-      folder: the run.
-      privacy: cleans what is said.
+      folder: the run folder.
+      privacy: removes private parts of text.
     """
     notes: list[str] = []
     config, record = read_json(folder / "config.json", notes), read_json(folder / "run.json", notes)

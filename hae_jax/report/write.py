@@ -28,9 +28,9 @@ def write_report(
     """Writes the page of a folder of results or of a training run.
 
     Args:
-      folder: what translate.py or train.py has written.
+      folder: a folder of results of translate.py, or a run folder of train.py.
       output: the page; None: report.html in the folder, or report_anonymous.html.
-      anonymize: numbers the cases, and leaves out what tells their names: links, commands, names of files.
+      anonymize: number the cases, and leave out all that reveals their names: links, commands, file names.
       limit_mb: megabytes up to which pictures lie in the page itself. Beyond that, each case's pictures go to a file in
         the folder `report` beside it.
 

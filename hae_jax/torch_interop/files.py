@@ -38,16 +38,16 @@ def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED) -> dict[st
     """Reads names and arrays from a .safetensors file or from a file of `torch.save`.
 
     Args:
-      path: the file; what it is tells its content, not its ending. The state dict may be nested under one of the usual
-        keys, and all its names may have the prefix of a wrapper (`module.`, `model.`, `net.`); both are taken off.
+      path: the file. Its kind is recognised by its content and not by its extension. The state dict may be nested under
+        a usual key, and its names may have a wrapper's prefix (`module.`, `model.`, `net.`). Both are removed.
       nested: the keys, the preferred one first.
 
     Returns:
       float32 arrays, in the file's order.
 
     Raises:
-      UserError: for a missing or damaged file, a pickle that wants more than arrays, one without a state dict, or
-        weights that are not finite.
+      UserError: the file is missing or damaged, is a pickle with more than arrays, has no state dict, or weights are
+        not finite.
     """
     path = _existing(path)
     if _is_safetensors(path):
@@ -71,7 +71,7 @@ def read_adamw(path: str | Path) -> AdamW:
     """Reads the file of `torch.save(optimizer.state_dict(), path)` for an AdamW.
 
     Raises:
-      UserError: for a file that cannot be read, or is of another optimiser, or of one with several parameter groups.
+      UserError: the file cannot be read, belongs to another optimiser, or has several parameter groups.
     """
     path = _existing(path)
     found = _load(path)
@@ -106,11 +106,11 @@ def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     """Writes a state dict that PyTorch can load: .pt with `torch.save`, .safetensors without PyTorch.
 
     Args:
-      path: the file; an existing one is left alone.
-      state: as `torch_state` gives it.
+      path: the file, which must not exist.
+      state: the result of `torch_state`.
 
     Raises:
-      UserError: if the file exists, or ends in neither.
+      UserError: the file exists, or has another extension.
     """
     path = Path(path)
     if path.exists():

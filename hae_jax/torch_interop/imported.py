@@ -45,20 +45,20 @@ def write_run(
 ) -> list[str]:
     """Writes a run's folder: checkpoint, config.json, and imported.json with its origin.
 
-    Averages that are not given begin as the parameters, moments as zeros, as at the start of a training.
+    Missing EMA weights start as the parameters, and missing moments as zeros, as at the start of a training.
 
     Args:
-      config: the config tree that the run shall go on with.
-      output: the folder; new or empty. It appears when it is complete.
-      config_name: what the config is called in messages; None: it was guessed.
-      config_text: is written to config.py.
+      config: the config tree with which the run will be resumed.
+      output: the folder, which must be new or empty. It appears when it is complete.
+      config_name: name of the config in messages; None: it was guessed.
+      config_text: text that is written to config.py.
       verify: read the checkpoint again and compare every array with the files.
 
     Returns:
-      Lines that tell what was written.
+      Lines that describe the written files.
 
     Raises:
-      UserError: where weights and config do not fit, the folder is in use, or the comparison fails; nothing is written.
+      UserError: weights and config do not fit, the folder is in use, or the comparison fails. Nothing is written then.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

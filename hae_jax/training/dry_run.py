@@ -40,13 +40,13 @@ def describe(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
     """Describes the training of a config.
 
     Args:
-      devices: what would be trained on; None: all devices of all hosts.
+      devices: the devices of the training; None: all devices of all hosts.
 
     Returns:
-      Lines of text: network, devices, memory, operations, data. Data that are missing or do not fit are named there.
+      Lines of text: network, devices, memory, operations, data. They name data that are missing or do not fit.
 
     Raises:
-      UserError: for settings that do not fit together or to the devices.
+      UserError: settings do not fit together or to the devices.
     """
     step_settings(config)
     check_settings(config)
@@ -61,12 +61,12 @@ def describe(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
 def activation_bytes(network: UNetConfig, rows: int) -> int:
     """Bytes that the forward pass of a training step keeps for the backward pass, from the shapes of the program.
 
-    Where the network recomputes (remat), what the largest recomputed part needs is added, since it is there at once.
-    XLA may need less, by computing again what costs little, or more, for its own workspaces. Counted are the forms of
-    accelerators (`hae_jax.ops.forms`), which on CPUs are an upper bound, unless the config names others.
+    With remat, the memory of the largest recomputed part is added, since it is needed at the same time. XLA may need
+    less, if it recomputes cheap operations, or more, for its workspaces. The count is for the forms of accelerators
+    (`hae_jax.ops.forms`), which are an upper bound for CPUs, unless the config names other forms.
 
     Args:
-      rows: images on one device at once.
+      rows: images on one device at a time.
     """
     forms = {field: "xla" for field in FORM_FIELDS if getattr(network, field) == "auto"}
     loss, params = _loss(dataclasses.replace(network, **forms), rows)
