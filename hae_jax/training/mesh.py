@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hae_jax.errors import UserError
 
-_SMALLEST_SHARDED = 2**14  # elements; smaller parameters are replicated, since gathering them is slow
+_SMALLEST_SHARDED = 2**14  # elements; gathering a smaller parameter costs more than replicating it
 _PARTS = {"params": "parameters", "ema": "EMA weights", "opt_state": "optimiser"}  # names of the state's fields
 
 
