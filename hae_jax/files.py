@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and reading JSON so that a mistake is one line."""
+"""Writing of files such that a reader never sees an incomplete file, and reading of JSON with errors of one line."""
 
 import contextlib
 import errno
@@ -15,8 +15,8 @@ from typing import Any
 
 from hae_jax.errors import UserError
 
-_ROOM = 2**20  # bytes; less is none
-_REPLACED = ".replaced."  # in the name of a folder while another takes its place
+_ROOM = 2**20  # bytes; a disk with less free space counts as full
+_REPLACED = ".replaced."  # in the name of a folder that is being replaced
 
 
 @contextlib.contextmanager
@@ -42,16 +42,16 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """A name that no other process takes: on a cluster, processes on other hosts may have the same number."""
+    """A unique temporary name beside `path`. It has random digits, since processes on other hosts can have our id."""
     return path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.partial.{path.name}")
 
 
 @contextlib.contextmanager
 def _in_use(path: Path) -> Iterator[bool]:
-    """Holds a lock on a file or folder, by which others see that its writer lives.
+    """Holds a lock on a file or folder. The lock shows other processes that its writer is alive.
 
     Yields:
-      Whether nobody else holds it; also True where the file system has no locks.
+      Whether no other process holds the lock; also True if the file system has no locks.
     """
     with contextlib.ExitStack() as stack:
         free = True
@@ -67,14 +67,14 @@ def _in_use(path: Path) -> Iterator[bool]:
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
-    """Removes the temporary files and folders of writers that were killed; what is being written is left alone.
+    """Removes temporary files and folders of killed writers, but not those that are being written.
 
     Args:
-      folder: where they are.
-      name: of what they were to become; a pattern.
+      folder: folder of the temporary files.
+      name: pattern of the final names.
     """
     for path in Path(folder).glob(f".*.partial.{name}"):
-        with contextlib.suppress(OSError):  # somebody writes it, or the file system has no locks
+        with contextlib.suppress(OSError):  # it is being written, or the file system has no locks
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,29 +84,29 @@ def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
 
 
 def disk_refuses(error: BaseException) -> bool:
-    """Whether an error is of a disk that is full or not to be written to: it will be the same for the next file."""
+    """Whether an error comes from a full or read-only disk, so that it will occur for the next file as well."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def full_places() -> list[str]:
-    """The usual places of temporary data, and this folder, if there is no room there: for errors that name none."""
+    """The full ones of this folder and the usual folders for temporary data, for errors that name no folder."""
     places = dict.fromkeys((os.getcwd(), tempfile.gettempdir(), "/dev/shm"))
     return [place for place in places if os.path.isdir(place) and shutil.disk_usage(place).free < _ROOM]
 
 
 @contextlib.contextmanager
 def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
-    """Like `written_whole`, for a folder; what killed writers of the same folder have left is removed first.
+    """Like `written_whole`, for a folder. Leftovers of killed writers of the same folder are removed first.
 
     Args:
       path: the folder.
-      replace: a folder at `path` is removed once the new one is in its place.
+      replace: replace a folder at `path`, which is removed after the new one is in place.
 
     Raises:
-      FileExistsError: if `path` exists, is not an empty folder, and is not to be replaced.
-      UserError: if `path` is a mount point, which cannot be renamed.
+      FileExistsError: `path` exists, is not an empty folder, and `replace` is False.
+      UserError: `path` is a mount point, which cannot be renamed.
     """
-    path = Path(os.path.realpath(path)) if replace else Path(path)  # of a link, the folder is replaced
+    path = Path(os.path.realpath(path)) if replace else Path(path)  # if it is a link, its target is replaced
     if os.path.ismount(path):
         raise UserError(f"{path}: is a mount point, and a folder is written beside its place; give a folder below it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,14 +142,14 @@ def _replace_folder(path: Path, new: Path) -> None:
 
 
 def finish_replacing(path: str | os.PathLike) -> bool:
-    """Puts right what `folder_written_whole` left if it was killed while it replaced a folder.
+    """Repairs the state that `folder_written_whole` leaves if it is killed while it replaces a folder.
 
     Returns:
-      Whether the old folder was put back, since the new one was not in place yet.
+      Whether the old folder was restored, since the new one was not in place yet.
     """
     path, back = Path(os.path.realpath(path)), False
     for old in path.parent.glob(f".*{_REPLACED}{glob.escape(path.name)}"):
-        with _in_use(old) as free:  # else it is being replaced now
+        with _in_use(old) as free:  # not free: it is being replaced now
             if free and not os.path.lexists(path):
                 os.replace(old, path)
                 back = True
@@ -160,14 +160,14 @@ def finish_replacing(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(path: str | os.PathLike, waiting: Callable[[], None]) -> Iterator[None]:
-    """Context: of all processes that name the same `path` only one is inside.
+    """Context that only one process at a time can enter with the same `path`.
 
-    The kernel lets go of the lock however its owner ends. Where a file system has no locks, or nothing can be written,
-    nobody waits: for work that may be done twice, only needlessly.
+    The kernel releases the lock when its owner ends in any way. If the file system has no locks or is read-only,
+    processes do not wait. So use it for work that may be done twice without harm.
 
     Args:
-      path: a file that is there only for this. It stays, empty: who waits for it would miss those who come after its
-        removal and make another.
+      path: a file only for this lock. It stays as an empty file. If it were removed, waiting processes would hold the
+        lock of the removed file, and new ones would lock another file.
       waiting: called if another process is inside.
     """
     path = Path(path)
@@ -189,7 +189,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file in UTF-8, with or without a byte order mark, UTF-16 or UTF-32; else it is taken as Latin-1.
+    """Reads a JSON file in UTF-8 (with or without a byte order mark), UTF-16 or UTF-32, else as Latin-1.
 
     Raises:
       UserError: it cannot be read, is empty, or is not JSON: file, line and mistake.
@@ -201,7 +201,7 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(decoded(content), parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from error
-    except ValueError as error:  # a number of thousands of digits, say
+    except ValueError as error:  # such as a number with thousands of digits
         raise UserError(f"{path}: is not JSON ({error})") from error
     except RecursionError as error:
         raise UserError(f"{path}: is nested too deeply") from error
@@ -244,7 +244,7 @@ def read_content(path: str | os.PathLike) -> bytes:
 
 
 def decoded(content: bytes) -> str:
-    """Text in UTF-8, UTF-16 or UTF-32 without its byte order mark; what is none of them is taken as Latin-1."""
+    """Decodes UTF-8, UTF-16 or UTF-32 without the byte order mark. Other content is read as Latin-1."""
     try:
         return content.decode(json.detect_encoding(content)).removeprefix("\ufeff")
     except UnicodeDecodeError:

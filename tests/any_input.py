@@ -1,4 +1,4 @@
-"""What tests share that hand over anything: few examples, always the same; HAE_EXAMPLES=2000 draws as many new ones."""
+"""Helpers for tests with arbitrary input. They use a few fixed examples; HAE_EXAMPLES=2000 draws 2000 new ones."""
 
 import os
 
@@ -16,7 +16,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 
 
 def right_or_one_line(read, named=None):
-    """What was read, or None after a UserError of one line, which names the file if it is given."""
+    """Returns the value of `read()`, or None after a UserError of one line, which must name the file `named`."""
     try:
         return read()
     except UserError as error:
@@ -28,7 +28,7 @@ def right_or_one_line(read, named=None):
 
 
 def changed(tree, draw):
-    """A JSON tree with one value, somewhere in it, replaced or removed."""
+    """A JSON tree with one value replaced or removed."""
     if isinstance(tree, dict) and tree and draw(st.integers(0, 4)):
         key = draw(st.sampled_from(sorted(tree)))
         if not draw(st.integers(0, 3)):
@@ -41,7 +41,7 @@ def changed(tree, draw):
 
 
 def changed_bytes(content, draw, where=None):
-    """Bytes with a few replaced, or cut off."""
+    """Bytes of which a few are replaced, or the end is cut off."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         k = draw(st.integers(0, (where or len(content)) - 1))

@@ -1,4 +1,4 @@
-"""The metrics of slices from all slices at once, by scikit-learn: what sums over cases are compared with."""
+"""Metrics of slices from all slices at once with scikit-learn, as reference for sums over cases."""
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -17,7 +17,7 @@ def slice_metrics(
     foreground: np.ndarray,  # [S, H, W] bool
     valid: np.ndarray | None = None,  # [S] bool
 ) -> dict[str, dict[str, float | int | None]]:
-    """Everything that `metrics.DEFINITIONS` explains but for intervals, as nested dictionaries ready for JSON.
+    """All metrics of `metrics.DEFINITIONS` without intervals, as nested dictionaries ready for JSON.
 
     Args:
       mask: masks that are empty where `lesion` is False, for all slices.
@@ -51,7 +51,7 @@ def _ranking(
     truth: np.ndarray,  # [S, H, W] bool
     foreground: np.ndarray,  # [S, H, W] bool
 ) -> dict[str, float | None]:
-    """AUROC and AUPRC; None where all pixels are lesion, or none is."""
+    """AUROC and AUPRC; None if all or none of the pixels are lesion."""
     hits, values = metrics.as_bool(truth)[foreground], map[foreground]
     if not hits.any() or hits.all():
         return {"auroc": None, "auprc": None}

@@ -1,4 +1,4 @@
-"""Folders of results and of runs as the commands leave them, made by hand in a moment, for the report page."""
+"""Folders of results and of runs, as the commands write them, made quickly for tests of the report page."""
 
 import csv
 import json
@@ -15,12 +15,12 @@ LESION = (slice(6, 13), slice(8, 15), slice(3, 6))  # in the file's axes, as in 
 
 
 def write_results(root: Path, names=("a", "b"), *, volumes=True) -> Path:
-    """root/out: cases that were translated, the first one with a lesion; their images are in root/in.
+    """Writes translated cases to root/out, the first one with a lesion. Their images are in root/in.
 
     Args:
       root: an empty folder.
-      names: of the cases.
-      volumes: False: rows and scores alone.
+      names: names of the cases.
+      volumes: False writes only rows and scores.
     """
     out = root / "out"
     (out / "slices").mkdir(parents=True)
@@ -47,7 +47,7 @@ def write_results(root: Path, names=("a", "b"), *, volumes=True) -> Path:
 
 
 def write_run(folder: Path, *, steps=6, samples=2) -> Path:
-    """A run that is going on: the log's last line is half-written."""
+    """A run in progress. The log's last line is incomplete."""
     (folder / "samples").mkdir(parents=True)
     (folder / "checkpoints" / "4").mkdir(parents=True)
     lines = [{"step": step, "loss": 1 / step, "loss_t1of4": 2 / step, "learning_rate": 1e-3, "images_per_second": 9.0,

@@ -1,4 +1,4 @@
-"""What tests of whole runs share."""
+"""Helpers for tests of whole runs."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def read_volume(path: Path):
 
 
 def write_case(folder, name, seed, lesion=True, affine=AFFINE, segmented=True):
-    """A bright ball in noise as a BraTS 2021 case; the lowest and highest slices are empty."""
+    """Writes a bright ball in noise as a BraTS 2021 case. The lowest and highest slices are empty."""
     rng = np.random.default_rng(seed)
     volumes = rng.integers(50, 100, (4, *SHAPE)).astype(np.int16)
     volumes[..., [0, -1]] = 0

@@ -1,4 +1,4 @@
-"""Whatever settings, calibrations and weights hold: they are read right, or one line names them. Never silence."""
+"""Settings, calibrations and weights with arbitrary content are read correctly, or an error of one line names them."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_configs_of_networks(folder, data):
         right_or_one_line(lambda: completed_config(tree))
     path = folder / "config.json"
     path.write_text(json.dumps(data.draw(st.sampled_from([tree, {"config": tree, "step": 3}, {"config": tree}]))))
-    assert right_or_one_line(lambda: load_weights(folder)) is None  # there are no weights beside it
+    assert right_or_one_line(lambda: load_weights(folder)) is None  # there are no weights in the folder
 
 
 NAMES = ("seed", "data.modalities", "model.channel_mult", "training.learning_rate", "training.wandb", "model.dtype",

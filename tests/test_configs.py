@@ -1,4 +1,4 @@
-"""Every configuration file builds, is locked, and says what the published runs were trained with."""
+"""Every configuration file can be built, is locked, and has the settings of the published runs."""
 
 import functools
 from pathlib import Path
@@ -88,5 +88,5 @@ def test_atlas_is_one_channel_at_its_published_strength():
 def test_the_networks_differ_in_their_hybrid_blocks_only():
     plain = _count("brats_fpdm")
     assert plain.hybrid == 0
-    for name in BRATS:  # what is left of each network is the same U-Net
+    for name in BRATS:  # without hybrid blocks, all networks are the same U-Net
         assert _count(name).total - _count(name).hybrid == plain.total

@@ -1,4 +1,4 @@
-"""The Dockerfile and the Apptainer definition: linted, and of one mind with the package."""
+"""The Dockerfile and the Apptainer definition pass a linter and agree with the package."""
 
 import re
 import subprocess

@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 @pytest.fixture
 def page(monkeypatch):
-    """What the code of a page has defined; its additions to tables are taken back after the test."""
+    """The names that a page's code defines. Its changes to tables are undone after the test."""
     monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
     for name, value in dict(model_config.VARIANTS).items():
         monkeypatch.setitem(model_config.VARIANTS, name, value)

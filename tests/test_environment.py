@@ -1,4 +1,4 @@
-"""What the environment sets does not decide: another's git repository, proxies, backends, foreign folders."""
+"""Independence of the environment: other git repositories, proxies, backends, foreign folders."""
 
 import errno
 import json
@@ -77,12 +77,12 @@ def test_devices_that_jax_lacks_are_one_line(monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "JAX_PLATFORMS is 'cuda': unset it" in line
     assert os.environ["MPLBACKEND"] == "Agg"
-    with pytest.raises(RuntimeError):  # another's stays
+    with pytest.raises(RuntimeError):  # that of another program stays
         entry_point(lambda argv: (_ for _ in ()).throw(RuntimeError("ours")))([])
 
 
 def failing(error):
-    """A command that fails with it."""
+    """A command that fails with `error`."""
 
     def main(argv):
         raise error

@@ -1,4 +1,4 @@
-"""The notebook: executed anew, and the same as the script beside it."""
+"""The notebook is executed, and it agrees with the script beside it."""
 
 import os
 from pathlib import Path
@@ -31,10 +31,10 @@ def test_it_is_stored_executed_with_pictures(stored):
 
 
 def test_it_runs(stored, monkeypatch, tmp_path):
-    """Says the same as when it was stored; a cell that fails is an error."""
+    """Its output equals the stored output. A failing cell is an error."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.delenv("XLA_FLAGS")  # slow code costs more here than its compilation
+    monkeypatch.delenv("XLA_FLAGS")  # here, slow code would take longer than compilation
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     page = nbformat.from_dict(stored)

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all."""
+"""Files and folders are written completely or not at all."""
 
 import errno
 import fcntl
@@ -88,7 +88,7 @@ def test_a_folder_with_something_in_it_is_not_replaced(tmp_path):
 @pytest.mark.parametrize(("steps", "back", "kept"), [(0, False, "old"), (1, True, "old"), (2, False, "new"),
                                                      (3, False, "new"), (4, False, "new")])
 def test_a_folder_is_whole_wherever_its_replacement_is_killed(tmp_path, steps, back, kept):
-    """After 1 step neither is in place: the old one is put back."""
+    """After 1 step, neither folder is in place, and the old one is restored."""
     store = tmp_path / "real"
     store.mkdir()
     (store / "old").touch()
@@ -151,7 +151,7 @@ def test_json_refuses_not_a_number(tmp_path):
 def test_who_waited_and_who_comes_later_are_not_inside_together(tmp_path):
     lock, waited = tmp_path / ".lock", []
     with one_at_a_time(lock, pytest.fail):
-        waiter = lock.open("a")  # has the file, and will get the lock on it
+        waiter = lock.open("a")  # has opened the file and will get the lock
     fcntl.flock(waiter, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with one_at_a_time(lock, lambda: waited.append(True) or waiter.close()):
         assert waited

@@ -1,4 +1,4 @@
-"""The wheel alone, in an empty folder: every command opens, and the shipped network finds lesions in a phantom."""
+"""The installed wheel in an empty folder: every command starts, and the shipped network finds lesions in a phantom."""
 
 import json
 import os
@@ -17,7 +17,7 @@ COMMANDS = ("train", "translate", "make_phantom", "prepare_data", "ablate", "com
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Runs Python where the wheel's files are, and no others of this project."""
+    """Runs Python with the wheel's files and no other files of this project."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
                     str(folder), str(ROOT)], check=True)
@@ -45,7 +45,7 @@ def test_every_command_opens_and_presets_have_names(installed):
 
 
 def test_the_shipped_network_on_a_phantom(installed):
-    """What a user does first: a phantom, and masks of it with the weights and the calibration in the wheel."""
+    """The first steps of a user: a phantom, and its masks with the weights and the calibration in the wheel."""
     installed("from hae_jax.commands.make_phantom import main\n"
               "main(['--output', 'cases', '--subjects', '2', '--size', '0.1', '--workers', '1'])")
     said = installed("from hae_jax.commands.translate import main\n"

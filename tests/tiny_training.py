@@ -1,4 +1,4 @@
-"""A prepared dataset of 24 made-up slices of 16 px, and the smallest config that trains on it."""
+"""A prepared dataset of 24 synthetic slices of 16 px, and the smallest config that trains on it."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def tiny_store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_store):
-    """Makes the config anew at each call."""
+    """A function that makes a new config at each call."""
     return lambda: _tiny_config(tiny_store)
 
 
@@ -36,12 +36,12 @@ def tiny_config(tiny_settings):
 
 @pytest.fixture(scope="session")
 def one_level_settings(tiny_settings):
-    """The same with a network of one level, which compiles in a fourth of the time."""
+    """The same with a network of one level, which compiles in a quarter of the time."""
 
     def make():
         config = tiny_settings()
         config.model.channel_mult = (1,)
-        config.model.attention_resolutions = ()  # the middle has attention all the same
+        config.model.attention_resolutions = ()  # the middle has attention nevertheless
         return config
 
     return make

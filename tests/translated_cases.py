@@ -1,4 +1,4 @@
-"""A folder of small cases, the dataset prepared from it, a config for both, and a network that costs nothing."""
+"""A folder of small cases, the dataset prepared from it, a config for both, and a toy network."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from hae_jax.pipeline.translate import translate
 
 
 class ToyNetwork(nnx.Module):
-    """Called like the U-Net; its answers depend on x, t and y, and no sample sees another."""
+    """A network with the interface of the U-Net. Outputs depend on x, t and y; samples are independent."""
 
     def __init__(self, seed=0, channels=4):
         self.kernel = nnx.Param(0.3 * jax.random.normal(jax.random.key(seed), (channels, channels)))
@@ -62,7 +62,7 @@ def toy_network():
 
 @pytest.fixture(scope="session")
 def mesh_of():
-    """The first n devices as training lays them out."""
+    """A mesh of the first n devices, as in training."""
     return lambda n: Mesh(np.array(jax.devices()[:n]).reshape(n, 1), ("data", "model"))
 
 

@@ -1,4 +1,4 @@
-"""Single blocks of the network, each in our form and in others: where the savings of the whole come from."""
+"""Benchmark of single blocks of the network, each in our form and in others."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -26,29 +26,29 @@ from hae_jax.training.mesh import batch_sharding, make_mesh, replicated
 
 _HEADS = 4  # of the attention block
 _DROPOUT = 0.1
-_SIZES = {  # as the full network has them at 128 px, or (64 channels) one half as wide
+_SIZES = {  # those of the full network at 128 px, or (64 channels) of a network with half the width
     "attention": (32, 256),  # pixels on a side, channels
     "sparse": (4096 + 256 + 64, 16),  # tokens of all patch sizes together, numbers in a head
-    "patches": (4096, 16),  # likewise, of the smallest ones alone
+    "patches": (4096, 16),  # likewise, for the smallest patches only
     "convolutions": (  # side of the kernel, pixels, channels in and out
         (3, 128, 128, 128), (3, 128, 256, 128), (3, 128, 64, 64), (3, 64, 128, 128), (3, 64, 384, 128),
         (3, 32, 256, 256), (3, 32, 512, 256), (3, 16, 384, 384), (3, 16, 768, 384), (3, 8, 512, 512), (3, 8, 1024, 512),
         (3, 128, 4, 128), (3, 128, 128, 4), (1, 128, 256, 128)),
-    "norm": (128, 128),  # pixels, channels; likewise of the dropout
+    "norm": (128, 128),  # pixels, channels; also for the dropout
     "noise": (128, 4),
 }
 
 
 class Block(NamedTuple):
-    """A block in several forms.
+    """A block of the network in several forms.
 
     Attributes:
-      name: with its size.
-      forms: functions of `params` and `inputs`, one of them `OURS`; the first is what the others are compared with.
-      params: that all devices have.
-      inputs: [B, ...] each, cut among the devices.
-      has_gradients: whether gradients are of interest.
-      counted: the form whose operations count as the work that is done.
+      name: the block's name with its size.
+      forms: functions of `params` and `inputs`, one of them `OURS`. The others are compared with the first.
+      params: parameters, replicated on all devices.
+      inputs: arrays [B, ...], split over the devices.
+      has_gradients: whether gradients are measured.
+      counted: the form whose operations are used for the speed.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Block(NamedTuple):
 
 
 def measure_blocks(batch: int, dtype: str, repeats: int, mesh: Mesh, say: Callable[[str], None] = print) -> list[Row]:
-    """Times the forms of each block in turns, forward and with gradients; memory is XLA's plan.
+    """Times the forms of each block in turns, forward and with gradients. Memory is that of XLA's plan.
 
     Args:
-      batch: images in a call, which the mesh divides; the sparse attention alone takes one, on one device.
-      repeats: turns.
-      say: is told what is being done.
+      batch: images per call, divisible by the number of devices. Only the sparse attention has one, on one device.
+      repeats: number of turns.
+      say: function that gets progress messages.
     """
     return [row for block in blocks(batch, dtype) for gradients in (False, True)[:1 + block.has_gradients]
             for row in _rows(block, gradients, repeats, mesh, say)]
@@ -105,7 +105,7 @@ def with_gradients(f: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def blocks(batch: int, dtype: str) -> Iterator[Block]:
-    """All blocks, in the sizes of the full network; arguments are made when asked for."""
+    """Yields all blocks in the sizes of the full network."""
     yield attention_block(batch, dtype)
     yield _sparse_attention(dtype)
     yield _sparse_layer(batch, dtype)
@@ -117,7 +117,7 @@ def blocks(batch: int, dtype: str) -> Iterator[Block]:
 
 
 def attention_block(batch: int, dtype: str, form: str = "auto", *, small: bool = False) -> Block:
-    """Over the largest map that has attention: without context, ours, and with the context materialised.
+    """Attention over the largest map that has it: without context, ours, and with the context materialised.
 
     Args:
       form: of attention, for ours.
@@ -158,7 +158,7 @@ def _sparse_attention(dtype: str) -> Block:
 
 
 def smallest_patches(batch: int, dtype: str, form: str = "auto", *, small: bool = False) -> Block:
-    """The sparse attention over the tokens of the smallest patches alone, without dropout; as `attention_block`."""
+    """Sparse attention over the tokens of the smallest patches, without dropout. Arguments as `attention_block`."""
     tokens, depth = (256, 8) if small else _SIZES["patches"]
     qkv = [_normal((batch, tokens, HYBRID_HEADS, depth), dtype, seed) for seed in range(3)]
 
@@ -170,7 +170,7 @@ def smallest_patches(batch: int, dtype: str, form: str = "auto", *, small: bool 
 
 
 def _sparse_layer(batch: int, dtype: str) -> Block:
-    """With its projections."""
+    """The sparse attention layer with its projections."""
     side, channels = _SIZES["attention"]
     forms = {}
     for form, pattern in ((OURS, "blocks"), ("dense", "dense")):
@@ -181,7 +181,7 @@ def _sparse_layer(batch: int, dtype: str) -> Block:
 
 
 def _convolution(batch: int, dtype: str, side: int, size: int, inputs: int, outputs: int) -> Block:
-    """Of side x side pixels, beside XLA's own, whatever the device."""
+    """A convolution with a side x side kernel, compared with XLA's on every device."""
     x, kernel = _normal((batch, size, size, inputs), dtype), 0.1 * _normal((side, side, inputs, outputs), dtype)
     forms = {name: lambda kernel, x, form=form: conv2d(x, kernel, padding=side // 2, form=form)
              for name, form in ((OURS, convolution_form("auto")), ("xla", "xla"))}
@@ -190,7 +190,7 @@ def _convolution(batch: int, dtype: str, side: int, size: int, inputs: int, outp
 
 
 def _norm(batch: int, dtype: str) -> Block:
-    """With scale and shift of a timestep, and SiLU."""
+    """The norm with scale and shift of a timestep, and SiLU."""
     size, channels = _SIZES["norm"]
 
     def form(group_norm):
@@ -202,7 +202,7 @@ def _norm(batch: int, dtype: str) -> Block:
 
 
 def _dropout(batch: int, dtype: str) -> Block:
-    """Beside the dropout that draws a random word for each number. Keys travel as the numbers that they are made of."""
+    """Dropout, compared with a form that draws a random word for each value. The arguments are seeds of the keys."""
     size, channels = _SIZES["norm"]
 
     def ours(_, x, seeds):
@@ -218,7 +218,7 @@ def _dropout(batch: int, dtype: str) -> Block:
 
 
 def simplex_noise(batch: int) -> Block:
-    """Six octaves, beside Gaussian noise of the same shape. Keys travel as the numbers that they are made of."""
+    """Simplex noise of six octaves, compared with Gaussian noise. The arguments are seeds of the keys."""
     size, channels = _SIZES["noise"]
     shape, keys = (size, size, channels), lambda seeds: jax.vmap(jax.random.key)(seeds)
     forms = {OURS: lambda _, seeds: simplex(keys(seeds), shape, 10.0 * jnp.arange(len(seeds))),
@@ -227,7 +227,7 @@ def simplex_noise(batch: int) -> Block:
 
 
 def _split(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
-    """A module, and parameters of which none is zero."""
+    """A module's graph, and random parameters without zeros."""
     graph, shapes = nnx.split(nnx.eval_shape(make))
     return graph, jax.tree.map(lambda a: 0.1 * _normal(a.shape, a.dtype), shapes)
 

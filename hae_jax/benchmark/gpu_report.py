@@ -1,8 +1,8 @@
-"""The GPU report: every figure that this project states of a machine, from one command.
+"""The GPU report: all metrics that this project states about a machine, from one command.
 
-Each step runs in a process of its own (`gpu_steps`), with its own time limit. A step that fails or is late does not
-stop the next one. A step writes each figure when it has it; this process gathers the figures and rewrites
-`results.json`.
+Each step runs in a separate process (`gpu_steps`) with its own time limit. If a step fails or exceeds its limit, the
+next one runs nevertheless. A step writes each metric as soon as it is measured. This process collects the metrics and
+rewrites `results.json`.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from hae_jax.files import write_json, written_whole
 from hae_jax.provenance import record
 
 RESULTS = "results.json"
-LOG = "log.txt"  # what the steps print
-_POLL = 1.0  # seconds between two looks at a step
+LOG = "log.txt"  # output of the steps
+_POLL = 1.0  # seconds between two checks of a step
 _GRACE = 5.0  # seconds that a step has to end after SIGTERM
-_REHEARSAL_FACTOR = 4  # on the limits of steps: a CPU is slower to compile and to compute
-_LEAST = 5.0  # seconds; a step is not begun with less
+_REHEARSAL_FACTOR = 4  # for the limits of steps, since a CPU is slower
+_LEAST = 5.0  # seconds; with less time left, a step is not started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Step:
     """One step of the report.
 
     Attributes:
-      name: as in the table.
-      limit: seconds that it may take.
-      about: what it finds out, in a few words.
-      command: what runs it; the arguments of `gpu_steps` are added. None: the step of this name.
+      name: name in the table.
+      limit: time limit in seconds.
+      about: short description.
+      command: command that runs it, without the arguments of `gpu_steps`. None: the step of this name.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Step:
     command: tuple[str, ...] | None = None
 
 
-# In order of worth. Limits are for an H100 or H200; the last step takes what is left.
+# In order of importance. Limits are for an H100 or H200. The last step uses the remaining time.
 STEPS = (
     Step("facts", 60, "device, matrix products, copies"),
     Step("numbers", 150, "golden values, bfloat16, translation, resume"),
@@ -66,16 +66,16 @@ def gpu_report(
     output: str | Path, seconds: float, *, rehearse: bool = False, steps: Sequence[Step] = STEPS,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Runs the steps one after the other and writes `results.json`, `log.txt` and what the steps leave.
+    """Runs the steps one after the other and writes `results.json` and `log.txt`. Steps may write further files.
 
     Args:
       output: folder, made if absent; earlier results in it are replaced.
-      seconds: that all steps may take together.
-      rehearse: do everything in small, on whatever device there is.
-      say: is told what is being done.
+      seconds: time limit of all steps together.
+      rehearse: use small sizes, on any device.
+      say: function that gets progress messages.
 
     Returns:
-      What `results.json` holds.
+      The contents of `results.json`.
 
     Raises:
       UserError: the folder cannot be used, or the time is too short for any step.
@@ -101,7 +101,7 @@ def gpu_report(
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as one table, under a line that says what they were measured on."""
+    """The metrics as one table, below a line that names the machine."""
     machine = results["machine"]
     head = (f"{machine.get('device', 'unknown device')}, driver {machine.get('driver')}, "
             f"jax {machine.get('versions', {}).get('jax')}" + (" (rehearsal)" if results["rehearsal"] else ""))
@@ -112,7 +112,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def publish(results: str | Path, folder: str | Path) -> list[Path]:
-    """Adds a report to the pages of measured machines: one page a machine and an index, both newest first.
+    """Adds a report to the pages of measured machines: one page per machine and an index, newest first.
 
     Args:
       results: `results.json` of a report that was no rehearsal.
@@ -134,7 +134,7 @@ def publish(results: str | Path, folder: str | Path) -> list[Path]:
 
 
 def write_pages(folder: str | Path) -> list[Path]:
-    """Writes the pages anew from the results that lie in their folder."""
+    """Writes the pages from the results in their folder."""
     folder, machines = Path(folder), {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-10:], reverse=True):
         machines.setdefault(path.stem[:-11], []).append((path.stem[-10:], _read(path)))
@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _verdict(figure: dict[str, Any]) -> str:
-    """The goal of a figure and whether it is reached; empty where there is no goal."""
+    """The goal of a metric and whether it is reached; empty without a goal."""
     for key, sign, reached in (("at_most", "<=", lambda v, g: v <= g), ("at_least", ">=", lambda v, g: v >= g)):
         if (goal := figure.get(key)) is not None:
             return f"{sign} {goal:g}: {'yes' if reached(figure['value'], goal) else 'NO'}"
@@ -173,7 +173,7 @@ def _verdict(figure: dict[str, Any]) -> str:
 
 
 def _run(step, output, work, end, rehearse, results, done, log) -> None:
-    """Runs one step until it ends or is late, and gathers its figures as they come."""
+    """Runs one step until it ends or exceeds its limit, and collects its metrics meanwhile."""
     allowed = step.limit * (_REHEARSAL_FACTOR if rehearse else 1)
     start, limit = time.monotonic(), min(allowed, end - time.monotonic())
     if limit < _LEAST:
@@ -186,7 +186,7 @@ def _run(step, output, work, end, rehearse, results, done, log) -> None:
     log.write(f"== {step.name}\n")
     log.flush()
     _write(output, results)
-    # Steps share what they compile: PyTorch's and the profile's step need the training step once more.
+    # Steps share the compilation cache, since the steps "torch" and "profile" use the training step again.
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -208,7 +208,7 @@ def _run(step, output, work, end, rehearse, results, done, log) -> None:
 
 
 def _figures(step: str, text: str, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A step's figures; what it says of the machine goes into the head of the results. A line may be half-written."""
+    """A step's metrics. Facts about the machine are added to `results`. Incomplete lines are ignored."""
     found = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
@@ -221,7 +221,7 @@ def _figures(step: str, text: str, results: dict[str, Any]) -> list[dict[str, An
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a step with all processes that it has started."""
+    """Ends a step and all processes that it has started."""
     for number_ in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number_)

@@ -1,6 +1,6 @@
 """The steps of the GPU report: `python -m hae_jax.benchmark.gpu_steps NAME ...`, started by `gpu_report`.
 
-A step adds each figure to a file of JSON lines as soon as it has it. In a rehearsal, everything is small.
+A step adds each metric to a file of JSON lines as soon as it is measured. In a rehearsal, all sizes are small.
 """
 
 import argparse
@@ -49,18 +49,18 @@ from hae_jax.training.mesh import make_mesh
 from hae_jax.training.state import network_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_BATCH = 28  # of the published training
+_BATCH = 28  # batch size of the published training
 _FULL, _REFERENCE = "configs/brats_v2c.py", "configs/phantom_reference.py"
 # The network of a rehearsal: the variant that compiles fastest.
 _SMALL = {"variant": "fpdm", "image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,),
           "attention_resolutions": ()}
-_NOT_RUN = (RuntimeError, ValueError, NotImplementedError)  # of a kernel that this device does not have
-_SAVING = 45.0  # seconds kept for saving and exporting the reference network; 20 in a rehearsal
+_NOT_RUN = (RuntimeError, ValueError, NotImplementedError)  # errors of a kernel that this device does not have
+_SAVING = 45.0  # seconds reserved to save and export the reference network; 20 in a rehearsal
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Where a step leaves what it finds.
+    """The destination of a step's metrics, and the metrics of earlier steps.
 
     Attributes:
       figures: file of JSON lines.
@@ -78,40 +78,40 @@ class Report:
 
     def add(self, name: str, value: float, unit: str = "", *, at_most: float | None = None,
             at_least: float | None = None, **details: Any) -> None:
-        """Adds a figure, which must be finite; the goals are what it should be."""
+        """Adds a metric, which must be finite, with its goals, if any."""
         goals = {"at_most": at_most, "at_least": at_least}
         self.write({"name": name, "value": float(value), "unit": unit,
                     **{key: goal for key, goal in goals.items() if goal is not None}, **details})
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Appends a line at once."""
+        """Appends a line immediately."""
         with self.figures.open("a") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def found(self, step: str, name: str) -> float | None:
-        """The value of a figure of an earlier step."""
+        """The value of a metric of an earlier step."""
         return next((f["value"] for f in self.earlier if (f["step"], f["name"]) == (step, name)), None)
 
     def config(self) -> ml_collections.ConfigDict:
-        """The full network's, or a small one's in a rehearsal."""
+        """The config of the full network, or of a small one in a rehearsal."""
         config = read_config(str(REPOSITORY / _FULL), [])
         return with_model(config, **_SMALL) if self.rehearse else config
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Of a training step, the published one first."""
+        """Batch sizes of the training step; the published one is first."""
         return (2,) if self.rehearse else (_BATCH, 56, 112, 224)
 
 
 def facts(report: Report) -> None:
-    """The device, and the best that it does."""
+    """The device's peak of matrix products and copies."""
     mesh = _one_device()
     report.add("bfloat16 matrix product", matmul_peak(mesh, "bfloat16") / 1e12, "TFLOP/s")
     report.add("copy", copy_speed(mesh) / 1e9, "GB/s")
 
 
 def numbers(report: Report) -> None:
-    """Whether this device computes the right numbers."""
+    """Checks that this device computes correct results."""
     sys.path.insert(0, str(REPOSITORY / "tests" / "model"))
     from golden_weights import read_case  # pyright: ignore[reportMissingImports]  the golden cases lie beside the tests
 
@@ -131,7 +131,7 @@ def numbers(report: Report) -> None:
 
 
 def training(report: Report) -> None:
-    """The training step at several batch sizes; at the first, the naive form and cuDNN's attention."""
+    """The training step at several batch sizes; at the first one, also the naive form and cuDNN's attention."""
     config, mesh, first = report.config(), _one_device(), None
     peak = report.found("facts", "bfloat16 matrix product")
     for batch in report.batches:
@@ -183,7 +183,7 @@ def _against_cudnn(
 
 
 def pytorch(report: Report) -> None:
-    """The training step beside what a PyTorch user would write, in turns: eager and by torch.compile."""
+    """The training step and the same step in usual PyTorch code, timed in turns: eager and with torch.compile."""
     import torch
 
     from hae_jax.benchmark.torch_programs import Options, TorchTrainingStep, device_for
@@ -251,7 +251,7 @@ def profile(report: Report) -> None:
 
 
 def reference(report: Report) -> None:
-    """Trains the phantom's reference network until the time is over, and exports its EMA weights."""
+    """Trains the phantom's reference network until the time limit, and exports its EMA weights."""
     saving = 20 if report.rehearse else _SAVING
     with tempfile.TemporaryDirectory() as folder:
         work, start = Path(folder), time.monotonic()
@@ -268,7 +268,7 @@ def reference(report: Report) -> None:
 
 
 def _reference_config(report: Report, work: Path) -> tuple[ml_collections.ConfigDict, list[str]]:
-    """The reference network's config, with data in a folder of its own and a batch that keeps a GPU busy."""
+    """The reference network's config, with data in a separate folder and a batch large enough for a GPU."""
     workers = max(1, min(16, len(os.sched_getaffinity(0))))
     fields = {"data.root": work / "store", "data.phantom.cases": work / "cases", "data.phantom.workers": workers,
               "model.dtype": "bfloat16", "training.batch_size": 64, "training.ema_rates": "(0.9995,)"}
@@ -283,7 +283,7 @@ def _reference_config(report: Report, work: Path) -> tuple[ml_collections.Config
 
 
 def _affordable_steps(report: Report, config: ml_collections.ConfigDict, saving: float) -> int:
-    """How many training steps fit into nine tenths of the time that is left, so that annealing comes to its end."""
+    """The number of training steps that fit into 90 % of the remaining time, so that annealing is completed."""
     if report.rehearse:
         return 4
     mesh = _one_device()
@@ -295,7 +295,7 @@ def _affordable_steps(report: Report, config: ml_collections.ConfigDict, saving:
 
 
 def _until(process: subprocess.Popen, end: float) -> None:
-    """Waits for a training; asks it to save and stop when the time is over."""
+    """Waits for a training. At the time limit, it asks the training to save and stop."""
     try:
         process.wait(max(1.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -320,7 +320,7 @@ def _one_device() -> Mesh:
 
 
 def _ready(program: Program, mesh: Mesh, form: Form = PLAIN, *, call: bool = True) -> tuple[Compiled, int]:
-    """A program compiled, and bytes at its peak: by the device's statistics of a first call, else by XLA's plan."""
+    """Compiles a program. Its peak memory in bytes is measured at the first call, or else taken from XLA's plan."""
     compiled = compile_program(functools.partial(program.lower, form), 1)
     program.place()
     used = peak_of_first_call(mesh.devices.flat[0], lambda: program.call(compiled.executable),
@@ -365,7 +365,7 @@ def _golden_errors(case: Any) -> tuple[float, float]:
         if mode == str(case.values["grad_mode"]):
             found = torch_state(nnx.merge(graph, gradients))
     wanted = dict(zip(case.values["grad_keys"].tolist(), case.values["grad_l2"], strict=True))
-    # A bias in front of a norm has no gradient but rounding: hence the share of the largest norm.
+    # A bias before a norm has a gradient of rounding errors only. So a share of the largest norm is added.
     floor = 1e-3 * max(wanted.values())
     worst = max(abs(np.linalg.norm(found[name].astype(np.float64)) - norm) / (norm + floor)
                 for name, norm in wanted.items())
@@ -380,7 +380,7 @@ def _golden_output(case: Any, dtype: str) -> np.ndarray:
 
 @jax.default_matmul_precision("highest")
 def _translation_dice(case: Any, report: Report) -> float:
-    """The overlap of the masks that the forward process gives on this device and on the CPU."""
+    """The Dice of the masks of the forward process on this device and on the CPU."""
     graph, state = _golden_network(case)
     process = Process(make_schedule("linear", 1000, "50"))
     settings = ForwardSettings(4 if report.rehearse else 30, modality=(0,))
@@ -399,7 +399,7 @@ def _translation_dice(case: Any, report: Report) -> float:
 
 
 def _resume_difference() -> float:
-    """How far the EMA weights of 3 + 3 steps are from those of 6 steps."""
+    """The largest difference between the EMA weights after 3 + 3 steps and after 6 steps."""
     from hae_jax.training.checkpoint import load_network
     from hae_jax.training.loop import train
 
@@ -444,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     report = Report(arguments.figures, json.loads(arguments.earlier.read_text())["figures"], arguments.output,
                     time.monotonic() + arguments.seconds, arguments.rehearse)
-    if arguments.step in ("torch", "reference"):  # PyTorch, or the training that is started, needs the GPU's memory too
+    if arguments.step in ("torch", "reference"):  # PyTorch or the started training needs GPU memory
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     device = jax.devices()[0]
     report.write({"machine": {"device": device.device_kind, "platform": device.platform, "driver": _driver(),

@@ -1,4 +1,4 @@
-"""The loader alone: slices per second from a prepared store to batches in memory, no device involved."""
+"""Benchmark of the loader: slices per second from a prepared dataset to batches in memory, without a device."""
 
 import contextlib
 import tempfile
@@ -15,15 +15,15 @@ from hae_jax.data.store import SplitReader, StoreWriter, open_store
 from hae_jax.errors import UserError
 
 _MADE_UP_SLICES = 512
-_WARM_UP = 3  # batches, which are read before anybody waits for them
+_WARM_UP = 3  # batches before the measurement
 
 
 def slices_per_second(reader: SplitReader, config: ml_collections.ConfigDict, batch: int, seconds: float) -> float:
-    """Reads training batches, as `config.data` says, for about so many seconds."""
+    """Reads training batches with the settings of `config.data` for about `seconds`."""
     batches = train_batches(reader, batch_size=batch, seed=config.seed, workers=config.data.workers,
                             prefetch=config.data.prefetch)
     try:
-        # What has been read ahead before the clock starts would come for nothing, hence the number of batches.
+        # Batches that were read ahead before the clock starts would cost no time. So they are consumed first.
         for _ in range(_WARM_UP + config.data.prefetch * max(1, config.data.workers)):
             next(batches)
         start, count = time.perf_counter(), 0
@@ -37,7 +37,7 @@ def slices_per_second(reader: SplitReader, config: ml_collections.ConfigDict, ba
 
 @contextlib.contextmanager
 def training_slices(config: ml_collections.ConfigDict) -> Iterator[tuple[SplitReader, str]]:
-    """The training split of `config.data.root` and its name; a made-up one where the root holds nothing that fits."""
+    """The training split of `config.data.root` and its name. If no dataset there fits, a synthetic split."""
     shape = [config.model.image_size, config.model.image_size, config.model.in_channels]
     try:
         store = open_store(config.data.root)
@@ -52,7 +52,7 @@ def training_slices(config: ml_collections.ConfigDict) -> Iterator[tuple[SplitRe
 
 
 def made_up_slices(folder: Path, shape: list[int]) -> SplitReader:
-    """Writes a training split of noise, in which compression finds nothing to gain: as slow to read as real slices."""
+    """Writes a training split of noise. It cannot be compressed, so it is as slow to read as real slices."""
     rng = np.random.default_rng(0)
     folder.mkdir(exist_ok=True)
     writer, count = StoreWriter(folder), 64

@@ -1,4 +1,4 @@
-"""What a program takes: time in turns with the programs it is compared with, memory, kernels, the device's best."""
+"""Measurement of programs: time in turns with other programs, memory, kernels, and the device's peak."""
 
 import collections
 import math
@@ -15,26 +15,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hae_jax.training.mesh import replicated
 
-_SHORTEST_TURN = 0.2  # seconds; quicker calls are timed several at once
-_COPIED = (2**28, 2**25)  # numbers on each device, for its speed of copying; the second one on CPUs
-_PEAK_SIZES = {"cpu": 2048}  # of the square matrices whose product is the device's peak; 8192 elsewhere
+_SHORTEST_TURN = 0.2  # seconds; of shorter calls, several are timed together
+_COPIED = (2**28, 2**25)  # values per device to measure the copy speed; the second on CPUs
+_PEAK_SIZES = {"cpu": 2048}  # size of the square matrices to measure the device's peak; 8192 elsewhere
 
 
 class Compiled(NamedTuple):
-    """A program ready to run."""
+    """A compiled program."""
 
     executable: jax.stages.Compiled
     seconds: float  # to trace and compile it
-    memory: int | None  # bytes by XLA's plan, on all devices that share a memory; None where it gives none
-    arguments: int  # bytes of them, on each device
+    memory: int | None  # bytes of XLA's plan, on all devices that share a memory; None if there is no plan
+    arguments: int  # bytes of the arguments on each device
 
 
 def compile_program(lower: Callable[[], jax.stages.Lowered], devices: int) -> Compiled:
-    """Traces and compiles.
+    """Traces and compiles a program.
 
     Args:
-      lower: traces the program.
-      devices: that it runs on and that share one memory: the cores of a CPU; else 1.
+      lower: function that traces the program.
+      devices: number of its devices that share one memory, such as cores of a CPU; else 1.
     """
     start = time.perf_counter()
     executable = lower().compile()
@@ -42,21 +42,21 @@ def compile_program(lower: Callable[[], jax.stages.Lowered], devices: int) -> Co
     plan = executable.memory_analysis()
     if plan is None:
         return Compiled(executable, seconds, None, 0)
-    # Results that are written over arguments count once. XLA's own peak leaves out what lies between on CPUs.
+    # Results that overwrite arguments count once. On CPUs, XLA's own peak leaves out temporary arrays.
     planned = (plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
                + plan.temp_size_in_bytes)
     return Compiled(executable, seconds, planned * devices, plan.argument_size_in_bytes)
 
 
 def sharing_memory(mesh: Mesh) -> int:
-    """How many of its devices share one memory: all of them where they are cores of one CPU."""
+    """The number of devices that share one memory: all devices of a CPU, else one."""
     return mesh.size if mesh.devices.flat[0].platform == "cpu" else 1
 
 
 def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> np.ndarray:  # [calls, repeats] seconds
-    """Times the calls one after the other, again and again, so that all meet the same state of the machine.
+    """Times the calls in turns, `repeats` times, so that the machine's state is the same for all of them.
 
-    Each is called once before the clock starts. Quick ones are called several times a turn.
+    Each call is made once before the measurement. Short calls are repeated several times per turn.
     """
     counts = []
     for call in calls:
@@ -75,7 +75,7 @@ def _seconds(call: Callable[[], Any], count: int) -> float:
 
 
 def copy_speed(mesh: Mesh, repeats: int = 5) -> float:
-    """Bytes per second, read and written, of the best of some passes over large arrays on all devices at once."""
+    """Bytes per second, read plus written, of the fastest pass over large arrays on all devices at the same time."""
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     x = jax.device_put(jnp.ones((mesh.size, _COPIED[mesh.devices.flat[0].platform == "cpu"]), jnp.float32), rows)
     add = jax.jit(lambda x: x + 1, out_shardings=rows)
@@ -84,10 +84,10 @@ def copy_speed(mesh: Mesh, repeats: int = 5) -> float:
 
 
 def matmul_peak(mesh: Mesh, dtype: str, repeats: int = 5) -> float:
-    """FLOP/s of the best of some large matrix products on all devices of the mesh at once."""
+    """FLOP/s of the fastest of several large matrix products on all devices of the mesh at the same time."""
     size = _PEAK_SIZES.get(mesh.devices.flat[0].platform, 8192)
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    # Random: processors that save power on equal bits run ones faster than any network's numbers.
+    # Values are random. Equal values save power, so some processors multiply ones faster than a network's values.
     left = jax.device_put(jax.random.normal(jax.random.key(0), (mesh.size * size, size), dtype), rows)
     right = jax.device_put(jax.random.normal(jax.random.key(1), (size, size), dtype), replicated(mesh))
     product = jax.jit(jnp.matmul, out_shardings=rows)
@@ -96,14 +96,15 @@ def matmul_peak(mesh: Mesh, dtype: str, repeats: int = 5) -> float:
 
 
 def peak_of_first_call(device: jax.Device, call: Callable[[], Any], arguments: int) -> int | None:
-    """Bytes at the peak of a call, its arguments included, by the device's own statistics.
+    """Peak memory of a call in bytes, including its arguments, from the device's statistics.
 
-    These know the largest peak of the process alone: None where the call stays below it, and where there are none.
+    The statistics give only the largest peak of the process. The result is None if the call stays below it, or if there
+    are no statistics.
 
     Args:
-      device: one of the mesh; all do the same.
-      call: done once.
-      arguments: bytes of its arguments, which are on the device already.
+      device: one device of the mesh; all do the same.
+      call: function that is called once.
+      arguments: bytes of its arguments, which are already on the device.
     """
     before = device.memory_stats()
     call()
@@ -133,7 +134,7 @@ def longest_kernels(call: Callable[[], Any], count: int = 10) -> list[tuple[str,
 
 
 def _own_times(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
-    """The name and the seconds of each kernel, less those of the kernels within it (such as a loop's)."""
+    """Yields name and seconds of each kernel, without those of kernels inside it (such as in a loop)."""
     planes = list(profile.planes)
     for plane in [plane for plane in planes if plane.name.startswith("/device:")] or planes:
         for line in plane.lines:
@@ -142,7 +143,7 @@ def _own_times(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]
 
 
 def _own_times_of_line(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
-    """Of (start, duration, name): events of one thread lie within each other or apart."""
+    """The same for events (start, duration, name) of one thread, which are nested or disjoint."""
     own: list[list] = []
     open_events: list[tuple[float, list]] = []  # (end, entry of `own`)
     for start, duration, name in sorted(events, key=lambda event: (event[0], -event[1])):

@@ -1,7 +1,7 @@
-"""Network and translation as they are usually written: what each of our savings is measured against.
+"""Naive forms of network and translation, the baseline of the benchmark.
 
-A naive piece computes the same numbers as what it stands in for (`tests/benchmark/test_naive.py`). Those of the network
-are forms that its config names; those of the translation, and the plain norm of the blocks, stand here.
+A naive piece computes the same values as the piece that it replaces (`tests/benchmark/test_naive.py`). The network's
+naive pieces are forms that its config selects. The translation's naive piece and the plain norm are in this module.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ PIECES = (*_FIELDS, TRANSLATION)
 
 
 def pieces_of(baseline: str, network: UNetConfig, *, translation: bool) -> tuple[str, ...]:
-    """The pieces that a baseline makes naive in a program; empty where it makes no difference.
+    """The pieces that a baseline makes naive in a program; empty if it changes nothing.
 
     Args:
       baseline: "naive" for all of them, or the name of one.
@@ -54,7 +54,7 @@ def plain_group_norm(
     silu: bool,
     dtype: jnp.dtype,
 ) -> jax.Array:  # [B, H, W, C], dtype
-    """The mean, then the variance, then norm and SiLU apart, and the gradients of automatic differentiation."""
+    """Computes mean, variance, norm and SiLU one after the other, with gradients by automatic differentiation."""
     grouped = x.astype(jnp.float32).reshape(*x.shape[:3], groups, -1)
     mean, variance = (f(grouped, (1, 2, 4), keepdims=True) for f in (jnp.mean, jnp.var))
     n = ((grouped - mean) * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape)
@@ -69,10 +69,10 @@ def translate(
     noise: Callable[[jax.Array], jax.Array],
     settings: ForwardSettings,
 ) -> Translation:
-    """The forward process with four passes a step and all predictions stored, [T, B, H, W, M].
+    """The forward process with four passes per step and all predictions stored, [T, B, H, W, M].
 
-    Each condition has a pass of its own, and each slice an embedding of the timestep. Only for the published maps:
-    `settings` has its defaults for those.
+    Each condition has a separate pass, and each slice a separate embedding of the timestep. It makes only the published
+    maps, for the default `settings` of maps.
     """
     modality = jnp.asarray(settings.modality)
 
@@ -97,12 +97,12 @@ def translate(
 
 
 def _predictions(process, model, x, t, settings) -> tuple[Any, Any]:
-    """The guided prediction of x0 and, with a pass of its own, the reference."""
+    """The guided prediction of x0 and, with a separate pass, the reference."""
     original = process.original(t)
     healthy, null = _healthy(model, x, original), model(x, original, null=True)
     guided = guided_output(healthy, null, settings.guidance)
-    # Made to depend on the passes before, or XLA would see that one of them is repeated and leave it out. An
-    # optimisation barrier does not stop it; zero times a number that might be infinite must be computed.
+    # The input depends on the earlier passes, since XLA would otherwise remove the repeated pass. An optimisation
+    # barrier does not prevent this. Zero times a number must be computed, since the number might be infinite.
     again = x + 0 * guided[..., :x.shape[-1]]
     reference = (_healthy(model, again, original) if settings.reference == "healthy"
                  else model(again, original, null=True))

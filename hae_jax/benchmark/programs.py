@@ -1,6 +1,6 @@
-"""The programs that are measured: a training step, a forward pass, the translation of a batch.
+"""The programs that the benchmark measures: a training step, a forward pass, the translation of a batch.
 
-Each can be traced without any array, in any of its forms.
+Each can be traced without arrays, in any of its forms.
 """
 
 import dataclasses
@@ -42,18 +42,18 @@ PARTS = ("train", "forward", "translate", "input", "blocks")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure.
+    """The settings of the benchmark.
 
     Attributes:
-      parts: of `PARTS`.
-      variants: of the network; the first is what the others are compared with.
-      baselines: what ours is compared with: "naive", or with single pieces naive, or "torch".
-      batch: images in a call, over all devices.
-      steps: that a translation walks.
-      repeats: turns; each program is timed once in each.
+      parts: parts of `PARTS`.
+      variants: variants of the network. The others are compared with the first.
+      baselines: forms that are compared with ours: "naive", names of single naive pieces, or "torch".
+      batch: images per call, over all devices.
+      steps: steps of a translation.
+      repeats: number of turns. Each program is timed once per turn.
 
     Raises:
-      UserError: for values that cannot be.
+      UserError: impossible values.
     """
 
     parts: tuple[str, ...]
@@ -75,7 +75,7 @@ class Settings:
 
 
 def with_model(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
-    """A copy of the config with other fields of the network.
+    """A copy of the config with changed fields of the network.
 
     With another image_size, attention stays at the same sizes in pixels.
 
@@ -99,10 +99,10 @@ def with_model(config: ml_collections.ConfigDict, **fields: Any) -> ml_collectio
 
 
 class Form(NamedTuple):
-    """What a program is measured as."""
+    """The form of a program that is measured."""
 
-    name: str  # "ours"; what of it is naive; "torch"
-    pieces: tuple[str, ...] = ()  # that are naive
+    name: str  # "ours", the naive pieces, or "torch"
+    pieces: tuple[str, ...] = ()  # the naive pieces
 
     def of(self, network: UNetConfig) -> UNetConfig:
         """The network in this form; its parameters are the same."""
@@ -113,7 +113,7 @@ PLAIN = Form(OURS)
 
 
 class Program(Protocol):
-    """What the benchmark measures. Its forms share the arguments on the devices."""
+    """A program that the benchmark measures. Its forms share the arguments on the devices."""
 
     images: int  # of one call
 
@@ -122,11 +122,11 @@ class Program(Protocol):
         ...
 
     def flops(self, form: Form = PLAIN) -> int:
-        """Operations of one call, counted on shapes; what remat repeats is not counted."""
+        """Operations of one call, counted from shapes, without those that remat repeats."""
         ...
 
     def place(self) -> None:
-        """Puts what it is called with on the devices, unless it is there."""
+        """Puts the arguments on the devices, unless they are there."""
 
     def call(self, executable: jax.stages.Compiled) -> None:
         """Runs it once and waits for the results."""
@@ -162,7 +162,7 @@ class TrainingStep:
 
     @functools.cached_property
     def _state(self) -> Any:
-        """Given away by each call and replaced by what comes back; programs that are compared share it."""
+        """The state. Each call donates and replaces it. Programs that are compared share it."""
         state, _ = sharded_initial_state(self._mesh, self._network, self._optimizer, self._averages, self._config.seed,
                                          self._history)
         return state
@@ -238,11 +238,11 @@ class TranslationOfBatch(ForwardPass):
 
 
 PROGRAMS = "train", "forward", "translate"  # parts of the benchmark that `program` makes
-TORCH_PARTS = "train", "forward"  # those of them that `torch_programs` has, too
+TORCH_PARTS = "train", "forward"  # parts that `torch_programs` has as well
 
 
 def check_steps(config: ml_collections.ConfigDict, settings: Settings) -> None:
-    """Raises UserError if a translation is asked for more steps than the schedule has."""
+    """Raises UserError if a translation has more steps than the schedule."""
     if "translate" in settings.parts and not 1 <= settings.steps <= config.diffusion.steps:
         raise UserError(f"--steps {settings.steps}: diffusion.steps is {config.diffusion.steps}")
 
@@ -287,7 +287,7 @@ def _batch(network: UNetConfig, images: int) -> dict[str, jax.Array]:
 
 
 def host_batch(network: UNetConfig, images: int) -> dict[str, np.ndarray]:
-    """The images [B, H, W, C] and labels [B] that the programs are called with."""
+    """The images [B, H, W, C] and labels [B] for the programs."""
     shape = (images, network.image_size, network.image_size, network.in_channels)
     return {
         "image": np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32),

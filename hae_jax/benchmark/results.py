@@ -1,4 +1,4 @@
-"""What was measured: a row for each program, as a table in Markdown and as JSON."""
+"""Results of the benchmark: a row for each program, as a Markdown table and as JSON."""
 
 import dataclasses
 import os
@@ -18,22 +18,22 @@ OURS, TORCH = "ours", "torch"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One program's figures; None is what cannot be known.
+    """The metrics of one program; None where unknown.
 
     Attributes:
-      part: which program.
-      variant: of the network; for the loader, where its slices come from; for a block, which one.
-      form: "ours", or what of it is naive, or "torch", the same network in PyTorch.
-      seconds: of a call in each turn.
-      images: of a call.
-      flops: of a call, as this program computes; not counted for PyTorch.
-      model_flops: of a call, as our form computes: what counts as work done.
-      memory: bytes at the peak, of each device by its own statistics; where it has none, or a larger program came
-        before, by XLA's plan, which is that of all cores of a CPU together. For PyTorch, what it allocated on the GPU.
-      compile_seconds: tracing and compilation.
-      time_ratio: time over that of what it is compared with: ours for a baseline, the first variant for another one,
-        the first form of a block; for the loader, slices per second over what the training step needs.
-      memory_ratio: likewise, of the plans.
+      part: the program.
+      variant: variant of the network; for the loader, the origin of its slices; for a block, its name.
+      form: "ours", the naive pieces, or "torch" for the same network in PyTorch.
+      seconds: time of a call in each turn.
+      images: images per call.
+      flops: operations of a call in this form; not counted for PyTorch.
+      model_flops: operations of a call in our form, on which the speed is based.
+      memory: peak memory in bytes, per device from its statistics. Without statistics, or after a larger program, it is
+        that of XLA's plan, on a CPU for all cores together. For PyTorch, it is the memory allocated on the GPU.
+      compile_seconds: time of tracing and compilation.
+      time_ratio: time divided by that of the reference: ours for a baseline, the first variant for other variants, the
+        first form of a block. For the loader, slices per second divided by those that the training step needs.
+      memory_ratio: memory of XLA's plan divided by that of the reference.
     """
 
     part: str
@@ -50,13 +50,13 @@ class Row:
 
     @property
     def images_per_second(self) -> float:
-        """By the median turn."""
+        """Images per second in the median turn."""
         return self.images / float(np.median(self.seconds))
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """All rows, and what they were measured on."""
+    """All rows, and the machine on which they were measured."""
 
     rows: list[Row]
     peak_flops: float  # of matrix products
@@ -65,7 +65,7 @@ class Result:
     settings: dict[str, Any]
 
     def text(self) -> str:
-        """The table with a line above that says what it was measured on."""
+        """The table, below a line that names the machine."""
         head = (f"{self.machine}; matrix products reach {number(self.peak_flops / 1e9)} GFLOP/s, copies "
                 f"{number(self.peak_bytes / 1e9)} GB/s")
         table = render(_HEADER, [_cells(row, self) for row in self.rows])
@@ -97,7 +97,7 @@ def _cells(row: Row, result: Result) -> list[str]:
     median = float(np.median(row.seconds))
     if row.part == "input":
         return ["input", row.variant, row.form, seconds(median), "", number(row.images_per_second), *[""] * 7]
-    assert row.model_flops is not None  # only the loader's are not known
+    assert row.model_flops is not None  # unknown only for the loader
     speed = row.model_flops / median
     return [row.part, row.variant, row.form, seconds(median), seconds(min(row.seconds)),
             number(row.images_per_second), number(row.flops and row.flops / row.images / 1e9), number(speed / 1e9),
@@ -112,7 +112,7 @@ def _loader_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; columns of numbers are set to the right."""
+    """A Markdown table. Columns of numbers are right-aligned."""
     columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(header)]
     widths = [max(3, *map(len, column)) for column in columns]
     numeric = [_is_numeric(column[1:]) for column in columns]
@@ -127,7 +127,7 @@ def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """Three digits at least; empty for None."""
+    """A number with at least three digits; empty for None."""
     if value is None:
         return ""
     text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -135,14 +135,14 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def seconds(value: float | None) -> str:
-    """In the unit that suits."""
+    """A time in s or ms; empty for None."""
     if value is None:
         return ""
     return number(value, "s") if value >= 1 else number(1e3 * value, "ms")
 
 
 def size(count: float | None) -> str:
-    """Bytes in the unit that suits."""
+    """A size in GB or MB, from bytes; empty for None."""
     if count is None:
         return ""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else number(count / 1e6, "MB")

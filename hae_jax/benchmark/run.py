@@ -1,4 +1,4 @@
-"""The benchmark: parts x variants x (ours, baselines), compiled, then timed in turns."""
+"""The benchmark: parts x variants x (ours, baselines), which are compiled and then timed in turns."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ _LOADER_SECONDS = 3.0
 def benchmark(
     config: ml_collections.ConfigDict, settings: Settings, mesh: Mesh, say: Callable[[str], None] = print
 ) -> Result:
-    """Measures.
+    """Runs the benchmark.
 
     Args:
       config: the config tree; the variant is replaced by those of the settings.
@@ -59,14 +59,14 @@ def benchmark(
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A program in one form, ready to be timed."""
+    """A program in one form, ready for timing."""
 
     program: Program
     variant: str
     form: str
-    call: Callable[[], None]  # runs it once and waits
+    call: Callable[[], None]  # runs it once and waits for the results
     memory: int | None
-    flops: int | None = None  # None for PyTorch, as the next one
+    flops: int | None = None  # None for PyTorch, as is `compiled`
     compiled: Compiled | None = None
 
 
@@ -102,7 +102,7 @@ def _compiled(part, config, settings, mesh, say) -> Iterator[_Entry]:
 def _torch_entry(
     part: str, config: ml_collections.ConfigDict, variant: str, ours: Program, mesh: Mesh
 ) -> _Entry:
-    """The same part in PyTorch, which computes on the images of ours."""
+    """The same part in PyTorch, with the same images."""
     torch_programs = _torch_programs()
     device = torch_programs.device_for(mesh.devices.flat[0].platform, mesh.size)
     theirs = torch_programs.PROGRAMS[part](config, ours.images, device)
@@ -110,7 +110,7 @@ def _torch_entry(
 
 
 def _check_torch(config: ml_collections.ConfigDict, settings: Settings, mesh: Mesh) -> str:
-    """What PyTorch runs on, in words."""
+    """Describes PyTorch's version and device."""
     torch_programs = _torch_programs()
     if "train" in settings.parts:
         torch_programs.check_training(config)
@@ -131,7 +131,7 @@ def _torch_programs() -> ModuleType:
 def _row(part: str, entries: Sequence[_Entry], turns: np.ndarray, i: int, reference: int) -> Row:
     entry, other = entries[i], entries[reference]
     ours = next(e for e in entries if e.variant == entry.variant and e.form == OURS)
-    # Of the plans, since the devices' statistics may know of one program and not of the other.
+    # The memory ratio uses XLA's plans, since the devices' statistics may exist for only one of the programs.
     plan, other_plan = (e.compiled.memory if e.compiled else None for e in (entry, other))
     return Row(
         part, entry.variant, entry.form,

@@ -1,4 +1,4 @@
-"""The five networks in PyTorch, as a PyTorch user would write them: the baseline `--baseline torch`.
+"""The five networks in usual PyTorch code: the baseline `--baseline torch`.
 
 It computes the same numbers as `hae_jax.model.UNet` from the same state dict (`tests/benchmark/test_torch_network.py`).
 It does not have our savings. The class context is built as an E x E matrix. Sparse patterns are masks on dense
@@ -19,11 +19,11 @@ from hae_jax.model.config import HYBRID_HEADS, NORM_GROUPS, UNetConfig
 
 _SCALES = (1, 4, 8)  # patch sizes of the per-scale transformer
 _REGIONS = (4, 8)  # patch sizes of the regional tokens in the joint transformer
-_MASKED_ABOVE = 64  # the per-scale transformer has a mask where a scale has more tokens than this
+_MASKED_ABOVE = 64  # in the per-scale transformer, scales with more tokens have a mask
 
 
 class Condition(NamedTuple):
-    """What every block may read besides the features."""
+    """The inputs of each block besides the features."""
 
     emb: Tensor  # [B, E], time plus class
     context: Tensor | None  # [B, E, E] products of the class embedding with itself; None: no context tokens
@@ -80,7 +80,7 @@ class TorchNetwork(nn.Module):
             c = c.masked_fill(drop[:, None], 0)
         emb, rule = emb + c, context_rule(self.config)
         zero = (c.abs() <= self.config.zero_threshold).all(dim=1)  # [B]
-        # The published rule is a branch on values: no context where every row of the batch is zero.
+        # The published rule depends on values: there is no context if all rows of the batch are zero.
         if rule == "batch" and zero.all():
             return Condition(emb, None, None, masks)
         return Condition(emb, c[:, :, None] * c[:, None, :], ~zero if rule == "sample" else None, masks)
@@ -95,7 +95,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:  # [B] -> [B, width]
 
 
 class ResBlock(nn.Module):
-    """Norm, activation, convolution; embedding; norm, activation, dropout, convolution; plus the input."""
+    """Norm, activation, convolution; embedding; norm, activation, dropout, convolution; residual connection."""
 
     def __init__(self, channels: int, out_channels: int, config: UNetConfig, *, scale_shift: bool | None = None,
                  resample: nn.Module | None = None):
@@ -123,7 +123,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention over the pixels and, before them, the context tokens, in one softmax; plus the input."""
+    """Attention over context tokens and pixels, in this order, with one softmax; residual connection."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
@@ -151,7 +151,7 @@ class AttentionBlock(nn.Module):
 
 
 class PerScaleHybrid(nn.Module):
-    """The block of `hae_v2c`: a ResBlock, the transformer on its output, both fused."""
+    """The block of `hae_v2c`: a ResBlock and a transformer on its output; the outputs of both are fused."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
@@ -183,7 +183,7 @@ class PerScaleTransformer(nn.Module):
 
     def _scale(self, x: Tensor, size: int, attention: nn.Module, cond: Condition) -> Tensor:
         height, width = x.shape[2:]
-        # Zeros fill the right and the bottom up, and count in the mean.
+        # The right and the bottom are padded with zeros, which count in the mean.
         pooled = F.avg_pool2d(F.pad(x, (0, -width % size, 0, -height % size)), size)  # [B, C, H/size, W/size]
         tokens = _tokens(pooled)  # [B, N, C]
         mask = _mask(tokens, self.config, cond) if tokens.shape[1] > _MASKED_ABOVE else None
@@ -194,7 +194,7 @@ class PerScaleTransformer(nn.Module):
 
 
 class JointHybrid(nn.Module):
-    """The block of `hae`, `hae_lite` and `hae_v2`: convolutions beside a transformer, fused, plus the input."""
+    """The block of `hae`, `hae_lite` and `hae_v2`: convolutions and a transformer, fused; residual connection."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
@@ -250,7 +250,7 @@ class JointTransformer(nn.Module):
 
 
 def published_mask(tokens: int, per_scale: bool, device: torch.device) -> Tensor:  # [N, N] bool, True is blocked
-    """A fresh draw of the pattern that the networks were published with."""
+    """A random draw of the pattern with which the networks were published."""
     u, i = torch.rand(tokens, tokens, device=device), torch.arange(tokens, device=device)
     if per_scale:
         return (u > 0.8) | (i[:, None] == i)
@@ -332,7 +332,7 @@ def _layers(width: int, out: int, config: UNetConfig, level: int, *, decoder: bo
 
 
 def _encoder(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
-    """The encoder's blocks, and the channels that each hands to the decoder."""
+    """The encoder's blocks, and the channels of each block's skip connection."""
     width = config.widths[0]
     blocks, skips = [nn.ModuleList([nn.Conv2d(config.in_channels, width, 3, padding=1)])], [width]
     for level, out in enumerate(config.widths):

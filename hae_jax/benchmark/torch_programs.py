@@ -1,4 +1,4 @@
-"""A training step and a forward pass in PyTorch, to be timed beside ours. Needs the extra `torch`.
+"""A training step and a forward pass in PyTorch, for comparison with ours. Needs the extra `torch`.
 
 The training step does the work of `hae_jax.training.step`: timesteps, noise, dropped labels, dropout, the loss of the
 predicted noise, gradients and their norm, AdamW, EMA weights. The forward pass is that of `programs.ForwardPass`.
@@ -23,7 +23,7 @@ from hae_jax.model import UNet
 from hae_jax.torch_interop.weights import torch_state
 from hae_jax.training.state import network_config
 
-# What the training step here can do, by field of the config. With anything else it would not do the same work as ours.
+# Supported values of config fields in the training step. With other values, its work would differ from that of ours.
 _TRAINING = {
     "diffusion.noise": ("gaussian",),
     "diffusion.variance": ("fixed_large", "fixed_small"),
@@ -34,15 +34,15 @@ _TRAINING = {
 
 
 class Options(NamedTuple):
-    """How PyTorch runs."""
+    """The options of PyTorch."""
 
-    autocast: bool | None = None  # to bfloat16; None: where the config computes in bfloat16
+    autocast: bool | None = None  # to bfloat16; None: if the config computes in bfloat16
     compile: str | None = None  # the mode of torch.compile, such as "default"; None: eager
     channels_last: bool = False  # the layout of images and convolutions
 
 
 class _Program:
-    """A network on a device, with a batch, and what both programs share."""
+    """Base class of both programs: a network on a device, with a batch."""
 
     def __init__(self, config: ml_collections.ConfigDict, batch: int, device: str, options: Options | None):
         options = options or Options()
@@ -87,13 +87,13 @@ class _Program:
             return self._run(x, t, self.y, drop)
 
     def _prepare_device(self) -> None:
-        # In inference, nn.MultiheadAttention has a way of its own, which keeps all scores. Behind a mask, with 4096
-        # tokens on a CPU, it takes six times as long as `scaled_dot_product_attention`, which is used without it.
+        # In inference, nn.MultiheadAttention uses a separate fast path, which stores all scores. With a mask and 4096
+        # tokens on a CPU, it is six times slower than `scaled_dot_product_attention`, which is used without it.
         torch.backends.mha.set_fastpath_enabled(False)
         if self.device.type == "cpu":
             torch.set_num_threads(cores())
             return
-        # Ours uses TensorFloat32 for float32, and the fastest convolution of several. So does this.
+        # As in our programs, float32 uses TensorFloat32, and the fastest of several convolutions is used.
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
         self._held_before = torch.cuda.memory_allocated(self.device)
@@ -177,7 +177,7 @@ def check_training(config: ml_collections.ConfigDict) -> None:
 
 
 def device_for(platform: str, devices: int) -> str:
-    """PyTorch's device that stands beside JAX's.
+    """PyTorch's device that corresponds to JAX's.
 
     Args:
       platform: of JAX's devices.
@@ -197,18 +197,18 @@ def device_for(platform: str, devices: int) -> str:
 
 
 def description(device: str) -> str:
-    """PyTorch's version and what it runs on, for the head of the table."""
+    """PyTorch's version and device, for the head of the table."""
     where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     return f"torch {torch.__version__} ({where})"
 
 
 def cores() -> int:
-    """Cores that this process may use. JAX uses them all, as one device or as several, and so does PyTorch here."""
+    """The number of cores that this process may use. JAX uses all of them, and so does PyTorch here."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _initial_weights(network: Any, seed: int) -> dict[str, Tensor]:
-    """Those that ours begins with."""
+    """The initial weights of our network."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         state = torch_state(UNet(network, rngs=nnx.Rngs(seed)))
     return {name: torch.from_numpy(value) for name, value in state.items()}

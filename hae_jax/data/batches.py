@@ -1,7 +1,8 @@
-"""From the store to batches in memory, through Grain: the last stage of the data flow, what training consumes.
+"""Batches of slices for training, read from a prepared dataset with Grain. This is the last stage of the data flow.
 
-The order of training slices is a function of (seed, position) alone. Nothing about it needs saving: a run that stopped
-after step k asks for the batches from step k on, on as many processes and workers as it likes, and sees the same data.
+The order of the training slices depends only on the seed and the position. No state has to be saved: a run that
+stopped after step k requests the batches from step k on and gets the same data, with any number of processes and
+workers.
 """
 
 import contextlib
@@ -41,27 +42,27 @@ def train_batches(
     Batches run across the ends of epochs, so that all have the same size. Process p of P gets rows p B/P .. (p+1) B/P
     of each global batch of B.
 
-    Balanced, healthy and lesion slices take turns, each class in epochs of its own.
+    With `balance`, healthy and lesion slices alternate. Each class has separate epochs.
 
     Args:
       reader: the training split.
       batch_size: global batch size B, over all processes.
-      seed: of the order; any integer >= 0.
-      start_step: number of global batches to leave out; costs nothing however large.
-      process_index: of this process, p.
+      seed: seed of the order; any integer >= 0.
+      start_step: number of global batches to skip, at no cost.
+      process_index: number of this process, p.
       process_count: P; must divide B.
-      workers: processes that read and scale; 0 does so in threads of this process, which is enough for most disks.
-      prefetch: batches to read ahead (per worker); 0 reads when asked.
-      balance: draw healthy and lesion slices equally often, whatever their numbers.
+      workers: processes that read and scale; 0 uses threads of this process, which is enough for most disks.
+      prefetch: batches to read ahead (per worker); 0 reads on demand.
+      balance: draw healthy and lesion slices equally often.
       healthy_only: leave out slices with a lesion.
       scaling: see `to_model_range`.
 
     Returns:
       An iterator of dictionaries: image [B/P, H, W, C] float32 in [-1, 1]; label, case, slice [B/P] int32. With
-      workers, `close()` it when done; the death of one is a UserError.
+      workers, call `close()` at the end. If a worker dies, the iterator raises a UserError.
 
     Raises:
-      UserError: the split is empty, or one class of it where they are to be balanced, or a number does not fit.
+      UserError: the split is empty, a class is missing with `balance` or `healthy_only`, or a number is wrong.
     """
     _check_batch_size(batch_size, reader)
     if batch_size % process_count:
@@ -70,7 +71,7 @@ def train_batches(
     for name, value in (("seed", seed), ("start_step", start_step), ("workers", workers), ("prefetch", prefetch)):
         if value < 0:
             raise UserError(f"{name} {value}: must not be negative")
-    # Indices are batched before anything is read, so that a batch is one request to TensorStore.
+    # Indices are batched before the slices are read, so that each batch is one request to TensorStore.
     order = _balanced_order(reader, seed) if balance else _reshuffled(_chosen(reader, healthy_only), seed, stream=0)
     shares = order.batch(batch_size // process_count)
     batches = shares[start_step * process_count + process_index::process_count].map(_TrainBatch(reader, scaling))
@@ -89,14 +90,14 @@ def _chosen(reader: SplitReader, healthy_only: bool) -> np.ndarray:  # [n] indic
 
 
 def _reshuffled(indices: np.ndarray, seed: int, stream: int) -> grain.MapDataset[np.int64]:
-    """The indices again and again, in another order each time; streams of one seed are shuffled independently."""
-    # Grain's epoch e shuffles with seed + e: hashed seeds keep seed 0's second epoch from being seed 1's first.
+    """Repeats the indices without end, in a new order each epoch. Streams of one seed are shuffled independently."""
+    # Grain shuffles epoch e with seed + e. With hashed seeds, epoch 1 of seed 0 differs from epoch 0 of seed 1.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(stream + 1)[stream])
     return grain.MapDataset.source(indices).shuffle(seed=shuffle_seed).repeat()
 
 
 def _balanced_order(reader: SplitReader, seed: int) -> grain.MapDataset[np.int64]:
-    """A healthy slice at every even position, one with a lesion at every odd one."""
+    """An order with healthy slices at even positions and lesion slices at odd positions."""
     labels = reader.rows["labels"]
     classes = {"healthy": np.flatnonzero(labels == 0), "lesion": np.flatnonzero(labels != 0)}
     for name, indices in classes.items():
@@ -107,7 +108,7 @@ def _balanced_order(reader: SplitReader, seed: int) -> grain.MapDataset[np.int64
 
 
 class _TrainBatch(grain.transforms.Map):
-    """Indices [b] -> the batch."""
+    """Reads and scales the batch of slices with the given indices [b]."""
 
     def __init__(self, reader: SplitReader, scaling: str):
         self._reader, self._scaling = reader, scaling
@@ -123,11 +124,11 @@ def _read_ahead(prefetch: int) -> grain.ReadOptions:
 
 
 class _Workers:
-    """A data set that is read in processes; what ends one of them becomes a UserError."""
+    """An iterator that reads the dataset in worker processes. If a worker dies, it raises a UserError."""
 
     def __init__(self, dataset: grain.IterDataset, workers: int):
         if not flags.FLAGS.is_parsed():
-            # Grain looks its own flags up before it starts a worker, which absl refuses in a program that parses none.
+            # Grain reads its own absl flags before it starts a worker. absl raises an error if no flags were parsed.
             flags.FLAGS.mark_as_parsed()
         self._workers = workers
         _start_quiet_tracker()
@@ -158,7 +159,10 @@ class _Workers:
 
 
 def _start_quiet_tracker() -> None:
-    """Python's tracker removes what a dead worker leaves in /dev/shm; it would also warn of it, after the error."""
+    """Starts Python's resource tracker without its warnings.
+
+    The tracker removes the files that a dead worker leaves in /dev/shm. It would also print a warning after our error.
+    """
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker:UserWarning")))
     try:
@@ -170,7 +174,7 @@ def _start_quiet_tracker() -> None:
 
 
 def _fate(code: int | None) -> str:
-    """What ended a worker, as far as its exit code tells (None: it ran out of room), and what would prevent it."""
+    """Describes why a worker ended, according to its exit code, and how to prevent it. None: /dev/shm was full."""
     shared = "/dev/shm"
     if code in (None, -signal.SIGBUS):
         free = f", {shutil.disk_usage(shared).free / 2**20:.3g} MiB are free" if os.path.isdir(shared) else ""

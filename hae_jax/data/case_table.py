@@ -1,10 +1,11 @@
-"""A table that says where each case lies: what overrides every guess from names of files and folders.
+"""Reading of a table with the files of each case. The table replaces the search by file and folder names.
 
     case,patient,flair,t1,t1ce,t2,segmentation
     P1_2019,P1,scans/P1_flair.nii.gz,scans/P1_t1.nii.gz,scans/P1_t1ce.nii.gz,scans/P1_t2.nii.gz,masks/P1.nii.gz
 
-Paths are relative to the table. `patient` and `segmentation` may be left out or empty. A row with a mistake is a case
-with a `problem` that names the row; a mistake in the table as a whole is an error.
+Paths are relative to the table's folder. The columns `patient` and `segmentation` are optional, and their cells may be
+empty. A row with a mistake becomes a case whose `problem` names the row. A mistake in the header or the file format
+raises an error.
 """
 
 import collections
@@ -23,8 +24,8 @@ from hae_jax.errors import UserError
 from hae_jax.files import decoded, read_content
 
 _OTHERS = ("case", "patient", "segmentation")
-_FORBIDDEN = re.compile(r"[/\\\0-\x1f\x7f]")  # in the name of a case: results are named after it
-LONGEST = 200  # bytes of a case's name; files are called <case>_healthy_flair.nii.gz
+_FORBIDDEN = re.compile(r"[/\\\0-\x1f\x7f]")  # not allowed in a case's name, which becomes a file name
+LONGEST = 200  # bytes in a case's name at most; result files have names such as <case>_healthy_flair.nii.gz
 
 
 def read_table(path: Path, modalities: Sequence[str]) -> list[CaseFiles]:
@@ -46,7 +47,7 @@ def read_table(path: Path, modalities: Sequence[str]) -> list[CaseFiles]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number, from 1, and cells of each row."""
+    """Yields the number (from 1) and the cells of each row."""
     text = decoded(read_content(path))
     if "\0" in text:
         raise UserError(f"{path}: is no text; save the table as CSV")
@@ -60,7 +61,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _columns(path: Path, header: Sequence[str], modalities: Sequence[str]) -> list[str]:
-    """What each column holds."""
+    """The canonical name of each column, such as "flair" for "t2f"."""
     known = {word: modality for modality, words in SYNONYMS.items() for word in words} | {n: n for n in _OTHERS}
     columns = [known.get(name.lower(), "") for name in header]
     if unknown := [name for name, column in zip(header, columns, strict=True) if not column]:
@@ -90,7 +91,7 @@ def _case(
 
 
 def _problem(cells: dict[str, str], files: dict[str, Path | None], surplus: int) -> str | None:
-    """What is wrong with a row, if anything is."""
+    """Describes what is wrong with a row; None if nothing is."""
     if surplus:
         return f"has {abs(surplus)} cell{'s' if abs(surplus) > 1 else ''} {'more' if surplus > 0 else 'less'} than " \
                "row 1; cells with commas need quotes"
@@ -119,7 +120,7 @@ def _bad_name(name: str) -> str | None:
 
 
 def _each_once(path: Path, cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The cases under names that differ; for several rows with one name, one case that says so."""
+    """The cases, each name once. Rows that share a name become one case with a `problem`."""
     counts = collections.Counter(case.name for case in cases)
     found = {case.name: case for case in reversed(cases)}  # the first of each name
     return [case if counts[name] == 1 else dataclasses.replace(

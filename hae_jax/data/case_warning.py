@@ -1,4 +1,4 @@
-"""What a user should know about a case that is used all the same: warnings that can be counted."""
+"""Warnings about cases that are used nevertheless. Warnings of the same kind can be counted."""
 
 
 class CaseWarning(str):
@@ -19,5 +19,5 @@ class CaseWarning(str):
         return warning
 
     def __reduce__(self) -> tuple:
-        """Pickles kind and values: warnings come from worker processes."""
+        """Pickles the kind and the values, since worker processes return warnings."""
         return CaseWarning, (self.kind, *self._values)

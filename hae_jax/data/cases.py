@@ -1,7 +1,7 @@
-"""Read a case: the second step of the data flow, shared by preparation and translation.
+"""Reading of a case: the second step of the data flow, used by preparation and translation.
 
-What leaves this file is the same for every layout and orientation: raw intensities in channel order, turned to LPS, and
-a binary lesion mask where there is a segmentation; with them the grid on disk, for the way back.
+The result has the same form for every layout and orientation: raw intensities in channel order, reoriented to LPS, and
+a binary lesion mask if there is a segmentation. It includes the grid on disk, so that results can be written on it.
 """
 
 import dataclasses
@@ -23,37 +23,37 @@ from hae_jax.errors import UserError
 
 __all__ = ["MODALITIES", "Case", "CaseFiles", "ImageFile", "find_cases", "read_case"]
 
-AFFINE_TOLERANCE = 0.1  # mm, at the corner of the volume where two grids lie furthest apart
-NEGATIVE = 0.1  # of the largest intensity: what lies further below 0 is no artefact of resampling
-SQUARE = (0.8, 1.25)  # height / width of a slice's field of view that passes as square
+AFFINE_TOLERANCE = 0.1  # mm, the largest allowed distance between corresponding corners of two volumes
+NEGATIVE = 0.1  # as a share of the largest intensity; values further below 0 are not resampling artefacts
+SQUARE = (0.8, 1.25)  # the range of height / width in which a slice's field of view counts as square
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A case in memory, turned to LPS."""
+    """A case in memory, reoriented to LPS."""
 
     name: str
     volumes: np.ndarray  # [X, Y, Z, C] float32, raw intensities
     affine: np.ndarray  # [4, 4] float64, voxel -> mm, of `volumes`
-    grid: Grid  # of the first image on disk; `grid.restore` takes [X, Y, Z] back to it
-    mask: np.ndarray | None  # [X, Y, Z] bool, any lesion label; None without a segmentation
-    warnings: tuple[CaseWarning, ...] = ()  # what the user should know about it, one line each, without the case's name
+    grid: Grid  # of the first image on disk; `grid.restore` takes [X, Y, Z] back to its axes
+    mask: np.ndarray | None  # [X, Y, Z] bool, True for any lesion label; None without a segmentation
+    warnings: tuple[CaseWarning, ...] = ()  # one line each, without the case's name
 
     @property
     def header(self) -> nib.Nifti1Header:
-        """Of the first image, as it is on disk but 3-D; results are written with it."""
+        """The header of the first image on disk, reduced to 3-D. Results are written with it."""
         return self.grid.header
 
 
 def read_case(files: CaseFiles) -> Case:
     """Reads all of a case and checks that its parts belong together.
 
-    A file may have an orientation of its own, as long as it lies on the same voxels.
+    Files may have different orientations if they have the same voxels.
 
     Raises:
-      UserError: the case has a `problem`, or a file is missing, unreadable, of other dimensions than its layout says,
-        not finite, without a positive voxel, or on another grid than the first modality; or the segmentation holds
-        numbers that mark no lesion.
+      UserError: the case has a `problem`; a file is missing, unreadable, not finite, without a positive voxel, on
+        another grid than the first modality, or its dimensions do not fit the layout; or the segmentation has values
+        that are not lesion labels.
     """
     _check_files(files)
     wanted = [image.modality for image in files.images]
@@ -75,7 +75,7 @@ def read_case(files: CaseFiles) -> Case:
 
 
 def _check_files(files: CaseFiles) -> None:
-    """What can be said without reading, with all that the case needs and what is there instead."""
+    """Checks that all files of a case are there. An error names the wanted images and the images in the folder."""
     if files.problem:
         raise UserError(files.problem)
     for path in files.paths:
@@ -107,7 +107,7 @@ def _read_on_grid(file: ImageFile, grid: Grid, reference: Path, wanted: Sequence
 
 
 def _apart(grid: Grid, other: Grid) -> float:
-    """The largest distance of a corner of one volume from the same corner of the other, mm."""
+    """The largest distance in mm between corresponding corners of two volumes."""
     last = [size - 1 for size in grid.reoriented_shape]
     corners = np.array([[*corner, 1] for corner in itertools.product(*((0, end) for end in last))])  # [8, 4]
     difference = corners @ (grid.reoriented_affine - other.reoriented_affine).T
@@ -135,7 +135,7 @@ def _warnings(grid: Grid, volumes: np.ndarray) -> tuple[CaseWarning, ...]:
 def _background(
     channel: np.ndarray,  # [X, Y, Z]
 ) -> float:
-    """The value in all eight corners if it is the lowest of a volume that is not constant, else 0."""
+    """The background value: the volume's minimum if all eight corners have it and it is not constant, else 0."""
     corners = channel[np.ix_(*([0, -1],) * 3)]
     low = channel.min()
     return float(low) if (corners == low).all() and channel.max() > low else 0.0

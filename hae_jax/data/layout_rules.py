@@ -1,7 +1,7 @@
-"""One folder's files -> its cases: what tells the layouts apart.
+"""Rules that recognise the layout of one folder and group its files into cases.
 
-The first of `RULES` that finds a case in a folder decides. `layouts` walks through the folders and asks; nothing is
-read here but dataset.json and, to tell 3-D from 4-D, a header.
+The first rule of `RULES` that finds a case in a folder is used. `layouts` walks through the folders and applies the
+rules. Only dataset.json is read here, and a header where a 3-D file must be distinguished from a 4-D file.
 """
 
 import collections
@@ -18,27 +18,28 @@ from hae_jax.data.presence import absence, is_there
 from hae_jax.errors import UserError
 from hae_jax.files import read_json
 
-MODALITIES = ("flair", "t1", "t1ce", "t2")  # also the order of a 4-D file that comes without dataset.json
+MODALITIES = ("flair", "t1", "t1ce", "t2")  # also the assumed order in a 4-D file without dataset.json
 
 SYNONYMS = {"flair": ("flair", "t2f"), "t1": ("t1", "t1w", "t1n"),
             "t1ce": ("t1ce", "t1c", "t1gd", "t1gad", "ce-gadolinium_t1w", "ce-gad_t1w", "ce-gd_t1w"),
             "t2": ("t2", "t2w")}
 _BRATS_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w"}
 SEGMENTATIONS = ("seg", "label-l_desc-t1lesion_mask", "consensus_gt", "lesion_mask", "lesion", "label", "labels",
-                  "mask")  # the first that is there is taken
-BRAIN_OR_LESION = ("label", "labels", "mask")  # taken only with an image's name: they may as well be the brain's
+                  "mask")  # the first one found is used
+BRAIN_OR_LESION = ("label", "labels", "mask")  # used only with an image's name, since such a file may be a brain mask
 
 _MODALITY_OF = {word: modality for modality, words in SYNONYMS.items() for word in words}
 _CHANNEL_OF = {re.sub("[^a-z0-9]", "", word): modality for word, modality in _MODALITY_OF.items()}
 _AMBIGUOUS = ("seg", *BRAIN_OR_LESION)
-_OF_LESIONS = re.compile("gliom|infarct|lesion|stroke|tumou?r|wmh", re.IGNORECASE)  # then whatever else the name says
-# Lazy, so that the longest ending wins: the lesion mask of ATLAS is not the "_mask" of something else.
+# A segmentation with such a word in its name is a lesion mask.
+_OF_LESIONS = re.compile("gliom|infarct|lesion|stroke|tumou?r|wmh", re.IGNORECASE)
+# The case matches lazily, so that the longest ending is found: "label-L_desc-T1lesion_mask" (ATLAS), not "mask".
 _NAME = re.compile(rf"(?:(?P<case>.*?)(?P<dash>[_-]))?(?P<word>{'|'.join((*_MODALITY_OF, *SEGMENTATIONS))})",
                    re.IGNORECASE)
 _ASSUMED = f"no dataset.json says what the file's volumes are; taken as {', '.join(MODALITIES)}, in this order"
 _BIDS_SUBJECT = re.compile("sub-[^_]+")
 _NUMBERED = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
-# What may follow a patient's name in the name of another case, rather than tell that an image is made from another.
+# A suffix that marks another visit of a patient. Any other suffix marks an image that was derived from another one.
 _VISIT = re.compile(r"[a-z]|.*\d.*|baseline|follow-?up|initial|last|post|pre|prior|visit", re.IGNORECASE)
 _GENERIC = re.compile(r"anat|data|images?|inputs?|mri?|nii|nifti|raw|scans?|ses(sion)?[-_]?\d*|volumes?", re.IGNORECASE)
 
@@ -48,21 +49,21 @@ class ImageFile:
     """One channel of a case: a 3-D file, or one volume of a 4-D file."""
 
     modality: str
-    path: Path  # that of a missing file is the one that it should have
+    path: Path  # for a missing file, the expected path
     volume: int | None = None  # position along the fourth axis; None: the file is 3-D
-    volumes: int = 1  # that the file must have
+    volumes: int = 1  # number of volumes that the file must have
 
 
 @dataclasses.dataclass(frozen=True)
 class CaseFiles:
-    """Where a case lies. Nothing is read yet: files may be missing or broken, which `read_case` reports."""
+    """The files of a case. They have not been read yet; `read_case` reports missing or broken files."""
 
     name: str
     images: tuple[ImageFile, ...]  # in the order of the wanted modalities
     segmentation: Path | None
-    problem: str | None = None  # why it cannot be used, if that is known from the names alone
-    warnings: tuple[CaseWarning, ...] = ()  # what was assumed about its files, one line each
-    patient: str | None = None  # whose it is, where a table of cases says so; None: as its name tells
+    problem: str | None = None  # why the case cannot be used, if the names alone tell
+    warnings: tuple[CaseWarning, ...] = ()  # assumptions about its files, one line each
+    patient: str | None = None  # the patient, if a table of cases gives one; None: derived from the case's name
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -78,11 +79,11 @@ class CaseFiles:
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
-    """A file whose name ends in a word that we know."""
+    """A file whose name ends in a known word."""
 
     path: Path
-    case: str  # what comes before the word
-    dash: str  # between them
+    case: str  # the part before the word
+    dash: str  # the separator between both, "_", "-" or empty
     kind: str  # a modality, or one of SEGMENTATIONS
 
 
@@ -92,27 +93,27 @@ class Folder:
 
     path: Path
     files: dict[str, Path]  # by name without extension
-    top: bool  # whether it is the folder that was asked for
+    top: bool  # whether it is the folder that the user gave
 
     @property
     def absolute(self) -> Path:
-        """Its path as it was asked for: what links lead to may be called anything."""
+        """Its absolute path. Links are not resolved, since their targets may have unrelated names."""
         return Path(os.path.abspath(self.path))
 
     @property
     def name(self) -> str:
-        """Its own name, also where it was asked for as "."."""
+        """Its own name, also if the path is "."."""
         return self.absolute.name
 
     def named(self) -> list[_Named]:
-        """Its files that say by their name what they are."""
+        """Its files whose names end in a known word."""
         found = [(path, _NAME.fullmatch(stem)) for stem, path in self.files.items()]
         return [_Named(path, match["case"] or "", match["dash"] or "",
                        _MODALITY_OF.get(match["word"].lower(), match["word"].lower()))
                 for path, match in found if match is not None]
 
     def numbered(self) -> dict[str, dict[int, Path]]:
-        """Its files whose names end in four digits: what comes before -> number -> file."""
+        """Its files whose names end in four digits, as {part before the digits: {number: file}}."""
         found: dict[str, dict[int, Path]] = collections.defaultdict(dict)
         for stem, path in self.files.items():
             if match := _NUMBERED.fullmatch(stem):
@@ -121,11 +122,11 @@ class Folder:
 
 
 def _by_name(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
-    """Files that say in their name what they are: BraTS, ATLAS and BIDS, MSLUB.
+    """Cases of files whose names end in the modality: BraTS, ATLAS and BIDS, MSLUB.
 
-    A folder is one case if it says so by its name or has no modality twice; else its cases lie side by side. One case
-    is called like its folder, whatever lies beside it; where folders are called "scan" and the like, or "anat" as in a
-    BIDS tree, like what its images' names have in common.
+    A folder is one case if its files are named after it, or if no modality occurs twice. Otherwise it holds several
+    cases. A single case gets the folder's name. If the folder has a generic name such as "scan", or is part of a BIDS
+    tree ("anat"), the case gets the common beginning of its images' names.
     """
     named = folder.named()
     images = [file for file in named if file.kind in MODALITIES]
@@ -145,7 +146,7 @@ def _by_name(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
 
 
 def _named_case(folder: Folder, prefix: str, files: list[_Named], modalities: Sequence[str]) -> CaseFiles:
-    """One case, called `prefix` as its files are."""
+    """One case with the name `prefix`, with which its files' names begin."""
     images = []
     for modality in modalities:
         file = _choose(files, prefix, modality)
@@ -159,7 +160,7 @@ def _named_case(folder: Folder, prefix: str, files: list[_Named], modalities: Se
 
 
 def _choose(files: list[_Named], prefix: str, kind: str) -> _Named | None:
-    """The file of a kind that begins with `prefix`, else the only one of the kind; None where it would be a guess."""
+    """The file of a kind whose name begins with `prefix`, else the only file of the kind; None if it is ambiguous."""
     of_kind = [file for file in files if file.kind == kind]
     exact = [file for file in of_kind if file.case.lower() == prefix.lower()]
     candidates = exact or of_kind
@@ -177,13 +178,13 @@ def _segmentation(files: list[_Named], name: str) -> Path | None:
 
 
 def _by_number(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
-    """nnU-Net: <case>_0000, <case>_0001, ...; dataset.json says which number is which modality."""
+    """Cases of nnU-Net: <case>_0000, <case>_0001, ...; dataset.json gives the modality of each number."""
     numbers = folder.numbered()
-    if not any(0 in channels for channels in numbers.values()):  # then the digits count patients
+    if not any(0 in channels for channels in numbers.values()):  # the digits number the patients
         return []
     channels = _read_channels(folder)
     if channels is not None and max(k for files in numbers.values() for k in files) >= len(channels.names):
-        return []  # patients again, from 0000 on
+        return []  # the digits number the patients, from 0000 on
     if channels is None:
         if len(modalities) > 1 or any(files.keys() != {0} for files in numbers.values()):
             raise UserError(f"{folder.path}: files numbered as for nnU-Net (_0000, _0001, ...) need a dataset.json "
@@ -196,15 +197,15 @@ def _by_number(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
 
 
 def _by_case(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
-    """One file per case: all channels in 4-D as in the Decathlon, or the only channel."""
+    """Cases of one file: a 4-D file with all channels (Decathlon), or a 3-D file with the only channel."""
     named = {file.path for file in folder.named()}
     images = {stem: path for stem, path in folder.files.items() if path not in named}
-    if not folder.top and not folder.name.startswith("images"):  # deeper, a file must say that it is a case
+    if not folder.top and not folder.name.startswith("images"):  # else only a file named as its folder
         images = {stem: path for stem, path in images.items() if stem == folder.name}
     if not images:
         return []
     described = _read_channels(folder)
-    if described is None:  # else the data set says that all are cases
+    if described is None:  # with a dataset.json, all files are cases
         images = {stem: path for stem, path in images.items() if not _is_derived(stem, folder.files)}
     channels = described or _Channels(None, MODALITIES)
     count, position = len(channels.names), channels.positions(modalities)
@@ -220,19 +221,19 @@ def _by_case(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
 
 
 def _is_derived(name: str, others: Container[str]) -> bool:
-    """Whether an image is made from one beside it: p1_brain from p1, but patient_1_2 is a visit, not a derivative."""
+    """Whether an image was derived from one beside it: p1_brain from p1. patient_1_2 is a visit of patient_1."""
     dashes = [k for k, letter in enumerate(name) if letter == "_"]
     return any(name[:k] in others and not _VISIT.fullmatch(name[k + 1:]) for k in dashes)
 
 
-RULES = (_by_name, _by_number, _by_case)  # each: (folder, wanted modalities) -> its cases, or none
+RULES = (_by_name, _by_number, _by_case)  # each: (folder, wanted modalities) -> its cases, possibly none
 
 
 def _label(folder: Folder, name: str) -> Path | None:
-    """The segmentation of nnU-Net and the Decathlon (imagesTr -> labelsTr), or one beside the image."""
+    """The segmentation in the labels folder (labelsTr for imagesTr, nnU-Net and Decathlon), or beside the image."""
     if folder.name.startswith("images"):
         labels = folder.absolute.with_name(folder.name.replace("images", "labels", 1))
-        if labels.is_symlink() and (reason := absence(labels)):  # not to be taken for a case without a lesion
+        if labels.is_symlink() and (reason := absence(labels)):  # else the case would lack a segmentation
             raise UserError(f"{labels}: {reason}")
         try:
             there = [file for extension in EXTENSIONS if is_there(file := labels / (name + extension))]
@@ -246,16 +247,16 @@ def _label(folder: Folder, name: str) -> Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Channels:
-    """The channels of a data set in order, and the dataset.json that names them, if there is one."""
+    """The channels of a dataset in order, and the dataset.json that names them, if there is one."""
 
     source: Path | None
     names: Sequence[str]
 
     def positions(self, modalities: Sequence[str]) -> dict[str, int]:
-        """Where each modality is.
+        """The position of each modality.
 
         Raises:
-          UserError: one is not there, or there twice.
+          UserError: a modality is missing or occurs twice.
         """
         known = [_CHANNEL_OF.get(re.sub("[^a-z0-9]", "", name.lower())) for name in self.names]
         for modality in modalities:
@@ -269,12 +270,12 @@ class _Channels:
 def _may_be_there(path: Path) -> bool:
     try:
         return is_there(path)
-    except OSError:  # the folder above is closed, which is not what was asked for
+    except OSError:  # no permission for the folder above, which the user did not give
         return False
 
 
 def _read_channels(folder: Folder) -> _Channels | None:
-    """What dataset.json in a folder or the one above it says about the channels; None without such a file."""
+    """The channels according to dataset.json in the folder or its parent; None without such a file."""
     path = next((path for path in (folder.path / "dataset.json", folder.absolute.parent / "dataset.json")
                  if _may_be_there(path)), None)
     if path is None:

@@ -1,7 +1,7 @@
-"""Where the cases lie: every folder layout that the program reads, found without being told which.
+"""The search for cases in a folder: the first step of the data flow, before any voxel is read.
 
-The first step of the data flow, before any voxel is read. Each folder below the given one is looked at by itself, and
-the first of `layout_rules.RULES` that finds a case in it decides; docs/data.md shows the folder trees.
+The folder layout is recognised automatically. Each folder below the given one is examined separately, with the first
+rule of `layout_rules.RULES` that finds a case in it. docs/data.md shows the folder trees.
 """
 
 import collections
@@ -31,7 +31,7 @@ from hae_jax.errors import UserError
 __all__ = ["LAYOUTS", "MODALITIES", "SYNONYMS", "CaseFiles", "ImageFile", "check_modalities", "find_cases",
            "images_in"]
 
-LAYOUTS = (  # title, example; for help texts and errors
+LAYOUTS = (  # title and example, for help texts and errors
     ("BraTS 2021", "<case>/<case>_flair.nii.gz, _t1, _t1ce, _t2, _seg"),
     ("BraTS 2023 and later", "<case>/<case>-t2f.nii.gz, -t1n, -t1c, -t2w, -seg"),
     ("Medical Segmentation Decathlon", "dataset.json, imagesTr/<case>.nii.gz (4-D), labelsTr/<case>.nii.gz"),
@@ -39,29 +39,30 @@ LAYOUTS = (  # title, example; for help texts and errors
     ("ATLAS v2.0 and other BIDS trees", "sub-.../anat/sub-..._T1w.nii.gz, ..._label-L_desc-T1lesion_mask.nii.gz"),
     ("one volume per case", "<case>.nii.gz or <case>/<case>.nii.gz, <case>_seg.nii.gz (or _lesion, _label, _mask)"),
 )
-_RESULTS = ("cases.csv", "records")  # a folder with both holds what translate.py wrote
+_RESULTS = ("cases.csv", "records")  # a folder with both holds results of translate.py
 _NO_IMAGES = ("mask", "seg", "label", "labels")  # endings of files that are derived from images
-_FILE = re.compile(r"\.[a-z]\w{0,5}", re.IGNORECASE)  # ending of a name that is no folder's
+_FILE = re.compile(r"\.[a-z]\w{0,5}", re.IGNORECASE)  # the extension of a file; a name without one may be a folder
 _CONTROLS = re.compile(r"[\0-\x1f\x7f]")
-_OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # closed, and nobody's cases
+_OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # unreadable, without cases
 _SHOWN = 3  # names in a message
 
 
 def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> list[CaseFiles]:
     """Lists the cases in `folder` and the folders below it, sorted by name.
 
-    Cases with one name are one case with a `problem`, as is a case with a file that is there twice (.nii and .nii.gz).
-    So is a folder, called by its path, that cannot be looked into (closed, or a link to where nothing is), or whose
-    cases cannot be told apart. NIfTI files that belong to no case are named in a warning on stderr.
+    Cases that share a name become one case with a `problem`. A case with a file that exists twice (.nii and .nii.gz)
+    has a `problem` as well. A folder that cannot be listed (no permission, or a dead link), or whose cases cannot be
+    distinguished, becomes a case with a `problem`, named after its path. NIfTI files that belong to no case are named
+    in a warning on stderr.
 
     Args:
-      folder: a data set in any of `LAYOUTS`, a single case's folder, one file of a case, or a table of cases (.csv,
-        `case_table`). Hidden files and the results of translate.py are passed over.
-      modalities: the channels wanted, in their order. Others that a case may have are ignored.
+      folder: a dataset in any of `LAYOUTS`, a single case's folder, one file of a case, or a table of cases (.csv,
+        `case_table`). Hidden files and the results of translate.py are ignored.
+      modalities: the wanted channels, in their order. Other channels of a case are ignored.
 
     Raises:
-      UserError: no case is there, the folder holds results of translate.py, or in all of it dataset.json does not tell
-        where a modality is.
+      UserError: there are no cases, the folder holds results of translate.py, or no dataset.json gives the position of
+        a modality.
     """
     folder = Path(folder)
     check_modalities(modalities)
@@ -76,7 +77,7 @@ def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> li
         return [_case_of(folder, modalities)]
     cases, strays, misspelt, faults = [], [], [], {}
     for path in _folders(folder, faults):
-        listing = _listing(path, top=path == folder and not cases)  # beside folders of cases lie templates, too
+        listing = _listing(path, top=path == folder and not cases)  # templates may lie beside the folders of the cases
         try:
             found = _cases_in(listing, modalities)
         except UserError as error:
@@ -106,12 +107,12 @@ def images_in(folder: Path) -> str:
     """The first NIfTI files of a folder, in words."""
     try:
         return _few(list(_files(folder))) or "none"
-    except OSError:  # it is not there, or closed to us
+    except OSError:  # it does not exist, or there is no permission to list it
         return "nothing"
 
 
 def looked_for(case: CaseFiles) -> str:
-    """Where a case's segmentation was looked for, and what lies there, in words."""
+    """Describes where a case's segmentation was searched, and which files are there."""
     folder = case.folder
     if folder.name.startswith("images"):
         folder = folder.with_name(folder.name.replace("images", "labels", 1))
@@ -138,11 +139,11 @@ def _no_cases(folder: Path, passed_over: str) -> UserError:
 
 def _folders(
     top: Path,
-    faults: dict[Path, UserError],  # gets what cannot be looked into
+    faults: dict[Path, UserError],  # folders that cannot be listed are added to it
 ) -> Iterator[Path]:
-    """The folders below, each real one once, and the folder itself last.
+    """Yields the folders below `top`, each real folder once, and `top` itself last.
 
-    Links come after all that is not behind one: what lies here under a name of its own keeps that name.
+    Links are followed after all other folders. So a folder that is also the target of a link keeps its own name.
     """
     waiting, links, walked = [top], [], set()
     while waiting or links:
@@ -166,7 +167,7 @@ def _holds_results(folder: Path) -> bool:
 
 
 def _subfolders(folder: Path, faults: dict[Path, UserError]) -> list[Path] | None:
-    """The folders in one that may hold cases; None if it cannot be listed."""
+    """The subfolders that may hold cases; None if the folder cannot be listed."""
     found = []
     try:
         entries = sorted(folder.iterdir())
@@ -178,7 +179,7 @@ def _subfolders(folder: Path, faults: dict[Path, UserError]) -> list[Path] | Non
             continue
         if path.name.startswith("labels") and os.path.isdir(folder / path.name.replace("labels", "images", 1)):
             continue
-        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):  # upwards: out of what was asked for
+        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):  # to a parent
             continue
         found.append(path)
     return found
@@ -187,14 +188,14 @@ def _subfolders(folder: Path, faults: dict[Path, UserError]) -> list[Path] | Non
 def _is_folder(path: Path, faults: dict[Path, UserError]) -> bool:
     try:
         return stat.S_ISDIR(path.stat().st_mode)
-    except OSError:  # a link to nowhere or to where we may not go; what may be a case must not vanish
+    except OSError:  # a dead link, or no permission; it may be a case, so it must be reported
         if not _FILE.fullmatch(path.suffix):
             faults[path] = UserError(f"{path}: {absence(path)}")
         return False
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The NIfTI files of a folder, with those that are there but cannot be read."""
+    """Yields the NIfTI files of a folder, including those that cannot be read."""
     for entry in sorted(folder.iterdir()):
         path = entry.with_name(real_name(entry.name))
         if path.name[0] != "." and path.name.endswith(EXTENSIONS) and not os.path.isdir(entry):
@@ -202,7 +203,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _misspelt(folder: Path) -> list[Path]:
-    """Files like a.Nii.Gz, in spellings that nibabel reads here and not there."""
+    """Files with extensions such as .Nii.Gz, which nibabel can read on some systems only."""
     return [file for file in sorted(folder.iterdir()) if file.name[0] != "." and not file.name.endswith(EXTENSIONS)
             and file.name.lower().endswith(EXTENSIONS) and os.path.isfile(file)]
 
@@ -216,20 +217,20 @@ def _cases_in(folder: Folder, modalities: Sequence[str]) -> list[CaseFiles]:
 
 
 def _failed(top: Path, folder: Path, modalities: Sequence[str], error: UserError) -> CaseFiles:
-    """What stands for a folder's cases where they cannot be told apart: the others go on, and the reason is shown."""
+    """One case with a `problem`, in place of a folder's cases that cannot be determined. Other folders are used."""
     name = "_".join(folder.relative_to(top).parts) or Folder(folder, {}, top=True).name
     return CaseFiles(name, (ImageFile(modalities[0], folder / f"{modalities[0]}{EXTENSIONS[0]}"),), None, str(error))
 
 
 def _case_of(file: Path, modalities: Sequence[str]) -> CaseFiles:
-    """The case that a single file belongs to; of two with one name it is the one that was asked for."""
+    """The case that a single file belongs to. If two files differ only in their extension, the given one is used."""
     try:
         folder = _listing(file.parent, top=True)
     except OSError as error:
         raise UserError(f"{file.parent}: cannot be listed ({error.strerror}); change its permissions") from error
     if file.name.endswith(EXTENSIONS):
         folder.files[stem(file)] = file
-    # Who names p1_brain has chosen it, though p1 lies beside it.
+    # If the user gives p1_brain, it is used although p1 lies beside it.
     chosen = {name: path for name, path in folder.files.items() if not stem(file).startswith(f"{name}_")}
     for listing in (folder, dataclasses.replace(folder, files=chosen)):
         for rule in RULES:
@@ -240,7 +241,7 @@ def _case_of(file: Path, modalities: Sequence[str]) -> CaseFiles:
 
 
 def _without_twins(case: CaseFiles, chosen: Path | None = None) -> CaseFiles:
-    """The case, with a problem if one of its files is there both compressed and not."""
+    """The case, with a `problem` if one of its files exists both compressed and uncompressed."""
     for path in case.paths:
         same = _with_its_stem(path)
         if path != chosen and len(same) > 1:
@@ -250,15 +251,15 @@ def _without_twins(case: CaseFiles, chosen: Path | None = None) -> CaseFiles:
 
 
 def _with_its_stem(path: Path) -> list[Path]:
-    """The files there that differ from `path` in their extension at most."""
+    """The existing files that differ from `path` at most in their extension."""
     there = [file for extension in EXTENSIONS if os.path.lexists(file := path.with_name(stem(path) + extension))]
-    # Where a disk ignores capitals, one file is there under two names.
+    # On a case-insensitive disk, one file is found under two names.
     return [file for k, file in enumerate(there) if not any(os.path.samestat(file.lstat(), other.lstat())
                                                             for other in there[:k])]
 
 
 def _each_named_once(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The cases under names that differ; for several with one name, one that says what is wrong."""
+    """The cases, each name once. Cases that share a name become one case with a `problem`."""
     found: dict[str, list[CaseFiles]] = collections.defaultdict(list)
     for case in cases:
         found[case.name].append(case)
@@ -266,7 +267,7 @@ def _each_named_once(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
 
 
 def _encodable(case: CaseFiles) -> CaseFiles:
-    """The case, with a problem if results cannot be named after it: its name is not text of one line, or too long."""
+    """The case, with a `problem` if its name is too long or not one line of text, since results are named after it."""
     if (length := len(os.fsencode(case.name))) > LONGEST:
         shown = os.fsencode(case.name)[:LONGEST // 2].decode(errors="ignore")
         return dataclasses.replace(case, name=shown, problem=f"{shown}...: its name has {length} bytes, and results "
@@ -291,14 +292,14 @@ def _clash(cases: Sequence[CaseFiles]) -> CaseFiles:
 
 
 def _strays(folder: Folder, cases: Sequence[CaseFiles], modalities: Sequence[str]) -> list[Path]:
-    """Files that are no case's and, as far as their names tell, do not belong to one either."""
+    """Files that belong to no case and whose names do not show that they accompany one."""
     claimed = {path for case in cases for path in case.paths}
     named, numbered = folder.named(), [set(files.values()) for files in folder.numbered().values()]
     prefixes = {file.case for file in named if file.path in claimed}
     known = claimed | {file.path for file in named if file.kind not in modalities
                        and (file.case in prefixes or file.kind in (*MODALITIES, *BRAIN_OR_LESION))}
     for channels in numbered:
-        if channels & claimed:  # of one case; those that are not wanted belong to it
+        if channels & claimed:  # of one case, to which the unwanted channels belong as well
             known |= channels
     telling = {file.path for file in named}.union(*numbered)
     names = {case.name for case in cases}
@@ -306,12 +307,12 @@ def _strays(folder: Folder, cases: Sequence[CaseFiles], modalities: Sequence[str
     derived = {path for name, path in folder.files.items() if path not in telling
                and (name.lower().startswith(beginnings) or name.lower().endswith(_NO_IMAGES))}
     if folder.name not in names and any(stem(case.images[0].path) == case.name for case in cases):
-        derived = set()  # each file is a patient here, unless its name is like another's: this must be said
+        derived = set()  # each file is one patient here, so a file that was taken for a derivative must be reported
     return [path for path in folder.files.values() if path not in known | derived]
 
 
 def _passed_over(strays: Sequence[Path], misspelt: Sequence[Path]) -> str:
-    """What belongs to no case, or is not read, in words; empty if there is nothing of it."""
+    """Describes the files that belong to no case or are not read; empty if there are none."""
     parts = [(strays, "NIfTI file", "in no known layout"),
              (misspelt, "file", "to rename, since only .nii.gz, .nii, .NII.GZ and .NII are read")]
     return "; ".join(f"{len(paths)} {noun}{'s' if len(paths) > 1 else ''} {why}: {_few(paths)}"

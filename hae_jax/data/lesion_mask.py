@@ -1,7 +1,7 @@
-"""Whether a segmentation can be a lesion mask: numbers that mark no lesion are refused, doubtful ones are said.
+"""Checks whether a segmentation can be a lesion mask. Impossible values raise an error, doubtful ones a warning.
 
-A brain mask or a tissue segmentation that is taken for the lesion makes every slice a lesion slice; a mask in other
-numbers than 0 and 1, 2, ... makes every slice a healthy one. Training goes on with both.
+With a brain mask or a tissue segmentation in place of the lesion mask, every slice would be a lesion slice. With a
+mask in values other than 0, 1, 2, ..., every slice would be a healthy slice. Training would run without an error.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ import numpy as np
 from hae_jax.data.case_warning import CaseWarning
 from hae_jax.errors import UserError
 
-DOUBTFUL_SHARE, IMPOSSIBLE_SHARE = 0.5, 0.9  # of the head's voxels that the mask covers
-KNOWN_LABELS = frozenset((1, 2, 3, 4))  # BraTS, from 2012 to 2024; a mask of one label may have any number
+DOUBTFUL_SHARE, IMPOSSIBLE_SHARE = 0.5, 0.9  # share of the head's voxels that the mask covers
+KNOWN_LABELS = frozenset((1, 2, 3, 4))  # BraTS 2012 to 2024; a mask with a single label may have any value
 _SHOWN = 6  # labels in a message
 
 
@@ -21,7 +21,7 @@ def lesion_mask(
     values: np.ndarray,  # [X, Y, Z] of the segmentation
     volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
 ) -> tuple[np.ndarray, tuple[CaseWarning, ...]]:  # [X, Y, Z] bool, and warnings
-    """The voxels of any label.
+    """The mask of all voxels with a label.
 
     Raises:
       UserError: voxels are negative, or positive without one that exceeds one half.
@@ -41,7 +41,7 @@ def covered_share(
     mask: np.ndarray,  # [X, Y, Z] bool
     volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
 ) -> float:
-    """The share of the head's voxels, those that are positive in any channel, that a mask covers."""
+    """The share of the head's voxels that a mask covers. The head is where any channel is positive."""
     head = (volumes > 0).any(axis=-1)
     return float((mask & head).sum() / max(1, head.sum()))
 

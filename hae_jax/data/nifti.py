@@ -1,7 +1,7 @@
-"""NIfTI files: the only reader and the only writer.
+"""Reading and writing of NIfTI files. No other module does either.
 
-A volume is read as float32 in LPS with its grid on disk, and written back on that grid. What a header says about its
-numbers (data type, units, voxel size) is followed or refused, never passed over.
+A volume is read as float32 in LPS, together with its grid on disk. Results are written on that grid. Data type, units
+and voxel size are taken from the header; a header with unusable values raises an error.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from hae_jax.data.presence import absence, pointer
 from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
-EXTENSIONS = (".nii.gz", ".nii", ".NII.GZ", ".NII")  # the first is that of a file to be named
-SPACING = (0.02, 30.0)  # mm between voxels; anything else is no image of a head
-SIZES_AGREE = 0.01  # relative difference of two voxel sizes that says nothing
+EXTENSIONS = (".nii.gz", ".nii", ".NII.GZ", ".NII")  # new files get the first
+SPACING = (0.02, 30.0)  # mm between voxels in an image of a head, lowest and highest
+SIZES_AGREE = 0.01  # relative difference up to which two voxel sizes count as equal
 
 _UNREADABLE = (OSError, EOFError, ValueError, TypeError, OverflowError, KeyError, AttributeError, zlib.error,
                ImageFileError, HeaderDataError)
 _UNITS = {0: ("unknown", 1.0), 1: ("metres", 1000.0), 2: ("millimetres", 1.0), 3: ("micrometres", 0.001)}  # -> mm
-_CODES = range(6)  # of the space that sform and qform lead to
+_CODES = range(6)  # valid sform and qform codes
 _GZIP = b"\x1f\x8b"
 _HEADER_SIZES = {348, 540}  # the first number of a NIfTI-1 or NIfTI-2 file
 _CHUNK = 2**22  # bytes
@@ -45,7 +45,7 @@ def stem(path: Path) -> str:
 
 
 def is_4d(path: Path) -> bool:
-    """Whether a file holds several volumes; False where it cannot be read, which is reported when the case is."""
+    """Whether a file holds several volumes. False if it cannot be read; `read_case` reports that error later."""
     if absence(path):
         return False
     try:
@@ -81,11 +81,11 @@ def read_volume(
     _check_kind(path, image)
     _check_shape(path, image.shape, () if volume is None else (volumes,), wanted)
     with _reading(path), image.file_map["image"].get_prepare_fileobj("rb") as stream:
-        stored = type(image.header).from_fileobj(stream, check=False)  # before nibabel's repairs, which guess
+        stored = type(image.header).from_fileobj(stream, check=False)  # without nibabel's repairs, which may be wrong
     _check_stored(path, stored)
     affine = _affine_mm(path, image, stored)
-    with _reading(path), np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which is said below
-        if extra := image.shape[3:]:  # reads the one volume only
+    with _reading(path), np.errstate(over="ignore"):  # values beyond float32 become infinite and raise the error below
+        if extra := image.shape[3:]:  # reads only the wanted volume
             image = image.slicer[(..., *(0 if n == 1 else volume for n in extra))]
         values = image.get_fdata(dtype=np.float32, caching="unchanged")
     if not np.isfinite(values).all():
@@ -95,7 +95,7 @@ def read_volume(
 
 
 def header_warnings(grid: Grid) -> list[CaseWarning]:
-    """What is unusual about a header's numbers, in words."""
+    """Warnings about unusual values in a header."""
     found = []
     if grid.header["qform_code"] == 0 and grid.header["sform_code"] == 0:
         found.append(CaseWarning(
@@ -121,35 +121,34 @@ def write_volume(
 ) -> None:
     """Writes a NIfTI file on another image's grid, whole or not at all.
 
-    Shape, zooms, qform and sform with their codes, and units are those of the image, to the last bit; what its header
-    says about intensities is replaced.
+    Shape, zooms, qform and sform with their codes, and units are exactly those of the image. Fields of the header about
+    intensities are replaced.
 
     Args:
       path: ending in .nii or .nii.gz.
       values: the volume.
-      grid: of the image.
-      description: what it is, at most 79 characters.
+      grid: the image's grid.
+      description: a description of at most 79 characters.
     """
     values, header = np.ascontiguousarray(grid.restore(values)), grid.header.copy()
-    header.set_data_shape(values.shape)  # the image may be 4-D, or 3-D in 4 dimensions
+    header.set_data_shape(values.shape)  # the input may be 4-D, or 3-D with a fourth axis of length 1
     header.set_data_dtype(values.dtype)
     header.set_slope_inter(1, 0)
     header.set_intent("none")
     header["cal_min"], header["cal_max"] = 0, values.max()
     header["descrip"] = description
-    header.extensions.clear()  # whatever another program noted there was about the input's intensities
+    header.extensions.clear()  # notes of other programs describe the input's intensities
     image_type = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    # Without an affine of its own the image keeps the header's; given one, nibabel would rewrite the codes.
+    # Without an affine argument, the image keeps the header's affine. With one, nibabel would change the form codes.
     image = image_type(values, None, header)
     with written_whole(path) as temporary:
         nib.save(image, temporary)
 
 
 def _check_file(path: Path) -> None:
-    """What can be said without nibabel: whether the file is there and whole, and compressed as its name says.
+    """Checks without nibabel that a file exists, is complete, and is compressed if and only if its name says so.
 
-    Compressed files are read to their end, where their checksum is: nibabel stops before, and would take damage for
-    data.
+    Compressed files are read to the end, where the checksum is. nibabel stops before it and would not notice damage.
     """
     if reason := absence(path):
         raise UserError(f"{path}: {reason}")
@@ -194,18 +193,18 @@ def _check_shape(path: Path, shape: tuple[int, ...], expected: tuple[int, ...], 
 
 
 def _check_stored(path: Path, header: nib.Nifti1Header) -> None:
-    """Refuses what nibabel would read without a word: the header as data, a scale that is no number."""
+    """Refuses headers that nibabel accepts without an error: voxels that start in the header, an infinite scale."""
     start, size = int(header["vox_offset"]), int(header.sizeof_hdr)
     if start < size:
         raise UserError(f"{path}: its header says that the voxels begin at byte {start}, within the {size} bytes of "
                         "the header; correct vox_offset, or export it again")
-    if np.isinf(header["scl_slope"]):  # NaN is how some programs say that there is none
+    if np.isinf(header["scl_slope"]):  # some programs write NaN for "no scale"
         raise UserError(f"{path}: its header scales the voxels by {header['scl_slope']}; correct scl_slope, or export "
                         "it again")
 
 
 def _affine_mm(path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header) -> np.ndarray:  # [4, 4]
-    """Voxel -> mm, whatever the unit of length in the header."""
+    """The affine from voxels to mm, converted from the header's unit of length."""
     header = image.header
     unit, millimetres = _UNITS.get(int(header["xyzt_units"]) & 7, (None, 0))
     if unit is None:
@@ -214,15 +213,15 @@ def _affine_mm(path: Path, image: nib.Nifti1Image, stored: nib.Nifti1Header) -> 
     for code in ("sform_code", "qform_code"):
         if int(stored[code]) not in _CODES:
             raise UserError(f"{path}: its header is damaged ({code} is {int(stored[code])}); copy or export it again")
-    if header["sform_code"] == 0:  # else the voxel size is the sform's
-        sizes = np.asarray(stored["pixdim"][1:4], float)  # nibabel makes 1 of 0
+    if header["sform_code"] == 0:  # otherwise the sform gives the voxel size
+        sizes = np.asarray(stored["pixdim"][1:4], float)  # as stored, since nibabel replaces 0 by 1
         if not np.isfinite(sizes).all() or not sizes.all():
             raise UserError(f"{path}: its header gives no voxel size (pixdim is {', '.join(map(str, sizes))}); correct "
                             "the header")
-        if (sizes < 0).any():  # nibabel takes the absolute value, and an axis may be reversed in truth
+        if (sizes < 0).any():  # nibabel takes the absolute value, but the axis may be reversed
             raise UserError(f"{path}: its header gives a negative voxel size (pixdim is {', '.join(map(str, sizes))}); "
                             "correct the header, or export the image again with an sform")
-    assert image.affine is not None  # since it was read from a file
+    assert image.affine is not None  # an image from a file has one
     with np.errstate(all="ignore"):
         affine = image.affine if millimetres == 1 else np.diag([millimetres] * 3 + [1]) @ image.affine
         usable = np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3
@@ -245,7 +244,7 @@ def _mm(spacing: np.ndarray) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what nibabel prints of its repairs, which names no file; what matters of it is checked here."""
+    """Hides nibabel's messages about its repairs, which name no file. The relevant errors are checked here."""
     logger = imageglobals.logger
     logger.addFilter(_nothing)
     try:

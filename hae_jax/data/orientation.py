@@ -1,8 +1,9 @@
-"""Between a file's own axes and the ones that slices are cut along.
+"""Reorientation of volumes to LPS and back to the axes of their file.
 
-Volumes are turned to LPS (axes towards left, posterior, superior), the orientation of BraTS and hence of what the
-published networks were trained on. Only axes are swapped and flipped, nothing is resampled: an oblique image goes to
-the closest axes, and `Grid.restore` undoes it exactly. Used by `cases`, and by translation on the way out.
+Volumes are reoriented to LPS (axes towards left, posterior, superior). This is the orientation of BraTS, on which the
+published networks were trained. Axes are only swapped and flipped, and nothing is resampled. An oblique image is
+assigned to the closest axes. `Grid.restore` is the exact inverse. `cases` uses this module for input, translation for
+output.
 """
 
 import dataclasses
@@ -36,18 +37,18 @@ class Grid:
 
     @functools.cached_property
     def transform(self) -> np.ndarray:
-        """[3, 2], for each axis of the file: where it goes in LPS, and whether it keeps (1) or turns (-1) its way."""
+        """[3, 2], for each axis of the file: its axis in LPS, and its direction there, kept (1) or flipped (-1)."""
         return orientations.ornt_transform(orientations.io_orientation(self.affine),
                                            orientations.axcodes2ornt(ORIENTATION))
 
     @property
     def reoriented_affine(self) -> np.ndarray:  # [4, 4]
-        """Voxel -> mm of what `reorient` returns."""
+        """The affine, voxel to mm, of the volume that `reorient` returns."""
         return self.affine @ orientations.inv_ornt_aff(self.transform, self.shape)
 
     @property
     def reoriented_shape(self) -> tuple[int, int, int]:
-        """Shape of what `reorient` returns."""
+        """The shape of the volume that `reorient` returns."""
         shape = [0, 0, 0]
         for size, axis in zip(self.shape, self.transform[:, 0], strict=True):
             shape[int(axis)] = size
@@ -57,14 +58,14 @@ class Grid:
         self,
         values: np.ndarray,  # [X, Y, Z] in the file's axes
     ) -> np.ndarray:  # the same voxels in LPS; a view
-        """Turns a volume to LPS."""
+        """Reorients a volume to LPS."""
         return orientations.apply_orientation(values, self.transform)
 
     def restore(
         self,
         values: np.ndarray,  # [X', Y', Z'] in LPS
     ) -> np.ndarray:  # [X, Y, Z] in the file's axes
-        """Turns a volume back into the file's axes; `reorient` undone."""
+        """Reorients a volume from LPS to the file's axes; the inverse of `reorient`."""
         back = orientations.ornt_transform(orientations.axcodes2ornt(ORIENTATION),
                                            orientations.io_orientation(self.affine))
         return np.ascontiguousarray(orientations.apply_orientation(values, back))

@@ -1,7 +1,7 @@
-"""Source folder -> prepared dataset: joins `cases`, `slices` and `store`, in parallel over cases.
+"""Preparation of a source folder as a dataset, with `cases`, `slices` and `store`, in parallel over cases.
 
-Two kinds of source come in through the same door: folders of NIfTI cases, and slices that were prepared for the
-published PyTorch code (`npy_{train,val,test}/patient_<case>/slice_<k>.npz`), which keep their values and their split.
+There are two kinds of source: folders of NIfTI cases, and slices that were prepared for the published PyTorch code
+(`npy_{train,val,test}/patient_<case>/slice_<k>.npz`). The latter keep their values and their split.
 """
 
 import collections
@@ -38,13 +38,13 @@ from hae_jax.files import finish_replacing, folder_written_whole
 from hae_jax.provenance import record
 
 _LOG = logging.getLogger(__name__)
-_WITHOUT_LABELS = "imagesTs"  # the Decathlon's and nnU-Net's cases whose labels are kept secret
+_WITHOUT_LABELS = "imagesTs"  # test cases of the Decathlon and nnU-Net, whose labels are not published
 _NPZ_SPLITS = {split: f"npy_{split}" for split in SPLITS}
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareReport:
-    """What a preparation did."""
+    """The result of a preparation."""
 
     output: Path
     cases: dict[str, int]  # per split
@@ -52,7 +52,7 @@ class PrepareReport:
     lesion_slices: dict[str, int]
     skipped: dict[str, str]  # case name -> reason
     seconds: float
-    warnings: dict[str, dict[str, str]]  # kind -> name of a case, or split -> what to know about it
+    warnings: dict[str, dict[str, str]]  # kind -> name of a case or split -> warning
 
     def lines(self) -> list[str]:
         """The summary that the command prints."""
@@ -65,14 +65,14 @@ class PrepareReport:
 
 
 def _first(texts: dict[str, str]) -> str:
-    """The warning about the first of the cases that have one of this kind, and how many others have."""
+    """The warning about the first case, and the number of other cases with a warning of this kind."""
     (name, text), *others = texts.items()
     return f"{name}{f' and {len(others)} more' if others else ''}: {text}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What to read in which split, and how. `load` runs in worker processes."""
+    """The cases of each split and the function that reads them. `load` runs in worker processes."""
 
     layout: str
     settings: dict[str, Any]
@@ -178,7 +178,7 @@ def _write(
 
 
 def _by_name(warnings: dict[str, dict[str, str]]) -> dict[str, list[str]]:
-    """The warnings about each case and split."""
+    """Warnings by case or split: name -> its warnings."""
     found = collections.defaultdict(list)
     for texts in warnings.values():
         for name, text in texts.items():
@@ -187,7 +187,7 @@ def _by_name(warnings: dict[str, dict[str, str]]) -> dict[str, list[str]]:
 
 
 def _one_class(splits: dict[str, dict[str, int]]) -> Iterator[tuple[str, str]]:
-    """Splits whose slices are all of one class, and what that means."""
+    """Yields each split whose slices are all of one class, with a warning."""
     for split in SPLITS:
         slices, lesion = splits[split]["slices"], splits[split]["lesion_slices"]
         if slices and lesion in (0, slices):
@@ -237,7 +237,7 @@ def _plan_npz(source: Path, modalities: Sequence[str], image_size: int) -> _Plan
 
 
 def _patients(folder: Path) -> list[Path]:
-    """The folders patient_<case> of a split, with those that are there but cannot be looked into."""
+    """The folders patient_<case> of a split, including those that cannot be listed."""
     if not is_there(folder):
         return []
     if reason := absence(folder):
@@ -268,7 +268,7 @@ def _load_npz(case: _NpzCase, modalities: Sequence[str], image_size: int) -> _Lo
 
 
 def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One slice of the PyTorch layout: x (1, C, H, W) and y (1, 1, H, W) -> [H, W, C] and [H, W] float32."""
+    """Reads a slice of the PyTorch layout: x (1, C, H, W) and y (1, 1, H, W) -> [H, W, C] and [H, W] float32."""
     if reason := absence(path):
         raise UserError(f"{path}: {reason}")
     try:
@@ -276,7 +276,7 @@ def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
             x, y = arrays["x"].astype(np.float32), arrays["y"].astype(np.float32)
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError,
             NotImplementedError, RuntimeError, SyntaxError, IndexError, struct.error, zlib.error,
-            zipfile.BadZipFile, tokenize.TokenError) as error:  # whatever the bytes of a damaged file look like
+            zipfile.BadZipFile, tokenize.TokenError) as error:  # all that a damaged file can raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: x and y cannot be read ({reason}); copy it again") from error
     square = (image_size, image_size)
@@ -291,7 +291,7 @@ def _read_npz(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _attempt(load: Callable[[Any], Any], item: Any) -> Any:
-    """`load(item)`, or the message of its `UserError`: one broken case must not end the others."""
+    """Returns `load(item)`, or the message of its `UserError`, so that a broken case does not stop the others."""
     try:
         return load(item)
     except UserError as error:
@@ -299,11 +299,11 @@ def _attempt(load: Callable[[Any], Any], item: Any) -> Any:
 
 
 def _in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Like `map`, over processes, at most two results per worker ahead: unread results are what fills the memory."""
+    """Like `map`, in parallel processes. To save memory, at most two results per worker wait to be read."""
     if workers == 1:
         yield from map(function, items)
         return
-    # Spawned, not forked: TensorStore's threads in this process do not survive a fork.
+    # Processes are spawned and not forked, since TensorStore's threads in this process do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = collections.deque()
         try:
@@ -321,7 +321,7 @@ def _in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int
 
 
 def _must_replace(output: Path, overwrite: bool) -> bool:
-    """Whether `output` holds a dataset that is to be replaced."""
+    """Whether `output` holds a dataset that must be replaced."""
     if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / MANIFEST).is_file():

@@ -1,16 +1,16 @@
-"""Signs that a case was not skull-stripped, or that its images were not registered to each other.
+"""Checks whether a case was skull-stripped and whether its images were registered to each other.
 
-`cases.read_case` looks for them. They are signs and no proof: a case with them is used all the same, with a warning.
+`cases.read_case` runs the checks. They can be wrong. A case that fails them is therefore used, with a warning.
 """
 
 import numpy as np
 
 from hae_jax.data.case_warning import CaseWarning
 
-FIELD_OF_VIEW_MM = 100.0  # along each axis; smaller volumes are no whole head, and nothing is said about them
-ZEROS = 0.2  # share of voxels that are 0 in a skull-stripped volume, at least; also where it is cropped to the brain
-BRAIN_LITRES = 2.5  # what a skull-stripped head encloses, at most; brains have 1 to 2
-OVERLAP = 0.85  # Dice of what two registered images cover, at least
+FIELD_OF_VIEW_MM = 100.0  # along each axis; smaller volumes do not show a whole head and are not checked
+ZEROS = 0.2  # lowest share of zero voxels in a skull-stripped volume, also if it is cropped to the brain
+BRAIN_LITRES = 2.5  # largest volume of a skull-stripped head; brains have 1 to 2
+OVERLAP = 0.85  # lowest Dice of the non-zero voxels of two registered images
 
 _DO = "docs/data.md, From raw scans, has the commands"
 
@@ -20,7 +20,7 @@ def preprocessing_signs(
     affine: np.ndarray,  # [4, 4] voxel -> mm
     modalities: tuple[str, ...],  # [C]
 ) -> tuple[CaseWarning, ...]:
-    """Warnings, one line each, with the sign that was seen; none for a case that looks as it should."""
+    """Warnings, one line each, with the sign that was found; none for a case without signs."""
     shape, voxel = volumes.shape[:3], np.linalg.norm(affine[:3, :3], axis=0)
     if (np.array(shape) * voxel < FIELD_OF_VIEW_MM).any():
         return ()
@@ -29,7 +29,7 @@ def preprocessing_signs(
 
 
 def _skull(covered: np.ndarray, voxel: np.ndarray) -> list[CaseWarning]:
-    """Raw scans have noise where skull-stripped ones have zeros, and a head is larger than a brain."""
+    """Warns of a case that is not skull-stripped: its background has noise instead of zeros, or it is too large."""
     zeros = 1 - covered.mean(axis=(0, 1, 2)).max()
     litres = covered.any(axis=-1).sum() * voxel.prod() / 1e6
     if zeros < ZEROS:
@@ -42,7 +42,7 @@ def _skull(covered: np.ndarray, voxel: np.ndarray) -> list[CaseWarning]:
 
 
 def _shifted(covered: np.ndarray, modalities: tuple[str, ...]) -> list[CaseWarning]:
-    """Registered images of one brain, with one brain mask, cover the same voxels."""
+    """Warns of images that are not registered. Registered images with one brain mask cover the same voxels."""
     size = covered.sum(axis=(0, 1, 2))
     if len(size) < 2 or (size == 0).any():
         return []

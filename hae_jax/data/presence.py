@@ -1,7 +1,7 @@
-"""What is there although it cannot be read: dead links, closed folders, placeholders of clouds and of version control.
+"""Files that exist but cannot be read: dead links, folders without permission, placeholders of clouds and of Git.
 
-Such a file counts as there when cases are looked for. A case that loses a file in silence would be another case, and
-one that loses its segmentation would count as one without a lesion.
+The search for cases counts such files as present, and the error is reported later. If it skipped them, a case could be
+used with other files, and a case without its segmentation would count as a case without a lesion.
 """
 
 import errno
@@ -9,8 +9,8 @@ import os
 import stat
 from pathlib import Path
 
-_CLOUDS = (".icloud", ".nextcloud", ".owncloud", ".cloud")  # what clients append to the name of a file not fetched
-_POINTERS = {  # beginnings of small text files that stand for the content
+_CLOUDS = (".icloud", ".nextcloud", ".owncloud", ".cloud")  # extensions of files that are not downloaded yet
+_POINTERS = {  # beginnings of the small text files that replace the content
     b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS; fetch the content with git lfs pull",
     b"/annex/objects/": "a pointer of git-annex; fetch the content with git annex get or datalad get",
 }
@@ -39,12 +39,12 @@ def is_there(path: Path) -> bool:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        return False  # below a link that leads to itself
+        return False  # below a link to itself
     return True
 
 
 def absence(path: Path) -> str | None:
-    """In words, why `path` is no file that can be read; None if it is one."""
+    """Describes why `path` is not a readable file or folder; None if it is one."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -57,7 +57,7 @@ def absence(path: Path) -> str | None:
 
 
 def pointer(beginning: bytes) -> str | None:
-    """What a file is in truth, by its first bytes, if these stand for content that was not fetched."""
+    """Describes a file that is empty or only a pointer to its content, by its first bytes; None for other files."""
     if not beginning:
         return "is empty (0 bytes); fetch, copy or export it again"
     return next((f"is {what}" for start, what in _POINTERS.items() if beginning.startswith(start)), None)

@@ -1,7 +1,7 @@
-"""Between volumes and slices: a case becomes normalised 2-D slices, and slices go back into the case's own space.
+"""Conversion of a case into normalised 2-D slices, and of slices back to the case's own grid.
 
-The arithmetic is that of the published PyTorch preparation, number for number. Stands between `cases` and `store`;
-translation uses the same functions, so that a network never sees slices made in another way.
+The results equal those of the published PyTorch preparation. Preparation uses this module between `cases` and `store`.
+Translation uses the same functions, so that networks see slices of the same kind as in training.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from hae_jax.data.cases import Case
 from hae_jax.data.orientation import Grid
 from hae_jax.errors import UserError
 
-PERCENTILE = 99.0  # of a modality's positive voxels; becomes intensity 1
-MIN_SLICE_SUM = 0.5  # a slice whose modality-mean intensity sums to more than this shows brain
+PERCENTILE = 99.0  # of a modality's positive voxels; this intensity becomes 1
+MIN_SLICE_SUM = 0.5  # a slice shows brain if its intensities, averaged over modalities, sum to more than this
 RANGE_EPSILON = 1e-5  # keeps the range of a constant slice finite
 SCALINGS = ("slice", "volume")
-VOLUME_RANGE = 1.5  # times the 99th percentile: with scaling "volume", this intensity and all above become 1
+VOLUME_RANGE = 1.5  # in units of the 99th percentile; with scaling "volume", this intensity and all above become 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +30,16 @@ class CaseSlices:
     images: np.ndarray  # [S, H, W, C] float32; 0 is background, 1 the 99th percentile
     masks: np.ndarray | None  # [S, H, W] float32, soft where the lesion's border was resized
     index: np.ndarray  # [S] int32, position along the volume's axis 2
-    shape: tuple[int, int, int] | None  # (X, Y, Z) of the volume; None where the source does not tell
-    scales: np.ndarray | None = None  # [C] the raw intensity that is 1 in `images`; None where it is not known
+    shape: tuple[int, int, int] | None  # (X, Y, Z) of the volume; None if the source does not give it
+    scales: np.ndarray | None = None  # [C] the raw intensity that is 1 in `images`; None if it is not known
 
 
 class SliceGrid(NamedTuple):
-    """Where a case's slices lie.
+    """The position and spacing of a case's slices.
 
     Attributes:
-      positions: [S] their numbers in the volume, in rising order; None: they are to be filtered one by one.
-      spacing: (x, y, z) mm between pixels and between neighbouring slices; None where it is not known.
+      positions: [S] numbers of the slices in the volume, in increasing order; None: slices are filtered one by one.
+      spacing: (x, y, z) mm between pixels and between neighbouring slices; None if it is not known.
     """
 
     positions: np.ndarray | None = None
@@ -51,18 +51,18 @@ ONE_BY_ONE = SliceGrid()
 
 @dataclasses.dataclass(frozen=True)
 class SlicedCase:
-    """A case as the network sees it, and the way back.
+    """A case as slices for the network, with methods to put results back on the case's grid.
 
     Attributes:
-      name: of the case.
-      inputs: [S, H, W, C] float32 in [-1, 1], what the network gets. Slices that show nothing are left out.
-      slices: the same slices as in a prepared dataset (normalised, not scaled), their masks, positions, grid.
-      scaling: how `inputs` were made of them (`to_model_range`).
-      affine: [4, 4] voxels, reoriented, to mm.
-      grid: of the files; `grid.restore` and `nifti.write_volume` turn volumes back to it.
-      head: [X, Y, Z] bool, reoriented: where anything is shown, and what that encloses.
+      name: name of the case.
+      inputs: [S, H, W, C] float32 in [-1, 1], the network's input. Empty slices are left out.
+      slices: the same slices as in a prepared dataset (normalised, not scaled), with masks, positions and grid.
+      scaling: the scaling from `slices` to `inputs` (`to_model_range`).
+      affine: [4, 4] reoriented voxels to mm.
+      grid: grid of the files; `grid.restore` and `nifti.write_volume` bring volumes back to it.
+      head: [X, Y, Z] bool, reoriented: all non-zero voxels, and those that they enclose.
       truth: [X, Y, Z] bool, reoriented: the lesion; None without a segmentation.
-      warnings: what is unusual about the case, in words.
+      warnings: warnings about the case.
     """
 
     name: str
@@ -77,31 +77,31 @@ class SlicedCase:
 
     @property
     def heads(self) -> np.ndarray:  # [S, H, W] bool
-        """Where each slice shows anything."""
+        """The head in each slice: all pixels that are not zero in every channel."""
         return np.any(self.slices.images, axis=-1)
 
     @property
     def slice_grid(self) -> SliceGrid:
-        """Where the slices lie."""
+        """Position and spacing of the slices."""
         return SliceGrid(self.slices.index, slice_spacing(self.affine, self.slices.shape, self.inputs.shape[1]))
 
     @property
     def slice_truth(self) -> np.ndarray | None:  # [S, H, W] bool
-        """The lesion in each slice, at network resolution, as a prepared dataset has it."""
+        """The lesion in each slice at network resolution, equal to the mask in a prepared dataset."""
         return None if self.slices.masks is None else self.slices.masks > 0.5
 
     def volume(
         self,
         values: np.ndarray,  # [S, h, w]
     ) -> np.ndarray:  # [X, Y, Z] float32
-        """Slices on the case's grid, reoriented, bilinear; zero where there was no slice or nothing is shown."""
+        """Resizes slices bilinearly to the case's reoriented grid. Zero outside of the head and of the slices."""
         return slices_to_volume(values, self.slices.index, self.slices.shape) * self.head
 
     def mask_volume(
         self,
         masks: np.ndarray,  # [S, h, w] bool
     ) -> np.ndarray:  # [X, Y, Z] bool
-        """Slice masks on the case's grid: a voxel belongs to the lesion where the resized mask exceeds one half."""
+        """Puts slice masks on the case's grid. A voxel is set where the resized mask exceeds one half."""
         return self.volume(masks.astype(np.float32)) > 0.5
 
     def healthy_volume(
@@ -110,17 +110,17 @@ class SlicedCase:
         channel: int,
     ) -> np.ndarray:  # [X, Y, Z] float32
         """The pseudo-healthy reconstruction of one modality in the file's own intensities."""
-        assert self.slices.scales is not None  # `case_slices` gives them
+        assert self.slices.scales is not None  # `case_slices` sets them
         images = self.slices.images[..., channel:channel + 1]
         normalised = from_model_range(healthy[..., None], images, self.scaling)[..., 0]
         return self.volume(normalised * self.slices.scales[channel])
 
 
 def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "images") -> SlicedCase:
-    """Slices a case that is in memory; `where` it comes from is for errors.
+    """Slices a case that is in memory. `where`, its origin, is named in errors.
 
     Raises:
-      UserError: if it cannot be used.
+      UserError: the case cannot be used.
     """
     slices = case_slices(case, image_size)
     shown = slices.images.any(axis=(1, 2, 3))  # empty slices may lie between others
@@ -136,12 +136,12 @@ def sliced(case: Case, image_size: int, scaling: str = "slice", where: str = "im
 def head(
     volumes: np.ndarray,  # [X, Y, Z, C] raw intensities
 ) -> np.ndarray:  # [X, Y, Z] bool
-    """All but the background, which is zero in every channel and reaches the volume's faces: a zero within stays."""
+    """The head: all but the background. The background is zero in every channel and connected to the volume's faces."""
     zero, _ = ndimage.label(~volumes.any(axis=-1))
     outside = np.zeros(zero.max() + 1, bool)
     for axis in range(zero.ndim):
         outside[np.unique(np.take(zero, [0, -1], axis))] = True
-    outside[0] = False  # what is not zero
+    outside[0] = False  # label 0: voxels that are not zero
     return ~outside[zero]
 
 
@@ -174,11 +174,11 @@ def intensity_scales(
 def case_slices(case: Case, image_size: int = 128) -> CaseSlices:
     """Normalises a case and cuts it into axial slices of `image_size` x `image_size` pixels.
 
-    Axial means axis 2; axes 0 and 1 become H and W, not transposed. Kept are the slices from the first to the last that
-    shows brain.
+    Axial slices are along axis 2. Axes 0 and 1 become H and W without transposition. All slices from the first to the
+    last one that shows brain are kept.
 
     Raises:
-      UserError: no slice shows anything.
+      UserError: no slice shows brain.
     """
     scales = intensity_scales(case.volumes)
     volumes = normalise_volumes(case.volumes, scales)
@@ -199,7 +199,7 @@ def slice_spacing(
     shape: Sequence[int] | None,  # (X, Y, Z) of the volume
     size: int,
 ) -> tuple[float, float, float] | None:
-    """(x, y, z) mm between the pixels of slices of `size` x `size` and between slices; None where it is not known."""
+    """(x, y, z) mm between the pixels of slices of `size` x `size` and between slices; None if it is not known."""
     if affine is None or shape is None:
         return None
     x, y, z = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
@@ -218,7 +218,7 @@ def resize(
     images = np.asarray(images, np.float32)
     *leading, old_height, old_width = images.shape
     factors = (height / old_height, width / old_width)
-    # One image at a time: over a stack, SciPy interpolates along the leading axes too and takes twice as long.
+    # Images are resized one by one. On a stack, SciPy also interpolates along the leading axes and takes twice as long.
     resized = np.empty((int(np.prod(leading)), height, width), np.float32)
     for image, out in zip(images.reshape(-1, old_height, old_width), resized, strict=True):
         ndimage.zoom(image, factors, output=out, order=1, mode="nearest", grid_mode=True)
@@ -229,24 +229,24 @@ def to_model_range(
     images: np.ndarray,  # [..., H, W, C] normalised by volume: 0 is background, 1 the 99th percentile
     scaling: str = "slice",
 ) -> np.ndarray:  # [..., H, W, C] float32
-    """Scales slices to [-1, 1], what networks take.
+    """Scales slices to [-1, 1], the range of the network's input.
 
-    With "slice" (as published), each slice and channel by its own range: 2 (x - min) / (max - min + 1e-5) - 1; a
-    constant one becomes -1. A bright lesion then darkens the rest of its slice. With "volume", all slices of a case
-    alike: 2 x / 1.5 - 1, clipped.
+    With "slice" (as published), each slice and channel is scaled by its range: 2 (x - min) / (max - min + 1e-5) - 1. A
+    constant slice becomes -1. A bright lesion makes the rest of its slice darker. With "volume", all slices of a case
+    are scaled equally: 2 x / 1.5 - 1, clipped.
 
     Raises:
-      UserError: another scaling.
+      UserError: unknown scaling.
     """
     if scaling not in SCALINGS:
         raise UserError(f"data.scaling is {scaling!r}: choose slice or volume")
     images = np.asarray(images, np.float32)
     if scaling == "volume":
         return np.clip(images * np.float32(2 / VOLUME_RANGE) - 1, -1, 1)
-    # One axis after the other: NumPy is several times slower over both at once, with so few channels innermost.
+    # One axis after the other. Over both axes at once, NumPy is several times slower with few channels innermost.
     low = images.min(axis=-3, keepdims=True).min(axis=-2, keepdims=True)
     high = images.max(axis=-3, keepdims=True).max(axis=-2, keepdims=True)
-    scaled = images - low  # then in place: this runs on every batch of training
+    scaled = images - low  # the next steps are in place for speed, since this runs on every training batch
     scaled /= high - low + np.float32(RANGE_EPSILON)
     scaled *= 2
     scaled -= 1
@@ -255,10 +255,10 @@ def to_model_range(
 
 def from_model_range(
     scaled: np.ndarray,  # [..., H, W, C] in [-1, 1]
-    images: np.ndarray,  # [..., H, W, C] what `to_model_range` was given when the range was set
+    images: np.ndarray,  # [..., H, W, C] the slices that were given to `to_model_range`
     scaling: str = "slice",
 ) -> np.ndarray:  # [..., H, W, C] float32
-    """The inverse of `to_model_range`, into the range of other slices' intensities."""
+    """The inverse of `to_model_range`. The intensity range is that of `images`."""
     if scaling == "volume":
         return ((scaled + 1) / 2 * VOLUME_RANGE).astype(np.float32)
     low = images.min(axis=(-3, -2), keepdims=True)
@@ -271,9 +271,9 @@ def slices_to_volume(
     index: np.ndarray,  # [S] positions along axis 2
     shape: tuple[int, int, int],  # (X, Y, Z)
 ) -> np.ndarray:  # [X, Y, Z] float32
-    """Puts slices back on the case's grid: bilinear to X x Y, zero where there was no slice.
+    """Puts slices back on the case's grid, bilinearly resized to X x Y. Positions without a slice are zero.
 
-    A mask goes the same way as 0 and 1, and is thresholded afterwards at > 0.5.
+    A mask is given as 0 and 1 and thresholded afterwards at > 0.5.
     """
     volume = np.zeros(shape, np.float32)
     volume[:, :, index] = resize(values, tuple(shape[:2])).transpose(1, 2, 0)

@@ -1,4 +1,4 @@
-"""Which patients train, validate and test, and whose a case is."""
+"""The split into training, validation and test patients, and the patient of a case."""
 
 import collections
 import random
@@ -9,7 +9,7 @@ from hae_jax.errors import UserError
 
 SPLITS = ("train", "val", "test")
 _VISIT = re.compile(r"(?<=^BraTS-...-\d{5})-\d{3}$")
-_SUBJECT = re.compile(r"sub-[^_]+")  # BIDS: what follows tells sessions, runs and kinds of image
+_SUBJECT = re.compile(r"sub-[^_]+")  # BIDS: session, run and kind of image follow
 
 
 def split_patients(
@@ -18,14 +18,14 @@ def split_patients(
 ) -> dict[str, list[str]]:
     """Splits patients as published: sorted names, shuffled, then int(train_fraction n), int(val_fraction n), the rest.
 
-    All visits of a patient come into one split. The defaults need 20 patients to give one for validation. Fewer are not
-    rearranged silently: the error names the option to set.
+    All visits of a patient are in the same split. With the defaults, at least 20 patients are needed for one validation
+    patient. With fewer, the error names the option to set.
 
     Args:
-      names: of the cases.
-      train_fraction: share of the patients.
-      val_fraction: share of the patients.
-      patient: whose each case is; where it does not say, the case's name does (`patient_of`).
+      names: names of the cases.
+      train_fraction: share of training patients.
+      val_fraction: share of validation patients.
+      patient: the patient of each case; if missing or None, it is derived from the case's name (`patient_of`).
 
     Returns:
       {"train": [...], "val": [...], "test": [...]} in shuffled order, without overlap. `test` may be empty.
@@ -56,6 +56,6 @@ def split_patients(
 
 
 def patient_of(name: str) -> str:
-    """The patient that a case is of: several visits of one are told apart by BraTS 2023 and BIDS names."""
+    """The patient of a case. Visits of one patient are recognised in names of BraTS 2023 and BIDS."""
     subject = _SUBJECT.match(name)
     return subject.group() if subject else _VISIT.sub("", name)

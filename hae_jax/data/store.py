@@ -1,6 +1,6 @@
-"""The prepared dataset: written once case by case, then read slice by slice at random.
+"""The prepared dataset. It is written once, case by case, and then read in random order, slice by slice.
 
-One folder holds `manifest.json` and, per split, five Zarr v3 arrays, so that any Zarr reader opens it as a group:
+One folder holds `manifest.json` and five Zarr v3 arrays per split. Any Zarr reader can open it as a group:
 
     images [N, H, W, C] float32   normalised intensities, not yet scaled to the network's range
     masks  [N, H, W]    uint8     1 where the lesion is
@@ -8,8 +8,8 @@ One folder holds `manifest.json` and, per split, five Zarr v3 arrays, so that an
     cases  [N] int32              position in the manifest's list of cases
     slices [N] int32              axial position in the case's own volume
 
-A slice is one inner chunk of a shard of about 128 MiB: few files, yet one slice is one small read. `prepare` writes
-stores, `batches` reads them.
+A shard of about 128 MiB is one file, and each slice is one inner chunk of it. So there are few files, and reading a
+slice is one small read. `prepare` writes stores, `batches` reads them.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ from hae_jax.files import read_json, write_json
 FORMAT = "hae-jax prepared slices"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SHARD_BYTES = 2**27  # before compression; also what writing holds in memory, per array
+SHARD_BYTES = 2**27  # before compression; writing holds as much in memory per array
 ROW_ARRAYS = ("labels", "cases", "slices")  # one int32 per slice
 _DIMENSIONS = ("slice", "height", "width", "channel")
 
 
 class StoreWriter:
-    """Writes a store into the existing, empty folder `root`. Cases of one split must follow one another."""
+    """Writes a store into the existing, empty folder `root`. Cases of one split must be added consecutively."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -50,10 +50,10 @@ class StoreWriter:
     def add(
         self, name: str, split: str, slices: CaseSlices, affine: np.ndarray | None, patient: str | None = None
     ) -> None:
-        """Appends one case, which must have masks; `patient` says whose it is where its name does not.
+        """Appends one case, which must have masks. `patient` is needed if its name does not give the patient.
 
         Raises:
-          UserError: its slices have another size or number of channels than those before.
+          UserError: its slices differ in size or number of channels from those of earlier cases.
         """
         item_shape = slices.images.shape[1:]
         if self._item_shape not in (None, item_shape):
@@ -83,7 +83,7 @@ class StoreWriter:
         return {split: _totals(self._cases, split) for split in SPLITS}
 
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Writes what is buffered, then the manifest with `facts` (source, modalities, settings, ...). Returns it."""
+        """Writes buffered slices, then the manifest with `facts` (source, modalities, settings, ...). Returns it."""
         self._close_split()
         manifest = {
             "format": FORMAT,
@@ -119,18 +119,18 @@ class Store:
 
     @property
     def modalities(self) -> tuple[str, ...] | None:
-        """The channels in their order; None where the dataset does not say."""
+        """The channels in their order; None if the dataset does not name them."""
         names = self.manifest.get("modalities")
         return None if names is None else tuple(names)
 
     @property
     def cases(self) -> list[dict[str, Any]]:
-        """Per case: name, patient (if told), split, shape, affine, slices, lesion_slices. A batch counts in it."""
+        """Per case: name, patient (if given), split, shape, affine, slices, lesion_slices. Batches hold its indices."""
         return self.manifest["cases"]
 
 
 class SplitReader:
-    """Random access to the slices of one split. Thread-safe; a pickled copy opens its files anew."""
+    """Random access to the slices of one split. It is thread-safe. A pickled copy opens its files again."""
 
     def __init__(self, folder: Path, length: int):
         self.folder = Path(folder)
@@ -147,20 +147,20 @@ class SplitReader:
 
         Returns:
           image [..., H, W, C] float32, normalised but not yet in [-1, 1]; mask [..., H, W] uint8; label, case and slice
-          [...] int32. The leading axis is there if `indices` has one.
+          [...] int32. The leading axis exists if `indices` has one.
 
         Raises:
           IndexError: an index is outside 0 .. len - 1.
-          UserError: a file is damaged or gone.
+          UserError: a file is damaged or missing.
         """
         indices = np.asarray(indices, np.int64)
         if np.any((indices < 0) | (indices >= self._length)):
             raise IndexError(f"{self.folder}: index outside 0..{self._length - 1}")
         try:
-            pending = [self._arrays[name][indices].read() for name in ("images", "masks")]  # both in flight at once
+            pending = [self._arrays[name][indices].read() for name in ("images", "masks")]  # reads both at once
             image, mask = [future.result() for future in pending]
             label, case, position = (self.rows[name][indices] for name in ROW_ARRAYS)
-        except (ValueError, OSError) as error:  # TensorStore's, for a failed checksum or a file it cannot read
+        except (ValueError, OSError) as error:  # from TensorStore, for a failed checksum or an unreadable file
             raise UserError(f"{self.folder}: a slice cannot be read; look for damage with "
                             f"tools/prepare_data.py --verify {self.folder.parent}") from error
         return {"image": image, "mask": mask, "label": label, "case": case, "slice": position}
@@ -178,7 +178,7 @@ class SplitReader:
 
 
 def open_store(root: str | Path) -> Store:
-    """Opens a prepared dataset; checks that its files are there with their sizes, not their contents.
+    """Opens a prepared dataset. Checks existence and size of its files, but not their contents.
 
     Raises:
       UserError: `root` is not a prepared dataset, is damaged, or was written in another format version.
@@ -237,7 +237,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _broken_field(manifest: dict[str, Any]) -> str | None:
-    """The first field that is not as `StoreWriter` writes it, of those that the program uses."""
+    """The first field, of those that the program uses, that is not in the form that `StoreWriter` writes."""
     counts, names = ("cases", "slices", "lesion_slices"), manifest.get("modalities", [])
     shape = manifest.get("slice_shape", ())
     checks = {
@@ -262,7 +262,7 @@ def _broken_field(manifest: dict[str, Any]) -> str | None:
 
 
 def _is_grid(shape: Any, affine: Any) -> bool:
-    """Whether these can be a volume's shape and affine; both may be None."""
+    """Whether `shape` and `affine` are valid for a volume; both may be None."""
     if affine is not None:
         rows = [row for row in affine if len(row) == 4 and all(isinstance(x, int | float) for x in row)]
         if len(rows) != 4 or len(affine) != 4:
@@ -275,7 +275,7 @@ def _is_count(value: Any) -> bool:
 
 
 class _SplitWriter:
-    """Appends to one split's arrays; writes whole shards only, so that none is ever read back and rewritten."""
+    """Appends to one split's arrays. It writes whole shards only, so that no shard is read back and rewritten."""
 
     def __init__(self, root: Path, name: str, item_shape: tuple[int, ...]):
         self.name = name
@@ -305,7 +305,7 @@ class _SplitWriter:
 
 
 class _ShardedArray:
-    """A growing array [N, *item_shape]; rows wait in memory until they fill a shard."""
+    """An array [N, *item_shape] that grows. Rows are kept in memory until they fill a shard."""
 
     def __init__(self, path: Path, item_shape: tuple[int, ...], dtype: str):
         item_bytes = int(np.prod(item_shape)) * np.dtype(dtype).itemsize
@@ -321,7 +321,7 @@ class _ShardedArray:
         while sum(map(len, self._waiting)) >= self._rows_per_shard:
             values = np.concatenate(self._waiting)
             self._write(values[:self._rows_per_shard])
-            self._waiting = [values[self._rows_per_shard:].copy()]  # a view would keep the whole shard in memory
+            self._waiting = [values[self._rows_per_shard:].copy()]  # a view would keep the whole shard
 
     def flush(self) -> None:
         values = np.concatenate(self._waiting)
@@ -337,7 +337,7 @@ class _ShardedArray:
 
 
 def _metadata(dtype: str, shape: Sequence[int], chunk_shape: Sequence[int], sharded: bool = False) -> dict[str, Any]:
-    """Zarr v3 array metadata: Zstandard, and a CRC-32C on every chunk so that damage is noticed on reading."""
+    """Zarr v3 metadata of an array: Zstandard compression, and a CRC-32C per chunk to detect damage on reading."""
     to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
     checksum = {"name": "crc32c"}
     codecs = [to_bytes, {"name": "zstd", "configuration": {"level": 1, "checksum": False}}, checksum]
@@ -361,7 +361,7 @@ def _create(path: Path, metadata: dict[str, Any]) -> ts.TensorStore:
 
 
 def _open_array(path: Path) -> ts.TensorStore:
-    # A store never changes once it has its name, so nothing is checked again after opening.
+    # A store does not change once it has its final name, so cached data are not checked again after opening.
     return ts.open(_spec(path), read=True, recheck_cached_data="open", recheck_cached_metadata="open").result()
 
 

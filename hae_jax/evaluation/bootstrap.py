@@ -1,7 +1,7 @@
 """A metric over patients and its interval by the bootstrap over patients.
 
-Used by `running.py` (metrics over slices) and `volumes.py` (metrics per patient). Whole patients are drawn, never
-slices, lesions or visits: those of one patient are alike and would make the interval too narrow.
+`running.py` (metrics over slices) and `volumes.py` (metrics per patient) use it. Whole patients are drawn and not
+slices, lesions or visits. Those of one patient are correlated, so drawing them would make the interval too narrow.
 """
 
 import warnings
@@ -16,25 +16,25 @@ _INTERVAL = (0.025, 0.975)
 
 def share_of_sums(
     part: Sequence[float],  # of each case
-    whole: Sequence[float],  # of each case, what its part is of
+    whole: Sequence[float],  # of each case, the whole of which it is a part
     patients: Sequence[str],  # of each case
     seed: int = 0,
 ) -> dict[str, float | int | None]:
-    """What all cases' parts together are of their wholes together: `with_interval`, with "cases"."""
+    """The sum of all parts divided by the sum of all wholes, as `with_interval` returns it, and "cases"."""
     drawn = [np.bincount(numbers(patients), weights=sample) for sample in (part, whole)]
     return with_interval(drawn, lambda part, whole, axis: share(part.sum(axis=axis), whole.sum(axis=axis)), seed) | {
         "cases": len(patients)}
 
 
 def numbers(patients: Sequence[str]) -> np.ndarray:  # [cases] int
-    """Which of the patients each case is of, in the order of their first ones."""
+    """The patient number of each case. Patients are numbered by their first case."""
     order = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
     return np.array([order[patient] for patient in patients], int)
 
 
 def with_interval(
     samples: Sequence[Sequence[float]],  # quantities, each with a value for every patient
-    statistic: Callable[..., np.ndarray],  # of such quantities and `axis`, along which the patients lie
+    statistic: Callable[..., np.ndarray],  # function of such quantities and `axis`, the axis of patients
     seed: int = 0,
 ) -> dict[str, float | int | None]:
     """A statistic of the patients with its 95% interval by the percentile bootstrap, ready for JSON.
@@ -49,7 +49,7 @@ def with_interval(
     found = float(statistic(*values, axis=-1)) if len(values[0]) else np.nan
     low = high = np.nan
     if len(values[0]) > 1 and not np.isnan(found):
-        with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # patients may be alike
+        with warnings.catch_warnings(action="ignore", category=stats.DegenerateDataWarning):  # patients may be equal
             drawn = stats.bootstrap(values, statistic, n_resamples=RESAMPLES, paired=True, vectorized=True, batch=500,
                                     method="percentile", rng=seed).bootstrap_distribution
         low, high = np.nanquantile(drawn, _INTERVAL)
@@ -58,5 +58,5 @@ def with_interval(
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole; NaN where there is nothing to have a share of."""
+    """part / whole; NaN where the whole is 0."""
     return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)

@@ -1,8 +1,8 @@
-"""Pictures of slices: what goes in, its healthy counterpart, map, mask and truth; sample grids. Charts of numbers.
+"""Pictures of slices (input, pseudo-healthy reconstruction, map, mask, ground truth), sample grids, and charts.
 
-Reads arrays only. Slices come as [X, Y] of volumes whose axes run to the patient's left and back (LPS), and are shown
-as radiologists hang them: front at the top, the patient's left on the right. Figures are built with matplotlib's
-objects, not pyplot, so that a training run or a server keeps no hidden state.
+The functions take arrays only. Slices are [X, Y] of volumes in LPS. They are shown in radiological convention: anterior
+at the top, the patient's left on the right. Figures are made with matplotlib's objects instead of pyplot, so that there
+is no global state in a training run or a server.
 """
 
 import itertools
@@ -26,7 +26,7 @@ _BLACK, _TEXT, _FAINT = "black", "0.92", "0.55"
 _PREDICTED, _TRUTH = "#ff4d4d", "#3ddc84"
 _LINES = _BLUE, _ORANGE, _GREEN, _PURPLE = "#1f5fa8", "#d9782d", "#2a9d78", "#8a4fa8"
 _DPI = 150
-_PLAIN = {"parse_math": False}  # for names: matplotlib would take what stands between two $ for a formula
+_PLAIN = {"parse_math": False}  # for names, since matplotlib reads text between two $ as a formula
 
 
 def overlay_figure(
@@ -76,7 +76,7 @@ def _overlay_row(
     modality: Sequence[int],
     hottest: float,
 ) -> AxesImage:
-    """Draws one slice and returns its coloured map, for the scale."""
+    """Draws one slice. Returns its map's image for the colour bar."""
     panels = iter(row)
     whites = [_white(image[..., c]) for c in range(image.shape[-1])]
     for c, white in enumerate(whites):
@@ -158,7 +158,7 @@ def comparison_figure(
 ) -> None:
     """Writes a PNG with a line for each method, and on it a dot each for volume Dice, lesion-slice Dice and AUPRC.
 
-    A bar is the 95% interval over patients. What a method lacks is not drawn.
+    A bar is the 95% interval over patients. Missing metrics of a method are not drawn.
     """
     figure = Figure(figsize=(7.2, 1.6 + 0.62 * len(rows)), layout="constrained")
     axis = figure.add_subplot()
@@ -187,10 +187,10 @@ _COMPARED = (  # name, marker, colour, where it is in a method's results
 def _bars(
     values: Sequence[Mapping[str, Any] | None],  # of `bootstrap.figure`
 ) -> tuple[np.ndarray, np.ndarray]:  # [N] and [2, N]
-    """The figures and how far their intervals reach below and above them; NaN for what there is not."""
+    """The means, and the distances of their intervals' ends from them; NaN for missing values."""
     mean, low, high = np.array([[(value or {}).get(key) for key in ("mean", "low", "high")] for value in values],
                                float).reshape(-1, 3).T
-    return mean, np.maximum((mean - low, high - mean), 0)  # equal patients: rounding may put an end past the mean
+    return mean, np.maximum((mean - low, high - mean), 0)  # rounding may put an end past the mean
 
 
 def steps_figure(
@@ -207,7 +207,7 @@ def steps_figure(
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axis = figure.add_subplot()
     order = np.argsort(steps)
-    beside = 1.02 ** (np.arange(len(series)) - (len(series) - 1) / 2)  # or one bar would hide the other
+    beside = 1.02 ** (np.arange(len(series)) - (len(series) - 1) / 2)  # else bars would overlap
     for (name, values), shift, marker, colour in zip(series.items(), beside, itertools.cycle("osD^"),
                                                      itertools.cycle(_LINES)):
         mean, bars = _bars(values)
@@ -224,7 +224,7 @@ def steps_figure(
 
 
 def _finish_chart(figure: Figure, axis: Axes, title: str, columns: int) -> None:
-    """What charts of several figures share: title, legend above, grid, the small print."""
+    """Adds title, legend, grid and the note on research use to a chart."""
     legend = figure.legend(title=title, title_fontsize=10.5, frameon=False, fontsize=8.5, ncols=columns,
                            loc="outside upper center")
     for text in (legend.get_title(), *legend.get_texts()):
@@ -237,7 +237,7 @@ def _finish_chart(figure: Figure, axis: Axes, title: str, columns: int) -> None:
 
 def _panels(rows: int, names: Sequence[str], aspect: float, title: str, width: float = 1.25,
             note: str = "") -> tuple[Figure, np.ndarray]:
-    """A black figure with rows x names empty axes, the names on top and the small print at the bottom."""
+    """A black figure with rows x names empty axes, the names at the top and the note at the bottom."""
     left, right, head, foot = 0.3, 0.1, 0.28 + 0.3 * bool(title), 0.42
     size = (left + right + width * len(names), head + foot + width * aspect * rows)
     figure = Figure(figsize=size, facecolor=_BLACK)
@@ -251,7 +251,7 @@ def _panels(rows: int, names: Sequence[str], aspect: float, title: str, width: f
         axis.spines[:].set_visible(False)
     if title:
         figure.text(left / size[0], 1 - 0.1 / size[1], title, color=_TEXT, fontsize=11, va="top", **_PLAIN)
-    small_print = f"{note} {RESEARCH_USE}".strip().replace("$", r"\$")  # where lines break, parse_math is not asked
+    small_print = f"{note} {RESEARCH_USE}".strip().replace("$", r"\$")  # wrapped text ignores parse_math
     figure.text(left / size[0], 0.08 / size[1], small_print, color=_FAINT, fontsize=6.5, wrap=True)
     return figure, axes
 
@@ -266,7 +266,7 @@ def _outline(axis: Axes, mask: np.ndarray, colour: str) -> None:
 
 
 def _colour_bar(figure: Figure, axis: Axes, coloured: AxesImage) -> None:
-    """A thin scale below the column of maps, in the room that the small print leaves."""
+    """Draws a thin colour bar below the column of maps."""
     box, height = axis.get_position(), figure.get_figheight()
     scale = figure.add_axes((box.x0, box.y0 - 0.11 / height, box.width, 0.05 / height))
     bar = figure.colorbar(coloured, cax=scale, orientation="horizontal", ticks=[0, coloured.norm.vmax])
@@ -278,7 +278,7 @@ def _colour_bar(figure: Figure, axis: Axes, coloured: AxesImage) -> None:
 
 
 def _crop(inputs: np.ndarray, margin: int = 3) -> tuple[slice, ...]:
-    """The rectangle that holds the head in all slices, so that black borders take no room."""
+    """The bounding box of the head in all slices, to crop black borders."""
     head = np.any(inputs > -0.95, axis=(0, 3))
     if not head.any():
         return slice(None), slice(None)
@@ -287,17 +287,17 @@ def _crop(inputs: np.ndarray, margin: int = 3) -> tuple[slice, ...]:
 
 
 def _aspect(image: np.ndarray) -> float:
-    """Height by width as shown, that is, of the transposed image."""
+    """Height / width of the image as it is shown, which is transposed."""
     return image.shape[1] / image.shape[0]
 
 
 def _white(image: np.ndarray) -> float:
-    """The grey window's upper end: the few brightest pixels (vessels) must not darken the rest."""
+    """The grey window's upper end. The brightest pixels (vessels) are clipped, so that the others are not too dark."""
     return max(float(np.quantile(image, 0.998)), -0.5)
 
 
 def _tiles(image: np.ndarray) -> np.ndarray:
-    """[H, W, C] -> the channels side by side in an almost square of tiles, first row first when shown."""
+    """[H, W, C] -> the channels as tiles in a nearly square grid, in row order as shown."""
     channels = image.shape[-1]
     columns = int(np.ceil(np.sqrt(channels)))
     height, width = image.shape[:2]

@@ -1,7 +1,7 @@
-"""How good masks and maps are: per slice, over pixels, per slice label, per volume.
+"""Metrics of masks and maps: per slice, over pixels, of slice labels, per volume.
 
-Counts and shares of slices, which `running.py` sums over cases. Reads arrays only; `report.py` writes what comes out of
-it. S: slices. An undefined value is None, so that it is null in JSON and never enters a mean unseen.
+It computes counts and shares of slices, which `running.py` sums over cases. The functions take arrays only; `report.py`
+writes the results. S: slices. An undefined value is None, so that it is null in JSON and not part of a mean.
 """
 
 import numpy as np
@@ -55,7 +55,7 @@ def iou(
 def foreground(
     images: np.ndarray,  # [S, H, W, C] in [-1, 1]
 ) -> np.ndarray:  # [S, H, W] bool
-    """Pixels of the head, over which AUROC and AUPRC run: mean of all input channels above -0.95."""
+    """Pixels of the head, over which AUROC and AUPRC are computed: the mean of all input channels is above -0.95."""
     return images.mean(axis=-1) > -0.95
 
 
@@ -63,7 +63,7 @@ def counts(
     predicted: np.ndarray,  # [S, ...] bool
     truth: np.ndarray,  # [S, ...] bool
 ) -> np.ndarray:  # [3, S] int
-    """Pixels in both, in the first and in the second, for each entry of the first axis."""
+    """Number of pixels in both masks, in the first and in the second, for each entry of the first axis."""
     predicted, truth = as_bool(predicted), as_bool(truth)
     axes = tuple(range(1, predicted.ndim))
     return np.stack([(predicted & truth).sum(axis=axes), predicted.sum(axis=axes), truth.sum(axis=axes)])
@@ -72,7 +72,7 @@ def counts(
 def pixel_shares(
     counted: np.ndarray,  # [3, S] of `counts`
 ) -> dict[str, tuple[float, int]]:
-    """What "all_slices" and "lesion_slices" consist of, but for AUROC and AUPRC, as part and whole.
+    """The metrics of "all_slices" and "lesion_slices", except AUROC and AUPRC, as part and whole.
 
     Parts and wholes of several groups of slices add up to those of all slices together.
     """
@@ -85,7 +85,7 @@ def pixel_shares(
 def label_shares(
     labels: np.ndarray,  # [2, S] bool: predicted and true
 ) -> dict[str, tuple[int, int]]:
-    """What "slice_level" consists of, as part and whole, which add up as those of `pixel_shares` do."""
+    """The metrics of "slice_level" as part and whole, which can be summed like those of `pixel_shares`."""
     predicted, true = labels
     hits, called, sick = (int(np.count_nonzero(rows)) for rows in (predicted & true, predicted, true))
     return {"accuracy": (int(np.count_nonzero(predicted == true)), len(true)), "precision": (hits, called),
@@ -95,7 +95,7 @@ def label_shares(
 def slice_shares(
     labels: np.ndarray,  # [2, S] bool: predicted and true
 ) -> dict[str, float | int | None]:
-    """What "shares" consists of."""
+    """The values of "shares"."""
     predicted, true = labels
     return {"slices": len(true), "healthy": _mean(~true), "called_lesion": _mean(predicted)}
 
@@ -122,7 +122,7 @@ def as_bool(mask: np.ndarray) -> np.ndarray:
     Raises:
       TypeError: for floats.
     """
-    if mask.dtype.kind == "f":  # a soft mask would count as lesion wherever it is above 0
+    if mask.dtype.kind == "f":  # all values above 0 of a soft mask would count as lesion
         raise TypeError("masks must be bool or integers; threshold a soft mask first")
     return mask.astype(bool)
 

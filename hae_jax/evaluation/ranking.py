@@ -1,8 +1,7 @@
-"""AUROC and AUPRC of anomaly maps from histograms of their values, which patients can be added to and drawn from.
+"""AUROC and AUPRC of anomaly maps, from histograms of the maps' values.
 
-A histogram's bins are as many as values need in a relative precision of 0.05 %: AUROC and AUPRC differ from the exact
-ones in the fifth digit. Of each patient a coarser one (0.8 %) stays, for the metrics of other draws of
-patients.
+The bins have a relative width of 0.05 %, so AUROC and AUPRC differ from the exact values in the fifth digit. For each
+patient, a coarser histogram (0.8 %) is kept for the bootstrap over patients.
 """
 
 import functools
@@ -14,9 +13,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hae_jax.evaluation.bootstrap import numbers, share, with_interval
 
-_SHIFT = 12  # bits of a float32's mantissa that are left out: 11 of 23 stay, a relative width of 2^-11
+_SHIFT = 12  # bits of a float32's mantissa that are dropped; 11 of 23 remain, so the relative width is 2^-11
 BINS = 1 << (32 - _SHIFT)
-_FINE = 16  # bins that one of a patient's own histogram holds: a relative width of 2^-7
+_FINE = 16  # bins per bin of a patient's histogram, which has a relative width of 2^-7
 COARSE_BINS = BINS // _FINE
 
 
@@ -24,7 +23,7 @@ def score_histogram(
     hits: np.ndarray,  # [N] bool
     scores: np.ndarray,  # [N] float
 ) -> np.ndarray:  # [2, bins] int64: healthy pixels and lesion pixels
-    """How many pixels have which score.
+    """The histogram of scores.
 
     Raises:
       ValueError: if a score is not finite.
@@ -36,7 +35,7 @@ def score_histogram(
 def score_bins(
     scores: np.ndarray,  # [N] float
 ) -> np.ndarray:  # [N] int64
-    """Numbers that rise with the scores, negative ones included: the upper bits of their float32.
+    """Bin numbers that increase with the scores, also for negative ones. They are the upper bits of the float32 values.
 
     Positive floats have the order of their bits as integers; of negative ones it is the other way round.
 
@@ -54,7 +53,7 @@ def score_bins(
 def dice_by_threshold(
     scores: np.ndarray,  # [N] float
     hits: np.ndarray,  # [N] bool
-    lesion: int,  # pixels of the lesion, those outside `scores` included
+    lesion: int,  # pixels of the lesion, including those outside of `scores`
 ) -> np.ndarray:  # [COARSE_BINS]
     """Dice of the mask of all scores in a coarse bin or above it, for each bin."""
     bins = score_bins(scores) // _FINE
@@ -65,7 +64,7 @@ def dice_by_threshold(
 def ranking(
     histogram: np.ndarray,  # [2, bins] of `score_histogram`
 ) -> tuple[float | None, float | None]:
-    """AUROC and AUPRC of all pixels in a histogram; None where all of them are lesion, or none is."""
+    """AUROC and AUPRC of all pixels in a histogram; None if all or none of them are lesion."""
     if not histogram.any(axis=1).all():
         return None, None
     truth, score = np.nonzero(histogram)
@@ -77,9 +76,9 @@ def ranking(
 def auroc(
     histograms: np.ndarray,  # [..., 2, bins], healthy and lesion pixels
 ) -> np.ndarray:  # [...]
-    """Area under the ROC curve of each of many histograms; NaN where all pixels are lesion, or none is."""
+    """Area under the ROC curve of each histogram; NaN if all or none of its pixels are lesion."""
     healthy, lesion = histograms[..., 0, :], histograms[..., 1, :]
-    below = np.cumsum(healthy, axis=-1) - healthy / 2  # an equal score is half a hit
+    below = np.cumsum(healthy, axis=-1) - healthy / 2  # equal scores count half
     return share((lesion * below).sum(axis=-1), lesion.sum(axis=-1) * healthy.sum(axis=-1))
 
 
@@ -87,7 +86,7 @@ def auprc(
     histograms: np.ndarray,  # [..., 2, bins], healthy and lesion pixels
     correction: np.ndarray | float = 1.0,  # [bins], factors of the precision at a bin
 ) -> np.ndarray:  # [...]
-    """Average precision of each of many histograms; NaN where all pixels are lesion, or none is."""
+    """Average precision of each histogram; NaN if all or none of its pixels are lesion."""
     healthy, lesion = histograms[..., 0, :], histograms[..., 1, :]
     found = lesion * np.minimum(_precision(histograms) * correction, 1)
     both = healthy.any(axis=-1) & lesion.any(axis=-1)
@@ -97,7 +96,7 @@ def auprc(
 def _precision(
     histograms: np.ndarray,  # [..., 2, bins]
 ) -> np.ndarray:  # [..., bins]
-    """The share of lesion pixels among those of a bin and of all bins above it."""
+    """The share of lesion pixels among the pixels of a bin and all higher bins."""
     above = np.cumsum(histograms[..., ::-1], axis=-1)[..., ::-1]
     return above[..., 1, :] / np.maximum(above.sum(axis=-2), 1)
 
@@ -105,7 +104,7 @@ def _precision(
 def coarse(
     histogram: np.ndarray,  # [..., bins] of `score_histogram`
 ) -> sparse.csr_array:  # [product of the rest, bins / 16]
-    """A histogram as small as one for each patient has to be."""
+    """A coarser histogram, small enough to keep one per patient."""
     return sparse.csr_array(histogram.reshape(-1, BINS // _FINE, _FINE).sum(axis=-1))
 
 
@@ -117,8 +116,9 @@ def rankings(
 ) -> dict[str, dict[str, float | int | None]]:
     """"auroc" and "auprc" of all patients together, with intervals from draws of patients (`bootstrap.with_interval`).
 
-    In a coarse bin all lesion pixels have the precision at its lower edge. What that takes from the AUPRC of all
-    patients is given back bin by bin, also in draws: the error would be wider than the interval of many patients.
+    In a coarse bin, all lesion pixels have the precision at its lower edge. The resulting error of the AUPRC of all
+    patients is corrected bin by bin, also in draws. Otherwise, the error would be larger than the interval of many
+    patients.
     """
     stacked = sparse.vstack([sparse.csr_array((2, BINS // _FINE)), *cases]).tocsr()[2:]
     columns, whose = np.unique(stacked.indices), numbers(patients)

@@ -1,6 +1,6 @@
-"""The numbers of a run on disk and on screen: metrics.json, cases.csv, a small table for the log, methods compared.
+"""Output of a run's metrics: metrics.json, cases.csv, a table for the log, and tables that compare methods.
 
-The last stage; it computes nothing that `metrics.py` and `volumes.py` do not.
+This is the last stage. It writes the metrics that `metrics.py` and `volumes.py` compute.
 """
 
 import csv
@@ -61,7 +61,7 @@ class CaseResult:
 
     @property
     def measured(self) -> VolumeMetrics | None:
-        """What the case counts in `volumes.summarise`; None without a segmentation."""
+        """The case's metrics for `volumes.summarise`; None without a segmentation."""
         if self.true_volume_ml is None:
             return None
         return VolumeMetrics(*(getattr(self, field.name) for field in dataclasses.fields(VolumeMetrics)))
@@ -77,7 +77,7 @@ def case_result(
     seconds: float,
     anomaly: np.ndarray | None = None,  # [X, Y, Z] float
 ) -> CaseResult:
-    """Sums a case up, on its own grid."""
+    """The result of a case on its own grid."""
     if truth is not None:
         measured = dataclasses.asdict(volumes.volume_metrics(predicted, truth, affine, anomaly))
     else:
@@ -94,7 +94,7 @@ def case_result(
 
 
 def write_cases(path: str | os.PathLike, cases: Sequence[CaseResult]) -> None:
-    """Writes one row per case under a header line. What is not known is an empty cell."""
+    """Writes one row per case under a header line. Unknown values are empty cells."""
     with files.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(field.name for field in dataclasses.fields(CaseResult))
@@ -120,8 +120,8 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Results of several methods side by side, for the log.
 
     Args:
-      columns: for each method its nested dictionaries of numbers; what one method lacks is shown as "-". A metric
-        with an interval (`bootstrap.with_interval`) takes one line: 0.712 [0.650, 0.770].
+      columns: for each method, its nested dictionaries of numbers. Missing metrics are shown as "-". A metric with an
+        interval (`bootstrap.with_interval`) takes one line: 0.712 [0.650, 0.770].
     """
     flat = {method: _flattened(results) for method, results in columns.items()}
     names = list(dict.fromkeys(name for results in flat.values() for name in results))
@@ -133,12 +133,12 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 _WRITTEN = {"dice": "Dice", "iou": "IoU", "auroc": "AUROC", "auprc": "AUPRC", "hd95": "HD95", "f1": "F1", "mm": "(mm)",
             "ml": "(ml)"}
-_WHOLE = {  # groups, and metrics whose names do not read as texts
+_WHOLE = {  # titles of groups, and of metrics whose names are not readable as text
     "all_slices": "all-slice", "lesion_slices": "lesion-slice", "slice_level": "slice", "volumes": "volume",
     "healthy_volume_ml": "of false positives in healthy subjects (ml)",
     "healthy_volume_median_ml": "of false positives in healthy subjects, median (ml)",
     "healthy_false_lesions": "false lesions in healthy subjects"}
-# Columns of comparison.csv and where they are in a method's results: first those that have an interval.
+# Columns of comparison.csv that have an interval, and their place in a method's results.
 _INTERVALS = {
     **{f"{setting}_{name}": (setting, name) for setting in ("all_slices", "lesion_slices")
        for name in ("dice", "iou", "precision", "recall", "auroc", "auprc")},
@@ -160,7 +160,7 @@ _COMPARED = {
     "called_lesion_share": ("shares", "called_lesion"),
     **{name: ("volumes", name) for name in ("cases", "lesion_cases", "healthy_cases", "missed_cases")},
 }
-# Columns of comparison.md: where they are, and digits after the point.
+# Columns of comparison.md: place in a method's results, and number of decimals.
 _PRINTED = {
     "lesion-slice Dice": ("lesion_slices", "dice", 3),
     "lesion-slice Dice at the best single threshold (upper bound)": ("upper_bound", "lesion_slice_dice", 3),
@@ -181,11 +181,11 @@ class ComparedMethod(NamedTuple):
 
     Attributes:
       method: its title.
-      settings: what distinguishes it from other lines, in words.
-      results: those of `running.SliceSums` and "volumes" of `volumes.summarise`; what it lacks stays empty.
-      seconds_per_slice: None where it was not measured.
-      labels: that the threshold has seen, "image labels" or "ground truth".
-      passes: network passes for a slice.
+      settings: settings that differ from other lines, as text.
+      results: results of `running.SliceSums`, and "volumes" of `volumes.summarise`; missing ones stay empty.
+      seconds_per_slice: None if not measured.
+      labels: labels that the threshold has used, "image labels" or "ground truth".
+      passes: network passes per slice.
     """
 
     method: str
@@ -202,10 +202,10 @@ def write_comparison(
     """Writes <name>.csv (all metrics, to six digits; an empty cell where there is none) and <name>.md.
 
     Args:
-      folder: where to, made if absent.
-      rows: the methods in the order of the table, measured on the same slices; tuples in the order of the fields do.
-      phantom: whether the cases are of the phantom, which the headline says.
-      name: of the files.
+      folder: folder of the files, made if absent.
+      rows: the methods in the order of the table, measured on the same slices. Tuples in the order of fields also work.
+      phantom: whether the cases belong to the phantom, which the headline states.
+      name: name of the files.
     """
     rows = [ComparedMethod(*row) for row in rows]
     with files.written_whole(Path(folder) / f"{name}.csv") as temporary, \
@@ -241,7 +241,7 @@ def _comparison_page(rows: Sequence[ComparedMethod], phantom: bool) -> str:
 
 
 def _extent(rows: Sequence[ComparedMethod]) -> str:
-    """What the methods were measured on, in words; methods that were measured on different slices show."""
+    """Describes the cases and slices of the comparison. If they differ between methods, all values are given."""
     def said(form: str, *place: str) -> str:
         values = (_found(row.results, *place) for row in rows)
         return " or ".join(dict.fromkeys(form.format(value) for value in values if value is not None)) or "?"
@@ -257,7 +257,7 @@ def _found(results: Any, *place: str) -> Any:
 
 
 def written(name: str) -> str:
-    """A metric's name, or its group's, as it is written in a text: lesion_f1 -> lesion F1."""
+    """The title of a metric or group in text: lesion_f1 -> lesion F1."""
     return _WHOLE.get(name) or " ".join(_WRITTEN.get(word, word) for word in name.split("_"))
 
 
@@ -280,7 +280,7 @@ def _shown(value: Any, digits: int = 3) -> str:
     if _is_interval(value):
         ends = "" if value["low"] is None else f" [{_shown(value['low'], digits)}, {_shown(value['high'], digits)}]"
         return _shown(value["mean"], digits) + ends
-    return f"{round(value, digits) + 0:.{digits}f}" if isinstance(value, float) else str(value)  # + 0: no -0.000
+    return f"{round(value, digits) + 0:.{digits}f}" if isinstance(value, float) else str(value)  # + 0 avoids -0.000
 
 
 def _cell(value: Any) -> Any:

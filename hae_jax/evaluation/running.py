@@ -1,6 +1,6 @@
-"""The metrics of slices from one case after the other, in memory that no pixel stays in.
+"""The metrics of slices, summed case by case, so that no pixels stay in memory.
 
-A slice leaves counts behind, which are exact, and its map joins the histograms of `ranking.py`.
+The counts of each slice are kept, and they are exact. The maps are added to the histograms of `ranking.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from hae_jax.evaluation.bootstrap import share_of_sums
 
 
 class SliceSums:
-    """What cases' slices add up to."""
+    """Sums over the slices of cases."""
 
     def __init__(self):
         self._patients: list[str] = []  # of each case
-        self._counts: list[np.ndarray] = []  # of each case [2, 3, S]: all and lesion slices, `metrics.counts`
+        self._counts: list[np.ndarray] = []  # of each case [2, 3, S]: `metrics.counts` of `mask` and `mask_all`
         self._labels: list[np.ndarray] = []  # of each case [2, S] bool: predicted and true
         self._scores = np.zeros((2, 2, ranking.BINS), np.int64)  # pixels by label of the slice, truth and score
-        self._coarse: list[sparse.csr_array] = []  # of each case the same, [4, coarse bins]
+        self._coarse: list[sparse.csr_array] = []  # of each case the same values, [4, coarse bins]
         self._dice = np.zeros(ranking.COARSE_BINS)  # summed Dice of the lesion slices, by threshold on the map
 
     def add(
@@ -62,7 +62,7 @@ class SliceSums:
             self._dice += ranking.dice_by_threshold(own[inside], true[inside], np.count_nonzero(true))
 
     def results(self, seed: int = 0) -> dict[str, dict[str, Any]]:
-        """The metrics, ready for JSON, with intervals over patients (`bootstrap.with_interval`); "shares" has none.
+        """The metrics, ready for JSON, with intervals over patients (`bootstrap.with_interval`), except "shares".
 
         Cases without slices of a kind, as healthy ones in "lesion_slices", do not count for its metrics.
 
@@ -83,7 +83,7 @@ class SliceSums:
         }
 
     def paired_dice(self, other: "SliceSums", seed: int = 0) -> dict[str, float | int | None]:
-        """By how much the mean Dice of the lesion slices is above another method's on the same cases."""
+        """The mean Dice of the lesion slices minus that of another method on the same cases."""
         own, others = ([metrics.pixel_shares(counts[1][:, sick])["dice"] for counts, (_, sick)
                         in zip(sums._counts, sums._labels, strict=True)] for sums in (self, other))
         return share_of_sums([a - b for (a, _), (b, _) in zip(own, others, strict=True)], [n for _, n in own],
@@ -96,10 +96,10 @@ class SliceSums:
     def _shares(
         self,
         shares: Callable[[np.ndarray], dict[str, tuple[float, int]]],
-        cases: Sequence[np.ndarray],  # of each what `shares` takes, slices along the last axis
+        cases: Sequence[np.ndarray],  # input of `shares` for each case, slices along the last axis
         seed: int,
     ) -> dict[str, dict[str, Any]]:
-        """Each share of all slices together, with its interval."""
+        """Each share over all slices, with its interval."""
         kept = _with_slices(cases)
         found, patients = [shares(cases[k]) for k in kept], [self._patients[k] for k in kept]
         return {name: share_of_sums([own[name][0] for own in found], [own[name][1] for own in found], patients, seed)

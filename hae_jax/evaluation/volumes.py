@@ -1,7 +1,7 @@
-"""How good a mask and a map are per patient: whole volumes on the case's own grid, then a mean over the patients.
+"""Metrics of masks and maps per volume, on the case's own grid, and their means over patients.
 
-Beside `metrics.py`, which looks at slices. Reads arrays only; `report.py` writes what comes out of it. An undefined
-value is None and enters no mean; every mean says how many cases it is of.
+`metrics.py` has the metrics of slices. The functions take arrays only; `report.py` writes the results. An undefined
+value is None and is not part of a mean. Each mean states its number of cases.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def hd95_mm(
     truth: np.ndarray,  # [X, Y, Z] bool
     affine: np.ndarray,  # [4, 4] voxels to mm
 ) -> float | None:
-    """The robust Hausdorff distance of two masks in mm; None where either is empty.
+    """The robust Hausdorff distance of two masks in mm; None if either is empty.
 
     max(P95_a min_b |a - b|, P95_b min_a |a - b|) over the surface voxels a, b: the partial Hausdorff distance of
     Huttenlocher et al. 1993 at the 95th percentile. Distances are between voxel centres in scanner space, so that any
@@ -125,7 +125,7 @@ def best_dice(
     anomaly: np.ndarray,  # [X, Y, Z] float
     truth: np.ndarray,  # [X, Y, Z] bool
 ) -> tuple[float | None, float | None]:
-    """The highest Dice that a mask `anomaly >= threshold` can have, and the lowest threshold that has it.
+    """The highest Dice of a mask `anomaly >= threshold`, and the lowest threshold that gives it.
 
     Exact: between two neighbouring values of lesion voxels a lower threshold only adds false voxels, so the values of
     lesion voxels are all the candidates there are. None, None where nothing is true.
@@ -150,7 +150,7 @@ def lesion_count(mask: np.ndarray) -> int:
 def summarise(
     cases: Sequence[VolumeMetrics], patients: Sequence[str] | None = None, seed: int = 0
 ) -> dict[str, dict[str, float | int | None] | float | None]:
-    """Everything that `DEFINITIONS` explains over several cases, ready for JSON.
+    """All metrics of `DEFINITIONS` over several cases, ready for JSON.
 
     A metric is {"mean", "low", "high", "cases"}. Equal seeds draw equal patients, so that methods which were measured
     on the same cases in the same order are compared on the same resamples.
@@ -187,34 +187,34 @@ def summarise(
 def paired_dice(
     cases: Sequence[VolumeMetrics], others: Sequence[VolumeMetrics], patients: Sequence[str], seed: int = 0
 ) -> dict[str, float | int | None]:
-    """By how much the mean volume Dice of the lesion cases is above another method's on the same cases."""
+    """The mean volume Dice of the lesion cases minus that of another method on the same cases."""
     ill = [(a.dice - b.dice, patient) for a, b, patient in zip(cases, others, patients, strict=True) if a.lesions]
     return share_of_sums([value for value, _ in ill], np.ones(len(ill)), [patient for _, patient in ill], seed)
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds the mask; of no extent where it is empty."""
+    """The bounding box of the mask; of size 0 if the mask is empty."""
     box = ndimage.find_objects(mask.astype(np.uint8))
     return box[0] if box else (slice(0, 0),) * mask.ndim
 
 
 def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """The number of its component in each voxel, and how many there are."""
+    """The component number of each voxel, and the number of components."""
     return measure.label(mask, connectivity=3, return_num=True) if mask.any() else (np.zeros(mask.shape, int), 0)
 
 
 def _detection(predicted: np.ndarray, truth: np.ndarray) -> tuple[int, int, int, int]:
-    """Lesions, those found, components of the mask, false ones."""
+    """Numbers of lesions, of lesions found, of components of the mask, and of false components."""
     (true_labels, lesions), (labels, components) = _components(truth), _components(predicted)
     shared = predicted & truth
     return lesions, len(np.unique(true_labels[shared])), components, components - len(np.unique(labels[shared]))
 
 
 def _surface_mm(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """[N, 3] centres of the voxels of a mask that have one of their six neighbours outside."""
-    surface = mask & ~ndimage.binary_erosion(mask)  # what lies outside the volume is outside the mask
+    """[N, 3] centres of the voxels of a mask that have one of their six neighbours outside of it."""
+    surface = mask & ~ndimage.binary_erosion(mask)  # voxels beyond the volume count as outside
     return np.argwhere(surface) @ np.asarray(affine, float)[:3, :3].T
 
 
 def _grid_tree(points: np.ndarray) -> KDTree:
-    return KDTree(points, balanced_tree=False, compact_nodes=False)  # the quickest to build on the points of a grid
+    return KDTree(points, balanced_tree=False, compact_nodes=False)  # fastest to build for grid points

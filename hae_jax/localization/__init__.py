@@ -1,1 +1,1 @@
-"""Lesions in arrays: methods, maps, calibrations, masks."""
+"""Lesion localization in arrays: methods, anomaly maps, calibrations and masks."""

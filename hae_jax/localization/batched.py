@@ -1,7 +1,7 @@
-"""Slices of any cases through a method, in batches of one fixed shape over all devices.
+"""Translation of slices in batches of one fixed shape over all devices. A batch may hold slices of several cases.
 
-Stands between `data.slices`, which gives slices, and the methods' calibrations and masks, which read what comes out. A
-slice's result depends neither on the slices that share its batch nor on the number of devices.
+The input comes from `data.slices`. The results are used for calibrations and masks. A slice's result depends neither
+on the other slices in its batch nor on the number of devices.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from hae_jax.localization.forward_process import network_denoisers
 from hae_jax.ops.forms import compiler_options
 
 _LOG = logging.getLogger(__name__)
-LARGEST_BATCH = 256  # slices; a device is busy long before
+LARGEST_BATCH = 256  # slices; far fewer are enough to keep a device busy
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _GB = 1e9
 
@@ -37,7 +37,7 @@ class Slice(NamedTuple):
 
 
 class SliceTranslator:
-    """A method for a stream of slices; compiled once, for one shape.
+    """Applies a method to a stream of slices. It is compiled once, for one shape.
 
     Attributes:
       batch_size: slices in a batch, over all devices. Becomes smaller when the devices run out of memory.
@@ -58,16 +58,16 @@ class SliceTranslator:
 
         Args:
           model: a network, called as `hae_jax.model.UNet`.
-          method: what to do with a batch of slices: (denoisers, images, keys) -> a NamedTuple of arrays [B, ...].
+          method: a function of a batch of slices: (denoisers, images, keys) -> a NamedTuple of arrays [B, ...].
           batch_size: rounded up to a multiple of the number of devices.
-          seed: of the noise; that of a slice is a function of this, its case's name and its position.
-          mesh: the devices; rows lie over all of them, parameters on each.
+          seed: seed of the noise. A slice's noise depends on it, the case's name and the slice's position.
+          mesh: the devices. Rows are split over all of them; parameters are replicated.
           conditional: whether the network takes class labels.
-          max_memory_gb: choose the batch size by memory instead, the largest one up to `LARGEST_BATCH` that needs no
-            more than this: on each device, or, where the devices are cores of one CPU, on all of them together.
+          max_memory_gb: choose the batch size by memory instead: the largest one up to `LARGEST_BATCH` that needs at
+            most this on each device or, if the devices are cores of one CPU, on all of them together.
 
         Raises:
-          UserError: if the batch size is not positive.
+          UserError: the batch size is not positive.
         """
         if batch_size < 1:
             raise UserError(f"translation.batch_size is {batch_size}: it must be at least 1")
@@ -86,24 +86,24 @@ class SliceTranslator:
                             compiler_options=compiler_options())
 
     def prepare(self, shape: tuple[int, int, int]) -> None:
-        """Chooses the batch size, where memory shall decide, and compiles: once, for slices of one shape (H, W, C).
+        """Compiles for slices of one shape (H, W, C). With `max_memory_gb`, it first chooses the batch size.
 
         Raises:
-          UserError: if not even one slice on each device fits into the memory that is allowed.
+          UserError: one slice per device needs more memory than allowed.
         """
         if self._max_memory_gb is not None:
             self.batch_size, self._max_memory_gb = self._chosen_by_memory(shape, self._max_memory_gb), None
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # what does not fit is met again with the first batch
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first batch handles out of memory
             self._executable(self.batch_size, shape)
 
     def __call__(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, NamedTuple]]:
         """Translates slices and yields each with its result (NumPy arrays without the batch axis), in order.
 
-        The next batch is read and started before the results of the last one are waited for. If the devices run out of
-        memory, what was in flight is done again in smaller batches.
+        The next batch is read and started before the results of the previous one are fetched. If the devices run out of
+        memory, the started batches are repeated in smaller batches.
 
         Raises:
-          UserError: if not even one slice on each device fits into memory.
+          UserError: one slice per device does not fit into memory.
         """
         slices, waiting = iter(slices), None
         if (first := next(slices, None)) is None:
@@ -119,9 +119,9 @@ class SliceTranslator:
             yield from self._rows(*waiting)
 
     def _start(self, batch: list[Slice]) -> tuple[int, Any]:
-        """The batch size it was started with, and its results to come, or the error if it could not be started."""
+        """Starts a batch. Returns the batch size, and the pending results or the error."""
         size = self.batch_size
-        full = batch + batch[-1:] * (size - len(batch))  # padding; `_rows` never looks at it
+        full = batch + batch[-1:] * (size - len(batch))  # padding, ignored by `_rows`
         images = np.stack([item.image for item in full])
         names = np.array([zlib.crc32(item.case.encode()) for item in full], np.uint32)
         indices = np.array([item.index for item in full], np.uint32)
@@ -137,18 +137,18 @@ class SliceTranslator:
                 raise results
             fetched = [np.asarray(values) for values in results]
         except jax.errors.JaxRuntimeError as error:
-            del results, started  # their memory is needed
+            del results, started  # frees their memory
             self._shrink(size, error)
             while batch:
                 part, batch = batch[:self.batch_size], batch[self.batch_size:]
                 yield from self._rows(part, self._start(part))
             return
         for i, item in enumerate(batch):
-            # Copies: a view would keep the whole batch for as long as one of its cases is unfinished.
+            # Copies, since views would keep the whole batch in memory until all of its cases are finished.
             yield item, results._make(values[i].copy() for values in fetched)
 
     def _shrink(self, size: int, error: Exception) -> None:
-        """Halves the batch size after a batch of `size` did not fit, unless that has been done since."""
+        """Halves the batch size after a batch of `size` slices ran out of memory, unless it is smaller already."""
         if _OUT_OF_MEMORY not in str(error):
             raise error
         if size > self.batch_size:
@@ -168,12 +168,12 @@ class SliceTranslator:
         return self._compiled[size]
 
     def _chosen_by_memory(self, shape: tuple[int, ...], limit: float) -> int:
-        """The largest batch size that needs at most `limit` GB, by what XLA plans to allocate."""
+        """The largest batch size that needs at most `limit` GB, according to XLA's memory plan."""
         unit = self._mesh.size
         one, two = (self._planned_gb(n * unit, shape) for n in (1, 2))
         if one > limit:
             raise UserError(f"--max-memory {limit:g}: a batch of {unit} slices, one on each device, needs {one:.2f} GB")
-        # Linear in the batch, nearly; the plan for the chosen size has the last word.
+        # Memory is nearly linear in the batch size. The chosen size is then checked against its own plan.
         count = min(int(1 + (limit - one) / max(two - one, 1e-9)), LARGEST_BATCH // unit or 1)
         while count > 1 and self._planned_gb(count * unit, shape) > limit:
             count = max(count * 9 // 10, 1)
@@ -190,14 +190,14 @@ class SliceTranslator:
 
 
 class IntensityReader:
-    """The counterpart of `SliceTranslator` for methods that need no network: slice after slice."""
+    """The equivalent of `SliceTranslator` for methods without a network. It processes slices one by one."""
 
     def __init__(self, intensity: Callable[[np.ndarray], NamedTuple]):
         """Takes a function from normalised slices [S, H, W, C] to a NamedTuple of arrays [S, ...]."""
         self._intensity = intensity
 
     def prepare(self, shape: tuple[int, int, int]) -> None:
-        """There is nothing to prepare."""
+        """Does nothing; there is nothing to compile."""
 
     def __call__(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, NamedTuple]]:
         """Yields each slice with its result, in order."""

@@ -1,7 +1,7 @@
-"""What is chosen on validation slices and turns maps into masks, and the published values of it.
+"""Calibrations: thresholds that are chosen on validation slices and used to make masks of maps; published presets.
 
-`MapThreshold` is that of every method but the published forward process, whose own is `Calibration`. `map_threshold.py`
-and `published.py` make and apply them; `pipeline.calibrations` keeps them as JSON.
+The published forward process uses `Calibration`, all other methods use `MapThreshold`. `published.py` and
+`map_threshold.py` make and apply them. `pipeline.calibrations` stores them as JSON.
 """
 
 import dataclasses
@@ -18,28 +18,28 @@ _BINS = 60  # of the histogram of anomaly scores
 
 @dataclasses.dataclass(frozen=True)
 class MapThreshold:
-    """What turns a method's maps into masks.
+    """The thresholds that turn a method's maps into masks.
 
     Attributes:
       method: the method's name.
-      rule: that has chosen the threshold.
-      labels: that this rule has seen: "image labels" or "ground truth".
+      rule: the rule that has chosen the threshold.
+      labels: the labels that this rule has used: "image labels" or "ground truth".
       threshold: a head pixel belongs to the mask where the map is at least this; with the rule "quantile", the largest
         anomaly score of the lesion slices, which scales each slice's own threshold.
       slice_threshold: a slice is called a lesion slice where its anomaly score is at least this.
-      slice_errors: validation slices on the wrong side of it.
-      slice_auc: area under the ROC curve of the validation slices' anomaly scores; None with one class alone.
+      slice_errors: number of validation slices that it classifies wrongly.
+      slice_auc: area under the ROC curve of the validation slices' anomaly scores; None with only one class.
       healthy_slices: validation slices without a lesion.
-      lesion_slices: validation slices with one.
-      expected_dice: that the rule expects (`rules.Threshold`); None where it makes no estimate.
-      interval: 95 % over patients of it; empty where there is none.
-      lesion_share: share of lesion pixels in lesion slices, by the rule "mixture"; None for the others.
-      made_with: what it belongs to (checkpoint identity, settings, data, ...), ready for JSON.
-      probability: curves that turn maps into probabilities (`probability.fit`); None where there are none.
-      slice_scores: `score_histogram` of the validation slices, for the report; empty where it is not known.
+      lesion_slices: validation slices with a lesion.
+      expected_dice: the rule's estimate of Dice (`rules.Threshold`); None without an estimate.
+      interval: its 95 % interval over patients; empty if there is none.
+      lesion_share: share of lesion pixels in lesion slices, by the rule "mixture"; None for other rules.
+      made_with: its key (checkpoint identity, settings, data, ...), ready for JSON.
+      probability: curves that turn maps into probabilities (`probability.fit`); None if there are none.
+      slice_scores: `score_histogram` of the validation slices, for the report; empty if it is not known.
 
     Raises:
-      ValueError: if a threshold is not finite.
+      ValueError: a threshold is not finite.
     """
 
     method: str
@@ -77,21 +77,21 @@ class MapThreshold:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What `published.make_masks` needs to know about a network, its guidance strength and its number of steps.
+    """The values for `published.make_masks`. They hold for one network, guidance strength and number of steps.
 
     Attributes:
       threshold: a slice is called a lesion slice where its similarity (`published.similarity`) is at most this.
       diff_max: per modality, the largest peak of the diff curve over lesion slices (squared intensity in [-1, 1]).
-      diff_min: per modality, the smallest such peak; empty where it is not known (published values).
-      modality: the image channels that `diff_max` stands for, in its order.
-      healthy_slices: number of healthy slices it was made from; None where it is not known, here and below.
-      lesion_slices: number of lesion slices it was made from.
-      errors: how many of these slices the threshold puts on the wrong side.
-      made_with: what it belongs to (checkpoint identity, guidance strength, steps, ...), ready for JSON.
-      slice_scores: `score_histogram` of the validation slices, for the report; empty where it is not known.
+      diff_min: per modality, the smallest such peak; empty if it is not known (published values).
+      modality: the image channels of `diff_max`, in its order.
+      healthy_slices: number of healthy slices in the calibration; None if it is not known, here and below.
+      lesion_slices: number of lesion slices in the calibration.
+      errors: number of these slices that the threshold classifies wrongly.
+      made_with: its key (checkpoint identity, guidance strength, steps, ...), ready for JSON.
+      slice_scores: `score_histogram` of the validation slices, for the report; empty if it is not known.
 
     Raises:
-      ValueError: if the numbers are not finite or their lengths do not agree.
+      ValueError: the values are not finite or their lengths do not agree.
     """
 
     threshold: float
@@ -120,7 +120,7 @@ def from_json(cls: type, fields: Any) -> Any:
 
     Args:
       cls: `MapThreshold` or `Calibration`; its tuples are lists in JSON.
-      fields: what the file holds.
+      fields: the JSON object of the file.
 
     Raises:
       ValueError, TypeError, OverflowError: it is no JSON object, or a field is missing, unknown or of a wrong kind.
@@ -162,7 +162,7 @@ def _or_none(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or kind(value)
 
 
-_KINDS: dict[str, Callable[[Any], bool]] = {  # what each field of a calibration looks like in JSON
+_KINDS: dict[str, Callable[[Any], bool]] = {  # checks of each field of a calibration in JSON
     "method": lambda value: isinstance(value, str),
     "rule": lambda value: isinstance(value, str) and value in rules.LABELS,
     "labels": lambda value: isinstance(value, str),
@@ -189,7 +189,7 @@ def score_histogram(
     scores: np.ndarray,  # [S] anomaly scores
     labels: np.ndarray,  # [S] 0 healthy, 1 lesion
 ) -> dict[str, list]:
-    """How many healthy and lesion slices have which anomaly score: "edges" [n + 1], "healthy" [n], "lesion" [n]."""
+    """Histograms of anomaly scores by class of slices: "edges" [n + 1], "healthy" [n], "lesion" [n]."""
     lesion, edges = np.asarray(labels) > 0, np.histogram_bin_edges(scores, _BINS)
     return {"edges": edges.tolist(), "healthy": np.histogram(scores[~lesion], edges)[0].tolist(),
             "lesion": np.histogram(scores[lesion], edges)[0].tolist()}

@@ -1,7 +1,7 @@
-"""Baselines that take a slice to a pseudo-healthy one and call what has changed a lesion.
+"""Baselines that reconstruct a pseudo-healthy slice. The anomaly map is its difference from the input.
 
-They use the network of the forward process, or its unconditional twin; a threshold (`map_threshold.py`) turns their
-maps into masks. One scan each way, in memory that does not grow with the steps.
+They use the network of the forward process, or an unconditional network. A threshold (`map_threshold.py`) turns their
+maps into masks. Each direction is one scan, so memory does not grow with the number of steps.
 
 Sources: DDIB, Su et al. 2023, arXiv:2203.08382; AnoDDPM, Wyatt et al. 2022, CVPR Workshops; classifier guidance, Wolleb
 et al. 2022, arXiv:2203.04306, and Dhariwal and Nichol 2021, arXiv:2105.05233; denoising autoencoder, Kascenas et al.
@@ -34,7 +34,7 @@ from hae_jax.localization.map_threshold import MapThresholdMethod
 
 
 class Counterpart(NamedTuple):
-    """What one batch of slices gives; M are the chosen modalities."""
+    """Results for a batch of slices. M is the number of chosen modalities."""
 
     map: jax.Array  # [B, H, W] squared or absolute difference from the input, averaged over the modalities
     healthy: jax.Array  # [B, H, W, M] the pseudo-healthy slice
@@ -50,8 +50,8 @@ class Ddib(MapThresholdMethod):
       process: the diffusion process.
       steps: N, inversion steps t = 0..N-1 of the (respaced) schedule; the slice counts as being at level 0 before them
         and is at level N after them.
-      guidance: strength w towards healthy on the way back; None: none.
-      start: where the way back begins: "published", at t = N-1, one level below what was reached, or "level", at N.
+      guidance: strength w towards healthy in decoding; None: no guidance.
+      start: first step of decoding: "published", t = N-1, one level below the reached one, or "level", N.
       modality: channels that the map is made of.
 
     Raises:
@@ -79,7 +79,7 @@ class Ddib(MapThresholdMethod):
 
     @property
     def passes(self) -> int:
-        """Network passes for a slice: one for each step there, two for each step back."""
+        """Network passes per slice: one per inversion step, two per decoding step."""
         return 3 * self.steps
 
     def __call__(
@@ -91,7 +91,7 @@ class Ddib(MapThresholdMethod):
         """The pseudo-healthy slices of a batch."""
 
         def towards_healthy(x, t):
-            assert denoisers.healthy_and_null is not None  # the network has classes
+            assert denoisers.healthy_and_null is not None  # `make_method` requires classes
             return guided_output(*denoisers.healthy_and_null(x, t), self.guidance)
 
         x = inverted(self.process, denoisers.null, x0, self.steps)
@@ -105,13 +105,13 @@ class AnoDdpm(MapThresholdMethod):
 
     x_N = sqrt(a_N) x0 + sqrt(1 - a_N) noise, healthy = DDPM from x_N, map = mean over modalities of (healthy - x0)^2.
 
-    A network that knows the healthy only is what the method is meant for; one with classes answers under its null
-    condition.
+    The method is meant for a network that was trained on healthy slices only. A network with classes is used under its
+    null condition.
 
     Attributes:
       process: the diffusion process.
       steps: N, noising and denoising steps of the (respaced) schedule: noised to t = N-1, then back from there.
-      noise: that the slice is noised with: "simplex" or "gaussian". On the way back it is Gaussian.
+      noise: noise that is added to the slice: "simplex" or "gaussian". The noise of denoising steps is Gaussian.
       modality: channels that the map is made of.
 
     Raises:
@@ -139,7 +139,7 @@ class AnoDdpm(MapThresholdMethod):
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """The method's name on the command line."""
         return f"anoddpm-{self.noise}"
 
     def __call__(
@@ -150,7 +150,7 @@ class AnoDdpm(MapThresholdMethod):
     ) -> Counterpart:
         """The pseudo-healthy slices of a batch."""
         t = jnp.full(x0.shape[0], self.steps - 1)
-        first, later = step_keys(keys, self.steps), step_noise(keys, x0.shape[1:])  # step t = 0..N-1 takes key t
+        first, later = step_keys(keys, self.steps), step_noise(keys, x0.shape[1:])  # step t in 0..N-1 uses key t
         noise = gaussian(first, x0.shape[1:])
         if self.noise == "simplex":
             noise = simplex(first, x0.shape[1:], self.process.original(t).astype(jnp.float32))
@@ -199,7 +199,7 @@ class ClassifierGuidance(MapThresholdMethod):
 
     @property
     def passes(self) -> int:
-        """Passes of the denoising network for a slice; the classifier's gradients come beside them."""
+        """Passes of the denoising network per slice, without those of the classifier's gradients."""
         return 2 * self.steps
 
     def __call__(
@@ -215,7 +215,7 @@ class ClassifierGuidance(MapThresholdMethod):
 
         def log_healthy(x, t):
             assert denoisers.classifier is not None  # the network is a `GuidedNetwork`
-            return jax.nn.log_softmax(denoisers.classifier(x, t))[:, HEALTHY].sum()  # each slice's term is its own
+            return jax.nn.log_softmax(denoisers.classifier(x, t))[:, HEALTHY].sum()  # each term depends on one slice
 
         def guided(x, t):
             output = denoisers.null(x, t)
@@ -228,10 +228,10 @@ class ClassifierGuidance(MapThresholdMethod):
 
 @dataclasses.dataclass(frozen=True)
 class Dae(MapThresholdMethod):
-    """Denoising autoencoder (Kascenas et al. 2022): trained on healthy slices to take coarse noise away.
+    """Denoising autoencoder (Kascenas et al. 2022), trained on healthy slices to remove coarse noise.
 
-    What it takes away from a slice without noise is called a lesion: map = mean over modalities of |f(x0) - x0|. It
-    is a process of one step here (`make_schedule`, "single") whose network predicts x0.
+    It is applied to a slice without noise: map = mean over modalities of |f(x0) - x0|. Here, it is a process of one
+    step (`make_schedule`, "single") whose network predicts x0.
 
     Attributes:
       process: the process of one step.
@@ -284,7 +284,7 @@ def inverted(process: Process, denoise: Denoiser, x0: jax.Array, steps: int) -> 
 def _counterpart(
     healthy: jax.Array, x0: jax.Array, modality: tuple[int, ...], of: Callable[[jax.Array], jax.Array] = jnp.square
 ) -> Counterpart:
-    """With the mean over the modalities of the squared difference as the map, or of what `of` makes of it."""
+    """The result whose map is the mean of `of`(difference) over the modalities, by default of its square."""
     chosen = jnp.asarray(modality)
     healthy, x_m = healthy[..., chosen], x0[..., chosen]
     return Counterpart(of(healthy - x_m).mean(-1), healthy)

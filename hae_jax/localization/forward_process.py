@@ -1,11 +1,11 @@
-"""The forward process of FPDM: noising a slice step by step, and watching where "healthy" and the slice part ways.
+"""The forward process of FPDM: a slice is noised step by step, and each step compares the prediction with the slice.
 
 Source: Che et al., "AnoFPDM: Anomaly Detection with Forward Process of Diffusion Models for Brain MRI",
 arXiv:2404.15683, and its code (named "published" here). Guidance: Ho and Salimans 2022, arXiv:2207.12598. Inversion:
 Song et al. 2021, arXiv:2010.02502.
 
-One scan with running sums: memory does not grow with the steps, and each step takes three network passes, two of them
-in one batch. What it returns goes to `published`.
+The process is one scan with running sums, so memory does not grow with the number of steps. Each step takes three
+network passes, two of them in one batch. `published` makes masks of the results.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _MAPS = ("mse", "gradient", "gradient_unscaled")
 
 
 class Denoisers(NamedTuple):
-    """Outputs of the network that a translation needs; t [B] or [1] are original timesteps, [1]: one for all slices."""
+    """The network's outputs for a translation. t has original timesteps, [B] or, with one for all slices, [1]."""
 
     null: Denoiser  # (x, t) -> output under the null condition
     # (x, t) -> both outputs, from one stacked pass; None for a network without classes
@@ -36,38 +36,38 @@ class Denoisers(NamedTuple):
 
 
 class Translation(NamedTuple):
-    """What one batch of slices gives; M are the chosen modalities, T the steps."""
+    """Results for a batch of slices. M is the number of chosen modalities, T that of steps."""
 
     mse: jax.Array  # [B, T, M] spatial means of (G_t - X)^2, G_t the guided prediction of x0
     ref: jax.Array  # [B, T, M] of (R_t - X)^2, R_t the reference prediction
     diff: jax.Array  # [B, T, M] of (G_t - R_t)^2
-    map: jax.Array  # [B, H, W, M] mean of (G_t - X)^2 over t < t_e, or what `ForwardSettings` makes of it
+    map: jax.Array  # [B, H, W, M] mean of (G_t - X)^2 over t < t_e, or the variant that `ForwardSettings` selects
     t_e: jax.Array  # [B, M] the step at which diff is largest, times t_e_ratio
     healthy: jax.Array  # [B, H, W, M] G at t_e: the pseudo-healthy reconstruction
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardSettings:
-    """How far and how to translate. `maps` to `every` are ablations; by default they change nothing.
+    """Settings of the forward process. `maps` to `every` are ablations, whose defaults change nothing.
 
     Attributes:
-      steps: steps of the (respaced) schedule to walk, from its beginning.
-      guidance: strength w of the guided prediction; None: the plain "healthy" one, which is also that of w = 0.
-      reference: what the guided prediction is compared with: the unguided "healthy" one (the published code) or the
-        "null" one (the paper).
-      d_reverse: walk by DDIM inversion; off: noise the slice anew at each step.
-      modality: channels that take part.
+      steps: number of steps of the (respaced) schedule, from its beginning.
+      guidance: strength w of the guided prediction; None: the prediction for "healthy", as with w = 0.
+      reference: the prediction with which the guided one is compared: the unguided "healthy" prediction (the published
+        code) or the "null" prediction (the paper).
+      d_reverse: use DDIM inversion; False: noise the slice again at each step.
+      modality: channels in the maps.
       maps: what maps average: "mse", (G_t - X)^2; "gradient", (G_t - R_t)^2 / (B_t^2 (1 + w)^2) with
         B_t = (1 - a_t) / sqrt(a_t), the squared difference of the two scores; "gradient_unscaled", (G_t - R_t)^2.
       t_e_ratio: t_e is the step where diff is largest times this, rounded half to even, at most the last step. Unless
         it is 1, the walk is made twice and costs twice the time, in the same memory.
-      last_step_only: the map is the step before t_e alone.
+      last_step_only: the map uses only the step before t_e.
       every: k > 1: the map averages the steps 0, k, 2k, ... below t_e, and t_e itself.
       inversion: of the walk by DDIM inversion. "published": x_{t-1} is taken as if it were at level t, which shifts
         every step by one level; "exact": as at level t - 1, so that few large steps work as well.
 
     Raises:
-      UserError: for values that cannot be.
+      UserError: impossible values.
     """
 
     steps: int
@@ -118,16 +118,16 @@ def check_modality(modality: tuple[int, ...]) -> None:
 
 
 class GivenDenoisers(nnx.Module):
-    """Denoisers without parameters of their own, in the place of a network."""
+    """Denoisers without parameters, in place of a network."""
 
     def __init__(self, denoisers: Denoisers):
         self.denoisers = nnx.static(denoisers) if hasattr(nnx, "static") else denoisers
 
 
 def network_denoisers(model: Callable[..., jax.Array], conditional: bool = True) -> Denoisers:
-    """The denoisers of a network: `model(x, t, y, null=...)`, or `model(x, t)` where it is not class-conditional.
+    """The denoisers of a network: `model(x, t, y, null=...)`, or `model(x, t)` if it is not class-conditional.
 
-    That of a `hae_jax.model.classifier.GuidedNetwork` come with its classifier.
+    Denoisers of a `hae_jax.model.classifier.GuidedNetwork` include its classifier.
     """
     if isinstance(model, GivenDenoisers):
         return model.denoisers
@@ -149,7 +149,7 @@ def step_noise(
     keys: jax.Array,  # [B] keys, one for each slice
     shape: tuple[int, ...],  # of one slice
 ) -> Callable[[jax.Array], jax.Array]:  # step () -> [B, *shape]
-    """Gaussian noise for each step, that of a slice from its own key alone."""
+    """Gaussian noise for each step. The noise of a slice depends only on its own key."""
     return lambda step: gaussian(step_keys(keys, step), shape)
 
 
@@ -170,7 +170,7 @@ def forward_process(
     noise: Callable[[jax.Array], jax.Array],  # step () -> [B, H, W, C]
     settings: ForwardSettings,
 ) -> Translation:
-    """Walks `settings.steps` steps of the forward process and compares two predictions of x0 at each (Che et al.).
+    """Runs `settings.steps` steps of the forward process and compares two predictions of x0 at each (Che et al.).
 
     G_t is the guided prediction of x0 from x_t, R_t the reference. t_e = argmax_t mean (G_t - R_t)^2, the map is
     (1 / t_e) sum_{t < t_e} (G_t - X)^2.
@@ -187,13 +187,13 @@ def forward_process(
     first = _walk(process, denoisers, x0, noise, settings, is_largest)
     if settings.t_e_ratio == 1:
         return first
-    # The same walk again, for a snapshot at a step that only the whole curve gives.
+    # The process runs a second time, since the step to keep is known only after the whole diff curve.
     ends = jnp.round(settings.t_e_ratio * first.t_e).astype(first.t_e.dtype).clip(max=settings.steps - 1)
     return _walk(process, denoisers, x0, noise, settings, lambda t, diff, best: t == ends)
 
 
 class _Kept(NamedTuple):
-    """The state at the step that counts as t_e so far, per sample and modality."""
+    """The state at the current candidate for t_e, per sample and modality."""
 
     diff: jax.Array  # [B, M]
     t_e: jax.Array  # [B, M]
@@ -202,13 +202,13 @@ class _Kept(NamedTuple):
 
 
 def _walk(process, denoisers, x0, noise, settings, counts: Callable[..., jax.Array]) -> Translation:
-    """One walk; `counts(t, diff_t [B, M], kept so far) -> [B, M] bool`: whether t is the step to keep."""
+    """Runs the process once. `counts(t, diff_t [B, M], kept) -> [B, M] bool` tells whether to keep step t."""
     modality = jnp.asarray(settings.modality)
     x_m = x0[..., modality]
 
     def step(carry, t):
         x, total, kept = carry
-        shared = t[None]  # one timestep for all slices: embedded once
+        shared = t[None]  # one timestep for all slices, so that it is embedded once
         guided, reference = (g[..., modality] for g in _predictions(process, denoisers, x, shared, settings))
         errors, difference = jnp.square(guided - x_m), jnp.square(guided - reference)
         curves = jax.tree.map(lambda a: a.mean((1, 2)), (errors, jnp.square(reference - x_m), difference))
@@ -229,26 +229,26 @@ def _walk(process, denoisers, x0, noise, settings, counts: Callable[..., jax.Arr
 
 
 def _map_term(process, errors, difference, t, settings) -> jax.Array:  # [B, H, W, M]
-    """What step t gives to the map: (G_t - X)^2, or (G_t - R_t)^2, or that over (B_t (1 + w))^2 (`ForwardSettings`)."""
+    """The term of step t in the map: (G_t - X)^2, (G_t - R_t)^2, or the latter over (B_t (1 + w))^2."""
     if settings.maps == "mse":
         return errors
     if settings.maps == "gradient_unscaled":
         return difference
     a = process.schedule.alpha_bar
-    # (1 + w)^2 whatever the reference, as published; against the healthy one w^2 would undo the guidance.
+    # (1 + w)^2 for both references, as published. For the healthy reference, w^2 would remove the guidance's effect.
     weight = a / np.square((1 - a) * (1 + (settings.guidance or 0)))
     return difference * jnp.asarray(weight, jnp.float32)[t]
 
 
 def _ended(total, term, t, settings) -> jax.Array:  # [B, H, W, M]
-    """The sum of a map that ends at t_e = t: of the steps before it, but of step 0 alone where t is 0."""
+    """The sum for a map with t_e = t: the terms of all steps before t, or that of step 0 if t is 0."""
     if settings.every > 1:
         return total + term
     return jnp.where(t == 0, term, total)
 
 
 def _continued(total, term, t, settings) -> jax.Array:  # [B, H, W, M]
-    """The sum that a map ending later than t has after step t."""
+    """The sum after step t, for a map with t_e > t."""
     if settings.last_step_only:
         return term
     if settings.every > 1:
@@ -257,7 +257,7 @@ def _continued(total, term, t, settings) -> jax.Array:  # [B, H, W, M]
 
 
 def _terms(t_e, settings) -> jax.Array:  # [B, M]
-    """How many steps are in the sum of a map that ends at t_e."""
+    """The number of terms in the sum of a map with the given t_e."""
     if settings.last_step_only:
         return jnp.ones_like(t_e)
     if settings.every > 1:
@@ -279,7 +279,7 @@ def _predictions(process, denoisers, x, t, settings) -> tuple[jax.Array, jax.Arr
 
 
 def _next(process, denoisers, x, x0, t, noise, settings) -> jax.Array:
-    """x at step t: by DDIM inversion from step t - 1 (Song et al. 2021, eq. 14), or noised anew from x0."""
+    """x at step t, by DDIM inversion from step t - 1 (Song et al. 2021, eq. 14) or by noising x0 again."""
     if not settings.d_reverse:
         return process.noised(x0, t, noise(t[0]))
     level = t if settings.inversion == "published" else t - 1

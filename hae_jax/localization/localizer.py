@@ -1,6 +1,6 @@
-"""Arrays in, lesions out: the whole method for one volume or stack of slices, without a file.
+"""Lesion localization in arrays, for one volume or a stack of slices, without reading or writing files.
 
-`translate.py` gives the same numbers for NIfTI folders. A case passes the same functions there and here.
+`translate.py` gives the same results for folders of NIfTI files, since both call the same functions for a case.
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ class Localizer:
         Raises:
           UserError: there is no network, or a setting does not exist or does not fit.
         """
-        from hae_jax.runs import load_run  # here, since runs know localizers' methods
+        from hae_jax.runs import load_run  # avoids a circular import
 
         loaded = load_run(run, settings)
         config = loaded.config
@@ -286,7 +286,7 @@ class Localizer:
         return images
 
     def _inputs(self, slices: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [S, h, w, C] each
-        """Slices normalised together and resized, and as the network takes them."""
+        """Slices normalised together and resized, and the same slices in the range of the network's input."""
         images = normalise_volumes(slices, scales).transpose(0, 3, 1, 2)
         images = resize(images, self._image_size).transpose(0, 2, 3, 1)
         return images, to_model_range(images, self._scaling)
@@ -302,7 +302,7 @@ class Localizer:
     def _pixel_spacing(
         self, spacing: tuple[float, float, float] | None, shape: tuple[int, int]
     ) -> tuple[float, float, float] | None:
-        """Of the network's pixels, from that of the input's."""
+        """The spacing of the network's pixels, from that of the input's pixels."""
         if spacing is None:
             return None
         x, y, z = spacing

@@ -1,8 +1,8 @@
-"""From a method's anomaly maps to masks, by a threshold that a rule has chosen on validation slices.
+"""Masks from a method's anomaly maps, by a threshold that a rule has chosen on validation slices.
 
-Every method but the published forward process with its own rule (`published.py`) goes this way: `rules.py` chooses the
-threshold, this file applies it, filters, and scores slices. The anomaly score of a slice is high where there is a
-lesion; its threshold comes from image labels, whatever the rule for pixels has seen.
+All methods use this module, except the published forward process with its own rule (`published.py`). `rules.py` chooses
+the threshold. This module applies it, filters the masks, and scores slices. A slice with a lesion has a high anomaly
+score. The threshold of the score is chosen from image labels, with every rule for pixels.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ IN_SPACE = np.ones((3, 3, 3))  # 26 neighbours
 
 
 class Masks(NamedTuple):
-    """The answer for each slice.
+    """The results for each slice.
 
     Attributes:
       map: [B, H, W] float32, the anomaly map.
@@ -41,10 +41,10 @@ class Masks(NamedTuple):
 
 
 class Filters(Protocol):
-    """What masks go through. `maps` comes before the threshold, also where it is chosen; `masks` after it."""
+    """Filters of maps and masks. `maps` is applied before the threshold, in calibration too; `masks` after it."""
 
     def heads(self, heads: np.ndarray, grid: SliceGrid) -> np.ndarray:
-        """The part of the heads [S, H, W] bool in which lesions are looked for."""
+        """The part of the heads [S, H, W] bool in which lesions are searched."""
         ...
 
     def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
@@ -80,7 +80,7 @@ class PhysicalFilters:
                 raise UserError(f"translation.{name} is {value}: give 0, which is off, or more")
 
     def heads(self, heads: np.ndarray, grid: SliceGrid) -> np.ndarray:
-        """Eroded in the plane of each slice."""
+        """Erodes the heads in the plane of each slice."""
         if not self.head_erosion_mm:
             return heads
         spacing = self._spacing(grid)[:2]
@@ -88,7 +88,7 @@ class PhysicalFilters:
         return np.stack(depth) > self.head_erosion_mm
 
     def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
-        """Smoothed across slices: what lies in one slice alone is mostly noise.
+        """Smooths maps across slices, since an anomaly in a single slice is mostly noise.
 
         The median comes later: that of a mask is the mask of the median map.
         """
@@ -96,11 +96,11 @@ class PhysicalFilters:
             return maps
         apart = (grid.positions[:, None] - grid.positions) * self._spacing(grid)[2]
         weights = np.exp(-0.5 * (apart / self.across_mm) ** 2) * (np.abs(apart) <= 4 * self.across_mm)
-        weights /= weights.sum(axis=1, keepdims=True)  # fewer neighbours at the ends, and where slices are left out
+        weights /= weights.sum(axis=1, keepdims=True)  # fewer neighbours at the ends and beside missing slices
         return np.einsum("st,thw->shw", weights, maps)
 
     def masks(self, masks: np.ndarray, grid: SliceGrid) -> np.ndarray:
-        """The majority filter, then without small components."""
+        """Applies the majority filter, then removes small components."""
         if not masks.any() or not (self.median_mm or self.smallest_ml):
             return masks
         spacing, positions = self._spacing(grid), grid.positions
@@ -130,27 +130,27 @@ def in_volume(
     slices: np.ndarray,  # [B, H, W]
     positions: np.ndarray,  # [B] in rising order
 ) -> np.ndarray:  # [D, H, W]
-    """The slices where they lie, zero between them."""
+    """Puts slices at their positions in a volume that is zero elsewhere."""
     stack = np.zeros((positions[-1] - positions[0] + 1, *slices.shape[1:]), slices.dtype)
     stack[positions - positions[0]] = slices
     return stack
 
 class ValidationSlice(NamedTuple):
-    """What a calibration may know of a validation slice. Only the rule "dice" looks at `truth`."""
+    """A validation slice, as a calibration uses it. Only the rule "dice" uses `truth`."""
 
     label: int  # 1: the slice has a lesion
     truth: np.ndarray  # [H, W] bool
     head: np.ndarray  # [H, W] bool
-    height: float  # where the slice lies in its head, 0 (bottom) to 1 (top)
+    height: float  # position of the slice in its head, 0 (bottom) to 1 (top)
     patient: str
-    case: str = ""  # slices of one case follow one another
-    position: int = 0  # in the volume, rising within a case
-    spacing: tuple[float, float, float] | None = None  # mm between pixels and slices; None where it is not known
+    case: str = ""  # slices of one case are consecutive
+    position: int = 0  # in the volume, increasing within a case
+    spacing: tuple[float, float, float] | None = None  # mm between pixels and slices; None if it is not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapThresholdMethod:
-    """What methods with a threshold on their maps share; their results have a field `map`, [H, W] for one slice.
+    """Base class of methods with a threshold on their maps. Results have a field `map`, [H, W] for one slice.
 
     Attributes:
       rule: that chooses the threshold (`rules.LABELS`).
@@ -168,7 +168,7 @@ class MapThresholdMethod:
     gated: ClassVar[bool] = True
 
     def healthy(self, results: NamedTuple) -> np.ndarray | None:  # [S, H, W, M] in [-1, 1]
-        """The pseudo-healthy reconstructions; None: the method makes none."""
+        """The pseudo-healthy reconstructions; None if the method makes none."""
         return getattr(results, "healthy", None)
 
     def calibrate(
@@ -195,7 +195,7 @@ class MapThresholdMethod:
     def samples(
         self, results: Iterable[tuple[NamedTuple, ValidationSlice]]
     ) -> tuple[list[rules.Sample], np.ndarray, np.ndarray]:
-        """What rules look at: the map's values in each slice's head, its anomaly score [S], its label [S] bool."""
+        """The input of rules: the map's values in each slice's head, anomaly scores [S], labels [S] bool."""
         samples: list[rules.Sample] = []
         for _, slices in itertools.groupby(results, key=lambda pair: pair[1].case):
             found, items = zip(*slices, strict=True)
@@ -253,9 +253,9 @@ class MapThresholdMethod:
         return Masks((maps * heads).astype(np.float32), mask_all, mask, lesion, scores)
 
     def _maps(self, results: Any, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
-        """The maps after the filters that work on maps.
+        """The filtered maps.
 
-        In float64: a threshold that was read from a float32 map must fall on the same side of it again.
+        They are float64, so that a threshold taken from a float32 map is compared with it exactly.
         """
         maps = np.asarray(results.map, np.float64)
         bad = ~np.isfinite(maps).all(axis=(1, 2))
@@ -266,6 +266,6 @@ class MapThresholdMethod:
 
 
 def stacked(results: Iterable[NamedTuple]) -> NamedTuple:
-    """Results of single slices as those of a batch."""
+    """Stacks the results of single slices to those of a batch."""
     results = list(results)
     return results[0]._make(None if values[0] is None else np.stack(values) for values in zip(*results, strict=True))

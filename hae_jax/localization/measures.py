@@ -1,6 +1,6 @@
-"""How well a method's maps show lesions on validation slices, before any case is translated.
+"""Metrics of a method's maps on validation slices.
 
-`training.localization` looks at it while a network is trained, `ablation` when settings are compared.
+`training.localization` uses them during training, `ablation` to compare settings.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from hae_jax.localization.map_threshold import MapThresholdMethod, ValidationSli
 
 
 class Measures(NamedTuple):
-    """What is measured; NaN where it cannot be. The first four need image labels alone, the others ground truth.
+    """The metrics; NaN where undefined. The first four need image labels only, the others need ground truth.
 
     Attributes:
       expected_dice: of all lesion slices' pixels together, by the rule `mixture`; NaN where it finds no lesion.
@@ -51,7 +51,7 @@ def measure(method: MapThresholdMethod, results: Iterable[tuple[Any, ValidationS
         found = rules.mixture(samples)
         expected, share, thresholds["mixture"] = found.expected_dice, found.lesion_share, found.value
         thresholds["fpr"] = rules.healthy_fpr(samples, method.healthy_fpr).value
-    except UserError:  # nothing is found
+    except UserError:  # the maps show no lesions
         pass
     errors = rules.slice_threshold(scores, labels)[1] if len(scores) else 0
     return Measures(expected, share, rules.slice_auc(scores, labels), 1 - errors / max(len(scores), 1),

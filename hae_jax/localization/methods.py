@@ -1,7 +1,7 @@
-"""The methods that find lesions, behind one interface: ours, the published forward process, and the baselines.
+"""The methods that find lesions, with one interface: ours, the published forward process, and the baselines.
 
-`make_method` makes one from the configuration; `batched.py` runs it, `pipeline.calibrations` calibrates it,
-`pipeline.per_case` asks it for masks.
+`make_method` makes a method from the configuration. `batched.py` runs it, `pipeline.calibrations` calibrates it, and
+`pipeline.per_case` makes masks with it.
 """
 
 import dataclasses
@@ -29,22 +29,22 @@ from hae_jax.localization.map_threshold import (
 from hae_jax.localization.published import Hae, PixelFilters
 from hae_jax.localization.residual import Residual, ResidualSettings
 
-# Weight of a modality in the residual, with the sign that a lesion has in it.
+# The weight of a modality in the residual: positive if lesions are bright in it, negative if they are dark.
 _WEIGHTS = {"flair": 1.0, "t1": -0.5, "t1ce": 0.0, "t2": 0.5}
 
 
 class Method(Protocol):
-    """What every method offers. A method with a network is called; one without has `intensity` instead.
+    """The interface of all methods. A method with a network is callable; one without has `intensity` instead.
 
-    `__call__(denoisers, x0 [B, H, W, C] in [-1, 1], keys [B])` is pure and gives a NamedTuple of arrays [B, ...];
-    `intensity(images [S, H, W, C], normalised by volume)` gives the same from the slices alone.
+    `__call__(denoisers, x0 [B, H, W, C] in [-1, 1], keys [B])` is pure and returns a NamedTuple of arrays [B, ...].
+    `intensity(images [S, H, W, C], normalised by volume)` returns the same from the slices only.
 
     Attributes:
-      name: as on the command line.
-      network: whether it needs one.
-      rule: that chooses the threshold (`rules.LABELS`).
-      modality: channels that the pseudo-healthy reconstruction is made of.
-      passes: network passes for a slice.
+      name: name on the command line.
+      network: whether it needs a network.
+      rule: the rule that chooses the threshold (`rules.LABELS`).
+      modality: channels of the pseudo-healthy reconstruction.
+      passes: network passes per slice.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Method(Protocol):
     def calibrate(
         self, results: Iterable[tuple[Any, ValidationSlice]], made_with: Mapping[str, Any]
     ) -> Calibration | MapThreshold:
-        """What turns maps into masks, from the result of each validation slice and what is known of the slice."""
+        """Calibrates the method on validation slices, each with its result."""
         ...
 
     def read_calibration(self, fields: Any) -> Calibration | MapThreshold:
-        """The result of `calibrate` from the JSON object that holds its fields."""
+        """Reads a result of `calibrate` from a JSON object with its fields."""
         ...
 
     def masks(self, results: Any, calibration: Any, heads: np.ndarray, grid: SliceGrid) -> Masks:
@@ -68,24 +68,24 @@ class Method(Protocol):
         ...
 
     def healthy(self, results: Any) -> np.ndarray | None:
-        """The pseudo-healthy reconstructions, [S, H, W, M] in [-1, 1]; None: the method makes none."""
+        """The pseudo-healthy reconstructions, [S, H, W, M] in [-1, 1]; None if the method makes none."""
 
 
 class Intensity(NamedTuple):
-    """What the intensity threshold makes of slices."""
+    """The result of the intensity threshold for slices."""
 
     map: np.ndarray  # [S, H, W]
 
 
 @dataclasses.dataclass(frozen=True)
 class IntensityThreshold(MapThresholdMethod):
-    """The trivial baseline: everything bright on flair is lesion. Without flair, what is bright or dark on a channel.
+    """The trivial baseline: bright pixels on flair are lesion. Without flair, bright or dark pixels on another channel.
 
-    The map is the normalised intensity, turned round where lesions are dark, and is never filtered by a median. Slices
-    that are called healthy keep their masks: the score of a threshold tells too little to take them away.
+    The map is the normalised intensity, inverted if lesions are dark. It is never filtered by a median. Slices that are
+    called healthy keep their masks, since the score of a threshold is too uncertain to remove them.
 
     Attributes:
-      channel: that it looks at.
+      channel: the channel with the threshold.
       dark: whether lesions are dark in it.
     """
 
@@ -100,7 +100,7 @@ class IntensityThreshold(MapThresholdMethod):
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "IntensityThreshold":
-        """On flair, or else on the channel with the largest weight in the residual."""
+        """Makes the method for flair, or else for the channel with the largest weight in the residual."""
         names = tuple(config.data.modalities)
         filters = _filters(config, "pixels")
         if isinstance(filters, PixelFilters):
@@ -114,7 +114,7 @@ class IntensityThreshold(MapThresholdMethod):
 
     @property
     def modality(self) -> tuple[int, ...]:
-        """The channel that is looked at."""
+        """The channel with the threshold."""
         return (self.channel,)
 
     def intensity(
@@ -123,7 +123,7 @@ class IntensityThreshold(MapThresholdMethod):
     ) -> Intensity:
         """The maps of slices."""
         image = images[..., self.channel]
-        return Intensity(np.maximum(VOLUME_RANGE - image, 0) if self.dark else image.copy())  # a view would keep all
+        return Intensity(np.maximum(VOLUME_RANGE - image, 0) if self.dark else image.copy())  # not a view of all
 
 
 def make_method(config: ml_collections.ConfigDict) -> Method:
@@ -200,7 +200,7 @@ def residual_method(config: ml_collections.ConfigDict) -> Residual:
     if max(wanted.timesteps, default=0) >= config.diffusion.steps:
         raise UserError(f"translation.timesteps is {tuple(wanted.timesteps)}: they must be below diffusion.steps, "
                         f"{config.diffusion.steps}")
-    # Every timestep of the original process: only the chosen ones are looked at, so there is nothing to respace.
+    # The process is not respaced, since the residual uses only the chosen timesteps.
     process = Process.of(config.diffusion, clipping=wanted.clipping)
     settings = ResidualSettings(wanted.timesteps, wanted.guidance, wanted.draws, wanted.rounds, modality,
                                 tuple(weights[i] for i in modality), wanted.smoothing, wanted.rectify)
@@ -244,7 +244,7 @@ def _dae(config: ml_collections.ConfigDict) -> Dae:
 
 
 def _walk(config: ml_collections.ConfigDict, field: str) -> tuple[Process, int]:
-    """The process, respaced for translation, and how many of its steps lie below `translation.<field>`."""
+    """The process, respaced for translation, and the number of its steps below `translation.<field>`."""
     diffusion, wanted = config.diffusion, config.translation
     if not 1 <= wanted[field] <= diffusion.steps:
         raise UserError(f"translation.{field} is {wanted[field]}: it must be in 1..{diffusion.steps} (diffusion.steps)")
@@ -253,7 +253,7 @@ def _walk(config: ml_collections.ConfigDict, field: str) -> tuple[Process, int]:
 
 
 _NEED_CLASSES = ("residual", "hae", "ddib")
-# By the name on the command line. Any: a `Method`, some of whose fields are properties or class variables.
+# By name on the command line. The type is Any and not `Method`, since some fields are properties or class variables.
 METHODS: dict[str, Callable[[ml_collections.ConfigDict], Any]] = {
     "residual": residual_method,
     "hae": _hae,

@@ -1,6 +1,6 @@
-"""From anomaly maps to probabilities in [0, 1] and their uncertainty, by curves made from image labels alone.
+"""Lesion probabilities in [0, 1] and their uncertainty from anomaly maps, by curves made from image labels only.
 
-`map_threshold.py` makes the curves with a calibration and keeps them in it; `volumes` applies them to a case.
+`map_threshold.py` makes the curves as part of a calibration. `volumes` applies them to a case.
 
 Let h(v) and u(v) be the densities of the map's values in the heads of healthy and of lesion validation slices, and pi
 the share of lesion pixels in lesion slices: the mixture u = pi t + (1 - pi) h of `rules.mixture`. A pixel with value v
@@ -8,9 +8,10 @@ in a lesion slice is then lesion with probability
 
     P(v) = pi t(v) / u(v) = 1 - (1 - pi) h(v) / u(v)
 
-(positive and unlabelled data; Elkan and Noto 2008). h / u comes from isotonic regression of the slices' labels on v, so
-P never falls. Likewise, Q(s) is the isotonic regression of the labels on the slices' anomaly scores s: the probability
-that a slice has a lesion, where as many slices have one as in the validation split. A pixel's probability is Q(s) P(v).
+(positive and unlabelled data; Elkan and Noto 2008). h / u is estimated by isotonic regression of the slices' labels on
+v, so P is non-decreasing. Likewise, Q(s) is the isotonic regression of the labels on the slices' anomaly scores s. It
+is the probability that a slice has a lesion, if lesion slices are as frequent as in the validation split. A pixel's
+probability is Q(s) P(v).
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ MEANINGS = {
         "Standard deviation, from 0 to 0.5, that the probability of the same slice would have if the noise of the "
         "method were drawn again. It measures the effect of the noise, not how often the network is wrong.",
 }
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)  # of the normal distribution
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)  # for the normal distribution
 
 
 class Volumes(NamedTuple):
@@ -60,7 +61,7 @@ def fit(
 
 
 def is_curves(value: Any) -> bool:
-    """Whether a value out of JSON can be what `fit` gives."""
+    """Whether a value from JSON has the form of a result of `fit`."""
     def rising(curve: Any) -> bool:
         try:
             at, probability = np.array(curve["at"], float), np.array(curve["probability"], float)
@@ -83,14 +84,14 @@ def _pixel_curve(shares: rules.Shares) -> dict[str, list[float]]:
 
 
 def _slice_curve(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
-    """Never nearer to 0 and 1 than the rule of succession allows for so many slices."""
+    """The curve Q. Its distance from 0 and 1 is at least that of the rule of succession for this number of slices."""
     least = 1 / (len(labels) + 2)
     fitted = IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(scores, labels.astype(float))
     return _curve(fitted.X_thresholds_, fitted.y_thresholds_)
 
 
 def _curve(at: np.ndarray, probability: np.ndarray) -> dict[str, list[float]]:
-    """Without the points in the middle of constant stretches, and two points at one place."""
+    """A curve without points inside of constant stretches and without duplicate positions."""
     last = np.append(np.diff(at) > 0, True)
     at, probability = at[last], probability[last]
     flat = np.diff(probability) == 0
@@ -117,7 +118,7 @@ def pixel_uncertainty(
     scores: np.ndarray,  # [S] anomaly scores
     deviation: np.ndarray,  # [S, H, W] standard deviation of this mean
 ) -> np.ndarray:  # [S, H, W] in [0, 0.5]
-    """The standard deviation of Q(s) P(v) where v is normal, by Gauss-Hermite quadrature."""
+    """The standard deviation of Q(s) P(v) for normally distributed v, by Gauss-Hermite quadrature."""
     weights = _WEIGHTS / _WEIGHTS.sum()
     values = [_value(curves["pixel"], maps + node * deviation) for node in _NODES]
     mean = sum(weight * value for weight, value in zip(weights, values, strict=True))

@@ -1,7 +1,7 @@
-"""The published method (Che et al., arXiv:2404.15683): from the curves and maps of the forward process to masks.
+"""The published method (Che et al., arXiv:2404.15683): masks from the curves and maps of the forward process.
 
-`calibrate` makes a `Calibration` from validation slices with yes/no labels, `make_masks` applies it; no pixel label is
-used. B: slices, T: forward steps, M: modalities that take part.
+`calibrate` makes a `Calibration` from validation slices with yes/no labels. `make_masks` applies it. No pixel labels
+are used. B: slices, T: forward steps, M: chosen modalities.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from hae_jax.localization.map_threshold import (
     in_volume,
 )
 
-_CANDIDATES = np.linspace(0.005, 0.095, 100)  # thresholds: these quantiles of the healthy slices' similarity
-_NORM_FLOOR = 1e-6  # each norm is clamped to it, as PyTorch's cosine_similarity does
-_LEVELS = 0.98 - 0.08 * np.arange(101) / 100  # quantile level of the mask's threshold, by r in steps of 0.01
+_CANDIDATES = np.linspace(0.005, 0.095, 100)  # candidate thresholds, as quantiles of the healthy slices' similarity
+_NORM_FLOOR = 1e-6  # lower bound of each norm, as in PyTorch's cosine_similarity
+_LEVELS = 0.98 - 0.08 * np.arange(101) / 100  # quantile level of the mask's threshold, for r in steps of 0.01
 _IN_PLANE = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # 8 neighbours, none in other slices
 
 
@@ -36,7 +36,7 @@ def similarity(
     mse: np.ndarray,  # [B, T, M]
     ref: np.ndarray,  # [B, T, M]
 ) -> np.ndarray:  # [B]
-    """How alike the guided and the reference prediction err along the forward process: near 1 for a healthy slice.
+    """Cosine similarity of the errors of the guided and the reference prediction; near 1 for a healthy slice.
 
     s = <a, b> / (|a| |b|) over t, with a and b the curves `mse` and `ref` averaged over the modalities.
 
@@ -56,7 +56,7 @@ def slice_threshold(
     healthy: np.ndarray,  # [n] similarity of healthy slices
     lesion: np.ndarray,  # [m] similarity of lesion slices
 ) -> tuple[float, int]:
-    """The candidate that makes the fewest errors on these slices (the lowest of several such), and their number."""
+    """The candidate with the fewest errors on these slices (the lowest one, if several), and the number of errors."""
     candidates = np.quantile(healthy, _CANDIDATES)
     errors = (lesion[:, None] > candidates).sum(axis=0) + (healthy[:, None] < candidates).sum(axis=0)
     best = int(errors.argmin())
@@ -112,7 +112,7 @@ def _require_both(is_lesion: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PixelFilters:
-    """The published filters, in pixels, whatever their size.
+    """The published filters, in units of pixels.
 
     Attributes:
       median: filter maps by a median of 5 pixels along each axis.
@@ -125,7 +125,7 @@ class PixelFilters:
     dimensions: int = 2
 
     def heads(self, heads: np.ndarray, grid: SliceGrid) -> np.ndarray:
-        """As they are."""
+        """Returns the heads unchanged."""
         return heads
 
     def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
@@ -151,7 +151,7 @@ def make_masks(
     filters: Filters = PUBLISHED_FILTERS,
     grid: SliceGrid = ONE_BY_ONE,
 ) -> Masks:
-    """Thresholds each slice's map at a quantile that falls, and so lets the mask grow, with the peak of its diff curve.
+    """Thresholds each slice's map at a quantile. The higher the peak of its diff curve, the lower the quantile.
 
     Args:
       mse, ref, diff: spatial means of (G - X)^2, (R - X)^2 and (G - R)^2 (guided, reference, input).
@@ -175,7 +175,7 @@ def make_masks(
     combined = filters.maps(maps.mean(axis=-1), grid)
     mask_all = combined >= thresholds.mean(axis=-1)[:, None, None]
     lesion = alike <= calibration.threshold
-    mask = mask_all & lesion[:, None, None]  # in 3-D, components may lose slices, so these are filtered themselves
+    mask = mask_all & lesion[:, None, None]  # filtered separately, since components in 3-D differ
     mask_all, mask = (filters.masks(m, grid) for m in (mask_all, mask))
     return Masks(combined.astype(np.float32), mask_all, mask, lesion, 1 - alike)
 
@@ -214,7 +214,7 @@ def remove_small_components(
     max_pixels: int = 40,
     positions: np.ndarray | None = None,  # [B]
 ) -> np.ndarray:  # [B, H, W] bool
-    """Takes out every 8-connected component of at most `max_pixels` pixels, slice by slice.
+    """Removes 8-connected components of at most `max_pixels` pixels, slice by slice.
 
     Given the slices' positions in their volume, every 26-connected one in 3-D. A hole does not count to the size of the
     component around it.
@@ -250,7 +250,7 @@ class Hae(MapThresholdMethod):
 
     @property
     def passes(self) -> int:
-        """Network passes for a slice: three for each step; twice as many where the walk is made twice."""
+        """Network passes per slice: three per step, and twice as many if the process runs twice (`t_e_ratio`)."""
         return 3 * self.settings.steps * (1 if self.settings.t_e_ratio == 1 else 2)
 
     def __call__(
@@ -259,13 +259,13 @@ class Hae(MapThresholdMethod):
         x0: jax.Array,  # [B, H, W, C] in [-1, 1]
         keys: jax.Array,  # [B], of each slice's noise
     ) -> Translation:
-        """Walks the forward process with a batch."""
+        """Runs the forward process for a batch."""
         return forward_process(self.process, denoisers, x0, step_noise(keys, x0.shape[1:]), self.settings)
 
     def calibrate(
         self, results: Iterable[tuple[Translation, ValidationSlice]], made_with: Mapping[str, Any]
     ) -> Calibration | MapThreshold:
-        """The slice threshold and the peaks of the diff curve; masks are not looked at, and only curves are kept.
+        """Chooses the slice threshold and the peaks of the diff curve, without masks. Only the curves are kept.
 
         Raises:
           UserError: if there is no healthy or no lesion slice, or a curve is not finite.

@@ -1,9 +1,9 @@
-"""The residual map: what the network takes away from a slice at low noise, guided towards "healthy".
+"""The residual map: the difference between a slice and its reconstruction at low noise, guided towards "healthy".
 
 Sources of its parts: Ho et al. 2020, arXiv:2006.11239; Ho and Salimans 2022, arXiv:2207.12598.
 
-Ours. A few timesteps at low noise take the place of the published walk of hundreds (`forward_process`): two network
-passes for each timestep, noise draw and round.
+This is our method. It uses a few timesteps at low noise instead of the hundreds of steps of the published method
+(`forward_process`). It takes two network passes per timestep, noise draw and round.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from hae_jax.localization.map_threshold import MapThresholdMethod
 
 
 class ResidualMap(NamedTuple):
-    """What one batch of slices gives."""
+    """Results for a batch of slices."""
 
     map: jax.Array  # [B, H, W] signed, in intensity of the network's range; high where there is a lesion
     spread: jax.Array  # [B, H, W] standard deviation of the map over noise draws; 0 with one draw
@@ -39,18 +39,18 @@ class ResidualMap(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ResidualSettings:
-    """Where and how the residual is taken.
+    """Settings of the residual.
 
     Attributes:
       timesteps: original timesteps t, each below the T of the diffusion. Low ones find lesions; which are low depends
         on the resolution.
       guidance: strength w towards healthy.
       draws: noise draws for each timestep.
-      rounds: how often the slice is looked at. Before each further round, pixels with a positive residual get their
-        pseudo-healthy value. At low noise the network fills in a large lesion only in part; each round fills in more.
-      modality: channels that take part.
-      weights: of each of these channels, with the sign that a lesion has in it: 1 where it is bright, -1 where dark.
-      smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0 leaves it as it is.
+      rounds: number of rounds. Before each further round, pixels with a positive residual get their pseudo-healthy
+        value. At low noise, the network removes a large lesion only in part; each round removes more of it.
+      modality: channels in the residual.
+      weights: weight of each of these channels: positive if lesions are bright in it, negative if they are dark.
+      smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0: no smoothing.
       rectify: where the sign of the residual goes: the positive part is taken "after" all means; as ablations "before"
         the mean over timesteps, or "never", the mean absolute residual.
 
@@ -97,14 +97,14 @@ def residual(
     noise: Callable[[jax.Array], jax.Array],  # step () -> [B, H, W, C]
     settings: ResidualSettings,
 ) -> ResidualMap:
-    """The weighted mean of x0 - G over timesteps and noise draws, of which the positive part is the anomaly map.
+    """The weighted mean of x0 - G over timesteps and noise draws. Its positive part is the anomaly map.
 
     map = K * sum_m a_m mean_{t, draw} (x0 - G_t)_m: G_t is the prediction of x0 from x_t (Ho et al. 2020, eq.
     9 and 15), guided to the class "healthy" (Ho and Salimans 2022, eq. 6), x_t is x0 noised to t, a_m the weight of
     modality m, K a Gaussian. The positive part is taken last, after filters across slices: noise then cancels instead
     of adding up.
 
-    With several rounds, x_t of the next round is noised from x0 in which G replaces what was found. The map is that of
+    In each further round, x_t is noised from x0 in which G replaces pixels with a positive residual. The map is that of
     the last round.
     """
     modality, weights = jnp.asarray(settings.modality), jnp.asarray(settings.weights, jnp.float32)
@@ -115,10 +115,11 @@ def residual(
     def rectified(signed):  # [B, H, W]
         return signed if settings.rectify == "after" else jnp.maximum(signed, 0)
 
-    def look(start, first):  # x0, or what is left of it; the first of the steps -> residual [B, H, W], G [B, H, W, M]
+    # start: x0, in later rounds with lesions replaced; first: the number of its first step.
+    def look(start, first):  # -> residual [B, H, W], G [B, H, W, M]
         def step(totals, i):
             residual, healthy = totals
-            t = timesteps[i % count][None]  # one timestep for all slices: embedded once
+            t = timesteps[i % count][None]  # one timestep for all slices, so that it is embedded once
             x = process.noised(start, t, noise(i))
             assert denoisers.healthy_and_null is not None  # the network has classes
             output = guided_output(*denoisers.healthy_and_null(x, process.original(t)), settings.guidance)
@@ -150,7 +151,7 @@ def _smoothed(
     maps: jax.Array,  # [..., H, W]
     sigma: float,
 ) -> jax.Array:  # [..., H, W]
-    """Convolved with a Gaussian that is cut off at 4 sigma; borders repeat the edge."""
+    """Convolves maps with a Gaussian that is truncated at 4 sigma. Borders repeat the edge."""
     if sigma == 0:
         return maps
     radius = max(1, math.ceil(4 * sigma))

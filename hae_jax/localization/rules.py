@@ -1,7 +1,7 @@
-"""Rules that choose one threshold for a method's maps on validation slices, and what labels each of them sees.
+"""Rules that choose one threshold for a method's maps on validation slices, and the labels that each rule uses.
 
-A rule takes the maps' values at head pixels, slice by slice. `mixture` and `healthy_fpr` look at image labels alone;
-`dice` looks at the ground truth, and every table says so.
+A rule takes the maps' values at head pixels, slice by slice. `mixture` and `healthy_fpr` use image labels only. `dice`
+uses the ground truth, which every table of results states.
 """
 
 from collections.abc import Sequence
@@ -14,30 +14,30 @@ from hae_jax.errors import UserError
 from hae_jax.evaluation.metrics import dice
 
 IMAGE_LABELS, GROUND_TRUTH = "image labels", "ground truth"
-LABELS = {  # that each rule sees
+LABELS = {  # the labels that each rule uses
     "mixture": IMAGE_LABELS, "healthy_fpr": IMAGE_LABELS, "quantile": IMAGE_LABELS, "dice": GROUND_TRUTH}
 _HEIGHTS = 10  # bins of a slice's height in the head
-_CANDIDATES = 400  # thresholds, more of them where few pixels lie above
-_ENOUGH = 50  # lesion-slice pixels above a threshold at which the lesion share is read off
-_SURE = 0.5  # share of healthy pixels below a threshold at which the lesion share is read off
+_CANDIDATES = 400  # number of thresholds; they are denser where few pixels lie above
+_ENOUGH = 50  # lesion-slice pixels above a threshold, at least, to estimate the lesion share at it
+_SURE = 0.5  # share of healthy pixels below a threshold, at least, to estimate the lesion share at it
 _LEVELS = (0.98, 0.90)  # of the rule "quantile", for the least and the most anomalous slice
-_DRAWS = 200  # of patients, for intervals
+_DRAWS = 200  # bootstrap draws of patients, for intervals
 _INTERVAL = (0.025, 0.975)
-_SCORE_SHARE = 0.01  # of the head's pixels: a slice's anomaly score is the mean of the highest ones
+_SCORE_SHARE = 0.01  # of the head's pixels; a slice's anomaly score is the mean of this share's highest values
 
 
 class Sample(NamedTuple):
     """One validation slice."""
 
     values: np.ndarray  # [N] the map at the head's pixels
-    truth: np.ndarray  # [N] bool, the lesion at these pixels; only the rule "dice" looks at it
+    truth: np.ndarray  # [N] bool, the lesion at these pixels; only the rule "dice" uses it
     label: int  # 1: the slice has a lesion
-    height: float  # where the slice lies in its head, 0 (bottom) to 1 (top)
+    height: float  # position of the slice in its head, 0 (bottom) to 1 (top)
     patient: str
 
 
 class Threshold(NamedTuple):
-    """What a rule has chosen.
+    """The threshold that a rule has chosen.
 
     Attributes:
       value: a head pixel belongs to the mask where the map is at least this.
@@ -53,9 +53,9 @@ class Threshold(NamedTuple):
 
 
 def anomaly_score(values: np.ndarray) -> float:  # [N]
-    """A slice's score: the mean of the highest hundredth of the map's values in the head, at least one of them.
+    """A slice's score: the mean of the highest 1 % of the map's values in the head, of at least one value.
 
-    0 where nothing is left of the head.
+    It is 0 for an empty head.
     """
     if not values.size:
         return 0.0
@@ -64,9 +64,9 @@ def anomaly_score(values: np.ndarray) -> float:  # [N]
 
 
 def slice_threshold(scores: np.ndarray, labels: np.ndarray) -> tuple[float, int]:  # [S], [S]
-    """The anomaly score from which on a slice is called a lesion slice, with the fewest errors, and their number.
+    """The lowest anomaly score of a lesion slice that gives the fewest errors, and their number.
 
-    Thresholds lie halfway between neighbouring scores; of several equally good ones the middle one is taken.
+    Thresholds are halfway between neighbouring scores. Of several equally good ones, the middle one is used.
     """
     values, lesion = np.unique(np.asarray(scores, np.float64)), np.asarray(labels) > 0
     candidates = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2, np.nextafter(values[-1:], np.inf)])
@@ -77,13 +77,13 @@ def slice_threshold(scores: np.ndarray, labels: np.ndarray) -> tuple[float, int]
 
 
 def slice_auc(scores: np.ndarray, labels: np.ndarray) -> float:  # [S], [S]
-    """Area under the ROC curve of anomaly scores; NaN with one class of slices alone."""
+    """Area under the ROC curve of anomaly scores; NaN if all slices are of one class."""
     lesion = np.asarray(labels) > 0
     return float(roc_auc_score(lesion, scores)) if lesion.any() and not lesion.all() else float("nan")
 
 
 def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
-    """The threshold with the largest expected Dice, from image labels alone.
+    """The threshold with the largest expected Dice, from image labels only.
 
     Let H(v) and U(v) be the shares of head pixels above v in healthy and in lesion slices. A lesion slice's pixels are
     a mixture: U = pi T + (1 - pi) H, with pi the share of lesion pixels and T(v) the share of these above v. As T is
@@ -91,9 +91,10 @@ def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
     largest such value (mixture proportion estimation; Elkan and Noto 2008 for the setting of positive and unlabelled
     data). Then Dice(v) = 2 pi T / (U + pi) = 2 (U - (1 - pi) H) / (U + pi).
 
-    Assumptions: what is not lesion in a lesion slice looks like a healthy slice at the same height in the head (healthy
-    slices are weighted to the heights of the lesion slices), and at some v nearly all lesion pixels lie above while
-    most others lie below. Where a lesion darkens the rest of its slice (`data.scaling` "slice"), the first is broken.
+    Assumptions: 1. The other pixels of a lesion slice are like those of a healthy slice at the same height in the head
+    (healthy slices are weighted to the heights of the lesion slices). 2. At some v, nearly all lesion pixels are above
+    and most others below. The first does not hold if a lesion makes the rest of its slice darker (`data.scaling`
+    "slice").
 
     Args:
       samples: validation slices with and without lesions.
@@ -111,7 +112,7 @@ def mixture(samples: Sequence[Sample], seed: int = 0) -> Threshold:
     rng, draws, excess = np.random.default_rng(seed), [], []
     for _ in range(_DRAWS):
         drawn = counts.drawn(rng)
-        if drawn is None:  # a class of slices is missing among the patients that were drawn
+        if drawn is None:  # the drawn patients have slices of one class only
             continue
         u_b, h_b = drawn.shares()
         excess.append(u_b[best] - h_b[best])
@@ -187,7 +188,7 @@ class Shares(NamedTuple):
 
 
 def shares(samples: Sequence[Sample]) -> Shares:
-    """U, H and pi of validation slices of both classes, for what builds on the mixture model (`probability`)."""
+    """U, H and pi of validation slices of both classes, for `probability`, which uses the mixture model as well."""
     levels = np.unique(_levels(samples))
     counts = _Counts.of(samples, levels)
     u, h = counts.shares()
@@ -214,7 +215,7 @@ class _Counts(NamedTuple):
     def shares(self) -> tuple[np.ndarray, np.ndarray]:  # [V], [V]
         """U and H."""
         above, everything = self.above_.sum(0), self.all_.sum(0)
-        weight = np.where(everything[0] > 0, everything[1], 0)  # heights at which there are healthy slices, too
+        weight = np.where(everything[0] > 0, everything[1], 0)  # only heights with healthy slices
         healthy = np.divide(above[0], everything[0][:, None], out=np.zeros_like(above[0]),
                             where=everything[0][:, None] > 0)
         matched = weight.sum() > 0
@@ -227,14 +228,14 @@ class _Counts(NamedTuple):
         return self.above_[:, 1].sum((0, 1))
 
     def drawn(self, rng: np.random.Generator) -> "_Counts | None":
-        """As many patients, drawn with replacement; None if they have slices of one class alone."""
+        """A bootstrap draw of patients; None if the drawn patients have slices of one class only."""
         chosen = rng.integers(0, len(self.all_), len(self.all_))
         found = _Counts(self.above_[chosen], self.all_[chosen])
         return found if found.all_.sum((0, 2)).all() else None
 
 
 def _levels(samples: Sequence[Sample]) -> np.ndarray:  # [V] ascending
-    """Candidate thresholds: quantiles of all values, evenly spread over the logarithm of the share above them."""
+    """Candidate thresholds: quantiles of all values, evenly spaced in the logarithm of the share above them."""
     values = np.concatenate([s.values for s in samples])
     shares = np.geomspace(0.9, max(1 / values.size, 1e-6), _CANDIDATES)
     return np.quantile(values, 1 - shares)
@@ -251,7 +252,7 @@ def _expected_dice(u: np.ndarray, h: np.ndarray, share: float) -> np.ndarray:  #
 
 
 def _height_weights(samples: Sequence[Sample]) -> np.ndarray:  # [heights]
-    """The weight of a healthy pixel at each height, so that healthy slices lie where lesion slices do."""
+    """Weights of healthy pixels by height, so that healthy and lesion slices have the same distribution of heights."""
     counts = np.zeros((2, _HEIGHTS))
     for s in samples:
         counts[int(s.label > 0), _bin(s.height)] += s.values.size

@@ -1,4 +1,4 @@
-"""What is known of the validation slices of a prepared dataset, beside a method's results for them."""
+"""Labels, ground truth and position of the validation slices of a prepared dataset, for calibrations."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def describe_slices(
     rows: dict[str, np.ndarray],  # of `SplitReader.read`
     heights: np.ndarray,  # [S] of `heights_in_head`
 ) -> list[ValidationSlice]:
-    """What is known of slices that were read from a store."""
+    """Describes slices that were read from a store."""
     found = []
     for i, number in enumerate(rows["case"]):
         case = cases[number]
@@ -30,7 +30,7 @@ def heights_in_head(
     cases: np.ndarray,  # [N] number of each slice's case
     slices: np.ndarray,  # [N] its position in the volume
 ) -> np.ndarray:  # [N]
-    """Where slices lie in their heads: 0 the lowest one of a case, 1 the highest."""
+    """The height of each slice in its head, from 0 for the lowest slice of a case to 1 for the highest."""
     heights = np.zeros(len(cases))
     for case in np.unique(cases):
         own = cases == case

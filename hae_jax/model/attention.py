@@ -1,4 +1,4 @@
-"""The U-Net's own attention: over the pixels of a feature map, and over the class context in its rank-one form."""
+"""The attention of the U-Net, over the pixels of a feature map and over the class context in its rank-one form."""
 
 from typing import NamedTuple
 
@@ -16,13 +16,13 @@ from hae_jax.ops.log_sum_exp import log_sum_exp
 
 
 class AttentionBlock(nnx.Module):
-    """Self-attention over H*W tokens joined with E context tokens in one softmax, plus the input."""
+    """Attention over H*W pixel tokens and E context tokens in one softmax; residual connection."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig, rngs: nnx.Rngs):
         self.heads, self.config = heads, config
         self.norm = group_norm(channels, rngs, dtype=config.dtype)
         self.qkv = linear(channels, 3 * channels, rngs, dtype=config.dtype)
-        # Present in every trained state dict, also where no class ever feeds it.
+        # Every published state dict has it, also those of networks without classes.
         self.encoder_kv = linear(config.embedding_width, 2 * channels, rngs, dtype=jnp.float32)
         self.proj_out = linear(channels, channels, rngs, dtype=config.dtype, zero=True)
 
@@ -72,13 +72,13 @@ def attend_with_context(
     out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
     if token is not None:
         value = token.factor[..., None] * token.direction[:, None] + token.base
-        # The two softmaxes joined by their sums: exp(logit) / (exp(logit) + exp(lse)) is the context's share.
+        # Both softmaxes are combined by their sums. The context's share is exp(logit) / (exp(logit) + exp(lse)).
         out += jax.nn.sigmoid(token.logit - lse)[..., None] * (value - out)
     return out.astype(q.dtype)
 
 
 class _Token(NamedTuple):
-    """The context as one more token of each query, with the value factor direction + base. All float32."""
+    """The context as one additional token of each query, with value factor * direction + base. All are float32."""
 
     logit: jax.Array  # [B, T, h]; minus infinity in rows that see no context
     factor: jax.Array  # [B, T, h]

@@ -1,4 +1,4 @@
-"""A classifier of noised slices: the U-Net's encoder with a head of its own, for classifier guidance."""
+"""A classifier of noised slices for classifier guidance: the U-Net's encoder with a separate head."""
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def make_network(config: UNetConfig, rngs: nnx.Rngs) -> UNet | Classifier:
 
 
 class GuidedNetwork(nnx.Module):
-    """A denoising network with the classifier that guides it; called as the network alone."""
+    """A denoising network with the classifier that guides it. A call runs the denoising network only."""
 
     def __init__(self, network: UNet, classifier: Classifier):
         self.network, self.classifier = network, classifier

@@ -1,7 +1,7 @@
-"""Time and class embeddings, and the class context: a rank-one matrix that is never built.
+"""Time and class embeddings, and the class context, a rank-one matrix that is not built.
 
-Every AttentionBlock reads the outer product c c^T of the class embedding as E context tokens. Its key/value projection
-(weight W, bias b) of token s is (W c) c_s + b, so the embedding itself says all that the product would.
+Every AttentionBlock uses the outer product c c^T of the class embedding as E context tokens. Its key/value projection
+(weight W, bias b) of token s is (W c) c_s + b. It can be computed from the embedding without the product.
 """
 
 import math
@@ -19,7 +19,7 @@ class Context(NamedTuple):
     """The class context in its rank-one form."""
 
     c: jax.Array  # [B, E] float32 class embeddings; zero rows are null
-    seen: jax.Array  # [B] bool: rows that attend to their context at all
+    seen: jax.Array  # [B] bool: rows that attend to their context
 
 
 def timestep_embedding(
@@ -35,7 +35,7 @@ def timestep_embedding(
 
 
 class EmbeddingMLP(nnx.Module):
-    """Linear, SiLU, Linear, from model_channels to E, in float32 (its cost is nothing)."""
+    """Linear, SiLU, Linear, from model_channels to E, in float32, since its cost is negligible."""
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
         self.linear1 = linear(config.model_channels, config.embedding_width, rngs, dtype=jnp.float32)
@@ -46,7 +46,7 @@ class EmbeddingMLP(nnx.Module):
 
 
 def context_rule(config: UNetConfig) -> str:
-    """The rule in force: "batch" means nothing where the variant or its settings never skip a context."""
+    """The effective rule. "batch" has no effect if the variant or its settings never skip a context."""
     if config.null_context == "batch" and not (config.rules.skips_zero_context and config.memory_optimization):
         return "keep"
     return config.null_context
@@ -54,14 +54,14 @@ def context_rule(config: UNetConfig) -> str:
 
 def class_context(
     c: jax.Array,  # [B, E] float32, zero where null or dropped
-    null: jax.Array,  # [B] bool: rows of a null pass that shares this batch with a conditional one
+    null: jax.Array,  # [B] bool: rows of a null pass in the same batch as a conditional pass
     config: UNetConfig,
 ) -> Context:
     """Decides which rows see their context (`UNetConfig.null_context`).
 
-    "batch" is the rule of the trained `hae_v2c`: the context is absent when every row of the batch is zero. A null pass
-    stacked onto a conditional one is all zero, whatever the other's rows are, and the other is judged without it.
-    Under jit with a batch sharded over devices, the batch is the global one.
+    "batch" is the rule of the published `hae_v2c`: the context is absent if all rows of the batch are zero. If a null
+    pass shares the batch with a conditional pass, its rows see no context, and the rule is applied to the other rows
+    only. Under jit with a batch that is sharded over devices, the rule uses the global batch.
     """
     rule = context_rule(config)
     zero = jnp.all(jnp.abs(c) <= config.zero_threshold, axis=-1)

@@ -1,4 +1,4 @@
-"""The fields of the network, named as in the PyTorch constructor and with its defaults; checked at once."""
+"""The network's config. Names and defaults are those of the PyTorch constructor; values are checked on creation."""
 
 import dataclasses
 import math
@@ -22,13 +22,13 @@ HYBRID_HEADS = 8
 
 
 class Variant(NamedTuple):
-    """What distinguishes one of the five networks from the others; everything else they share."""
+    """The differences between the five networks. All else is the same."""
 
     hybrid: str | None  # the decoder block before each upsampling: None, "joint" or "per_scale"
-    projection: str | None  # how "joint" makes regional tokens: a Linear per patch size, or one "shared" 1x1 conv
+    projection: str | None  # regional tokens of "joint": by a Linear "per_patch" size, or by one "shared" 1x1 conv
     mlp: str | None  # "wide" (4C) or "bottleneck" (C * bottleneck_ratio)
-    unfused_silu: bool  # False: the three SiLUs that the trained code meant to fuse, and lost, are absent
-    skips_zero_context: bool  # memory_optimization has an effect
+    unfused_silu: bool  # False: without the three SiLUs that the published code meant to fuse but left out
+    skips_zero_context: bool  # whether memory_optimization has an effect
 
 
 VARIANTS = {
@@ -48,13 +48,13 @@ _CHOICES = {
     "attention": forms.ATTENTION,
     "convolution": forms.CONVOLUTION,
 }
-# Fields that say how the network is computed. They are no part of its identity: a run may go on, and its network be
-# used, with others.
+# Fields that determine how the network is computed. They are not part of its identity: they may differ when a run is
+# resumed or its network is used.
 FORM_FIELDS = ("attention", "convolution")
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether the value is of the annotated type; a list passes as a tuple, an integer as a float."""
+    """Whether the value is of the annotated type. A list counts as a tuple, an integer as a float."""
     if isinstance(kind, types.UnionType):
         return any(_is_a(value, k) for k in get_args(kind))
     if get_origin(kind) is tuple:
@@ -94,9 +94,9 @@ class UNetConfig:
       null_context: whether a null row sees a context: "batch" (the trained code's rule), "sample" (never), "keep".
       sparse_pattern: "blocks" (this project's; 90 % of the pairs are skipped), "trained" (the published one), "dense".
       sparse_seed: seed of the sparse pattern at inference, and in training unless it is redrawn.
-      sparse_redraw: draw the sparse pattern anew at each training step.
-      remat: what the backward pass recomputes: "none"; "block": each ResBlock, attention and hybrid block; "full": also
-        each group of blocks between two skips, so that little more than the skips is stored.
+      sparse_redraw: draw a new sparse pattern at each training step.
+      remat: parts that the backward pass recomputes: "none"; "block": ResBlocks, attention and hybrid blocks; "full":
+        also each group of blocks between two skips, so that little more than the skips is stored.
       dtype: compute type; parameters, norms, softmax and the output head stay float32.
       attention: how attention is computed: "auto", "xla", "cudnn", or another form of `hae_jax.ops.forms`.
       convolution: how convolutions are computed: "auto", "xla" or "winograd".
@@ -172,7 +172,7 @@ class UNetConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
-        assert self.channel_mult is not None  # since __post_init__
+        assert self.channel_mult is not None  # set by __post_init__
         return tuple(int(m * self.model_channels) for m in self.channel_mult)
 
     @property
@@ -182,11 +182,11 @@ class UNetConfig:
 
     @property
     def rules(self) -> Variant:
-        """What this config's variant does differently."""
+        """The properties of this config's variant."""
         return VARIANTS[self.variant]
 
     def heads(self, channels: int, *, decoder: bool) -> int:
-        """Heads of an AttentionBlock with so many channels."""
+        """Heads of an AttentionBlock with this number of channels."""
         if self.num_head_channels != -1:
             return channels // self.num_head_channels
         return self.num_heads_upsample if decoder and self.num_heads_upsample != -1 else self.num_heads

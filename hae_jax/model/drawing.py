@@ -1,6 +1,6 @@
-"""One drawing of the five networks: the shared U-Net with a config's sizes, and the kinds of decoder block.
+"""A drawing of the five networks: the common U-Net with a config's sizes, and the kinds of decoder blocks.
 
-Made for `docs/models.md` by `tools/draw_models.py`. Lengths are in tenths of an inch; y points up.
+`tools/draw_models.py` makes it for `docs/models.md`. Lengths are in tenths of an inch; y points up.
 """
 
 import os
@@ -21,7 +21,7 @@ _LINE = "#444444"
 
 
 class Box(NamedTuple):
-    """Where a box lies."""
+    """The position and size of a box."""
 
     x: float  # left edge
     y: float  # lower edge
@@ -59,7 +59,7 @@ class _Sheet:
         self.axes.text(x, y, text, ha="center", va="center", fontsize=size, weight=weight, linespacing=1.25)
 
     def arrow(self, *points: tuple[float, float]) -> None:
-        """A line through the points with a head at the last."""
+        """Draws a line through the points with an arrowhead at the last."""
         *_, before, end = points
         if len(points) > 2:
             self.axes.plot(*zip(*points[:-1], strict=True), color=_LINE, linewidth=0.9, solid_joinstyle="miter")
@@ -67,12 +67,12 @@ class _Sheet:
             "arrowstyle": "-|>", "color": _LINE, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 9})
 
     def down(self, upper: Box, lower: Box) -> None:
-        """An arrow straight down, at the centre of the narrower box."""
+        """Draws a vertical arrow between two boxes, at the centre of the narrower one."""
         x = min(upper, lower, key=lambda box: box.width).middle
         self.arrow((x, upper.y), (x, lower.top))
 
     def chain(self, x: float, top: float, width: float, parts: Sequence[tuple[str, str, float]]) -> list[Box]:
-        """Boxes of (text, colour, height) below each other, joined by arrows."""
+        """Draws boxes (text, colour, height) below each other, connected by arrows."""
         boxes = []
         for text, colour, height in parts:
             boxes.append(self.box(Box(x, top - height, width, height), text, colour))
@@ -83,13 +83,13 @@ class _Sheet:
 
 
 def draw_models(config: UNetConfig, path: str | os.PathLike) -> None:
-    """Writes the drawing, in the format that the path's suffix names (.svg, .png, .pdf).
+    """Writes the drawing in the format of the path's suffix (.svg, .png, .pdf).
 
     Args:
       config: the network whose sizes are shown, with hybrid blocks.
     """
     figure = models_figure(config)
-    # A fixed salt and no date: the same drawing gives the same file.
+    # With a fixed salt and no date, equal drawings give equal files.
     with written_whole(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "hae-jax"}):
         figure.savefig(temporary, dpi=110, metadata={"Date": None} if temporary.suffix == ".svg" else None)
 
@@ -116,7 +116,7 @@ def models_figure(config: UNetConfig) -> Figure:
 
 
 def _network(sheet: _Sheet, config: UNetConfig) -> None:
-    """The U: encoder down the left, decoder up the right."""
+    """Draws the U-Net, with the encoder on the left and the decoder on the right."""
     size = config.image_size
     above_left = sheet.box(Box(4, 140.5, 40, 3.4), f"x_t, {size} x {size} x {config.in_channels}; 3 x 3 conv", _CONV)
     above_right = sheet.box(Box(68, 140.5, 40, 3.4), "GroupNorm, SiLU*, 3 x 3 conv; eps", _CONV)
@@ -139,7 +139,7 @@ def _network(sheet: _Sheet, config: UNetConfig) -> None:
 
 
 def _level(sheet: _Sheet, config: UNetConfig, level: int, y: float) -> tuple[Box, Box]:
-    """The ResBlocks of one resolution, in the encoder and in the decoder, and the skips between them."""
+    """Draws the blocks of one resolution in encoder and decoder, and the skip connections between them."""
     title = f"{config.image_size >> level} x {config.image_size >> level} px, {config.widths[level]} channels"
     if 2**level in config.attention_resolutions:
         colour, blocks = _ATTENTION, "(ResBlock, AttentionBlock)"
@@ -153,7 +153,7 @@ def _level(sheet: _Sheet, config: UNetConfig, level: int, y: float) -> tuple[Box
 
 
 def _conditioning(sheet: _Sheet, config: UNetConfig) -> None:
-    """What the blocks are told besides the features."""
+    """Draws the conditioning of the blocks."""
     e = config.embedding_width
     sheet.box(Box(4, 69.2, 34, 3.4), "time t: sinusoid, Linear, SiLU, Linear", _CONDITION)
     label = sheet.box(Box(4, 64.2, 34, 3.4), "class y: Embedding, Linear, SiLU, Linear", _CONDITION)
@@ -170,7 +170,7 @@ def _titles(sheet: _Sheet, x: float, name: str, subtitle: str) -> None:
 
 
 def _joint_block(sheet: _Sheet, x: float, name: str, subtitle: str, tokens: str, mlp: str, fusion: str) -> None:
-    """Convolutions beside one attention over the tokens of all patch sizes."""
+    """Draws the joint block: convolutions, and one attention over the tokens of all patch sizes."""
     _titles(sheet, x, name, subtitle)
     start = sheet.box(Box(x, 50.2, 35, 3.4), "x' = x + Linear(SiLU(emb))", _CONDITION)
     chain = sheet.chain(x + 10, 47.8, 25, (
@@ -188,7 +188,7 @@ def _joint_block(sheet: _Sheet, x: float, name: str, subtitle: str, tokens: str,
 
 
 def _per_scale_block(sheet: _Sheet, x: float) -> None:
-    """A ResBlock, and one attention per patch size on what it gives."""
+    """Draws the per-scale block: a ResBlock, and one attention per patch size on its output."""
     _titles(sheet, x, "hae_v2c", f"one attention per scale, {HYBRID_HEADS} heads, sparse above 64 tokens")
     start = sheet.box(Box(x, 50.2, 35, 3.4), "h = ResBlock(x, emb)", _CONV)
     shared = sheet.chain(x, 31.2, 31, (

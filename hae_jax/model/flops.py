@@ -1,8 +1,8 @@
-"""What one pass through a network costs, counted on shapes alone; what the log's model FLOP/s are made of.
+"""Operations of one pass through a network, counted from shapes. The log's model FLOP/s are based on them.
 
-A multiplication and an addition are two operations. Counted are convolutions (as direct sums) and matrix products as
-this network does them (sparse attention computes only the blocks that it keeps); recomputation by remat is not, nor
-what XLA may save.
+A multiplication and an addition are two operations. Convolutions (as direct sums) and matrix products are counted as
+this network computes them; sparse attention computes only the blocks that it keeps. Recomputation by remat and XLA's
+optimisations are not taken into account.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from hae_jax.model.config import UNetConfig
 TRAINING_FACTOR = 3  # the backward pass takes two products for each one of the forward pass
 
 # Dense peak FLOP/s of one JAX device, from the makers' data sheets, without structured sparsity: bfloat16, and float32
-# as JAX multiplies it by default (TF32 on NVIDIA from Ampere on, one bfloat16 pass on TPUs). A device is the first
-# whose name is in its `device_kind`.
+# in JAX's default precision (TF32 on NVIDIA from Ampere on, one bfloat16 pass on TPUs). The first entry is used whose
+# name is in the device's `device_kind`.
 _PEAKS = (
     ("GB200", 2500e12, 1250e12),
     ("B200", 2250e12, 1100e12),
@@ -48,7 +48,7 @@ _PEAKS = (
 
 
 def countable(config: UNetConfig) -> UNetConfig:
-    """The network in forms whose operations show: neither hidden in a kernel nor saved by Winograd's form."""
+    """The network in forms whose operations can be counted: without cuDNN's kernel and Winograd's form."""
     attention = config.attention if config.attention == "materialised" else "xla"
     return dataclasses.replace(config, convolution="xla", attention=attention)
 
@@ -65,12 +65,12 @@ def forward_flops(config: UNetConfig) -> int:
 
 
 def training_flops(config: UNetConfig) -> int:
-    """Operations of one image in a training step: forward, and backward as twice that."""
+    """Operations of one image in a training step. The backward pass counts twice the forward pass."""
     return TRAINING_FACTOR * forward_flops(config)
 
 
 def device_peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """The most FLOP/s that a device's maker promises for dense products, or None where this is not known (CPUs).
+    """The peak FLOP/s of dense products according to a device's maker, or None if unknown (CPUs).
 
     Args:
       dtype: "bfloat16" or "float32".
@@ -80,7 +80,7 @@ def device_peak_flops(device: jax.Device, dtype: str) -> float | None:
 
 
 def count_flops(f: Any, *args: Any) -> int:
-    """Operations in the convolutions and matrix products of `f(*args)`; nothing is run.
+    """Operations in the convolutions and matrix products of `f(*args)`, without running it.
 
     Args:
       args: arrays, or `jax.ShapeDtypeStruct`.
@@ -114,7 +114,7 @@ def _flops_of_equation(equation: Any) -> int:
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
-            part = getattr(part, "jaxpr", part)  # a closed one
+            part = getattr(part, "jaxpr", part)  # of a ClosedJaxpr
             if hasattr(part, "eqns"):
                 yield part
 
@@ -126,7 +126,7 @@ def _product_flops(equation: Any) -> int:
 
 
 def _convolution_flops(equation: Any) -> int:
-    """Two for each output and each weight that it sees; products with the padding's zeros count."""
+    """Two operations per output and weight of the output. Products with zeros of the padding count."""
     kernel = equation.invars[1].aval.shape
-    layout = equation.params["dimension_numbers"].rhs_spec  # places of: output channels, input channels, space
+    layout = equation.params["dimension_numbers"].rhs_spec  # axes of output channels, input channels, space
     return 2 * equation.outvars[0].aval.size * math.prod(kernel) // kernel[layout[0]]

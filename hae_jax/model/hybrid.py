@@ -1,4 +1,4 @@
-"""The CNN+transformer blocks of the decoder: joint attention over all patch sizes, or one attention per scale.
+"""The CNN+transformer blocks of the decoder, with joint attention over all patch sizes or one attention per scale.
 
 Source: the decoder of the heterogeneous auto-encoder, Lu et al. 2024, "Anomaly Detection for Medical Images Using
 Heterogeneous Auto-Encoder", IEEE Transactions on Image Processing 33, doi:10.1109/TIP.2024.3381435.
@@ -29,8 +29,8 @@ from hae_jax.model.layers import (
 from hae_jax.ops.forms import attention_form
 
 _SCALES = (1, 4, 8)  # patch sizes of the per-scale transformer
-_REGIONS = (4, 8)  # patch sizes of the regional tokens in the joint one
-_MASKED_ABOVE = 64  # the per-scale transformer is sparse where a scale has more tokens than this
+_REGIONS = (4, 8)  # patch sizes of the regional tokens in the joint transformer
+_MASKED_ABOVE = 64  # in the per-scale transformer, attention is sparse for scales with more tokens
 _FUSION_GROUPS = 8
 
 
@@ -73,7 +73,7 @@ class MultiHeadAttention(nnx.Module):
         return sparse.attend(q, k, v, trained_mask(count, self._pattern_key(randomness)), drop)
 
     def _drop(self, randomness: Randomness | None) -> HeadDropout | None:
-        """Dropout of attention weights; None where there is none."""
+        """Dropout of attention weights; None without dropout."""
         if randomness is None or not self.dropout.rate:
             return None
         of_head = lambda key, head: jax.random.fold_in(jax.random.fold_in(key, self.dropout.layer), head)
@@ -81,7 +81,7 @@ class MultiHeadAttention(nnx.Module):
         return HeadDropout(of_heads(randomness.samples, jnp.arange(HYBRID_HEADS)), self.dropout.rate)
 
     def _pattern_key(self, randomness: Randomness | None) -> jax.Array:
-        """The key of this attention's pattern: of this step where patterns are redrawn, else of the seed."""
+        """The key of this attention's pattern: that of the step if patterns are redrawn, else that of the seed."""
         redraws = self.config.sparse_redraw
         key = randomness.shared if redraws and randomness is not None else jax.random.key(self.config.sparse_seed)
         return jax.random.fold_in(key, self.dropout.layer)
@@ -101,7 +101,7 @@ class MLP(nnx.Module):
 
 
 class PerScaleTransformer(nnx.Module):
-    """One attention per patch size; the norms and the MLP are shared by the scales."""
+    """One attention per patch size. All scales share the norms and the MLP."""
 
     def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
         self.attentions = nnx.List([MultiHeadAttention(channels, config, rngs) for _ in _SCALES])
@@ -130,7 +130,7 @@ class PerScaleTransformer(nnx.Module):
 
 
 class PerScaleHybrid(nnx.Module):
-    """The block of `hae_v2c`: a ResBlock, the per-scale transformer on its output, both fused. No outer residual."""
+    """The block of `hae_v2c`: a ResBlock and the per-scale transformer on its output, fused. No outer residual."""
 
     def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
         self.cnn_block = ResBlock(channels, channels, config, rngs, scale_shift=False)
@@ -151,7 +151,7 @@ class PerScaleHybrid(nnx.Module):
 
 
 class JointTransformer(nnx.Module):
-    """Local and regional tokens in one sequence, one attention, the local tokens kept."""
+    """One attention over local and regional tokens in one sequence. The output is that of the local tokens."""
 
     def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
         dtype, rules = config.dtype, config.rules
@@ -179,7 +179,7 @@ class JointTransformer(nnx.Module):
             if height % size == 0 and width % size == 0:
                 tokens.append(self.regional_norms[i](self._regions(projected, i, size)))
         blocked = cond.sparse_masks[0] if cond.sparse_masks else None
-        # No residual around the attention: the trained code has none.
+        # There is no residual around the attention, since the published code has none.
         a = self.multihead_attn(jnp.concatenate(tokens, axis=1), cond.randomness, blocked, is_sparse=True)
         a = a[:, :height * width]
         mlp = self.bottleneck if self.has_bottleneck else self.mlp
@@ -209,7 +209,7 @@ class ConvBranch(nnx.Module):
 
 
 class JointHybrid(nnx.Module):
-    """The block of `hae`, `hae_lite`, `hae_v2`: convolutions beside a joint multi-scale transformer, plus the input."""
+    """The block of `hae`, `hae_lite`, `hae_v2`: convolutions and a joint transformer, fused; residual connection."""
 
     def __init__(self, channels: int, config: UNetConfig, rngs: nnx.Rngs):
         self.concatenates = config.rules.projection == "per_patch"

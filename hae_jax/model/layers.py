@@ -1,4 +1,4 @@
-"""The plain parts of the U-Net: convolutions, norms, resampling, dropout, ResBlock. NHWC throughout."""
+"""Basic layers of the U-Net: convolutions, norms, resampling, dropout, ResBlock. All arrays are NHWC."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ EPSILON = 1e-5  # of every norm, as in PyTorch; Flax's default is 1e-6
 
 
 class Randomness(NamedTuple):
-    """Keys of one training step. Each sample has its own, so its dropout does not depend on its batch company."""
+    """Keys of one training step. Each sample has its own, so its dropout does not depend on the rest of the batch."""
 
     samples: jax.Array  # [B] keys
-    shared: jax.Array  # one key, for what the whole batch shares (the sparse pattern)
+    shared: jax.Array  # one key for values of the whole batch (the sparse pattern)
 
     @classmethod
     def from_rngs(cls, rngs: nnx.Rngs, batch: int) -> "Randomness":
@@ -33,10 +33,10 @@ class Randomness(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What every block may read besides the features."""
+    """The inputs of each block besides the features."""
 
     emb: jax.Array  # [B, E] float32, time plus class
-    context: Any = None  # conditioning.Context, or None where there is no class context
+    context: Any = None  # conditioning.Context, or None without class context
     randomness: Randomness | None = None  # None: no dropout
     sparse_masks: tuple[jax.Array, ...] | None = None  # [N, N] bool each, True is blocked; None: the config's pattern
 
@@ -53,7 +53,7 @@ class ParameterKeys:
 
     @classmethod
     def of(cls, rngs: nnx.Rngs) -> nnx.Rngs:
-        """From the next key of a stream; typed as what Flax's layers ask for, which only call `params`."""
+        """Made from the next key of a stream. The type is that which Flax's layers expect; they only call `params`."""
         return cast(nnx.Rngs, cls(rngs.params()))
 
     def params(self) -> jax.Array:
@@ -79,7 +79,7 @@ def standard_normal() -> nnx.Initializer:
 
 
 def _initializer(on_host: Callable, traced: Callable) -> nnx.Initializer:
-    """Draws on the host where the key is known: compiling a draw for each of hundreds of shapes takes minutes."""
+    """Draws on the host if the key is concrete, since compiling a draw for hundreds of shapes takes minutes."""
 
     def draw(key, shape, dtype=jnp.float32):
         if isinstance(key, Tracer):
@@ -93,7 +93,7 @@ class Conv(nnx.Conv):
     """Flax's convolution, computed by `conv2d`: square kernels, strides and padding."""
 
     form = "auto"  # of `hae_jax.ops.forms.CONVOLUTION`
-    strides: tuple[int, int]  # as `conv` gives them; Flax's type is wider
+    strides: tuple[int, int]  # `conv` sets both; Flax's type is wider
     bias: nnx.Param
 
     def __call__(
@@ -131,16 +131,16 @@ def group_norm(channels: int, rngs: nnx.Rngs, *, dtype: Any, groups: int = NORM_
 
 
 def layer_norm(channels: int, rngs: nnx.Rngs, *, dtype: Any) -> nnx.LayerNorm:
-    """LayerNorm with float32 statistics; the fast variance (E[x^2] - E[x]^2) would cancel."""
+    """LayerNorm with float32 statistics. The fast variance (E[x^2] - E[x]^2) would lose digits by cancellation."""
     return nnx.LayerNorm(channels, epsilon=EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class Dropout(nnx.Module):
-    """Dropout whose mask is a function of (sample key, layer): stateless, so that it survives remat and sharding."""
+    """Dropout whose mask depends only on (sample key, layer). It has no state, so it works with remat and sharding."""
 
     def __init__(self, rate: float):
         self.rate = rate
-        self.layer = 0  # numbered by the network that holds it, once it is built
+        self.layer = 0  # set by the network after it is built
 
     def __call__(
         self,
@@ -153,7 +153,7 @@ class Dropout(nnx.Module):
 
 
 class HeadDropout(NamedTuple):
-    """Dropout of attention weights: each head of each sample draws its own."""
+    """Dropout of attention weights. Each head of each sample has its own mask."""
 
     keys: jax.Array  # [B, h] keys
     rate: float
@@ -161,7 +161,7 @@ class HeadDropout(NamedTuple):
     def __call__(
         self,
         weights: jax.Array,  # [B, ...], or [B, h, ...] of all heads
-        head: jax.Array | None = None,  # []; which head's weights they are; None: all heads'
+        head: jax.Array | None = None,  # [], the head of these weights; None: all heads
     ) -> jax.Array:
         return dropped(weights, self.keys if head is None else self.keys[:, head], self.rate)
 
@@ -171,7 +171,7 @@ def dropped(
     keys: jax.Array,  # [*B] keys
     rate: float,
 ) -> jax.Array:
-    """A share `rate` of the numbers replaced by zero, the others scaled up so that the mean stays."""
+    """Replaces a share `rate` of the values by zero, and scales the others so that the mean is the same."""
     keep, share = kept(keys, rate, x.shape[keys.ndim:])
     return jnp.where(keep, x / share, 0).astype(x.dtype)
 
@@ -180,8 +180,8 @@ def kept(
     keys: jax.Array,  # [*B] keys
     rate: float,
     shape: tuple[int, ...],
-) -> tuple[jax.Array, float]:  # [*B, *shape] bool, and the share of numbers that are kept
-    """Which numbers dropout keeps. Sixteen random bits decide on each, so a word is drawn for two of them.
+) -> tuple[jax.Array, float]:  # [*B, *shape] bool, and the share of values that are kept
+    """The values that dropout keeps. Each value uses sixteen random bits, so one word is drawn for two values.
 
     Random words are the most expensive part of dropout. The rate is rounded to 2^-16.
     """
@@ -194,7 +194,7 @@ def kept(
         draw = jax.vmap(draw)
     words, bound = draw(keys), max(1, round((1 - rate) * 2**16))
     halves = (words & 0xFFFF) < bound, (words >> 16) < bound
-    halves = jax.lax.optimization_barrier(halves)  # or what they are fused into draws each word twice
+    halves = jax.lax.optimization_barrier(halves)  # else fusion would draw each word twice
     return jnp.concatenate(halves, axis=-1)[..., :last], bound / 2**16
 
 
@@ -202,7 +202,7 @@ def pool(
     x: jax.Array,  # [B, H, W, C]
     size: int,
 ) -> jax.Array:  # [B, ceil(H/size), ceil(W/size), C]
-    """Average pooling; the right and bottom are filled up with zeros, which count in the mean."""
+    """Average pooling. The right and bottom are padded with zeros, which count in the mean."""
     if size == 1:
         return x
     batch, height, width, channels = x.shape
@@ -240,7 +240,7 @@ class Upsample(nnx.Module):
 
 
 class ResBlock(nnx.Module):
-    """Norm, activation, conv; embedding; norm, activation, dropout, conv; plus the input.
+    """Norm, activation, conv; embedding; norm, activation, dropout, conv; residual connection.
 
     Where the variant lost the SiLUs that its code meant to fuse into the norms (`unfused_silu` is False), only the
     one behind a scale-shift norm and the one on the embedding remain.
@@ -264,7 +264,7 @@ class ResBlock(nnx.Module):
         self,
         x: jax.Array,  # [B, H, W, in_channels]
         cond: Conditioning,
-    ) -> jax.Array:  # [B, H, W, out_channels], resampled where asked
+    ) -> jax.Array:  # [B, H, W, out_channels], resampled with `resample`
         h = self.in_norm(x, silu=self.activate)
         if self.resample:
             resample = repeat2 if self.resample == "up" else lambda a: pool(a, 2)
@@ -283,7 +283,7 @@ _KINDS = ("kernel", "scale", "embedding", "bias")  # weights before biases, as P
 
 
 def walk(module: nnx.Module | nnx.List, prefix: str = "") -> Iterator[tuple[str, nnx.Param]]:
-    """Every parameter with its path such as "input_blocks.0.0.kernel", in the order of the modules' attributes."""
+    """Yields all parameters with paths such as "input_blocks.0.0.kernel", in the order of the modules' attributes."""
     if isinstance(module, nnx.List):
         children = [(str(i), child) for i, child in enumerate(module)]
     else:

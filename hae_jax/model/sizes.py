@@ -1,4 +1,4 @@
-"""How large the networks are, counted on their shapes alone; read by people, through `tools/draw_models.py --table`."""
+"""Numbers of parameters of the networks, counted from shapes. `tools/draw_models.py --table` prints them."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from hae_jax.model.classifier import make_network
 from hae_jax.model.config import UNetConfig
 from hae_jax.model.hybrid import JointHybrid, PerScaleHybrid
 
-# The last column: without labels and scale-shift norm, four levels.
+# Settings of the last column: no labels, no scale-shift norm, four levels.
 _UNCONDITIONAL = {"channel_mult": (1, 2, 4, 8), "use_scale_shift_norm": False, "num_classes": None}
 _BYTES = 4  # parameters are float32
 
@@ -21,18 +21,18 @@ class ParameterCount(NamedTuple):
     """Numbers of parameters."""
 
     total: int
-    hybrid: int  # of them in the hybrid blocks
+    hybrid: int  # those in the hybrid blocks
 
 
 def count_parameters(config: UNetConfig) -> ParameterCount:
-    """Counts without allocating a parameter."""
+    """Counts parameters without allocating them."""
     model = nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0)))
     hybrids = [module for _, module in nnx.iter_modules(model) if isinstance(module, JointHybrid | PerScaleHybrid)]
     return ParameterCount(_count(model), sum(map(_count, hybrids)))
 
 
 def parameter_table(configs: Sequence[UNetConfig]) -> str:
-    """A Markdown table with a row for each network: as configured, then with widths 1, 2, 4, 8 and unconditional."""
+    """A Markdown table with a row per network: as configured, and unconditional with widths 1, 2, 4, 8."""
     lines = ["| variant | parameters | float32, MiB | of them in hybrid blocks | four wide levels, unconditional |",
              "|---|---:|---:|---:|---:|"]
     for config in configs:

@@ -1,11 +1,12 @@
-"""Sparse patterns, and the attention that profits from them.
+"""Sparse patterns and sparse attention.
 
-Every sparse attention takes its pattern from here. "blocks" is ours: the tokens are cut into blocks, each block of
-queries sees a tenth of the blocks of keys (itself, its neighbours, then far ones), and the others are never computed.
-Why blocks: what is left are dense products of 8 x 8 to 64 x 64 tokens, which matrix units and vector units like, and
-whole blocks are gathered as contiguous rows. A window alone would skip as much but no far token would be seen, and
-single pairs cannot be skipped without giving up the dense products.
-The published patterns skip single pairs at random; they are masks on dense attention, kept for weights trained so.
+Every sparse attention takes its pattern from this module. "blocks" is our pattern. The tokens are split into blocks.
+Each block of queries sees a tenth of the blocks of keys: itself, its neighbours, and distant ones. The other blocks are
+not computed. With blocks, the remaining work is dense products of 8 x 8 to 64 x 64 tokens, which are fast on matrix and
+vector units, and blocks are gathered as contiguous rows. A window would skip as much, but no distant tokens would be
+seen. If single pairs were skipped, the products would not be dense.
+The published patterns skip random single pairs. They are masks on dense attention and exist for weights that were
+trained with them.
 """
 
 from collections.abc import Callable
@@ -21,20 +22,20 @@ Drop = Callable[[jax.Array], jax.Array]  # attention weights [B, ...] -> the sam
 
 KEPT_SHARE = 0.1
 _BLOCK_SIZES = (64, 32, 16, 8)
-_FEWEST_BLOCKS = 30  # below this, a tenth of the blocks is too coarse a choice
+_FEWEST_BLOCKS = 30  # with fewer, a tenth of the blocks is a too coarse choice
 
 
 def block_size(tokens: int) -> int:
-    """Tokens per block: as large as the hardware likes, as small as a choice of a tenth of them needs."""
+    """Tokens per block: the largest size, for speed, that still gives enough blocks to choose a tenth of them."""
     return next((size for size in _BLOCK_SIZES if tokens >= size * _FEWEST_BLOCKS), _BLOCK_SIZES[-1])
 
 
 def block_links(tokens: int, key: jax.Array) -> jax.Array:  # [blocks, seen] int32, each row without repeats
-    """Which blocks of keys each block of queries sees: itself, up to two neighbours, the rest drawn by the key."""
+    """The blocks of keys that each block of queries sees: itself, up to two neighbours, and random ones."""
     blocks = -(-tokens // block_size(tokens))
     seen = min(blocks, max(2, round(KEPT_SHARE * blocks)))
     offset = np.arange(blocks) - np.arange(blocks)[:, None]
-    near = np.isin(offset, (0, -1, 1)[:max(1, min(3, seen - 1))])  # at least one link is left to be drawn
+    near = np.isin(offset, (0, -1, 1)[:max(1, min(3, seen - 1))])  # at least one link is random
     score = jax.random.uniform(key, near.shape) + near
     return jnp.sort(jax.lax.top_k(score, seen)[1], axis=-1)
 
@@ -62,7 +63,7 @@ def attend_blocks(
     *,
     form: str,
 ) -> jax.Array:  # [B, N, h, d]
-    """Attention of each block of queries over the blocks of keys that it is linked to; nothing else is computed.
+    """Attention of each block of queries over its linked blocks of keys. The others are not computed.
 
     Args:
       form: of `hae_jax.ops.forms.attention_form`; where weights are dropped, "cudnn" is computed as "xla".
@@ -79,14 +80,14 @@ def attend_blocks(
 
 
 def _seen_pairs(links: jax.Array, tokens: int) -> jax.Array:  # [blocks, seen] -> [N, N] bool
-    """The pattern pair by pair: True where query (row) sees key (column)."""
+    """The pattern of single pairs: True where query (row) sees key (column)."""
     blocks, size = len(links), block_size(tokens)
     seen = jnp.zeros((blocks, blocks), bool).at[jnp.arange(blocks)[:, None], links].set(True)
     return jnp.repeat(jnp.repeat(seen, size, axis=0), size, axis=1)[:tokens, :tokens]
 
 
 def _attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, links: jax.Array) -> jax.Array:
-    """`attend_blocks` of whole blocks, each block of queries a row for cuDNN's dense kernel."""
+    """`attend_blocks` for complete blocks with cuDNN's dense kernel, in which each block of queries is a row."""
     batch, tokens, heads, depth = q.shape
     q, k, v = (a.reshape(batch, len(links), -1, heads, depth) for a in (q, k, v))
     k, v = (a[:, links].reshape(batch, len(links), -1, heads, depth) for a in (k, v))
@@ -94,17 +95,18 @@ def _attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, links: jax.Array) -> 
 
 
 def _over_heads(one_head: Callable, q: jax.Array, k: jax.Array, v: jax.Array, *, one_by_one: bool) -> jax.Array:
-    """`one_head` (three arrays [B, N, d] and the head's number) for each head of [B, N, h, d].
+    """Calls `one_head` (three arrays [B, N, d] and the head's number) for each head of [B, N, h, d].
 
-    Its weights are computed again for the gradient, so that only q, k and v are kept. With one head after the other a
-    head's arrays stay in a CPU's caches (measured at 4416 tokens, 8 heads of 16 numbers, with gradients: a fifth of
-    the memory of all heads at once, and no slower). All at once is for accelerators; it was not timed on one.
+    The attention weights are recomputed for the gradient, so that only q, k and v are stored. If heads are computed one
+    after the other, a head's arrays stay in a CPU's caches. Measured with gradients, 4416 tokens and 8 heads of 16
+    channels, this takes a fifth of the memory of all heads at once and is not slower. All heads at once is meant for
+    accelerators; it was not timed on one.
     """
     heads = jnp.arange(q.shape[2])
     if not one_by_one:
         at_once = jax.vmap(one_head, in_axes=(2, 2, 2, 0), out_axes=2)
         return jax.checkpoint(at_once)(q, k, v, heads)
-    one_head = jax.checkpoint(one_head, prevent_cse=False)  # a loop's body shares no expression with its gradient's
+    one_head = jax.checkpoint(one_head, prevent_cse=False)  # a loop has no common subexpressions with its gradient
     q, k, v = (jnp.moveaxis(a, 2, 0) for a in (q, k, v))
     return jnp.moveaxis(jax.lax.map(lambda head: one_head(*head), (q, k, v, heads)), 0, 2)
 
@@ -121,7 +123,7 @@ def _attend_blocks(
     blocks, seen = links.shape
     size = block_size(tokens)
 
-    def cut(a):  # [B, N, d] -> [B, blocks, size, d], the ragged last block filled up
+    def cut(a):  # [B, N, d] -> [B, blocks, size, d], the last block padded
         return jnp.pad(a, ((0, 0), (0, blocks * size - tokens), (0, 0))).reshape(batch, blocks, size, depth)
 
     def gather(a):  # [B, N, d] -> [B, blocks, seen * size, d]
@@ -136,8 +138,8 @@ def _attend_blocks(
 
 
 def _average(contraction: str, scores: jax.Array, v: jax.Array, drop: Drop | None, arrange: Callable) -> jax.Array:
-    """softmax(scores) v. The outputs are divided by the sums, not the weights: one pass less over the scores."""
-    # The shift cancels in the quotient, so its gradient is exactly zero.
+    """softmax(scores) v. The outputs are divided by the sums instead of the weights, which saves a pass over scores."""
+    # The maximum cancels in the quotient, so its gradient is exactly zero.
     p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = p.sum(-1)
     p = drop(p) if drop else p

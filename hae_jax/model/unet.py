@@ -1,4 +1,4 @@
-"""One U-Net, five variants: a network eps = f(x, t, y) that `diffusion` sees as a plain function."""
+"""The U-Net in five variants: a network eps = f(x, t, y), which `hae_jax.diffusion` uses as a function."""
 
 from collections.abc import Sequence
 
@@ -52,7 +52,7 @@ class UNet(nnx.Module):
             ResBlock(width, width, config, rngs),
         ])
         self.output_blocks = _decoder(config, skips, rngs)
-        # In float32 whatever the rest computes in: the head costs nothing, and its rounding would be the output's.
+        # The head is always float32. Its cost is negligible, and its rounding would directly affect the output.
         self.head_norm = group_norm(config.widths[0], rngs, dtype=jnp.float32)
         self.head_conv = conv(config.widths[0], config.out_channels, 3, config, rngs, dtype="float32", zero=True)
         dropouts = [module for _, module in nnx.iter_modules(self) if isinstance(module, Dropout)]
@@ -106,7 +106,7 @@ class UNet(nnx.Module):
             for layer in block:
                 if isinstance(layer, _HYBRID_LAYERS):
                     counts += layer.masked_tokens(height // rate, width // rate)
-                    rate //= 2  # a hybrid block stands before each upsampling
+                    rate //= 2  # there is a hybrid block before each upsampling
         return counts
 
     def _condition(self, x, t, y, null, drop, rngs, context_seen) -> Conditioning:
@@ -122,7 +122,7 @@ class UNet(nnx.Module):
         null_rows = jnp.broadcast_to(jnp.asarray(null, bool), x.shape[:1])
         zero = null_rows if drop is None else null_rows | drop
         c = jnp.where(zero[:, None], 0, self.class_emb(self.label_emb(y)))
-        # A null pass would make c a constant, and XLA fold all that follows from it for minutes.
+        # In a null pass, c is constant. Without a barrier, XLA would spend minutes on constant folding.
         c = jax.lax.optimization_barrier(c)
         context = class_context(c, null_rows, self.config) if context_seen is None else Context(c, context_seen)
         return Conditioning(emb + c, context, rngs)
@@ -144,7 +144,7 @@ class UNet(nnx.Module):
     def _features(self, x: jax.Array, cond: Conditioning) -> jax.Array:  # [B, H, W, C] -> [B, H, W, widths[0]]
         skips, masks = [], list(cond.sparse_masks or ())
         cond = cond._replace(sparse_masks=None)
-        # With "full" a block is recomputed, and each of its layers again within it: kept are the blocks' outputs alone.
+        # With "full", blocks are recomputed, and each layer again within its block. Only blocks' outputs are stored.
         run = nnx.remat(run_block, static_argnums=(4,)) if self.config.remat == "full" else run_block
         remat, h = self.config.remat != "none", x
         for block in self.input_blocks:
@@ -162,7 +162,7 @@ class UNet(nnx.Module):
 def run_block(
     block: nnx.List, inputs: tuple[jax.Array, ...], cond: Conditioning, masks: tuple[jax.Array, ...], remat: bool
 ) -> jax.Array:
-    """One of the U-Net's blocks on its inputs, joined along their channels; masks are those of its hybrid layer."""
+    """Runs a block of the U-Net on its inputs, concatenated along channels. `masks` are for its hybrid layer."""
     h = inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs, axis=-1)
     for layer in block:
         if isinstance(layer, nnx.Conv):
@@ -175,12 +175,12 @@ def run_block(
 
 
 def _masked(block: nnx.List, height: int, width: int) -> int:
-    """How many masked attentions a block has."""
+    """The number of masked attentions in a block."""
     return sum(len(layer.masked_tokens(height, width)) for layer in block if isinstance(layer, _HYBRID_LAYERS))
 
 
 def encoder(config: UNetConfig, rngs: nnx.Rngs) -> tuple[nnx.List, list[int]]:
-    """The encoder's blocks, and the channels that each hands to the decoder."""
+    """The encoder's blocks, and the channels of each block's skip connection."""
     width = config.widths[0]
     blocks = [nnx.List([conv(config.in_channels, width, 3, config, rngs)])]
     skips = [width]
@@ -200,7 +200,7 @@ def encoder(config: UNetConfig, rngs: nnx.Rngs) -> tuple[nnx.List, list[int]]:
 
 
 def _decoder(config: UNetConfig, skips: list[int], rngs: nnx.Rngs) -> nnx.List:
-    """The decoder's blocks; each takes one skip."""
+    """The decoder's blocks. Each uses one skip connection."""
     blocks, skips, width = [], list(skips), config.widths[-1]
     for level in reversed(range(len(config.widths))):
         out = config.widths[level]

@@ -1,1 +1,1 @@
-"""What layers compute with: convolution, normalisation, attention, in the form that suits the device."""
+"""Operations of the layers: convolution, normalisation, attention, each in the form for the device."""

@@ -1,6 +1,6 @@
-"""Softmax attention that keeps no T x T array for its backward pass and also returns its log-sum-exp.
+"""Softmax attention that stores no T x T array for its backward pass and also returns its log-sum-exp.
 
-The log-sum-exp is what a softmax needs to be joined with another one afterwards.
+With the log-sum-exp, the softmax can be combined with another one afterwards.
 """
 
 import functools
@@ -32,8 +32,10 @@ def _forward(q, k, v, by_rows):
 
 
 def _backward(by_rows, residuals, cotangents):
-    """FlashAttention's backward pass (Dao et al. 2022, arXiv:2205.14135, algorithm 4): weights recomputed from the
-    log-sum-exp."""
+    """FlashAttention's backward pass (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
+
+    It recomputes the weights from the log-sum-exp.
+    """
     q, k, v, out, lse = residuals
     dout, dlse = cotangents
     arguments = q, dout.astype(v.dtype), lse, (dout * out).sum(-1) - dlse, k, v
@@ -54,9 +56,9 @@ def _forward_block(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array,
 
 
 def _backward_block(q, dout, lse, shift, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What some of the queries add to dq [B, h, T, d], dk and dv, float32, through ds = p (dp - shift).
+    """The contribution of some queries to dq [B, h, T, d], dk and dv in float32, with ds = p (dp - shift).
 
-    dk and dv are [B, h, d, S]: with S first these two products are three times slower in XLA's CPU backend.
+    dk and dv are [B, h, d, S]. With S before d, these two products are three times slower in XLA's CPU backend.
     """
     p = jnp.exp(_scores(q, k) - lse[..., None])
     ds = p * (_product("bhtd,bhsd->bhts", dout, v) - shift[..., None]) * q.shape[-1] ** -0.5

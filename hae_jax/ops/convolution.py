@@ -1,4 +1,4 @@
-"""Two-dimensional convolution, in the form that the config names (`forms.convolution_form`)."""
+"""Two-dimensional convolution in the form that the config selects (`forms.convolution_form`)."""
 
 import functools
 

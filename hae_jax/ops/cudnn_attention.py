@@ -1,18 +1,18 @@
-"""Attention by cuDNN's kernel, which keeps no scores (FlashAttention, Dao et al. 2022, arXiv:2205.14135).
+"""Attention with cuDNN's kernel, which stores no scores (FlashAttention, Dao et al. 2022, arXiv:2205.14135).
 
-Such a kernel takes queries, keys and values and nothing else, so the class context is given to it as two more keys.
+The kernel takes only queries, keys and values. So the class context is passed as two additional keys.
 """
 
 import jax
 import jax.numpy as jnp
 
-_EXTRA = 8  # numbers that the context adds to a head; kernels want a multiple of 8
-_MOST_NUMBERS = 128  # in a head
-_NOT_SEEN = -1e4  # a logit whose weight is zero, and that zero times it is zero
+_EXTRA = 8  # channels that the context adds to a head; kernels require a multiple of 8
+_MOST_NUMBERS = 128  # channels per head, at most
+_NOT_SEEN = -1e4  # a logit with weight zero; it is finite, so that zero times it is zero
 
 
 def fits(q: jax.Array) -> bool:  # [..., d]
-    """Whether the kernel takes heads of this size, extended by a context or not."""
+    """Whether the kernel supports heads of this size, with and without the context."""
     return q.shape[-1] % _EXTRA == 0 and q.shape[-1] + _EXTRA <= _MOST_NUMBERS
 
 
@@ -39,17 +39,17 @@ def attend_with_token(
     q: jax.Array,  # [B, T, h, d]
     k: jax.Array,  # [B, T, h, d]
     v: jax.Array,  # [B, T, h, d]
-    logit: jax.Array,  # [B, T, h] float32, of one more token for each query; minus infinity where it is not seen
+    logit: jax.Array,  # [B, T, h] float32, of one additional token per query; minus infinity where it is not seen
     factor: jax.Array,  # [B, T, h] float32
     direction: jax.Array,  # [B, h, d] float32
     base: jax.Array,  # [h, d] float32
 ) -> jax.Array:  # [B, T, h, d]
-    """Attention over the T tokens and one whose logit is each query's own, and whose value is factor direction + base.
+    """Attention over T tokens and an additional token, with a logit per query and the value factor * direction + base.
 
-    The queries are extended by their logit and the token's key by a one, which meet in the product; in bfloat16 the
-    logit is too coarse, so what its rounding leaves is a further number. The token's value is `base`, extended by a
-    one, so that the output says the token's weight, which is what `direction` is then added with. The token comes
-    twice, each with half of the weight: kernels want even numbers of keys.
+    The queries are extended by the logit, and the token's key by a one, so that their product contains the logit.
+    bfloat16 is too coarse for the logit, so its rounding error is a second additional channel. The token's value is
+    `base`, extended by a one. So the output contains the token's weight, by which `direction` is then scaled. The token
+    is added twice with half of the weight each, since kernels require an even number of keys.
     """
     batch, tokens, heads, depth = q.shape
     logit = (jnp.maximum(logit, _NOT_SEEN) - jnp.log(2.0)) * depth**0.5

@@ -1,7 +1,7 @@
-"""Which form of an operation a program gets. The only place where a platform decides on code.
+"""Selection of the form of an operation. Only this module selects code by platform.
 
-A network's config names the forms (`model.attention`, `model.convolution`), and the layers ask here while a program is
-traced, so a program contains one form of each operation. All forms give the same numbers but for rounding.
+A network's config names the forms (`model.attention`, `model.convolution`). The layers call this module while a program
+is traced, so a program contains one form of each operation. All forms give the same results up to rounding.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ _ON_CPUS = {"attention": "rows", "convolution": "winograd"}
 
 
 def automatic(operation: str, platform: str) -> str:
-    """What "auto" stands for, in any dtype: the forms for CPUs on CPUs, and XLA's elsewhere.
+    """The form for "auto", in any dtype: the forms for CPUs on CPUs, and XLA's on other platforms.
 
-    It is never "cudnn": nobody has timed that form on a GPU yet.
+    It is never "cudnn", since that form has not been timed on a GPU yet.
 
     Args:
       operation: "attention" or "convolution".
@@ -27,7 +27,7 @@ def automatic(operation: str, platform: str) -> str:
 
 
 def attention_form(choice: str, dtype: Any, platform: str | None = None) -> str:
-    """The form of attention that a choice stands for.
+    """The form of attention for a choice in the config.
 
     - "auto": see `automatic`.
     - "xla": all heads and queries at once, and the scores computed again for the gradient.
@@ -47,7 +47,7 @@ def attention_form(choice: str, dtype: Any, platform: str | None = None) -> str:
 
 
 def convolution_form(choice: str, platform: str | None = None) -> str:
-    """The form of convolutions that a choice stands for.
+    """The form of convolutions for a choice in the config.
 
     - "auto": see `automatic`.
     - "xla": XLA's convolution and its gradients.

@@ -1,8 +1,8 @@
-"""GroupNorm with what follows it in a ResBlock (scale and shift, SiLU) in one, with a gradient of its own.
+"""GroupNorm fused with the next steps of a ResBlock (scale and shift, SiLU), with a custom gradient.
 
-Most of what a U-Net does beside its convolutions is to read and write feature maps for norms. Here the forward pass
-reads a map twice and writes one, the backward pass reads two maps twice and writes one, and keeps nothing but the
-input: automatic differentiation would read and keep every step between.
+Besides convolutions, a U-Net spends most of its time on reading and writing feature maps for norms. Here, the forward
+pass reads a map twice and writes one. The backward pass reads two maps twice and writes one. Only the input is stored.
+With automatic differentiation, all intermediate maps would be read and stored.
 """
 
 import functools
@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_STRIDE = 4  # of the pixels that the guess of the mean is taken from
-_WORTH_GUESSING = 4096  # pixels; for smaller maps the mean itself is cheap
+_STRIDE = 4  # of the pixels from which the mean is estimated
+_WORTH_GUESSING = 4096  # pixels; for smaller maps, the exact mean is cheap
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Flax's GroupNorm (statistics in float32), also with scale and shift for each sample, and with SiLU behind."""
+    """Flax's GroupNorm with statistics in float32, optionally with scale and shift per sample, and with SiLU."""
 
-    scale: nnx.Param  # always there; Flax's may be None
+    scale: nnx.Param  # never None, unlike Flax's
     bias: nnx.Param
 
     def __call__(
         self,
         x: jax.Array,  # [B, H, W, C]
-        scale: jax.Array | None = None,  # [B, C]; the norm's output is multiplied by 1 + scale,
-        shift: jax.Array | None = None,  # [B, C]; and this is added
+        scale: jax.Array | None = None,  # [B, C]; the norm's output is multiplied by 1 + scale
+        shift: jax.Array | None = None,  # [B, C]; added after the scale
         *,
         silu: bool = False,
     ) -> jax.Array:  # [B, H, W, C] in the norm's dtype
@@ -65,7 +65,7 @@ def _backward(groups, epsilon, silu, dtype, residuals, dy):
     x, gain, offset, mean, factor = residuals
     n, dz = _to_normalised(x, dy, gain, offset, mean, factor, silu)
     sums = dz.sum((1, 2)), (dz * n).sum((1, 2))
-    # Or n and dz would be written as float32 while the sums are taken: to compute them again is faster.
+    # With a barrier, n and dz are computed again. This is faster than writing them as float32 for the sums.
     x, dy, (doffset, dgain) = jax.lax.optimization_barrier((x, dy, sums))
     n, dz = _to_normalised(x, dy, gain, offset, mean, factor, silu)
     mean_dn, mean_dn_n = (_to_channels(_over_group(gain * a, groups, x), x) for a in (doffset, dgain))
@@ -90,10 +90,10 @@ def _moments(
     x: jax.Array,  # [B, H, W, C]
     groups: int,
 ) -> tuple[jax.Array, jax.Array]:  # [B, groups] float32
-    """Mean and variance of each group, from one reading of a large map: of x - k and its square, k nearly the mean.
+    """Mean and variance of each group. A large map is read once, for sums of x - k and its square; k is near the mean.
 
-    var = <(x - k)^2> - (<x> - k)^2. With k the mean of a share f of the pixels, |<x> - k| is at most sqrt(1/f - 1)
-    standard deviations, whatever the map: so the difference is at least f times its terms, and few digits cancel.
+    var = <(x - k)^2> - (<x> - k)^2. If k is the mean of a share f of the pixels, |<x> - k| is at most sqrt(1/f - 1)
+    standard deviations for every map. So the difference is at least f times its terms, and few digits cancel.
     """
     stride = _STRIDE if x.shape[1] * x.shape[2] >= _WORTH_GUESSING else 1
     some = x[:, ::stride, ::stride]

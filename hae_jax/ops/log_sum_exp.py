@@ -1,12 +1,13 @@
-"""The softmax over rank-one logits a c_s, known by its log-sum-exp and its mean, without keeping a T x E array.
+"""Log-sum-exp and mean of the softmax over rank-one logits a c_s, without storing a T x E array.
 
-What an AttentionBlock wants of its E context tokens is, for each query, a function of one number a, the query's slope:
+For each query, an AttentionBlock needs functions of one number a, the query's slope, over its E context tokens:
 
     L(a) = log sum_s exp(a c_s)        L'(a) = sum_s p_s c_s        p_s = exp(a c_s - L(a))
 
-and the gradient with respect to a needs only L''(a), the variance of c under p, a third sum in the same pass.
-Every sum is taken from the largest logit's own c: exponents a (c_s - c*) are at most zero and keep their relative
-precision, and mean and variance are differences from c*, so nothing cancels where the softmax is concentrated.
+The gradient with respect to a needs only L''(a), the variance of c under p. It is a third sum in the same pass.
+All sums use differences from c*, the value of c with the largest logit. The exponents a (c_s - c*) are at most zero and
+keep their relative precision. Mean and variance are differences from c*, so no digits cancel if the softmax is
+concentrated.
 """
 
 import functools
@@ -23,7 +24,7 @@ def log_sum_exp(
     c: jax.Array,  # [B, E] float32
     by_rows: bool,
 ) -> tuple[jax.Array, jax.Array]:  # [B, h, T] each
-    """L(a) and L'(a) over the E values of c; exact, at any a, with gradients for both arguments.
+    """L(a) and L'(a) over the E values of c, exact for every a, with gradients for both arguments.
 
     Args:
       by_rows: by the loops for CPUs.
@@ -40,11 +41,11 @@ def _forward(a, c, by_rows):
 
 
 def _backward(by_rows, residuals, cotangents):
-    """dL/dc_s = a p_s and dL'/dc_s = p_s (1 + a (c_s - L')): one more pass over T x E, reduced over T."""
+    """dL/dc_s = a p_s and dL'/dc_s = p_s (1 + a (c_s - L')). It takes one more pass over T x E, reduced over T."""
     a, c, log_s0, mean, variance = residuals
     dl, dm = cotangents
     top = _value_at_the_peak(a, c)
-    # p_s (alpha + beta (c_s - c*)) is what a query adds to the gradient of c_s.
+    # The contribution of a query to the gradient of c_s is p_s (alpha + beta (c_s - c*)).
     beta = dm * a
     alpha = dl * a + dm - beta * mean
     dc = (cpu.gradient if by_rows else _gradient)(a, top, log_s0, alpha, beta, c)
@@ -55,7 +56,7 @@ log_sum_exp.defvjp(_forward, _backward)
 
 
 def _value_at_the_peak(a: jax.Array, c: jax.Array) -> jax.Array:  # [B, h, T]
-    """c*, the value of c with the largest logit: the maximum of c, or its minimum where the slope is negative."""
+    """c*, the value of c with the largest logit: the maximum of c, or its minimum if the slope is negative."""
     return jnp.where(a >= 0, c.max(-1)[:, None, None], c.min(-1)[:, None, None])
 
 

@@ -1,4 +1,4 @@
-"""Attention over the class context as it was published: what `model.attention = "materialised"` stands for."""
+"""Attention over the class context in the published form, for `model.attention = "materialised"`."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def attend_with_context(
     kernel: jax.Array,  # [E, h * 2 * d], head-major: each head's k, then its v
     bias: jax.Array,  # [h * 2 * d]
 ) -> jax.Array:  # [B, T, h, d]
-    """The context as the E x E product c c^T, then as E more keys and values, in one softmax over E + T tokens."""
+    """Builds the context as the E x E product c c^T. The E context tokens and T tokens share one softmax."""
     batch, _, heads, depth = q.shape
     c = c.astype(q.dtype)
     product = c[:, :, None] * c[:, None, :]  # [B, E, E]
@@ -30,7 +30,7 @@ def attend(
     v: jax.Array,  # [B, S, h, d]
     visible: jax.Array | bool = True,  # broadcast to [B, h, T, S]
 ) -> jax.Array:  # [B, T, h, d]
-    """softmax(q.k / sqrt(d)) v; the scores are kept for the backward pass."""
+    """softmax(q.k / sqrt(d)) v. The scores are stored for the backward pass."""
     scale = q.shape[-1] ** -0.25
     scores = jnp.einsum("bthd,bshd->bhts", q * scale, k * scale, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)

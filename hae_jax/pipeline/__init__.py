@@ -1,1 +1,1 @@
-"""Folders of cases in, folders of results out."""
+"""Processing of folders of cases into folders of results."""

@@ -1,7 +1,7 @@
-"""Settings of the method `residual` side by side on slices of the validation split: which of them matter.
+"""Ablation: compares settings of the method `residual` on slices of the validation split.
 
-Settings are chosen here, by expected Dice times slice AUC, which need image labels alone; test subjects are left
-alone. `hae_jax.commands.ablate` calls it.
+Choose settings by expected Dice times slice AUC, which need image labels only. Test subjects are not used.
+`hae_jax.commands.ablate` calls this module.
 """
 
 import copy
@@ -24,7 +24,7 @@ from hae_jax.localization.measures import Measures, masks_dice, measure
 from hae_jax.localization.methods import IntensityThreshold, make_method
 from hae_jax.pipeline.calibrations import validation_results
 
-_BLOCK = 8  # neighbouring slices
+_BLOCK = 8  # neighbouring slices in a block
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly
 _HEADS = {"expected_dice": "expected Dice", "lesion_share": "lesion share", "slice_auc": "slice AUC",
           "slice_accuracy": "slice accuracy", "auprc": "lesion-slice AUPRC",
@@ -35,7 +35,7 @@ _FILTERS = {"filters", "across_mm", "head_erosion_mm", "median_mm", "smallest_ml
 
 
 def variations(config: ml_collections.ConfigDict) -> list[tuple[str, dict[str, Any]]]:
-    """What is compared: the config's settings, and each of them changed alone."""
+    """The variants to compare: the config's settings, and variants that each change one of them."""
     wanted = config.translation
     times = tuple(wanted.timesteps)
     rows = [("as configured", {})]
@@ -121,7 +121,7 @@ def ablate(
 
 
 def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
-    """Rows of a split in blocks of neighbours, so that smoothing across slices has something to work on.
+    """Rows of a split in blocks of neighbouring slices, which smoothing across slices needs.
 
     Each block lies at another place of its part of the split. Equal distances could select the same heights of all
     subjects, for example their lowest slices.
@@ -133,7 +133,7 @@ def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
 
 
 def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[_Row], slices: int) -> None:
-    """After each row, so that a stopped run keeps what it has."""
+    """Writes the tables. It is called after each row, so that a stopped run keeps its results."""
     head = ["settings", "passes", *_HEADS.values(), "lesion-slice Dice, masks", "seconds per slice"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     lines += [[row.name, str(row.passes), *(f"{value:.3f}" for value in (*row.values, row.masks_dice, row.seconds))]

@@ -1,7 +1,7 @@
-"""Finished results as BIDS derivatives: the same files under BIDS names, with the JSON that BIDS asks for.
+"""Export of finished results as BIDS derivatives: the same files under BIDS names, with the JSON files of BIDS.
 
-Comes after a run (`translate.py --layout bids`, `hae-bids`) and reads what the run has written, its manifest.json
-first. Volumes are linked, not copied, where the file system can. See the BIDS specification, chapter "Derivatives".
+It follows a run (`translate.py --layout bids`, `hae-bids`) and reads the run's manifest.json and files. Volumes are
+linked, or copied if the file system has no hard links. See the BIDS specification, chapter "Derivatives".
 """
 
 import csv
@@ -22,12 +22,12 @@ from hae_jax.localization.probability import MEANINGS
 from hae_jax.pipeline.results_folder import read_manifest
 from hae_jax.provenance import RESEARCH_USE
 
-RESULTS = Path("sourcedata") / "hae-jax"  # in a folder of derivatives: the results that they are made of
+RESULTS = Path("sourcedata") / "hae-jax"  # in a folder of derivatives: the results that they come from
 GROUP_TABLE = "group_lesions.tsv"
 _VERSION = "1.10.0"  # of BIDS
 _DESCRIPTION = "dataset_description.json"
 _SUFFIXES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "T1w", "t2": "T2w"}
-_IGNORED = ("*_anomalymap.*", "*_uncertainty.*", "group_*")  # what BIDS has no names for
+_IGNORED = ("*_anomalymap.*", "*_uncertainty.*", "group_*")  # files without a BIDS suffix
 _README = f"""# Lesions found by HAE-JAX
 
 `*_desc-hae_mask.nii.gz` is the lesion mask. `*_desc-hae_probseg.nii.gz` is the probability of a lesion, if it was
@@ -39,7 +39,7 @@ uncertainty. `{RESULTS}` holds tables, metrics, pictures, the manifest and the c
 
 
 class _File(NamedTuple):
-    """A derivative: how its name goes on after the entities of the case, and its JSON."""
+    """A derivative: the part of its name after the entities of the case, and the contents of its JSON file."""
 
     ending: str
     facts: Mapping[str, Any]
@@ -88,7 +88,7 @@ def write_group_table(output: str | Path) -> Path:
     """
     output, rows = Path(output), {}
     tables = sorted((output / RESULTS).rglob("cases.csv"), key=lambda path: path.stat().st_mtime)
-    for path in tables:  # where two runs have worked on a case, the later one counts
+    for path in tables:  # of two runs of one case, the later one is used
         found = list(csv.DictReader(io.StringIO(decoded(read_content(path)), newline="")))
         if any(None in row or None in row.values() or "case" not in row for row in found):
             raise UserError(f"{path}: is damaged; run the level participant again")
@@ -107,7 +107,7 @@ def write_group_table(output: str | Path) -> Path:
 
 
 def _entities(name: str) -> Iterator[tuple[str, str]]:
-    """The BIDS entities of a case: those in its name, or else its patient and its visit, in letters and digits."""
+    """Yields the BIDS entities in a case's name, or else its patient and visit, reduced to letters and digits."""
     found = re.findall(r"(?:^|_)([a-z]+)-([A-Za-z0-9+]+)(?=_|$)", name)
     if found and found[0][0] == "sub":
         yield from found
@@ -119,7 +119,7 @@ def _entities(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _stems(cases: Iterable[str]) -> dict[str, str]:
-    """How the names of each case's derivatives begin; `space-orig` unless its own name says another space."""
+    """The common beginning of the file names of each case. It has `space-orig` if the case's name gives no space."""
     stems: dict[str, str] = {}
     for name in cases:
         parts = dict(_entities(name))
@@ -137,7 +137,7 @@ def _folder(stem: str) -> Path:
 
 
 def _derivatives(name: str, files: Iterable[str]) -> Iterator[tuple[str, _File]]:
-    """Each NIfTI file of a case with what it is in BIDS."""
+    """Yields each NIfTI file of a case with its BIDS derivative."""
     for file in files:
         if not file.endswith(".nii.gz"):
             continue
@@ -164,7 +164,7 @@ def _derivatives(name: str, files: Iterable[str]) -> Iterator[tuple[str, _File]]
 
 
 def _sources(cases: Mapping[str, Any], modalities: tuple[str, ...]) -> dict[str, CaseFiles]:
-    """The files that cases were read from, as far as they are still there."""
+    """The files that the cases were read from, if they still exist."""
     found: dict[str, CaseFiles] = {}
     for folder in dict.fromkeys(facts["folder"] for facts in cases.values()):
         try:
@@ -175,12 +175,12 @@ def _sources(cases: Mapping[str, Any], modalities: tuple[str, ...]) -> dict[str,
 
 
 def _bids_root(folder: Path) -> Path | None:
-    """The BIDS dataset that a case lies in."""
+    """The root of the BIDS dataset that contains a case; None outside of one."""
     return next((parent for parent in (folder, *folder.parents) if (parent / _DESCRIPTION).is_file()), None)
 
 
 def _uris(case: CaseFiles | None, raw: Iterable[Path]) -> list[str]:
-    """The case's images as BIDS URIs; files outside of any BIDS dataset by their names."""
+    """The URIs of the case's images: BIDS URIs, or file URIs outside of a BIDS dataset."""
     found = []
     for image in () if case is None else case.images:
         path = image.path.resolve()
@@ -194,7 +194,7 @@ def _link_name(root: Path, raw: Iterable[Path]) -> str:
 
 
 def _describe(output: Path, raw: Iterable[Path], folders: list[Path]) -> None:
-    """The files that make a folder a BIDS dataset; `folders` of cases name the source where that is no BIDS dataset."""
+    """Writes the general files of a BIDS dataset. Without BIDS datasets in `raw`, `folders` give the source."""
     sources = sorted(raw) or [Path(os.path.commonpath(folders))] * bool(folders)
     links = {_link_name(root, raw): os.path.relpath(root, output.resolve()) for root in sorted(raw)}
     write_json(output / _DESCRIPTION, {
@@ -208,7 +208,7 @@ def _describe(output: Path, raw: Iterable[Path], folders: list[Path]) -> None:
 
 
 def _remove_stale(folder: Path, stem: str, endings: set[str]) -> None:
-    """What an earlier run with other settings has left of this case."""
+    """Removes files of this case that an earlier run with other settings wrote."""
     for path in folder.glob(f"{stem}_*desc-*.nii.gz"):
         if path.name.removeprefix(stem).removesuffix(".nii.gz") not in endings:
             path.unlink()

@@ -1,6 +1,6 @@
-"""Cache keys: what a calibration, a run and a case's results depend on, ready for JSON.
+"""Cache keys: all that a calibration, a run or a case's results depend on, as values for JSON.
 
-Results whose key differs from the wanted one are made anew. No other file decides what belongs to a key.
+If the key of existing results differs from the current one, they are computed again. Only this module defines keys.
 """
 
 import dataclasses
@@ -22,23 +22,23 @@ from hae_jax.model.config import FORM_FIELDS
 
 _NOT_IN_CALIBRATION = ("components", "filter_dimensions", "median_mm", "smallest_ml", "save_healthy",
                        "save_probability", "batch_size", "max_memory_gb", "calibration", "ema")
-_OWN = {  # settings that one method alone, or those with this beginning, look at
+_OWN = {  # settings that only the method with this name, or with a name that begins so, uses
     "residual": ("timesteps", "draws", "rounds", "weights", "smoothing", "rectify"),
     "hae": ("forward_steps", "reference", "d_reverse", "inversion", "maps", "t_e_ratio", "last_step_only", "every"),
     "ddib": ("ddib_steps", "ddib_start"),
     "anoddpm": ("anoddpm_steps",),
     "classifier": ("classifier_steps", "classifier_scale"),
 }
-_WITHOUT_INFLUENCE = ("batch_size", "max_memory_gb")  # on any result
+_WITHOUT_INFLUENCE = ("batch_size", "max_memory_gb")  # no result depends on them
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of values that are ready for JSON."""
+    """SHA-256 of values that JSON can store."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(model: nnx.Module, config: ml_collections.ConfigDict) -> str:
-    """SHA-256 of a network's parameters and of how they are used, since a folder's name says little.
+    """SHA-256 of a network's parameters and of the settings with which they are used.
 
     A folder can be trained anew, and the same weights can be imported with another schedule or number of heads.
     """
@@ -68,7 +68,7 @@ def calibration_key(
     wanted["rule"] = method.rule
     if method.rule != "healthy_fpr":
         del wanted["healthy_fpr"]
-    if method.name == "hae" and method.rule == "quantile":  # curves alone, which no filter changes
+    if method.name == "hae" and method.rule == "quantile":  # uses only curves, which filters do not change
         for name in ("filters", "median", "across_mm", "head_erosion_mm"):
             del wanted[name]
     if not method.network:
@@ -98,14 +98,14 @@ def run_key(
 
 
 def case_key(run: Mapping[str, Any], case: CaseFiles) -> str:
-    """The key of a case's results: that of the run, whose case it is, and its files as they are now."""
+    """The key of a case's results, from the run's key, the patient and the current state of the case's files."""
     channels = [[image.modality, image.path.name, image.volume, image.volumes] for image in case.images]
     return digest(run, case.name, case.patient, channels, [_state(path) for path in case.paths],
                   *([case.problem] if case.problem else []))
 
 
 def _state(path: Path) -> list[Any]:
-    """Name, size and time of a file; the name alone of one that is not there, or that cannot be looked at."""
+    """Name, size and modification time of a file; only the name if it is missing or inaccessible."""
     try:
         found = path.stat()
     except OSError:
@@ -114,15 +114,15 @@ def _state(path: Path) -> list[Any]:
 
 
 def _is_of_another_method(field: str, method: str) -> bool:
-    """Whether a field of `config.translation` is looked at by another method alone."""
+    """Whether only other methods use a field of `config.translation`."""
     return any(field in own and not method.startswith(name) for name, own in _OWN.items())
 
 
 def _without_path(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs are moved and copied; their parameters stay the same."""
+    """The identity without the path, since a moved or copied run has the same parameters."""
     return {name: value for name, value in identity.items() if name != "path"}
 
 
 def _as_read(value: dict[str, Any]) -> dict[str, Any]:
-    """As it is read back from JSON: tuples become lists."""
+    """The value in the form that is read back from JSON, with lists in place of tuples."""
     return json.loads(json.dumps(value))

@@ -1,7 +1,7 @@
-"""Which calibration a run uses: the user's, that which came with the weights, a kept one, or one made now.
+"""The choice of a run's calibration: the user's, the one beside the weights, a stored one, or a new one.
 
-Calibrations are kept under their key (`cache_key.calibration_key`), so that none is used for another network or other
-settings.
+Calibrations are stored under their key (`cache_key.calibration_key`), so that none is used for another network or
+other settings.
 """
 
 import collections
@@ -40,7 +40,7 @@ def available(
     config: ml_collections.ConfigDict, store: Store | None, method: Method, identity: Mapping[str, Any], folder: Path,
     shipped: str | Path | None = None,
 ) -> Any | None:
-    """The calibration of a method, as far as nothing has to be computed.
+    """The calibration of a method, if it exists without computation.
 
     In this order: that of `translation.calibration`; that which came with the weights; without a prepared dataset, the
     newest one in `folder` that was made with this network and these settings.
@@ -73,20 +73,19 @@ def available(
 def calibrated(
     translator: Translator, method: Method, store: Store, folder: Path, key: Mapping[str, Any], scaling: str = "slice"
 ) -> Any:
-    """The calibration of a method with this key: the kept one, else one made on the validation slices and kept.
+    """The calibration with this key: the stored one, else a new one from validation slices, which is then stored.
 
-    Of several processes that want the same one, the first makes it and the others wait.
+    If several processes need the same one, the first makes it and the others wait.
 
     Args:
-      translator: the method at work, a `SliceTranslator` or an `IntensityReader`.
-      store: the prepared dataset, of which the validation slices are used, with what of their labels and masks the
-        method asks for.
-      folder: where calibrations are kept, made if absent.
-      key: of `cache_key.calibration_key`.
-      scaling: of the slices, the network's (`to_model_range`).
+      translator: the running method, a `SliceTranslator` or an `IntensityReader`.
+      store: the prepared dataset. Its validation slices are used, with the labels and masks that the method needs.
+      folder: folder of stored calibrations, made if absent.
+      key: the result of `cache_key.calibration_key`.
+      scaling: the network's scaling of slices (`to_model_range`).
 
     Raises:
-      UserError: if there are not both kinds of slices, or the file is damaged.
+      UserError: a class of slices is missing, or the file is damaged.
     """
     path = kept_file(method, folder, key)
     if path.exists():
@@ -104,11 +103,11 @@ def calibrated(
 def validation_results(
     translator: Translator, store: Store, scaling: str, chosen: np.ndarray | None = None, doing: str = "calibrating"
 ) -> Iterator[tuple[Any, ValidationSlice]]:
-    """The method's result of each validation slice, and what is known of the slice, in stored order.
+    """Yields the method's result for each validation slice, with the slice's description, in stored order.
 
     Args:
-      chosen: rows of the split, rising; None: all.
-      doing: what the progress bar says.
+      chosen: rows of the split, increasing; None: all.
+      doing: text of the progress bar.
     """
     known, reader = collections.deque(), store.split("val")
     chosen = np.arange(len(reader)) if chosen is None else chosen
@@ -134,7 +133,7 @@ def load_calibration(method: Method, path: str | Path) -> Any:
     """Reads a calibration of a method.
 
     Raises:
-      UserError: if there is no such file, or it is damaged, or another method's or rule's.
+      UserError: the file does not exist, is damaged, or belongs to another method or rule.
     """
     try:
         return method.read_calibration(read_json(path))
@@ -145,12 +144,12 @@ def load_calibration(method: Method, path: str | Path) -> Any:
 
 
 def kept_file(method: Method, folder: Path, key: Mapping[str, Any]) -> Path:
-    """Where the calibration with this key is kept."""
+    """The file that stores the calibration with this key."""
     return folder / f"{method.name}_{digest(key)[:12]}.json"
 
 
 def newest_for_other_data(method: Method, folder: Path, key: Mapping[str, Any]) -> Path:
-    """The newest calibration in `folder` whose key differs from the wanted one in its data alone.
+    """The newest calibration in `folder` whose key differs from `key` only in the data.
 
     Raises:
       UserError: if there is none.
@@ -166,7 +165,7 @@ def newest_for_other_data(method: Method, folder: Path, key: Mapping[str, Any]) 
 
 
 def fits(calibration: Any, key: Mapping[str, Any]) -> bool:
-    """Whether a calibration was made with this network and these settings, on whatever data."""
+    """Whether a calibration was made with this network and these settings, on any data."""
     found, wanted = ({name: value for name, value in own.items() if name != "data"}
                      for own in (json.loads(json.dumps(calibration.made_with)), key))
     return found == wanted
@@ -187,7 +186,7 @@ def writable(folder: str | Path | None, otherwise: Path) -> Path:
         for path in Path(folder).glob("*_????????????.json"):
             if not (otherwise / path.name).exists():
                 with written_whole(otherwise / path.name) as temporary:
-                    shutil.copy2(path, temporary)  # with its time, by which the newest is found
+                    shutil.copy2(path, temporary)  # keeps its time, by which the newest is found
     return otherwise
 
 
@@ -198,7 +197,7 @@ def _said(made: Any) -> Any:
 
 
 def _fitting_presets(method: Method, key: Mapping[str, Any]) -> str:
-    """The published calibrations that a run with these settings could take: they are the forward process's own."""
+    """The names of the presets that fit these settings. Only the forward process has presets."""
     if method.name != "hae":
         return ""
     modality = tuple(key["settings"]["modality"])
@@ -206,7 +205,7 @@ def _fitting_presets(method: Method, key: Mapping[str, Any]) -> str:
 
 
 def _shipped(path: str | Path | None, method: Method, key: Mapping[str, Any]) -> Any | None:
-    """The calibration that came with the weights, if it was made with this network, method and settings."""
+    """The calibration beside the weights, if it was made with this network, method and settings."""
     if path is None or not Path(path).is_file():
         return None
     try:
@@ -220,7 +219,7 @@ def _shipped(path: str | Path | None, method: Method, key: Mapping[str, Any]) ->
 
 
 def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[str, Any]) -> Any | None:
-    """The calibration that the user names; says how it differs from the run."""
+    """The calibration that the user gives. Differences between it and the run are logged."""
     name = config.translation.calibration
     if name is None:
         return None
@@ -247,14 +246,14 @@ def _from_file(name: str, method: Method) -> Calibration:
     try:
         return load_calibration(method, name)
     except UserError as error:
-        # What follows the last semicolon is advice for files of our own, such as to delete them.
+        # The advice after the last semicolon, such as to delete the file, is not meant for files of the user.
         what = str(error).rpartition("; ")[0]
         presets = f" (a file, or {', '.join(PRESETS)})" if method.name == "hae" else ""
         raise UserError(f"--calibration {what}; give another{presets}, or leave --calibration out") from error
 
 
 def _is_published(path: Path) -> bool:
-    """Whether a calibration's file is the forward process's own; what cannot be read is for `load` to complain of."""
+    """Whether a file has the published form of a calibration. True if unreadable; `load_calibration` raises then."""
     try:
         fields = read_json(path)
     except UserError:

@@ -1,4 +1,4 @@
-"""What a run works on, found and checked before anything is computed: settings, dataset, cases, output folder."""
+"""Checks of a run's settings, dataset, cases and output folder before any computation."""
 
 import logging
 import math
@@ -53,7 +53,7 @@ def find_inputs(config: ml_collections.ConfigDict, source: str | Path | None) ->
 
 
 def check_settings(config: ml_collections.ConfigDict, method: Method, model: Any) -> None:
-    """Refuses settings that cannot be, and a network that does not fit the method.
+    """Refuses impossible settings, and a network that does not fit the method.
 
     Raises:
       UserError: naming the setting.
@@ -84,7 +84,7 @@ def check_settings(config: ml_collections.ConfigDict, method: Method, model: Any
 
 
 def check_shard(shard: int, num_shards: int) -> None:
-    """Refuses a shard that is not one of them.
+    """Refuses a shard number outside of 0 .. num_shards - 1.
 
     Raises:
       UserError: if it is not.
@@ -116,9 +116,9 @@ def make_output(output: str | Path, source: str | Path | None) -> Path:
 
 
 def of_phantom(case: CaseFiles) -> bool:
-    """Whether a case is a phantom's, as the manifest of its phantom says."""
+    """Whether a case belongs to a phantom, which has a manifest in the case's folder or above it."""
     folder = case.folder.resolve()
-    # Unlike Path.is_file, isfile is also False where a folder is closed to us.
+    # os.path.isfile returns False in a folder without permission, where Path.is_file raises an error.
     return any(os.path.isfile(parent / phantom.MANIFEST) for parent in (folder, *list(folder.parents)[:2]))
 
 
@@ -139,7 +139,7 @@ def _store(config: ml_collections.ConfigDict, needed: bool) -> Store | None:
 
 
 def _test_cases(store: Store, config: ml_collections.ConfigDict) -> tuple[list[CaseFiles], dict[str, str]]:
-    """The cases of the test split on their own grid, and those that have gone from the folder they were read from."""
+    """The cases of the test split, and those that no longer exist in the source folder."""
     names, folder = store.manifest["split"]["test"], store.manifest["source"]
     if not names:
         raise UserError(f"{store.root}: its test split is empty; give cases with --input FOLDER")

@@ -1,6 +1,6 @@
-"""Several methods, or one with several numbers of steps, on the same cases: a table and a figure of each kind.
+"""Comparison of several methods, or of several numbers of steps, on the same cases, as tables and figures.
 
-Every entry is a run of its own (`run.py`) in its own folder, so what is there already is not computed again.
+Each entry is a separate run of `translate` in its own folder, so existing results are not computed again.
 """
 
 import contextlib
@@ -33,14 +33,15 @@ _STEPS_SHOWN = {"all-slice Dice": ("all_slices", "dice"), "lesion-slice Dice": (
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network and where it comes from.
+    """A network and its origin.
 
     Attributes:
-      model: None for methods that need none.
+      model: the network; None for methods without a network.
       identity: its checkpoint, ready for JSON.
-      calibrations: folder in which its calibrations are kept.
-      config: of its training, of which network and diffusion count; None: those of the comparison's config.
-      shipped: the file of a calibration that came with it.
+      calibrations: folder of its calibrations.
+      config: config of its training, of which model, diffusion, training and data.scaling are used; None: the
+        comparison's config.
+      shipped: the file of a calibration beside its weights.
     """
 
     model: nnx.Module | None
@@ -52,7 +53,7 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One column of a comparison: a method with settings that differ from the config's."""
+    """One entry of a comparison: a method with settings that differ from the config's."""
 
     title: str
     folder: str
@@ -61,7 +62,7 @@ class Entry:
 
 
 def method_entries(names: Sequence[str], network: Network, others: Mapping[str, Network] | None = None) -> list[Entry]:
-    """One entry for each method, with the network of its own in `others` where there is one."""
+    """One entry for each method. A method in `others` uses its own network from there."""
     return [Entry(name, name, {"method": name}, (others or {}).get(name, network)) for name in names]
 
 
@@ -74,17 +75,17 @@ def steps_entries(counts: Sequence[int], network: Network) -> list[Entry]:
 def check(
     entries: Sequence[Entry], config: ml_collections.ConfigDict, *, output: str | Path, source: str | Path | None = None
 ) -> None:
-    """Checks all entries before the first one runs: names, settings, networks, data, and what they calibrate with.
+    """Checks names, settings, networks, data and calibrations of all entries before the first one runs.
 
-    `compare` and `compare_steps` do it themselves. Makes the folders for the results.
+    It also makes the folders for the results. `compare` and `compare_steps` call it.
 
     Raises:
-      UserError: naming the entry that cannot run.
+      UserError: an entry cannot run. The message names it.
     """
     own = [_own_config(entry, config) for entry in entries]
-    # What a check has to say besides errors is said when the entry's turn has come.
+    # Messages of the checks that are not errors are hidden here and shown when the entry runs.
     with only_warnings():
-        for entry, its_config in zip(entries, own, strict=True):  # what costs nothing and makes no folders comes first
+        for entry, its_config in zip(entries, own, strict=True):  # first the checks that make no folders
             with _named(entry):
                 checks.check_settings(its_config, make_method(its_config), entry.network.model)
         for entry, its_config in zip(entries, own, strict=True):
@@ -102,15 +103,15 @@ def compare(
     """Runs each entry on the same cases and writes comparison.csv, .md, .png and .json.
 
     Args:
-      config: the config tree that the entries differ from.
-      output: folder for the tables; each entry's results go into a folder in it.
+      config: the config tree, from which the entries differ.
+      output: folder for the tables; each entry's results are in a subfolder.
       source: folder of cases with segmentations; None: the test split of `data.root`.
 
     Returns:
-      What was written.
+      The written files.
 
     Raises:
-      UserError: for settings or data that do not fit, or if a case failed or none has a segmentation.
+      UserError: settings or data do not fit, a case failed, or no case has a segmentation.
     """
     check(entries, config, output=output, source=source)
     rows, phantom = _measured(entries, config, mesh, Path(output), source)
@@ -124,7 +125,7 @@ def compare_steps(
     counts: Sequence[int], network: Network, config: ml_collections.ConfigDict, mesh: Mesh, *, output: str | Path,
     source: str | Path | None = None,
 ) -> list[Path]:
-    """Quality against the steps that the whole schedule is respaced to: steps.csv, .md, .png and .json.
+    """Compares numbers of steps to which the whole schedule is respaced: steps.csv, .md, .png and .json.
 
     See `compare` for the rest.
     """
@@ -142,7 +143,7 @@ def compare_steps(
 def _measured(
     entries: Sequence[Entry], config: ml_collections.ConfigDict, mesh: Mesh, output: Path, source: str | Path | None
 ) -> tuple[list[report.ComparedMethod], bool]:
-    """A line for each entry, and whether the cases are a phantom's."""
+    """Runs all entries. Returns a row for each, and whether the cases belong to a phantom."""
     rows, phantom = [], False
     for entry in entries:
         own = _own_config(entry, config)
@@ -168,14 +169,14 @@ def _measured(
 
 
 def _own_config(entry: Entry, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of an entry's run: with its settings, and the network and the diffusion of its network's training.
+    """The config of an entry's run, with its settings, and with model and diffusion of its network's training.
 
-    A calibration that the user names is that of the config's method; other methods make their own.
+    A calibration that the user gives is used for the config's method only. Other methods make their own.
     """
     own, trained = copy.deepcopy(config), copy.deepcopy(entry.network.config)
     with own.unlocked():
         own.translation.update(entry.settings)
-        own.evaluation.overlay_slices, own.evaluation.report = 0, False  # the tables are what is looked at
+        own.evaluation.overlay_slices, own.evaluation.report = 0, False  # only tables are needed
         if entry.settings.get("method", own.translation.method) != config.translation.method:
             own.translation.calibration = None
         if trained is not None:
@@ -197,7 +198,7 @@ def _check_same_data(network: Network, config: ml_collections.ConfigDict) -> Non
 
 @contextlib.contextmanager
 def _named(entry: Entry) -> Iterator[None]:
-    """Says in a user's error which entry it is about."""
+    """Adds the entry's title to a UserError."""
     try:
         yield
     except UserError as error:
@@ -218,7 +219,7 @@ def _tables(
 
 
 def _title(text: str, rows: Sequence[report.ComparedMethod], phantom: bool) -> str:
-    """With the share of healthy slices, without which a figure over all slices says little."""
+    """A title with the share of healthy slices, which all-slice metrics depend on."""
     healthy = rows[0].results["shares"]["healthy"]
     return (f"{text}{' (phantom metrics)' if phantom else ''}\n"
             f"bars: 95% over patients; {healthy:.0%} of all slices are healthy")

@@ -1,6 +1,6 @@
-"""A trained network as a folder for the Hugging Face Hub: weights, config, calibration, and a model card.
+"""Export of a trained network as a folder for the Hugging Face Hub: weights, config, calibration and a model card.
 
-`Localizer.load`, `translate.py --checkpoint` and `hae-bids --checkpoint` take the folder as it is.
+`Localizer.load`, `translate.py --checkpoint` and `hae-bids --checkpoint` accept this folder.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from hae_jax.runs import TrainedRun, load_run
 from hae_jax.training.weights import CALIBRATION, CONFIG, WEIGHTS, write_weights
 
 CARD = "README.md"
-_SHOWN = (  # part of the metrics, metric, what the card calls it
+_SHOWN = (  # part of the metrics, metric, its title in the card
     ("lesion_slices", "dice", "lesion-slice Dice"), ("all_slices", "dice", "all-slice Dice"),
     ("lesion_slices", "auprc", "lesion-slice AUPRC"), ("slice_level", "accuracy", "slice accuracy"),
     ("volumes", "dice", "volume Dice"), ("volumes", "hd95_mm", "HD95, mm"),
@@ -41,16 +41,16 @@ def export_network(
 
     Args:
       source: a run folder, a folder of exported weights, or the name of shipped ones.
-      folder: to write, not there yet or empty.
-      license_id: of the weights, as the Hub calls it, such as "apache-2.0".
-      results: of `translate.py` with this network, whose metrics go into the card; None: no metrics.
-      half: weights of a run in half precision; its calibration does not fit them and is left out.
+      folder: the folder to write, which must be new or empty.
+      license_id: licence of the weights in the Hub's notation, such as "apache-2.0".
+      results: results of `translate.py` with this network, whose metrics are added to the card; None: no metrics.
+      half: write weights of a run in half precision. Its calibration does not fit them and is left out.
 
     Returns:
-      What the user should know, in lines.
+      Lines for the user.
 
     Raises:
-      UserError: there is no network, the folder is not empty, or the results are another network's.
+      UserError: there is no network, the folder is not empty, or the results are from another network.
     """
     run = load_run(source)
     metrics = None if results is None else _metrics(Path(results), run)
@@ -112,7 +112,7 @@ def _card(run: TrainedRun, calibration: Any, license_id: str, metrics: Mapping[s
 
 
 def _training(config: Any) -> Iterator[str]:
-    """The training data, as far as the prepared dataset is there to tell."""
+    """Yields the lines about the training data. The size is given only if the prepared dataset is available."""
     data = config.data
     what = Path(data.root).name if data.phantom is None else "phantom: template anatomy with drawn lesions, no patients"
     yield f"- Dataset: {what}. Modalities: {', '.join(data.modalities)}. Labels: one per slice, lesion yes or no."

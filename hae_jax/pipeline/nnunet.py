@@ -1,4 +1,4 @@
-"""Masks of a run as a training set for nnU-Net: a segmentation network can then be trained without drawn masks."""
+"""Export of a run's masks as a training set for nnU-Net, to train a segmentation network without manual masks."""
 
 import csv
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ class _Ranked(NamedTuple):
 def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = None) -> list[str]:
     """Writes imagesTr, labelsTr, dataset.json and `ORDER`, whole or not at all.
 
-    Cases are ordered by how sure their mask is, the surest first: its Dice as the probability map expects it,
-    (2 sum of p in the mask + 1 ml) / (volume of the mask + sum of p + 1 ml), which is near 1 for an empty mask where
-    little is probable.
+    Cases are ordered by the certainty of their masks, the most certain first. The certainty is the Dice that the
+    probability map predicts: (2 sum of p in the mask + 1 ml) / (volume of the mask + sum of p + 1 ml). It is near 1 for
+    an empty mask if all probabilities are low.
 
     Args:
       results: folder of a finished run with `save_probability`.
@@ -97,7 +97,7 @@ def _ranked(results: Path, case: CaseFiles) -> _Ranked:
 
 
 def _write_case(folder: Path, results: Path, files: CaseFiles) -> None:
-    """All channels and the label on one grid, with one header, as nnU-Net wants them."""
+    """Writes all channels and the label on one grid, with the same header, as nnU-Net requires."""
     case = read_case(files)
     for channel in range(case.volumes.shape[-1]):
         write_volume(folder / "imagesTr" / f"{case.name}_{channel:04d}.nii.gz", case.volumes[..., channel], case.grid,

@@ -1,6 +1,7 @@
-"""Case after case: read and sliced, translated in batches that cases share, masked, written, forgotten.
+"""Processing of cases one after another: reading, slicing, translation, masks, and writing of the results.
 
-A case is in memory only from its reading until its files are written; what the metrics need goes into its record.
+A batch may hold slices of several cases. A case is in memory only until its files are written. Its record holds all
+that the metrics need.
 """
 
 import collections
@@ -32,9 +33,9 @@ from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 
 _LOG = logging.getLogger(__name__)
-SLICES = "slices"  # folder of what the report page reads
-_CASE_FAULTS = (UserError, OSError, MemoryError)  # what concerns one case; everything else is a bug and ends the run
-_READ_AHEAD = 2  # cases, while the devices work on those before
+SLICES = "slices"  # folder of JSON files for the report page
+_CASE_FAULTS = (UserError, OSError, MemoryError)  # fail one case only; other errors are bugs and end the run
+_READ_AHEAD = 2  # cases that are read in advance
 
 
 class TranslatedCase(NamedTuple):
@@ -45,20 +46,20 @@ class TranslatedCase(NamedTuple):
 
 
 class CalibratedMethod(NamedTuple):
-    """A method and what turns its maps into masks."""
+    """A method and its calibration."""
 
     method: Any  # see `hae_jax.localization.methods.Method`
     calibration: Any
 
 
 class CaseWork(NamedTuple):
-    """What is done with every case of a run.
+    """The settings, methods and output folder for the cases of a run.
 
     Attributes:
       config: the config tree.
       results: where the files go.
       localizer: the run's method.
-      baseline: the intensity threshold, measured beside it; None where it has nothing to be chosen on.
+      baseline: the intensity threshold, for comparison; None if there are no slices to choose it.
     """
 
     config: ml_collections.ConfigDict
@@ -70,15 +71,15 @@ class CaseWork(NamedTuple):
 def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Translator) -> None:
     """Translates cases, writes each one's files as soon as it is complete, and its record after them.
 
-    A case that fails leaves a record that says why; the others go on.
+    If a case fails, the reason is written to its record, and the other cases are processed.
 
     Args:
-      work: what is done with each.
-      cases: those to work on.
-      translator: the run's method at work.
+      work: the settings, methods and output folder.
+      cases: the cases to process.
+      translator: the run's method.
 
     Raises:
-      OSError: nothing can be written any more, which would be the same for every case after it.
+      OSError: the disk refuses to write, so that all other cases would fail as well.
     """
     files = {case.name: case for case in cases}
     for case in cases:
@@ -91,7 +92,7 @@ def process_cases(work: CaseWork, cases: Sequence[CaseFiles], translator: Transl
                 if isinstance(done, Exception):
                     raise done
                 _finish(work, files[name], done, before)
-                before = time.monotonic()  # not after a failure: the devices were at work on the next case already
+                before = time.monotonic()  # not after a failure, since devices already work on the next case
             except _CASE_FAULTS as error:
                 if disk_refuses(error):
                     raise
@@ -108,7 +109,7 @@ def _reason(error: Exception) -> str:
 def _translated(
     cases: Sequence[CaseFiles], config: ml_collections.ConfigDict, translator: Translator, bar: tqdm
 ) -> Iterator[tuple[str, TranslatedCase | Exception]]:
-    """Yields the cases, each when its last slice is done; for an unreadable one, the reason."""
+    """Yields each case when its last slice is translated. For an unreadable case, it yields the error."""
     reading: dict[str, SlicedCase] = {}
     broken: collections.deque[tuple[str, Exception]] = collections.deque()
     said: dict[str, list[str]] = collections.defaultdict(list)  # kind of warning -> cases and their warnings
@@ -135,8 +136,8 @@ def _translated(
             yield broken.popleft()
         results.append(result)
         count = len(reading[item.case].inputs)
-        bar.update(min(1 / count, bar.total - bar.n))  # fractions may add up to a little more than 1
-        if len(results) == count:  # slices come in order, so these are all of one case
+        bar.update(min(1 / count, bar.total - bar.n))  # rounded fractions may sum to more than 1
+        if len(results) == count:  # slices come in order, so all results are of one case
             yield item.case, TranslatedCase(reading.pop(item.case), stacked(results))
             results = []
     yield from broken
@@ -148,7 +149,7 @@ def _translated(
 def _read_ahead(
     cases: Sequence[CaseFiles], config: ml_collections.ConfigDict
 ) -> Iterator[tuple[str, Future[SlicedCase]]]:
-    """The cases in order, the next ones being read in the background."""
+    """Yields the cases in order, while the next ones are read in the background."""
     with ThreadPoolExecutor(1) as pool:
         waiting: collections.deque[tuple[str, Future[SlicedCase]]] = collections.deque()
         try:
@@ -164,12 +165,12 @@ def _read_ahead(
 
 
 def read_slices(files: CaseFiles, image_size: int, scaling: str) -> SlicedCase:
-    """Reads a case and slices it; the volumes are let go."""
+    """Reads a case and slices it. The volumes are not kept."""
     return sliced(read_case(files), image_size, scaling, str(files.folder))
 
 
 def _finish(work: CaseWork, files: CaseFiles, done: TranslatedCase, before: float) -> None:
-    """Makes the masks, writes the volumes, the picture and the record; `before` is when the last case was done."""
+    """Makes the masks, and writes volumes, picture and record. `before` is the time when the last case ended."""
     case, config, (method, calibration) = done.case, work.config, work.localizer
     masks = method.masks(done.result, calibration, case.heads, case.slice_grid)
     mask, anomaly = case.mask_volume(masks.mask), case.volume(masks.map)
@@ -200,7 +201,7 @@ def _finish(work: CaseWork, files: CaseFiles, done: TranslatedCase, before: floa
 def _volumes(
     work: CaseWork, case: SlicedCase, mask: np.ndarray, anomaly: np.ndarray, healthy: np.ndarray | None
 ) -> dict[str, tuple[np.ndarray, str]]:
-    """The volumes to write by the end of their file names, each with its description."""
+    """The volumes to write, each with its description, by the ending of their file names."""
     volumes = {"mask": (mask.astype(np.uint8), "lesion mask"), "map": (anomaly, "anomaly map")}
     if work.config.translation.save_healthy and healthy is not None:
         for m, channel in enumerate(work.localizer.method.modality):
@@ -210,7 +211,7 @@ def _volumes(
 
 
 def _slices(files: CaseFiles, case: SlicedCase, masks: Masks) -> dict[str, Any]:
-    """What the report page needs of a case and no other file has: its files, its warnings, its slices' scores."""
+    """Facts for the report page that no other file holds: the case's files, its warnings, and scores of its slices."""
     return {
         "images": [{"modality": image.modality, "path": str(image.path.resolve()), "volume": image.volume,
                     "volumes": image.volumes} for image in files.images],
@@ -224,7 +225,7 @@ def _slices(files: CaseFiles, case: SlicedCase, masks: Masks) -> dict[str, Any]:
 
 
 def _measured(work: CaseWork, case: SlicedCase, masks: Masks, row: CaseResult) -> Measured | None:
-    """The answers of the method and its baseline, if there is anything to measure them against."""
+    """The results of the method and its baseline, if there is a ground truth."""
     if case.truth is None:
         return None
     answers = {work.localizer.method.name: Answer(masks, row.measured)}
@@ -241,7 +242,7 @@ def _overlay(case: str) -> str:
 
 
 def _draw(work: CaseWork, done: TranslatedCase, healthy: np.ndarray | None, masks: Masks, row: CaseResult) -> None:
-    """The overlay of the most anomalous slices."""
+    """Draws the overlay of the most anomalous slices."""
     case, path, modality = done.case, work.results.path / _overlay(done.case.name), work.localizer.method.modality
     shown = most_anomalous(masks.score, work.config.evaluation.overlay_slices)
     title = f"{case.name}{' (phantom)' if work.results.phantom(case.name) else ''}: mask {row.volume_ml:.1f} ml"
@@ -258,7 +259,7 @@ def most_anomalous(
     score: np.ndarray,  # [S] anomaly score
     count: int,
 ) -> list[int]:
-    """Positions of the `count` highest scores, in order; not too close together, for neighbours look alike."""
+    """Positions of the `count` highest scores, in order. They have a minimum distance, since neighbours look alike."""
     gap, chosen = max(1, len(score) // (4 * count)), []
     for s in np.argsort(-score, kind="stable"):
         if len(chosen) < count and all(abs(s - other) >= gap for other in chosen):

@@ -1,7 +1,7 @@
-"""A folder of results: which cases are finished in it, so that a run can be stopped, split and continued.
+"""A folder of results and its finished cases. A run can be stopped and continued, or split into shards.
 
-Each case has a record, which is written when all its other files are there. A record counts for its cache key alone:
-with other settings, another network or a changed input file the case is done again.
+Each case has a record, which is written after all its other files. A record is valid for its cache key only. With
+other settings, another network or a changed input file, the case is processed again.
 """
 
 import dataclasses
@@ -53,24 +53,24 @@ class ResultsFolder:
 
     Attributes:
       path: the folder.
-      key: of the run (`cache_key.run_key`).
-      cases: those of all shards.
+      key: key of the run (`cache_key.run_key`).
+      cases: cases of all shards.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], cases: Sequence[CaseFiles]):
         """Takes a folder that exists."""
         self.path, self.key, self.cases = path, key, list(cases)
-        self._begun: dict[str, Record] = {}  # by the case's name, without files
+        self._begun: dict[str, Record] = {}  # by the case's name; these records have no files yet
         (path / RECORDS).mkdir(exist_ok=True)
         if not (path / CASES).exists():
-            report.write_cases(path / CASES, [])  # with it and the records, the folder is not taken for cases
+            report.write_cases(path / CASES, [])  # marks the folder as one of results, with the records
 
     def lock(self, shard: int, num_shards: int) -> Path:
-        """The file that is locked while this shard is worked on: two runs at once could mix the files of a case."""
+        """The lock file of this shard. Without a lock, two simultaneous runs could mix the files of a case."""
         return self.path / RECORDS / f".{shard}-of-{num_shards}.lock"
 
     def finished(self, case: CaseFiles) -> bool:
-        """Whether a case's results are there, made with this key and from its files as they are now."""
+        """Whether a case's results exist and were made with this key and the current files of the case."""
         record = self._record(case)
         return record is not None and record.failed is None
 
@@ -78,7 +78,7 @@ class ResultsFolder:
         """Refuses to replace the results of another patient whose case has the same name.
 
         Raises:
-          UserError: if results that are there were made from a case in another folder.
+          UserError: existing results were made from a case in another folder.
         """
         for case in cases:
             record, own = self._any_record(case.name), str(case.folder.resolve())
@@ -87,41 +87,41 @@ class ResultsFolder:
                                 f"another folder with --output, or --overwrite to replace them by those of {own}")
 
     def begin(self, case: CaseFiles) -> None:
-        """Notes what a case looks like before it is read: a change of its files while it is worked on is found."""
+        """Notes the state of a case's files before they are read, so that a later change is detected."""
         self._begun[case.name] = Record(
             cache_key.case_key(self.key, case), (), None, None, cache_key.digest(self.key), {},
             str(case.folder.resolve()), case.patient or patient_of(case.name), of_phantom(case))
 
     def phantom(self, case: str) -> bool:
-        """Whether a case that was begun is a phantom's."""
+        """Whether a case, for which `begin` was called, belongs to a phantom."""
         return self._begun[case].phantom
 
     def writing(self, case: str, files: Sequence[str]) -> None:
-        """Says that a case's files are about to be written: until `commit`, what lies there counts for no key.
+        """Marks a case's files as incomplete before they are written. Until `commit`, they are valid for no key.
 
-        Files of earlier results stay known, to be deleted by `commit`.
+        The record keeps the files of earlier results, so that `commit` can delete them.
         """
         before = self._any_record(case)
         there = tuple(dict.fromkeys((*(() if before is None else before.files), *files)))
         self._write(case, Record("", there, None, None, "", {}, "", "", False))
 
     def commit(self, case: str, files: Sequence[str], row: CaseResult, measured: Measured | None) -> None:
-        """Writes the record of a case whose files are all there; what earlier results left besides is deleted.
+        """Writes the record of a case whose files are complete, and deletes other files of earlier results.
 
         Args:
           files: the names of its files.
-          measured: what the metrics need; None without a segmentation.
+          measured: the data for the metrics; None without a segmentation.
         """
         self._replace(case, dataclasses.replace(self._begun[case], files=tuple(files), row=row), measured)
 
     def fail(self, case: str, reason: str) -> None:
-        """Writes why a case has no results."""
+        """Writes the record of a case that failed, with the reason."""
         self._replace(case, dataclasses.replace(self._begun[case], failed=reason), None)
 
     def invalidate(self, cases: Sequence[CaseFiles]) -> None:
-        """Takes back what the tables say of results that are about to be replaced: a run may be stopped before its end.
+        """Removes results that will be replaced from the tables, since the run may be stopped before its end.
 
-        Shards that begin with cases of their own leave the tables of the others alone.
+        A shard that starts with new cases does not change the tables of other shards.
         """
         if self.key_of_tables() in (None, self.key) and not any(self._has_results(case.name) for case in cases):
             return
@@ -132,14 +132,14 @@ class ResultsFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def key_of_tables(self) -> dict[str, Any] | None:
-        """The key of the run that wrote the tables; None where there are none, or the manifest is damaged."""
+        """The key of the run that wrote the tables; None if there are none or the manifest is damaged."""
         try:
             return read_json(self.path / MANIFEST).get("inputs")
         except (UserError, AttributeError):
             return None
 
     def save_calibrations(self, method: Any, baseline: Any | None) -> None:
-        """Writes what the masks are made with, beside them."""
+        """Writes the calibrations of the method and the baseline to the folder."""
         write_json(self.path / CALIBRATION, dataclasses.asdict(method))
         if baseline is None:
             (self.path / BASELINE).unlink(missing_ok=True)
@@ -147,12 +147,13 @@ class ResultsFolder:
             write_json(self.path / BASELINE, dataclasses.asdict(baseline))
 
     def summary(self, context: Context, worked_on: Sequence[CaseFiles]) -> Summary:
-        """Writes the tables of all cases with this key, those of other shards included.
+        """Writes the tables of all cases with this key, including those of other shards.
 
-        Shards may end at the same time; the one that writes last looks once more, so that no case is left out.
+        Shards may end at the same time. The tables are written again if new records have appeared meanwhile, so that no
+        case is left out.
 
         Args:
-          worked_on: the cases that this run has worked on.
+          worked_on: the cases that this run has processed.
         """
         while True:
             records, tally = self.records(), Tally()
@@ -160,19 +161,19 @@ class ResultsFolder:
                 measured = self.measured(name)
                 if self._has_results(name):
                     tally.add(records[name].patient, measured)
-                else:  # another process has begun it anew
+                else:  # another process has started to replace it
                     del records[name]
             names = [case.name for case in worked_on]
             changed = {name: _CHANGED for name in names if name not in records}
             done = summarise(self.path, context, [case.name for case in self.cases], records, tally, names, changed)
-            # Without anything done, the manifest goes on to tell of the run that has made the results.
+            # If this run has processed no case, the manifest remains that of the run that made the results.
             write_tables(self.path, self.key, context, records, done,
                          rewrite_manifest=bool(done.translated or done.failed) or self.key_of_tables() != self.key)
             if all(self._record(case) is None for case in self.cases if case.name not in records):
                 return done
 
     def records(self) -> dict[str, Record]:
-        """The records with this key by the case's name: of this run's cases, and of cases from elsewhere."""
+        """The records with this key by case name, of this run's cases and of other runs' cases."""
         own = {case.name for case in self.cases}
         others = {name: self._whole_record(name) for name in self._names() if name not in own}
         return {case.name: record for case in self.cases if (record := self._record(case))} | {
@@ -180,7 +181,7 @@ class ResultsFolder:
             if record is not None and record.row is not None and record.run_key == cache_key.digest(self.key)}
 
     def measured(self, case: str) -> Measured | None:
-        """What `commit` was given to be measured.
+        """The value of `measured` that was given to `commit`.
 
         Raises:
           UserError: if the file is damaged.
@@ -194,7 +195,7 @@ class ResultsFolder:
                             "the command again") from error
 
     def _record(self, case: CaseFiles) -> Record | None:
-        """The record of a case with this key, whose files are all there."""
+        """The record of a case, if it has this key and all its files exist."""
         record = self._whole_record(case.name)
         return record if record is not None and record.key == cache_key.case_key(self.key, case) else None
 
@@ -203,7 +204,7 @@ class ResultsFolder:
         return record if record and all((self.path / name).is_file() for name in record.files) else None
 
     def _any_record(self, case: str) -> Record | None:
-        """The record of a case with whatever key; a damaged one is said aloud and does not count."""
+        """The record of a case with any key. A damaged record is logged and ignored."""
         path = self._facts(case)
         if not path.exists():
             return None
@@ -250,7 +251,7 @@ class ResultsFolder:
 
 
 def _check_record(facts: Mapping[str, Any]) -> None:
-    """Raises a ValueError where a record holds what this program does not write: files elsewhere, say."""
+    """Raises a ValueError for a record that this program did not write, such as one with files outside the folder."""
     texts = [facts[name] for name in ("key", "run_key", "folder", "patient")] + list(facts["files"])
     volumes = facts.get("volumes", {})
     if not (all(isinstance(text, str) for text in texts) and all(map(_is_inside, facts["files"]))
@@ -265,10 +266,10 @@ def _is_inside(name: str) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished run, with what other programs' formats are made of: cases and modalities.
+    """The manifest of a finished run, with the cases and modalities that exports to other formats need.
 
     Raises:
-      UserError: it is missing, damaged, or lacks these.
+      UserError: it is missing, damaged, or lacks cases or modalities.
     """
     path = folder / MANIFEST
     try:

@@ -1,4 +1,4 @@
-"""What a case leaves behind, and what the cases of a run add up to: tables, metrics, manifest, a printed summary."""
+"""The record of a case, and the summary of a run: tables, metrics, manifest and the printed summary."""
 
 import dataclasses
 import time
@@ -25,14 +25,14 @@ _SHOWN = 5  # names in a line
 
 
 class Answer(NamedTuple):
-    """What one method says about a case."""
+    """The result of one method for a case."""
 
     masks: Masks  # at network resolution
     volume: VolumeMetrics  # on the case's own grid
 
 
 class Measured(NamedTuple):
-    """What the metrics need of a case that has a segmentation, at network resolution."""
+    """The data for the metrics of a case with a segmentation, at network resolution."""
 
     truth: np.ndarray  # [S, H, W] bool
     foreground: np.ndarray  # [S, H, W] bool
@@ -41,18 +41,18 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A case that was worked on.
+    """A case that was processed.
 
     Attributes:
       key: its cache key.
-      files: names of the files it wrote, in the folder of results.
-      row: its row of cases.csv; None where it failed.
-      failed: why it failed; None where it did not.
-      run_key: digest of the run's key alone, without the case's files.
+      files: names of its files in the folder of results.
+      row: its row of cases.csv; None if it failed.
+      failed: why it failed; None if it did not.
+      run_key: digest of the run's key, without the case's files.
       made_by: host, time, git revision and command.
-      folder: where the case lies, absolute and without links: whose results these are.
-      patient: whose case it is.
-      phantom: whether the case is a phantom's.
+      folder: folder of the case, absolute and without links. It identifies the case that the results belong to.
+      patient: patient of the case.
+      phantom: whether the case belongs to a phantom.
     """
 
     key: str
@@ -67,16 +67,16 @@ class Record:
 
 
 class Context(NamedTuple):
-    """What the tables say of a run besides its cases.
+    """Facts about a run, besides its cases, for the tables.
 
     Attributes:
       config: the config tree.
       method: the method.
       origin: "checkpoint" and "devices", ready for JSON.
       own: names of this shard's cases.
-      missing: cases that should be there, and why they are not.
-      phantom: whether a case of any shard is a phantom's.
-      start: of the run, by `time.monotonic`.
+      missing: cases that no longer exist, with the reason.
+      phantom: whether a case of any shard belongs to a phantom.
+      start: start of the run, by `time.monotonic`.
     """
 
     config: ml_collections.ConfigDict
@@ -90,22 +90,22 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run did.
+    """The outcome of a run.
 
     Attributes:
-      output: the folder that holds it.
-      finished: number of cases with results, of this run and of those before it.
-      translated: how many of them this run has worked on.
+      output: the folder of results.
+      finished: number of cases with results, of this run and of earlier runs.
+      translated: number of cases that this run has translated.
       wanted: number of cases in all shards.
-      failed: why others have none, by name.
-      results: the metrics by method; empty where no case has a segmentation.
-      table: the same as text under a headline; None where there are none.
+      failed: reason of each failed case, by name.
+      results: the metrics by method; empty if no case has a segmentation.
+      table: the metrics as text below a headline; None without metrics.
       pictures: the overlays.
       seconds: duration of this run.
-      seconds_per_slice: of all finished cases, reading and writing included, compilation not.
-      phantom: whether a case among them is a phantom's.
+      seconds_per_slice: mean over all finished cases, with reading and writing, without compilation.
+      phantom: whether a case belongs to a phantom.
       unflagged: names of finished cases in which no slice was called a lesion slice.
-      elsewhere: those of the failed that are other shards' cases.
+      elsewhere: names of cases of other shards.
     """
 
     output: Path
@@ -159,12 +159,12 @@ class Summary:
 
 
 class Tally:
-    """Sums over the cases that have a segmentation, for several methods side by side.
+    """Sums over the cases with a segmentation, for several methods.
 
-    Of a case only sums and counts stay, so that memory does not grow with pixels.
+    Only sums and counts of a case are kept, so that memory does not grow with the number of pixels.
 
     Attributes:
-      cases: number of cases that count.
+      cases: number of cases in the sums.
       slices: number of their slices.
     """
 
@@ -174,14 +174,14 @@ class Tally:
         self._methods: dict[str, _Sums] = {}
 
     def add(self, patient: str, case: Measured | None) -> None:
-        """Adds a case with every method's answer; None, a case without a segmentation, is passed over.
+        """Adds a case with the result of every method. None, for a case without a segmentation, is ignored.
 
         Args:
-          patient: whose case it is; several may be one's, who is drawn with all of them.
-          case: what is measured.
+          patient: patient of the case. A patient is drawn with all cases.
+          case: the data for the metrics.
 
         Raises:
-          ValueError: if a map is not finite.
+          ValueError: a map is not finite.
         """
         if case is None:
             return
@@ -196,9 +196,9 @@ class Tally:
             sums.patients.append(patient)
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each method that answered for every case: `running.SliceSums`'s, and "volumes". Empty without cases.
+        """The results of `running.SliceSums` and "volumes", for each method with results for every case. May be empty.
 
-        Where the intensity threshold has answered as well, the others have "above_threshold".
+        If there are results of the intensity threshold, the other methods have "above_threshold".
         """
         complete = {name: sums for name, sums in self._methods.items() if len(sums.volumes) == self.cases}
         baseline = complete.get(IntensityThreshold.name)
@@ -210,16 +210,16 @@ class Tally:
 
 
 class _Sums(NamedTuple):
-    """Of one method."""
+    """The sums of one method."""
 
     slices: SliceSums
-    volumes: list[VolumeMetrics]  # of each case that it answered for
-    patients: list[str]  # likewise
+    volumes: list[VolumeMetrics]  # of each of its cases
+    patients: list[str]  # of each of its cases
 
 
 def write_tables(output: Path, key: Mapping[str, Any], context: Context, records: Mapping[str, Record],
                  done: Summary, rewrite_manifest: bool) -> None:
-    """Writes cases.csv, metrics.json and, if asked for, manifest.json."""
+    """Writes cases.csv, metrics.json and, with `rewrite_manifest`, manifest.json."""
     config, method = context.config, context.method
     report.write_cases(output / CASES, _finished(records))
     report.write_metrics(
@@ -239,15 +239,15 @@ def write_tables(output: Path, key: Mapping[str, Any], context: Context, records
 
 def summarise(output: Path, context: Context, cases: Sequence[str], records: Mapping[str, Record], tally: Tally,
               worked_on: Sequence[str], changed: dict[str, str]) -> Summary:
-    """Sums a run up.
+    """Summarises a run.
 
     Args:
       output: the folder of results.
       cases: names of the cases of all shards.
-      records: those with the run's key, by the case's name.
-      tally: of the finished ones.
-      worked_on: names of the cases that this run has worked on.
-      changed: those of them whose files were changed meanwhile, with what is said of that.
+      records: records with the run's key, by case name.
+      tally: sums of the finished cases.
+      worked_on: names of the cases that this run has processed.
+      changed: cases among them whose files were changed meanwhile, with a message.
     """
     finished, results = _finished(records), tally.results()
     phantom = context.phantom or any(record.phantom for record in records.values())

@@ -1,4 +1,4 @@
-"""A folder of cases in, NIfTI masks, pictures and metrics out: the run that `translate.py` starts."""
+"""The run that `translate.py` starts: from a folder of cases to NIfTI masks, pictures and metrics."""
 
 import logging
 import time
@@ -43,23 +43,23 @@ def translate(
     Writes <case>_mask.nii.gz (empty in slices that are called healthy), <case>_map.nii.gz, <case>_overlay.png and, if
     asked for, <case>_healthy_<modality>.nii.gz for each case, and calibration.json, cases.csv, metrics.json,
     manifest.json, report.html.
-    Cases that are finished are not done again; one that fails is reported, the others go on.
+    Finished cases are not processed again. If a case fails, it is reported, and the others are processed.
 
     Args:
-      model: the network; None for a method that needs none.
-      identity: where it comes from and its `cache_key.weights_hash` as "sha256", ready for JSON.
+      model: the network; None for a method without a network.
+      identity: its origin, and its `cache_key.weights_hash` as "sha256", ready for JSON.
       config: the config tree; `model` and `diffusion` are those of the network's training.
       output: folder for the results, made if absent; several shards may share it.
       source: folder of cases; None: the test split of `data.root`, from the folder that it was prepared from.
-      overwrite: work again on cases that are finished.
-      shard: which part of the cases to work on.
-      num_shards: how many parts there are; cases are dealt out one by one.
-      calibrations: folder in which calibrations are kept from run to run; None, or one that cannot be written: output.
-      shipped: the file of a calibration that came with the weights, used if it was made with this network, method and
-        settings; it need not exist.
+      overwrite: process finished cases again.
+      shard: number of the part of the cases to process.
+      num_shards: number of parts. Cases are distributed one by one.
+      calibrations: folder in which calibrations are stored between runs; None, or a read-only folder: `output`.
+      shipped: the file of a calibration beside the weights, used if it was made with this network, method and settings;
+        it need not exist.
 
     Raises:
-      UserError: for settings or data that do not fit.
+      UserError: settings or data do not fit.
     """
     start, method = time.monotonic(), make_method(config)
     checks.check_shard(shard, num_shards)
@@ -79,7 +79,7 @@ def translate(
         unfinished = [case for case in own if overwrite or not results.finished(case)]
         if not overwrite:
             results.check_namesakes(unfinished)
-        # Without cases to do, the tables may still be another run's, that has added its cases with other settings.
+        # Even if all cases are finished, another run with other settings may have written the tables.
         if unfinished or (own and results.key_of_tables() != results.key):
             translator = _translator(model, method, config, mesh)
             localizer = CalibratedMethod(method, calibration or calibrated(

@@ -1,1 +1,1 @@
-"""The report page: one HTML file of a folder of results or of a training run, from what lies on disk there."""
+"""The report page: one HTML file about a folder of results or a training run, made from the files on disk."""

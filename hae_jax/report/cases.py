@@ -1,6 +1,7 @@
-"""One case of a folder of results: what the page says of it, and the volumes that it shows.
+"""One case of a folder of results: its facts and its volumes on the page.
 
-Everything is turned to LPS, as translation does, so that slice numbers are those of the scores. X, Y, Z: its axes.
+All volumes are reoriented to LPS, as in translation, so that slice numbers agree with those of the scores. X, Y, Z: the
+axes of LPS.
 """
 
 import dataclasses
@@ -23,10 +24,10 @@ from hae_jax.report.kinds import are_slices
 from hae_jax.report.privacy import Privacy
 from hae_jax.report.results import Thresholds, read_json
 
-_LOOSE = 1.25  # factor up and down on both thresholds, between which the volume is called uncertain
-_SPECK_ML = 1.0  # added to the volumes, so that specks count little
+_LOOSE = 1.25  # both thresholds are multiplied and divided by it to measure how uncertain the volume is
+_SPECK_ML = 1.0  # added to the volumes, so that tiny lesions count little
 _MASK_BIT, _TRUTH_BIT = 1, 2
-_SHOWN_MAP = 2.0  # times the threshold: the upper end of the map's colours
+_SHOWN_MAP = 2.0  # the upper end of the map's colours, in units of the threshold
 
 
 @dataclasses.dataclass
@@ -34,14 +35,14 @@ class ReadCase:
     """A case in memory.
 
     Attributes:
-      facts: of slices/<case>.json; empty where it is missing.
-      grid: of its volumes; None where no volume can be read.
+      facts: contents of slices/<case>.json; empty if it is missing.
+      grid: grid of its volumes; None if no volume can be read.
       images: [X, Y, Z] float32 by modality.
-      healthy: pseudo-healthy reconstructions, likewise.
+      healthy: pseudo-healthy reconstructions, in the same form.
       map: [X, Y, Z] float32.
       mask: [X, Y, Z] bool.
       truth: [X, Y, Z] bool.
-      warnings: what the case's translation warned of, and what cannot be shown.
+      warnings: warnings of the case's translation, and of volumes that cannot be shown.
     """
 
     facts: dict[str, Any]
@@ -55,14 +56,14 @@ class ReadCase:
 
 
 def case_files(folder: Path, name: str) -> list[Path]:
-    """The files that the page's case is made of, as far as they are there."""
+    """The existing files that the page uses for a case."""
     facts = _facts(folder, name, [])
     own = [folder / "slices" / f"{name}.json", *(folder / file for file in _volumes(name))]
     return [path for path in (*own, *(_paths(facts))) if path.is_file()]
 
 
 def case_folders(folder: Path, name: str) -> list[str]:
-    """The folders that the images of a case lie in, which messages may name."""
+    """The folders of a case's images, which messages may name."""
     return list({str(path.parent) for path in _paths(_facts(folder, name, []))})
 
 
@@ -75,19 +76,19 @@ def _facts(folder: Path, name: str, notes: list[str]) -> dict[str, Any]:
 
 
 def _paths(facts: dict[str, Any]) -> list[Path]:
-    """The files of the case itself, images first."""
+    """The case's input files, images first."""
     paths = [Path(image["path"]) for image in facts.get("images", [])]
     return [*paths, *([Path(facts["segmentation"])] if facts.get("segmentation") else [])]
 
 
 def _volumes(name: str) -> dict[str, str]:
-    """The volumes that translation may have written, and what each is."""
+    """The volumes that translation may have written: file name -> kind."""
     return {f"{name}_mask.nii.gz": "mask", f"{name}_map.nii.gz": "map",
             **{f"{name}_healthy_{modality}.nii.gz": f"pseudo-healthy {modality}" for modality in MODALITIES}}
 
 
 def read(folder: Path, name: str) -> ReadCase:
-    """Reads what there is of a case; what cannot be read becomes a warning."""
+    """Reads the existing files of a case. An unreadable file becomes a warning."""
     warnings: list[str] = []
     facts = _facts(folder, name, warnings)
     case = ReadCase(facts, warnings=[*facts.get("warnings", []), *warnings])
@@ -119,7 +120,7 @@ def _read_images(case: ReadCase, name: str) -> None:
 
 
 def _read_result(case: ReadCase, path: Path, what: str) -> None:
-    """A volume that translation wrote, into its place."""
+    """Reads a volume that translation wrote into its field of `case`."""
     try:
         values, grid = read_volume(path)
     except UserError as error:
@@ -137,7 +138,7 @@ def _read_result(case: ReadCase, path: Path, what: str) -> None:
 
 
 def uncertainty(case: ReadCase, thresholds: Thresholds) -> float | None:
-    """How much the lesion volume depends on the thresholds, from 0 to 1; None where each slice has its own.
+    """How much the lesion volume depends on the thresholds, from 0 to 1; None if each slice has its own threshold.
 
     (V- - V+) / (V- + V+ + 1 ml): V- is the volume of the map above both thresholds divided by 1.25, V+ above both
     multiplied by it.
@@ -163,7 +164,7 @@ def _voxel_ml(grid: Grid) -> float:
 
 
 def entry(case: ReadCase, folder: Path, name: str, thresholds: Thresholds, privacy: Privacy) -> dict[str, Any]:
-    """What the page's table, charts and contact sheet have of a case, ready for JSON."""
+    """The values of a case for the page's table, charts and contact sheet, ready for JSON."""
     facts, found = case.facts, uncertainty(case, thresholds)
     return {
         "uncertainty": None if found is None else round(found, 4),
@@ -179,14 +180,14 @@ def entry(case: ReadCase, folder: Path, name: str, thresholds: Thresholds, priva
 
 
 def _background(case: ReadCase) -> np.ndarray | None:  # [X, Y, Z] uint8
-    """The first image in its grey window, or the map where there is none."""
+    """The first image in its grey window, or the map if there is no image."""
     for volume in case.images.values():
         return sprites.to_bytes(volume, *sprites.window(volume))
     return None if case.map is None else sprites.to_bytes(case.map, *sprites.window(case.map))
 
 
 def _thumbnail(case: ReadCase) -> str | None:
-    """The most anomalous slice; without scores, the one in the middle."""
+    """A thumbnail of the most anomalous slice; without scores, of the middle slice."""
     shown = _background(case)
     if shown is None or case.grid is None:
         return None
@@ -205,7 +206,7 @@ def _links(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def _commands(case: ReadCase, folder: Path, name: str) -> list[dict[str, str]]:
-    """A command line for each viewer, to be given in the folder of results."""
+    """A command line for each viewer, for use in the folder of results."""
     there = {what: file for file, what in _volumes(name).items() if (folder / file).is_file()}
     if "mask" not in there or "map" not in there:
         return []
@@ -220,14 +221,14 @@ def _commands(case: ReadCase, folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """Where a file lies, seen from the results; only its name where both share nothing but the root."""
+    """A file's path relative to the results; only its name if both share only the root folder."""
     folder = folder.resolve()
     common = os.path.commonpath([path, folder])
     return path.name if common == os.path.sep else os.path.relpath(path, folder)
 
 
 def volumes(case: ReadCase, thresholds: Thresholds) -> dict[str, Any] | None:
-    """What the case view draws, ready for JSON; None where no volume can be read."""
+    """The data for the case view, ready for JSON; None if no volume can be read."""
     if case.grid is None:
         return None
     box = sprites.head_box(_shown(case, case.grid.reoriented_shape))
@@ -256,7 +257,7 @@ def _shown(case: ReadCase, shape: tuple[int, int, int]) -> np.ndarray:  # [X, Y,
 
 
 def _grey(volume: np.ndarray, of: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
-    """A volume in the grey window of another, so that both can be compared by eye."""
+    """A volume in the grey window of another one, so that both can be compared visually."""
     return sprites.to_bytes(volume[box], *sprites.window(of))
 
 
@@ -265,7 +266,7 @@ def _healthy(case: ReadCase, name: str, volume: np.ndarray, box: tuple[slice, ..
 
 
 def _map(case: ReadCase, box: tuple[slice, ...], thresholds: Thresholds) -> dict[str, Any] | None:
-    """The map; all cases share one colour scale where one threshold holds for all slices."""
+    """The map. All cases have the same colour scale if one threshold is used for all slices."""
     if case.map is None:
         return None
     high = _SHOWN_MAP * thresholds.pixel if thresholds.pixel else sprites.window(case.map)[1]
@@ -284,5 +285,5 @@ def _labels(case: ReadCase, shape: tuple[int, int, int], box: tuple[slice, ...])
 
 
 def fingerprint(folder: Path, name: str) -> str:
-    """What changes when a file of the case changes: names, sizes and times of all."""
+    """Names, sizes and modification times of a case's files. It changes if any of the files changes."""
     return json.dumps([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in case_files(folder, name)])

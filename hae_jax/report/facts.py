@@ -1,4 +1,4 @@
-"""What stands at the head of a page of results: what ran, and its metrics with their definitions."""
+"""The head of a page of results: facts about the run, and its metrics with their definitions."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
@@ -13,7 +13,7 @@ _HEADLINES = (("volumes", "dice"), ("lesion_slices", "dice"), ("lesion_slices", 
 
 
 def results_facts(results: Results, privacy: Privacy) -> list[list[str]]:
-    """Pairs of a name and what there is to say, in the order of the page; what is not known is left out."""
+    """Pairs of name and value, in the order of the page. Unknown values are left out."""
     manifest, metrics, calibration = results.manifest, results.metrics, results.calibration
     network = manifest.get("checkpoint") or metrics.get("checkpoint") or {}
     config = manifest.get("config") or {}
@@ -41,7 +41,7 @@ def _joined(*parts: Any) -> str:
 
 
 def _last(path: str | None) -> str | None:
-    """The end of a path that tells a network: two names, for `model.safetensors` alone tells nothing."""
+    """The last two names of a path, since `model.safetensors` alone does not identify a network."""
     return path and "/".join(part for part in PurePath(path).parts[-2:] if part != "/")
 
 
@@ -88,7 +88,7 @@ def _flat(results: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], list[An
 
 
 def _definition(definitions: Mapping[str, Any], group: str, name: str) -> str:
-    """What a metric is: over what it runs, and what is computed."""
+    """The definition of a metric, with that of its group."""
     inner = definitions.get(group)
     if isinstance(inner, Mapping):
         return str(inner.get(name) or inner.get("lesions" if name.startswith("lesion") else "cases") or "")

@@ -1,4 +1,4 @@
-"""What the values in the files of a folder of results may be: a page must not fail at a file that was edited."""
+"""Checks of the values in the files of a folder of results, so that an edited file does not stop the page."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,22 +11,22 @@ def _is(*kinds: type) -> Check:
 
 
 def _each(check: Check) -> Check:
-    """A list whose items pass."""
+    """A check for lists whose items pass `check`."""
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
 def _under(check: Check) -> Check:
-    """An object whose values pass."""
+    """A check for objects whose values pass `check`."""
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
 def _with(**checks: Check) -> Check:
-    """An object whose values under these names pass or are null."""
+    """A check for objects whose values with these names pass their checks or are null."""
     return lambda value: isinstance(value, dict) and not wrong(value, checks)
 
 
 def wrong(value: Mapping[str, Any], checks: Mapping[str, Check]) -> list[str]:
-    """The names under which something of another kind stands; null passes."""
+    """The names whose values fail their checks. null passes."""
     return [name for name, check in checks.items() if value.get(name) is not None and not check(value[name])]
 
 
@@ -51,7 +51,7 @@ _SLICES = {
 
 
 def are_slices(facts: Mapping[str, Any]) -> bool:
-    """Whether slices/<case>.json is as translate.py writes it, as far as it goes."""
+    """Whether the fields of slices/<case>.json have the form that translate.py writes. Fields may be missing."""
     nulls = [name for name in facts.keys() & _SLICES.keys() if facts[name] is None]
     rows = {len(facts[name]) for name in _ROWS if isinstance(facts.get(name), list)}
     return (not wrong(facts, _SLICES) and set(nulls) <= {"segmentation", "truth"} and len(rows) < 2

@@ -1,4 +1,4 @@
-"""The page as one file: template, style and code, data, and the pictures of each case, within it or beside it."""
+"""Writing of the page: template, style, code and data in one file, with the pictures in it or in files beside it."""
 
 import base64
 import hashlib
@@ -21,17 +21,17 @@ _SIDECAR = "// HAE-JAX report, part of a page: "
 
 
 class Pictures:
-    """What is loaded when it is looked at: a JSON text for each case, in the page, or in files beside it.
+    """The data that the page loads on demand: a JSON text for each case, in the page or in files beside it.
 
-    All stay in memory up to the limit; what is beyond it sends all of them to `<page without suffix>/<name>.js`.
+    They stay in memory up to the limit. Beyond the limit, all of them are written to `<page without suffix>/<name>.js`.
     """
 
     def __init__(self, page: Path, limit: int):
-        """Begins a page.
+        """Starts a page.
 
         Args:
-          page: where it will lie.
-          limit: bytes that fit into it.
+          page: path of the page.
+          limit: largest size of pictures in the page, bytes.
         """
         self.folder = page.with_suffix("")
         self._limit, self._size = limit, 0
@@ -40,7 +40,7 @@ class Pictures:
         self.outside: dict[str, str] = {}  # address by name
 
     def known(self, name: str, key: str) -> dict[str, Any] | None:
-        """What the page says of the case, if its pictures lie beside the page already and are of this key."""
+        """The case's entry on the page, if a file beside the page has its pictures with this key."""
         path = self._path(name)
         try:
             with path.open(encoding="utf-8") as stream:
@@ -61,10 +61,10 @@ class Pictures:
         """Adds pictures.
 
         Args:
-          name: of the case on the page.
-          content: ready for JSON.
-          key: what they were made of.
-          entry: what the page says of the case, kept for `known`.
+          name: name of the case on the page.
+          content: data, ready for JSON.
+          key: key of the input from which they were made.
+          entry: the case's entry on the page, stored for `known`.
         """
         self._keep(name, script_json(content), key, dict(entry or {}))
 
@@ -89,7 +89,7 @@ class Pictures:
         return self.folder / f"{name}.js"
 
     def inside(self) -> dict[str, str]:
-        """JSON texts by name; unused files of earlier pages are deleted."""
+        """Returns JSON texts by name. Unused files of earlier pages are deleted."""
         for path in self.folder.glob("*.js"):
             if path.stem not in self.outside and path.read_text(encoding="utf-8").startswith(_SIDECAR):
                 path.unlink()
@@ -99,12 +99,12 @@ class Pictures:
 
 
 def _call(name: str) -> str:
-    """The beginning of a file beside the page: what the page is to be told."""
+    """The call with which a file beside the page begins, after its first line."""
     return f"haePictures({script_json(name)},"
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand in a <script>: nothing in it can end the element or begin another."""
+    """JSON that is safe in a <script> element: it cannot end the element or start another one."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -113,7 +113,7 @@ def write_page(path: Path, data: Mapping[str, Any], pictures: Pictures) -> None:
     """Writes a page, whole or not at all.
 
     Args:
-      data: what `main.js` reads: "kind", "title", "facts", ...
+      data: data for `main.js`: "kind", "title", "facts", ...
     """
     inside = pictures.inside()
     style = (_STATIC / "style.css").read_text(encoding="utf-8")

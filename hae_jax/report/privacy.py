@@ -1,25 +1,25 @@
-"""What a page must not tell: paths of the machine always, names of cases if they are to be hidden."""
+"""Removal of private text from a page: paths always, names of cases on request."""
 
 import re
 from collections.abc import Iterable, Mapping
 
-# A path: what begins with /, ~/, ./ or ../ at the start of a word, up to a sign that seldom stands in one.
+# A path begins with /, ~/, ./ or ../ at the start of a word. It ends before a character that is rare in paths.
 _PATH = re.compile(r"""(?<![^\s'"(\[=:,])(?:~|\.{1,2})?/(?:[^\s'"<>,;:()\[\]]*/)*([^\s'"<>,;:()\[\]/]*)""")
 
 
 class Privacy:
-    """Cleans text before it comes into a page.
+    """Removes private parts of text for a page.
 
     Attributes:
-      labels: by the name of a case what it is called instead; empty: cases keep their names.
+      labels: new name of each case, by its name; empty: cases keep their names.
     """
 
     def __init__(self, folders: Iterable[str], names: Iterable[str], *, anonymous: bool):
-        """Takes what is known to be private.
+        """Takes the private folders and names.
 
         Args:
-          folders: absolute paths that may stand in messages; known ones are found even where they hold spaces.
-          names: of all cases, in the order of their numbers.
+          folders: absolute paths that may occur in messages. These are also found if they contain spaces.
+          names: names of all cases, in the order of their numbers.
           anonymous: whether cases are numbered.
         """
         self._folders = _any_of(folder for folder in folders if len(folder) > 1)
@@ -35,11 +35,11 @@ class Privacy:
         return bool(self.labels)
 
     def label(self, name: str) -> str:
-        """What a case is called on the page."""
+        """The name of a case on the page."""
         return printable(self.labels.get(name, name))
 
     def text(self, message: str) -> str:
-        """A message without paths: of each the file name stays, and of an anonymous page not even that."""
+        """A message in which paths are reduced to file names. On an anonymous page, file names are removed as well."""
         message = self._folders.sub(
             lambda found: "" if message[found.end():].startswith("/") else "the folder", message)
         message = _PATH.sub((lambda found: "a file") if self.anonymous else (lambda found: found[1] or "/"), message)
@@ -47,11 +47,11 @@ class Privacy:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of the texts, the longest one that fits, where no letter or digit goes on; without any, nothing."""
+    """A pattern that matches the longest of the texts as a whole word. Without texts, it matches nothing."""
     escaped = map(re.escape, sorted(set(texts), key=len, reverse=True))
     return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(escaped) or '(?!)'})(?![A-Za-z0-9_])")
 
 
 def printable(text: str) -> str:
-    """Text that UTF-8 can hold: file names may have bytes that are no text, which become escapes."""
+    """Text that UTF-8 can encode. Bytes of file names that are not text become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

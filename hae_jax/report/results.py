@@ -1,7 +1,7 @@
-"""A folder of results as it lies on disk: rows, failures, metrics, calibration, and what of it is missing.
+"""Reading of a folder of results: rows, failures, metrics, calibration, and notes about missing files.
 
-Reads every file by itself. One that is missing or damaged becomes a note, not an error: a report is wanted most where
-something went wrong.
+Each file is read separately. A missing or damaged file becomes a note and not an error, since a report is especially
+useful for a run that went wrong.
 """
 
 import csv
@@ -18,14 +18,14 @@ from hae_jax import files
 from hae_jax.errors import UserError
 from hae_jax.report import kinds
 
-_TEXTS = ("case",)  # columns of cases.csv that are no numbers
+_TEXTS = ("case",)  # columns of cases.csv that are not numbers
 _COUNTS = ("slices", "lesion_slices", "lesions", "lesions_found", "lesions_predicted", "false_lesions")
-_UNGATED = ("threshold",)  # methods that keep masks in slices which are called healthy
+_UNGATED = ("threshold",)  # methods that keep masks in slices that are called healthy
 
 
 @dataclasses.dataclass
 class Thresholds:
-    """What turned maps into masks.
+    """The thresholds that turned maps into masks.
 
     Attributes:
       pixel: a voxel belongs to the mask where the map is at least this; None where each slice has its own.
@@ -40,14 +40,14 @@ class Thresholds:
 
 @dataclasses.dataclass
 class Results:
-    """What there is.
+    """The contents of a folder of results.
 
     Attributes:
-      folder: where it lies.
-      rows: of finished cases, by name: numbers as numbers, None for an empty cell.
-      failed: why others have no results, by name.
-      manifest, metrics, calibration: the files of these names; empty where they are missing.
-      notes: what is missing or damaged, one line each.
+      folder: the folder.
+      rows: rows of finished cases by name, with numbers, and None for empty cells.
+      failed: reason of each failed case, by name.
+      manifest, metrics, calibration: the files with these names; empty if missing.
+      notes: missing or damaged parts, one line each.
     """
 
     folder: Path
@@ -60,14 +60,14 @@ class Results:
 
     @property
     def phantom(self) -> bool:
-        """Whether a phantom's case is among them."""
+        """Whether a case of a phantom is among them."""
         return bool(self.manifest.get("phantom") or self.metrics.get("phantom"))
 
     @property
     def thresholds(self) -> Thresholds:
-        """Of the calibration."""
+        """The thresholds of the calibration."""
         found = self.calibration
-        if "diff_max" in found:  # the published forward process: a similarity, which is low where there is a lesion
+        if "diff_max" in found:  # the published forward process has a similarity, low for lesions
             return Thresholds(None, None if found.get("threshold") is None else 1 - found["threshold"])
         fixed = found.get("rule") != "quantile"
         return Thresholds(found.get("threshold") if fixed else None, found.get("slice_threshold"),
@@ -80,7 +80,7 @@ def is_results(folder: Path) -> bool:
 
 
 def read_results(folder: Path) -> Results:
-    """Reads what is there."""
+    """Reads the existing files of a folder of results."""
     notes: list[str] = []
     manifest, metrics, calibration = (read_json(folder / f"{name}.json", notes, checks) for name, checks in (
         ("manifest", kinds.MANIFEST), ("metrics", kinds.METRICS), ("calibration", kinds.CALIBRATION)))
@@ -100,7 +100,7 @@ def read_results(folder: Path) -> Results:
 def read_json(
     path: Path, notes: list[str], checks: Mapping[str, kinds.Check] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """A JSON object; empty, and noted, where the file is missing or damaged. What fails its check is left out."""
+    """Reads a JSON object. A missing or damaged file gives an empty one and a note. Bad fields are left out."""
     if not os.path.lexists(path):
         notes.append(f"{path.name} is missing")
         return {}

@@ -1,6 +1,6 @@
-"""Volumes as pictures that a page can hold: sheets of axial slices, 8 bit, as data URLs.
+"""Volumes as pictures for a page: sheets of axial slices with 8 bits, as data URLs.
 
-The page puts the slices of a sheet back into a volume and cuts it in any plane. X, Y, Z: the axes of LPS.
+The page restores the volume from the sheets and shows slices in any plane. X, Y, Z: the axes of LPS.
 """
 
 import base64
@@ -11,16 +11,16 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-_BLOCK = 8  # pixels: JPEG compresses blocks of so many, which slices must not share
-_SHEET = 4096  # pixels: the longest edge of a sheet, which every browser draws
+_BLOCK = 8  # pixels; edge of JPEG's blocks, which slices must not share
+_SHEET = 4096  # pixels; the longest edge of a sheet, which all browsers can draw
 _QUALITY = 82  # of JPEG
-_MARGIN = 2  # voxels left around the head
-_THUMBNAIL = 112  # pixels: height of a thumbnail
+_MARGIN = 2  # voxels around the head
+_THUMBNAIL = 112  # pixels; height of a thumbnail
 _MASK = (230, 159, 0)  # orange of Okabe and Ito, as in style.css
 
 
 class Layout(NamedTuple):
-    """Where slices lie on sheets: row after row, so many to a row and to a sheet."""
+    """The arrangement of slices on sheets, in rows."""
 
     tile: tuple[int, int]  # width and height in pixels
     columns: int
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 def layout(
     shape: tuple[int, int, int],  # of the volume
 ) -> Layout:
-    """The layout that every volume of this shape has."""
+    """The layout of volumes of this shape."""
     width, height = (-(-size // _BLOCK) * _BLOCK for size in shape[:2])
     columns = min(shape[2], max(1, _SHEET // width))
     return Layout((width, height), columns, columns * max(1, _SHEET // height))
@@ -41,11 +41,11 @@ def sheets(
     *,
     exact: bool = False,
 ) -> list[str]:  # data URLs
-    """Draws the slices of a volume on as many sheets as they need.
+    """Draws the slices of a volume on one or more sheets.
 
     Args:
-      volume: what is drawn.
-      exact: PNG, for labels; else JPEG, which loses a little and is several times smaller.
+      volume: the volume.
+      exact: use PNG, for labels; else JPEG, which is slightly lossy and several times smaller.
     """
     (width, height), columns, per_sheet = layout(volume.shape)
     drawn = []
@@ -60,7 +60,7 @@ def sheets(
 
 
 def data_url(image: Image.Image, *, exact: bool = False, quality: int = _QUALITY) -> str:
-    """A picture as text that an <img> takes."""
+    """A picture as a data URL for an <img> element."""
     stream = io.BytesIO()
     if exact:
         image.save(stream, "PNG", optimize=True)
@@ -74,7 +74,7 @@ def to_bytes(
     low: float,
     high: float,
 ) -> np.ndarray:  # uint8, of the same shape
-    """The grey window from `low` (0) to `high` (255); what lies beyond is clipped."""
+    """Applies the grey window from `low` (0) to `high` (255). Values outside are clipped."""
     span = high - low if high > low else 1.0
     return np.clip((values - low) * (255 / span) + 0.5, 0, 255).astype(np.uint8)
 
@@ -82,7 +82,7 @@ def to_bytes(
 def window(
     volume: np.ndarray,  # [X, Y, Z] raw intensities, background 0
 ) -> tuple[float, float]:
-    """Low and high end of a grey window in which few voxels are clipped: vessels must not darken the rest."""
+    """Ends of a grey window. The few brightest voxels (vessels) are clipped, so that the others are not too dark."""
     shown = volume[volume != 0]
     if not shown.size:
         return 0.0, 1.0
@@ -93,7 +93,7 @@ def window(
 def head_box(
     shown: np.ndarray,  # [X, Y, Z] bool
 ) -> tuple[slice, ...]:
-    """The box that holds every True voxel, with a margin; the whole volume where there is none."""
+    """The bounding box of all True voxels with a margin; the whole volume if there are none."""
     found = ndimage.find_objects(shown.astype(np.uint8))
     if not found:
         return tuple(slice(0, size) for size in shown.shape)

@@ -1,4 +1,4 @@
-"""A run folder of train.py as it lies on disk: the log's columns, the sample grids, what was trained."""
+"""Reading of a run folder of train.py: the log's columns, the sample grids, facts about the training."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from hae_jax.report.page import Pictures
 from hae_jax.report.privacy import Privacy
 from hae_jax.report.results import read_json
 
-_POINTS = 1500  # of a curve: more than a screen has columns for
+_POINTS = 1500  # of a curve; a screen does not show more
 _STEP = re.compile(r"step_(\d+)\.png$")
 
 
@@ -27,11 +27,11 @@ def is_run(folder: Path) -> bool:
 
 
 def run_data(folder: Path, pictures: Pictures, privacy: Privacy) -> dict[str, Any]:
-    """What the page shows of a run, ready for JSON; the sample grids go to `pictures`.
+    """The page's data of a run, ready for JSON. The sample grids are added to `pictures`.
 
     Args:
-      folder: the run.
-      privacy: cleans what is said.
+      folder: the run folder.
+      privacy: removes private parts of text.
     """
     notes: list[str] = []
     config, record = read_json(folder / "config.json", notes), read_json(folder / "run.json", notes)
@@ -50,7 +50,7 @@ def _versions(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The log's whole lines."""
+    """The intact lines of the log."""
     try:
         lines, damaged = read_json_lines(path)
     except UserError as error:
@@ -58,14 +58,14 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
                      str(error).replace(f"{path}:", path.name, 1))
         return []
     notes.extend(f"{path.name}: line {number} is damaged and is left out" for number in damaged
-                 if number < len(lines) + len(damaged))  # the last one may be half-written while training goes on
+                 if number < len(lines) + len(damaged))  # the last one may be incomplete during training
     if not lines and not damaged:
         notes.append(f"{path.name} is empty; the first line is written after training.log_every steps")
     return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float | None]]]:
-    """By name the points [step, value] of every column of numbers, thinned out to what a screen can show."""
+    """Points [step, value] of each numeric column, by name, reduced to a number that a screen can show."""
     columns: dict[str, list[list[float | None]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -76,7 +76,7 @@ def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float | 
 
 
 def _thinned(points: list[list[float | None]]) -> list[list[float | None]]:
-    """Means of neighbours, so that a spike still shows; a gap stays one only where all of a group is missing."""
+    """Means of neighbouring points, so that spikes stay visible. A mean is missing if all its points are."""
     size = -(-len(points) // _POINTS)
     if size == 1:
         return points
@@ -90,7 +90,7 @@ def _mean(group: Sequence[Sequence[float | None]]) -> list[float | None]:
 
 
 def _samples(folder: Path, pictures: Pictures, notes: list[str]) -> list[list[Any]]:
-    """[step, name of the picture] of every grid that can be read, in order."""
+    """[step, name of the picture] of each readable grid, in order."""
     found = sorted((int(match[1]), path) for path in folder.glob("step_*.png") if (match := _STEP.search(path.name)))
     shown = []
     for step, path in found:

@@ -1,4 +1,4 @@
-"""From a folder to its page: finds out what the folder is, reads it, and writes report.html."""
+"""Writes report.html for a folder of results or of a training run."""
 
 import hashlib
 import math
@@ -18,8 +18,8 @@ from hae_jax.report.training_run import is_run, run_data
 PAGE = "report.html"
 _ANONYMOUS = "report_anonymous.html"
 LIMIT_MB = 25.0
-_FORMAT = 1  # of pictures beside a page; another one makes them anew
-_OWN_MB = 0.5  # of the limit: style, code and the table
+_FORMAT = 1  # version of the pictures beside a page; if it differs, they are made again
+_OWN_MB = 0.5  # part of the limit for style, code and table
 
 
 def write_report(
@@ -28,9 +28,9 @@ def write_report(
     """Writes the page of a folder of results or of a training run.
 
     Args:
-      folder: what translate.py or train.py has written.
+      folder: a folder of results of translate.py, or a run folder of train.py.
       output: the page; None: report.html in the folder, or report_anonymous.html.
-      anonymize: numbers the cases, and leaves out what tells their names: links, commands, names of files.
+      anonymize: number the cases, and leave out all that reveals their names: links, commands, file names.
       limit_mb: megabytes up to which pictures lie in the page itself. Beyond that, each case's pictures go to a file in
         the folder `report` beside it.
 
@@ -70,7 +70,7 @@ def _check(folder: Path, limit_mb: float) -> None:
 def _results_data(results: Results, pictures: Pictures, anonymize: bool) -> dict[str, Any]:
     names = sorted({*results.rows, *results.failed})
     folder = results.folder
-    # Unlike Path.home, expanduser never fails: a container's user may have no home.
+    # expanduser does not fail for a user without a home, as in some containers; Path.home does.
     private = {str(folder.resolve()), str(folder), str(Path.cwd()), os.path.expanduser("~")}
     private |= {place for name in names for place in cases.case_folders(folder, name)}
     privacy = Privacy(private, names, anonymous=anonymize)
@@ -88,7 +88,7 @@ def _results_data(results: Results, pictures: Pictures, anonymize: bool) -> dict
 
 
 def _cases(results: Results, pictures: Pictures, privacy: Privacy) -> Iterator[dict[str, Any]]:
-    """The entry of each finished case; its pictures are made, or taken from beside the page where they still fit."""
+    """Yields the entry of each finished case. Pictures beside the page are used again if they are still valid."""
     for name, row in sorted(results.rows.items()):
         label = privacy.label(name)
         key = _key(results.thresholds, label, cases.fingerprint(results.folder, name))
@@ -97,7 +97,7 @@ def _cases(results: Results, pictures: Pictures, privacy: Privacy) -> Iterator[d
 
 
 def _key(*parts: Any) -> str:
-    """A digest: the files that it is of may bear names that the page hides."""
+    """The key of a case's pictures. It is a digest, since the files may have names that the page hides."""
     return hashlib.sha256(repr((_FORMAT, *parts)).encode("utf-8", "backslashreplace")).hexdigest()
 
 
@@ -111,6 +111,6 @@ def _made(results: Results, name: str, label: str, key: str, pictures: Pictures,
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's numbers, rounded to five digits."""
+    """The row's values, with numbers rounded to five digits."""
     return {column: float(f"{value:.5g}") if isinstance(value, float) else value
             for column, value in row.items() if column != "case"}

@@ -1,1 +1,1 @@
-"""PyTorch weights and runs in, PyTorch weights out."""
+"""Import of weights and runs from PyTorch, and export of weights to it."""

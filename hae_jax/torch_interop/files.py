@@ -1,7 +1,7 @@
-"""Files of PyTorch's world -> NumPy arrays, and back; `torch_weights` then knows what the arrays mean.
+"""Reading of PyTorch's files as NumPy arrays, and writing. `torch_interop.weights` assigns the arrays to parameters.
 
 A .pt file is a pickle, which can run any code when it is loaded. It is only read with PyTorch's `weights_only=True`,
-which makes arrays, numbers and containers, and refuses everything else. A .safetensors file needs no PyTorch.
+which accepts arrays, numbers and containers and refuses everything else. A .safetensors file needs no PyTorch.
 """
 
 import re
@@ -19,35 +19,35 @@ from hae_jax.data.presence import absence
 from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
-NESTED = ("state_dict", "model", "ema")  # under which people keep a state dict, tried in this order
-_DEPTH = 5  # of keys in keys
+NESTED = ("state_dict", "model", "ema")  # usual keys of a state dict in a file, tried in this order
+_DEPTH = 5  # number of nested keys, at most
 _SAFETENSORS_FLOATS = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
 
 
 class AdamW(NamedTuple):
-    """The state of a `torch.optim.AdamW`, its parameters in the order in which they were given to it."""
+    """The state of a `torch.optim.AdamW`. Parameters are in the order in which they were given to it."""
 
     path: Path
-    step: int  # the largest of the parameters'
-    exp_avg: list[np.ndarray | None]  # None: the parameter never had a gradient
+    step: int  # the largest step of all parameters
+    exp_avg: list[np.ndarray | None]  # None for a parameter that never had a gradient
     exp_avg_sq: list[np.ndarray | None]
     settings: dict[str, Any]  # lr, weight_decay, betas, eps
 
 
 def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED) -> dict[str, np.ndarray]:
-    """Reads names and arrays from a .safetensors file, or from anything that `torch.save` wrote.
+    """Reads names and arrays from a .safetensors file or from a file of `torch.save`.
 
     Args:
-      path: the file; what it is tells its content, not its ending. The state dict may be nested under one of the usual
-        keys, and all its names may have the prefix of a wrapper (`module.`, `model.`, `net.`); both are taken off.
+      path: the file. Its kind is recognised by its content and not by its extension. The state dict may be nested under
+        a usual key, and its names may have a wrapper's prefix (`module.`, `model.`, `net.`). Both are removed.
       nested: the keys, the preferred one first.
 
     Returns:
       float32 arrays, in the file's order.
 
     Raises:
-      UserError: for a missing or damaged file, a pickle that wants more than arrays, one without a state dict, or
-        weights that are not finite.
+      UserError: the file is missing or damaged, is a pickle with more than arrays, has no state dict, or weights are
+        not finite.
     """
     path = _existing(path)
     if _is_safetensors(path):
@@ -56,7 +56,7 @@ def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED) -> dict[st
     if isinstance(found, Mapping) and {"state", "param_groups"} <= found.keys():
         raise UserError(f"{path}: is the state of an optimizer; give it with --optimizer, and the weights (model*.pt, "
                         "ema_*.pt) with --checkpoint")
-    for _ in range(_DEPTH):  # a pickle may hold itself
+    for _ in range(_DEPTH):  # limited, since a pickle can contain itself
         if not isinstance(found, Mapping) or not (keys := [k for k in nested if isinstance(found.get(k), Mapping)]):
             break
         found = found[keys[0]]
@@ -68,10 +68,10 @@ def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED) -> dict[st
 
 
 def read_adamw(path: str | Path) -> AdamW:
-    """Reads what `torch.save(optimizer.state_dict(), path)` wrote for an AdamW.
+    """Reads the file of `torch.save(optimizer.state_dict(), path)` for an AdamW.
 
     Raises:
-      UserError: for a file that cannot be read, or is of another optimiser, or of one with several parameter groups.
+      UserError: the file cannot be read, belongs to another optimiser, or has several parameter groups.
     """
     path = _existing(path)
     found = _load(path)
@@ -103,14 +103,14 @@ def _adamw(path: Path, groups: Any, state: Any) -> AdamW:
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict that PyTorch loads: .pt by `torch.save`, .safetensors without PyTorch.
+    """Writes a state dict that PyTorch can load: .pt with `torch.save`, .safetensors without PyTorch.
 
     Args:
-      path: the file; an existing one is left alone.
-      state: as `torch_state` gives it.
+      path: the file, which must not exist.
+      state: the result of `torch_state`.
 
     Raises:
-      UserError: if the file exists, or ends in neither.
+      UserError: the file exists, or has another extension.
     """
     path = Path(path)
     if path.exists():
@@ -134,7 +134,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By the content: the length of a JSON header, and the header. A .pt is a zip file or a bare pickle."""
+    """Checks the content for the length of a JSON header and the header. A .pt is a zip file or a plain pickle."""
     with path.open("rb") as file:
         beginning = file.read(9)
     return (beginning[8:] == b"{" and beginning[:2] != b"PK") or path.suffix.lower() == ".safetensors"
@@ -142,7 +142,7 @@ def _is_safetensors(path: Path) -> bool:
 
 def _torch(path: Path) -> Any:
     try:
-        import torch  # an extra: training and translation never need it
+        import torch  # optional; training and translation do not need it
     except ImportError as error:
         raise UserError(f"{path}: .pt files need PyTorch; pip install torch, or use .safetensors") from error
     return torch
@@ -154,9 +154,9 @@ def _load(path: Path) -> Any:
     torch = _torch(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about protocols of pickles that are refused in the next line
+            warnings.simplefilter("ignore")  # about pickle protocols; torch.load refuses those files
             return torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged file makes PyTorch stumble in whatever its bytes look like: EOFError, KeyError, OSError, ...
+    # Depending on its bytes, a damaged file makes PyTorch raise EOFError, KeyError, OSError, ...
     except Exception as error:
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(f"{path}: refused, since loading it would run code ({wanted[1]}); it may hold arrays only: "
@@ -179,7 +179,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         if entry["dtype"] not in _SAFETENSORS_FLOATS:
             raise UserError(f"{path}: {name} is of type {entry['dtype']}; only floating-point arrays are weights here")
         values = np.frombuffer(entry["data"], _SAFETENSORS_FLOATS[entry["dtype"]])
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, which is refused
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite, which is refused
             arrays[name] = values.reshape(entry["shape"]).astype(np.float32)
     return arrays
 
@@ -196,9 +196,9 @@ def _as_array(path: Path, name: Any, value: Any) -> np.ndarray:
 
 
 def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without what wrappers (DataParallel, torch.compile, Lightning) put in front of all names.
+    """Removes a prefix of all names, which wrappers add (DataParallel, torch.compile, Lightning).
 
-    A network's own names never begin all alike.
+    The names of a network itself never have a common prefix.
     """
     while len(first := {name.partition(".")[0] for name in state}) == 1 and all("." in name for name in state):
         state = {name.removeprefix(f"{min(first)}."): value for name, value in state.items()}
@@ -206,7 +206,7 @@ def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _checked_finite(path: Path, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays."""
+    """Returns the arrays if all values are finite."""
     bad = {name: count for name, value in state.items() if (count := int((~np.isfinite(value)).sum()))}
     if bad:
         name = next(iter(bad))

@@ -1,4 +1,4 @@
-"""Names and shapes of a PyTorch state dict -> the fields of `UNetConfig` that leave a trace in them."""
+"""Derives fields of `UNetConfig` from the names and shapes of a PyTorch state dict."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from hae_jax.errors import UserError
 from hae_jax.model.config import DEFAULT_CHANNEL_MULT
 
-# What is the same in the weights whatever its value is.
+# Fields that do not affect names and shapes of the weights.
 UNKNOWN_FIELDS = ("image_size", "num_heads", "num_head_channels", "num_heads_upsample", "dropout",
                   "memory_optimization", "zero_threshold", "null_context", "sparse_pattern")
 _USUAL_RATIO = 0.25
@@ -18,7 +18,7 @@ _Blocks = dict[int, dict[int, dict[str, tuple[int, ...]]]]  # block -> layer -> 
 
 
 def guess_network(shapes: _Shapes) -> dict[str, Any]:
-    """The variant and the constructor arguments that a state dict was made with.
+    """The variant and the constructor arguments of the network that a state dict belongs to.
 
     A network without hybrid blocks is given as "fpdm", without `use_hae`. The other variants have the same names then,
     but `hae_lite`, `hae_v2` and `hae_v2c` other activations.
@@ -46,7 +46,7 @@ def guess_network(shapes: _Shapes) -> dict[str, Any]:
 
 
 def usual_image_size(channel_mult: tuple[float, ...]) -> int:
-    """The image size, pixels, whose usual `channel_mult` this is; otherwise 128, or the next that the levels divide."""
+    """The image size in pixels with this default `channel_mult`; else 128, or more if the levels require it."""
     for size, usual in DEFAULT_CHANNEL_MULT.items():
         if usual == channel_mult:
             return size
@@ -98,23 +98,23 @@ def _entry(blocks: _Blocks, side: str, block: int, layer: int, name: str) -> tup
 
 
 def _res_blocks(encoder: _Blocks, decoder: _Blocks) -> int:
-    """ResBlocks per level, by where the first level of the decoder ends."""
+    """The number of ResBlocks per level, from the end of the decoder's first level."""
     ends = [block for block, layers in decoder.items()
             if any(_ends_level(layer) for i, layer in layers.items() if i > 0)]
     if ends:
         return min(ends)
-    # Resampling without parameters: in the encoder, the pooling's number is left out.
+    # Resampling has no parameters here. In the encoder, the number of the pooling layer is missing.
     gaps = sorted(set(range(max(encoder))) - encoder.keys())
     return gaps[0] - 1 if gaps else max(encoder)
 
 
 def _ends_level(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer behind the first is an upsampling or a hybrid block, not an AttentionBlock."""
+    """Whether a layer after the first is an upsampling or a hybrid block and not an AttentionBlock."""
     return "conv.weight" in layer or "in_layers.0.weight" in layer or any(n.startswith("transformer_") for n in layer)
 
 
 def _variant(shapes: _Shapes) -> str:
-    marks = {  # the first that occurs in a name decides
+    marks = {  # the first one that occurs in a name is used
         ".transformer_block.": "hae_v2c",
         ".patch_projections.": "hae",
         ".transformer_branch.mlp.mlp.": "hae_v2",
@@ -137,11 +137,11 @@ def _resampling(encoder: _Blocks, res_blocks: int, levels: int) -> dict[str, boo
 
 
 def _bottleneck(shapes: _Shapes) -> dict[str, float]:
-    """The usual ratio where it gives these widths, else the one with the fewest decimals that does."""
+    """The usual ratio if it gives these widths, else the ratio with the fewest decimals that does."""
     layers = [shape for name, shape in shapes.items() if name.endswith(".mlp.mlp.0.weight")]  # [hidden, C]
     if not layers:
         return {}
-    # int(C * ratio) is the width, and at least 1.
+    # The width is int(C * ratio), and at least 1.
     low = max(0 if hidden == 1 else hidden / channels for hidden, channels in layers)
     high = min((hidden + 1) / channels for hidden, channels in layers)
     if low <= _USUAL_RATIO < high:

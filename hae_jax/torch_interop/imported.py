@@ -1,6 +1,6 @@
-"""A run that PyTorch began -> a checkpoint that `train.py` goes on with and `translate.py` takes.
+"""Conversion of a PyTorch run to a checkpoint that `train.py` can resume and `translate.py` can use.
 
-`torch_run` reads the files; `write_run` writes what `loop` would have written at that step.
+`torch_interop.run` reads the files. `write_run` writes the files that `training.loop` would have written at that step.
 """
 
 import hashlib
@@ -43,22 +43,22 @@ def write_run(
     config_text: str | None = None,
     verify: bool = False,
 ) -> list[str]:
-    """Writes a run's folder: checkpoint, config.json, imported.json (where it comes from).
+    """Writes a run's folder: checkpoint, config.json, and imported.json with its origin.
 
-    Averages that are not given begin as the parameters, moments as zeros, as at the start of a training.
+    Missing EMA weights start as the parameters, and missing moments as zeros, as at the start of a training.
 
     Args:
-      config: the config tree that the run shall go on with.
-      output: the folder; new or empty. It appears when it is complete.
-      config_name: what the config is called in messages; None: it was guessed.
-      config_text: is written to config.py.
+      config: the config tree with which the run will be resumed.
+      output: the folder, which must be new or empty. It appears when it is complete.
+      config_name: name of the config in messages; None: it was guessed.
+      config_text: text that is written to config.py.
       verify: read the checkpoint again and compare every array with the files.
 
     Returns:
-      Lines that tell what was written.
+      Lines that describe the written files.
 
     Raises:
-      UserError: where weights and config do not fit, the folder is in use, or the comparison fails; nothing is written.
+      UserError: weights and config do not fit, the folder is in use, or the comparison fails. Nothing is written then.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -74,7 +74,7 @@ def write_run(
 
 
 def _ema_sources(weights: Weights, rates: tuple[float, ...]) -> tuple[list[Source], list[str]]:
-    """Where each set of EMA weights of the config begins, and what is to be said about it."""
+    """The source of each set of EMA weights of the config, and notes for the user."""
     given = dict(weights.ema)
     if None in given and len(given) == len(rates) == 1:
         given = {rates[0]: given[None]}
@@ -101,14 +101,14 @@ def _state(
 
 
 def _placed(state: State, network: UNetConfig) -> nnx.State:
-    """A state dict's arrays in the network's layouts. Always a new network: merged ones share their variables."""
+    """A state dict's arrays in the network's layouts. It uses a new network, since merged ones share variables."""
     model = nnx.merge(*abstract_network(network))
     load_torch_state(model, state)
     return nnx.state(model, nnx.Param)
 
 
 def _fitted(source: Source, network: UNetConfig, config_name: str) -> nnx.State:
-    """The parameters in a file."""
+    """The parameters of a file; an error names the settings that differ."""
     try:
         return _placed(source.state, network)
     except UserError as error:
@@ -120,7 +120,7 @@ def _fitted(source: Source, network: UNetConfig, config_name: str) -> nnx.State:
 
 
 def _differing(source: Source, network: UNetConfig) -> list[str]:
-    """The settings in which a network differs from that of the weights, as far as shapes tell."""
+    """The settings in which a network differs from that of the weights, according to the shapes."""
     try:
         theirs = guess_network(shapes(source.state))
     except UserError:
@@ -140,7 +140,7 @@ def _shapes_of(network: UNetConfig) -> dict[str, tuple[int, ...]]:
 def _optimizer_state(
     optimizer: optax.GradientTransformation, params: nnx.State, weights: Weights, network: UNetConfig
 ) -> Any:
-    """The optimiser's state after `weights.step` steps; with AdamW's moments where they were given."""
+    """The optimiser's state after `weights.step` steps, with AdamW's moments if they were given."""
     adam, adamw = {}, weights.adamw
     if adamw is not None:
         known = _shapes_of(network)
@@ -173,7 +173,7 @@ def _placed_moments(
 
 
 def _named_moments(arrays: list[np.ndarray | None], known: dict[str, tuple[int, ...]]) -> State:
-    """PyTorch numbers the parameters in the state dict's order; one that never had a gradient has moments of zero."""
+    """Moments by name. PyTorch numbers them in the state dict's order. Without a gradient, they are zero."""
     return {name: np.zeros(shape, np.float32) if array is None else array
             for (name, shape), array in zip(known.items(), arrays, strict=True)}
 
@@ -205,7 +205,7 @@ def _write(folder: Path, state: TrainState, tree: dict[str, Any], weights: Weigh
 
 
 def _verified(folder: Path, state: TrainState, network: UNetConfig, sources: list[Source], weights: Weights) -> str:
-    """Reads the checkpoint and compares it, in PyTorch's layouts, with what was read from the files."""
+    """Reads the checkpoint and compares it, in PyTorch's layouts, with the arrays of the files."""
     checkpoints = Checkpoints(folder)
     sharding = replicated(make_mesh())
     found = checkpoints.restore(weights.step, state, jax.tree.map(lambda _: sharding, state))

@@ -1,6 +1,6 @@
-"""The files of a PyTorch run, read and understood: its weights, step and averages, and the settings they tell.
+"""Reading of a PyTorch run's files: its parameters, step and EMA weights, and the settings that these imply.
 
-`imported` makes a run of ours of them.
+`imported` converts them to a run of this project.
 """
 
 import re
@@ -24,17 +24,17 @@ State = dict[str, np.ndarray]  # under PyTorch's names, in its layouts, float32
 
 
 class Source(NamedTuple):
-    """A state dict and the file that it is from."""
+    """A state dict and its file."""
 
     path: Path
     state: State
 
 
 class Weights(NamedTuple):
-    """What was read from PyTorch's files."""
+    """The contents of PyTorch's files."""
 
     params: Source
-    ema: dict[float | None, Source]  # by rate; None: the file's name does not tell it
+    ema: dict[float | None, Source]  # by rate; None: the file's name does not give it
     adamw: AdamW | None
     files: tuple[Path, ...]
     step: int  # optimisation steps done
@@ -43,7 +43,7 @@ class Weights(NamedTuple):
 def read_weights(
     checkpoint: str | Path, optimizer: str | Path | None = None, ema: Sequence[str | Path] = ()
 ) -> Weights:
-    """Reads parameters, and what else there is of the same step.
+    """Reads the parameters and, if given, optimiser and EMA weights of the same step.
 
     The step is that of the files' names (model210000.pt, ema_0.9999_210000.pt, opt210000.pt), else the optimiser's,
     else 0. Where the parameters come from a file that is named as an average, they are this average, too.
@@ -75,7 +75,7 @@ def read_weights(
 
 
 def guessed_settings(weights: Weights, defaults: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The settings, such as "model.variant", in which these weights' run differs from the default ones.
+    """The settings, such as "model.variant", in which the run of these weights differs from the defaults.
 
     Raises:
       UserError: if the weights are of none of the five networks.
@@ -111,7 +111,7 @@ def config_file(settings: Mapping[str, Any], weights: Weights) -> str:
 
 
 def network_lines(config: ml_collections.ConfigDict) -> list[str]:
-    """What the network is, and which of its settings come from the config, since no weights tell them."""
+    """Describes the network, and the settings that come from the config, since the weights do not imply them."""
     network = network_config(config.to_dict())
     known = [f"{name} {getattr(network, name)}" for name in (
         "variant", "in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks",
@@ -130,7 +130,7 @@ def network_lines(config: ml_collections.ConfigDict) -> list[str]:
 
 
 def rate_in_name(path: Path) -> float | None:
-    """The rate of the average in a file with such a name, if it is one."""
+    """The EMA rate in a file's name, if there is one."""
     found = _FILE_NAME.fullmatch(path.stem)
     return float(found["rate"]) if found and found["rate"] else None
 

@@ -1,8 +1,8 @@
-"""PyTorch state dict <-> parameters, strict both ways.
+"""Strict conversion between a PyTorch state dict and parameters, in both directions.
 
-The modules define their parameters in the order of the PyTorch ones, so a walk over a new network gives the state
-dict's order; the network keeps it (`UNet.parameter_paths`), since `nnx.merge` sorts attributes by name. One table turns
-paths into PyTorch's names, one rule their layouts.
+The modules define their parameters in the order of the PyTorch modules, so a walk over a new network gives the state
+dict's order. The network stores this order (`UNet.parameter_paths`), since `nnx.merge` sorts attributes by name. One
+table converts paths to PyTorch's names, and one rule converts the layouts.
 """
 
 import re
@@ -51,7 +51,7 @@ def torch_state(model: nnx.Module) -> dict[str, np.ndarray]:
     Returns:
       NumPy arrays of the parameters' dtype; `torch.from_numpy` of each makes a dict that `load_state_dict` takes.
     """
-    # Copies, in C order: NumPy's views of JAX arrays cannot be written to, and PyTorch expects that it can.
+    # Arrays are copied, in C order, since views of JAX arrays are read-only and PyTorch expects writable arrays.
     params = dict(walk(model))
     return {_name(path): np.array(_to_torch(path, np.asarray(params[path][...])), order="C")
             for path in model.parameter_paths}  # pyright: ignore[reportAttributeAccessIssue]
@@ -78,7 +78,7 @@ def load_torch_state(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) ->
         raise UserError(f"state dict does not fit the network ({len(problems)} entries differ; check the variant and "
                         f"sizes): {'; '.join(problems)}")
     for name, (path, param) in params.items():
-        # A copy: on a CPU, asarray would share the memory of the caller's array.
+        # jnp.array copies. On a CPU, asarray would share the memory of the caller's array.
         param.set_value(jnp.array(_from_torch(path, np.asarray(state_dict[name])), jnp.float32))
 
 

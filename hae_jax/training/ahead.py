@@ -1,4 +1,4 @@
-"""Batches that are read before their turn, so that a run whose data end can stop on all hosts at the same step."""
+"""Batches that are read ahead, so that all hosts can stop at the same step if one of them gets no more data."""
 
 import collections
 from collections.abc import Callable
@@ -7,14 +7,14 @@ import numpy as np
 
 from hae_jax.errors import UserError
 
-# A process asks the others to stop through the batch of a step. They read the answer after the next step is on its
-# way. So a process that gets no more data needs batches for two steps.
+# A process asks the others to stop with a flag in the batch of a step. They read the flag after the next step has
+# started. So a process that gets no more data still needs batches for two steps.
 _STEPS = 2
 Batch = dict[str, np.ndarray]
 
 
 class ReadAhead:
-    """The batches of the steps that are left.
+    """The batches of the remaining steps.
 
     Attributes:
       error: why there are no more, if reading has failed; `next` gives two more batches from then on.

@@ -1,9 +1,9 @@
-"""Checkpoints: saved whole in the background, restored onto any devices. The only file that knows Orbax.
+"""Checkpoints: complete, saved in the background, and restored onto any devices. Only this module uses Orbax.
 
-A checkpoint is the folder `<workdir>/checkpoints/<step>` with one item for each part of the state, so that translation
-can read the parameters alone, the config, and the checksums of all these files. Arrays are stored under readable names,
-such as "input_blocks/1/0/in_conv/kernel". Orbax writes into a temporary folder and renames it at the end; the checksums
-are made before that, so every checkpoint has them. What is found damaged is renamed, never deleted.
+A checkpoint is the folder `<workdir>/checkpoints/<step>`. It holds one item for each part of the state, the config, and
+the checksums of all these files. Translation reads only the item with the parameters. Arrays are stored under readable
+names, such as "input_blocks/1/0/in_conv/kernel". Orbax writes into a temporary folder and renames it at the end. The
+checksums are written before that, so every checkpoint has them. Damaged checkpoints are renamed, never deleted.
 """
 
 import json
@@ -28,7 +28,7 @@ from hae_jax.training.mesh import make_mesh, replicated
 from hae_jax.training.state import TrainState, abstract_network, network_config
 
 _LOG = logging.getLogger(__name__)
-# What a resumed run may change without becoming another run.
+# Fields of the config that may change when a run is resumed.
 _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "data.prefetch", "data.phantom",
                 "model.remat", "training.steps", "training.log_every", "training.save_every", "training.keep",
                 "training.sample_", "training.mesh", "training.accumulation", "training.nonfinite",
@@ -36,30 +36,30 @@ _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "dat
 _FREE_NAMES = tuple(f"model.{name}" for name in FORM_FIELDS)
 # Field of the state -> its item; the other fields make up the item "progress".
 _ITEMS = {"params": "params", "ema": "ema", "opt_state": "optimizer"}
-# Orbax completes these as it commits; they hold dates, and nothing is read from them.
+# Files that Orbax completes when it commits a checkpoint. They hold dates, which are not used.
 _COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Network(NamedTuple):
-    """A trained network, ready to be called."""
+    """A trained network, ready for use."""
 
     config: dict[str, Any]  # the config tree of its training
     model: UNet
-    identity: dict[str, Any]  # path, step, parameters: what a result says about its origin
+    identity: dict[str, Any]  # path, step, parameters; results state them as their origin
 
 
 class Checkpoints:
-    """The checkpoints of one run. With several processes, each makes every call."""
+    """The checkpoints of one run. With several processes, all must make the same calls."""
 
     def __init__(self, workdir: str | Path, keep: int | None = 3):
-        """Opens `<workdir>/checkpoints`, made if absent, keeps the newest `keep` in it and removes half-written ones.
+        """Opens or makes `<workdir>/checkpoints`. Half-written checkpoints are removed; the newest `keep` are kept.
 
         Raises:
           UserError: if the folder cannot be made.
         """
         self._workdir, self.folder = Path(workdir), Path(workdir).resolve() / "checkpoints"
         self._saving = None  # step of the last save
-        # Folders that cannot be made are noticed at once; in the background, Orbax waits minutes for them.
+        # Folders are made in the foreground to get errors at once. In the background, Orbax waits minutes for them.
         background = ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False)
         with disk_errors(lambda: f"{workdir}: cannot hold checkpoints"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,15 +71,15 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def recover(self) -> int | None:
-        """Finds where a run goes on: reads the newest checkpoint through and compares it with its checksums.
+        """Finds the step to resume from: the newest checkpoint whose files agree with their checksums.
 
-        Damaged ones are said aloud and moved aside, so that their steps can be saved again.
+        Damaged checkpoints are logged and renamed, so that their steps can be saved again.
 
         Returns:
-          The step of the newest sound checkpoint; None if there are no checkpoints.
+          The step of the newest intact checkpoint; None if there are no checkpoints.
 
         Raises:
-          UserError: if there are checkpoints and all are damaged; they are left as they are.
+          UserError: all checkpoints are damaged. They are not changed.
         """
         step = None
         with agreed():
@@ -91,10 +91,10 @@ class Checkpoints:
         return None if step == -1 else step
 
     def save(self, state: TrainState, config: dict[str, Any]) -> None:
-        """Saves the state in the background; it may be donated as soon as this returns.
+        """Saves the state in the background. The state may be donated as soon as this method returns.
 
         Raises:
-          UserError: if this or the save before it cannot be written; older checkpoints are kept.
+          UserError: this or the previous checkpoint cannot be written. Older checkpoints are kept.
         """
         step = int(state.step)
         items = {name: ocp.args.StandardSave(_named(value)) for name, value in _items(state).items()}
@@ -106,13 +106,13 @@ class Checkpoints:
             raise RuntimeError(f"step {step} is not newer than the newest checkpoint, {self.latest()}")
 
     def check(self, wait: bool = False) -> None:
-        """Says whether the last save went wrong, if it is over.
+        """Raises the error of the last save, if it has ended with one.
 
         Args:
-          wait: until it is over.
+          wait: wait until the save has ended.
 
         Raises:
-          UserError: if it could not be written; older checkpoints are kept.
+          UserError: the checkpoint could not be written. Older checkpoints are kept.
         """
         if wait or not self._manager.is_saving_in_progress():
             with disk_errors(self._failed):
@@ -123,10 +123,10 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
     def restore(self, step: int, like: TrainState, shardings: TrainState) -> TrainState:
-        """Reads a checkpoint onto the devices that `shardings` names, however many had written it.
+        """Reads a checkpoint onto the devices of `shardings`. Their number may differ from that at saving.
 
         Args:
-          like: a state of the same network, of which the shapes count.
+          like: a state of the same network, of which only the shapes are used.
           shardings: where each leaf shall lie.
 
         Raises:
@@ -144,7 +144,7 @@ class Checkpoints:
         return _state({item: _unnamed(value, found[item]) for item, value in _items(like).items()})
 
     def close(self) -> None:
-        """Waits until everything is written.
+        """Waits until all checkpoints are written.
 
         Raises:
           UserError: if the last save could not be written; older checkpoints are kept.
@@ -165,7 +165,7 @@ class Checkpoints:
         return step
 
     def _seal(self) -> None:
-        # Called by Orbax in the first process, when all have written their files and nothing is renamed yet.
+        # Orbax calls this in the first process, after all processes have written their files, before the renaming.
         seal(self.folder / f"{self._saving}{ocp.path.atomicity.TMP_DIR_SUFFIX}", _COMMIT_FILES)
 
     def _failed(self) -> str:
@@ -177,7 +177,7 @@ class Checkpoints:
 def load_network(
     workdir: str | Path, *, ema: bool = True, forms: Mapping[str, str] | None = None
 ) -> Network:
-    """Reads a trained network, of the newest checkpoint that is not damaged; nothing is changed in the run's folder.
+    """Reads a trained network from the newest checkpoint that is not damaged. The run's folder is not changed.
 
     Args:
       workdir: the folder that `train.py --workdir` wrote.
@@ -213,7 +213,7 @@ def load_network(
 
 
 def check_same_run(workdir: str | Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
-    """A run can only go on with the settings that it began with.
+    """Checks that a run is resumed with its original settings.
 
     Raises:
       UserError: naming every field that differs.
@@ -233,7 +233,7 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
-    # Orbax narrates each save, and prints the traceback of every error that it also raises.
+    # Orbax logs each save, and the traceback of every error that it also raises.
     absl = logging.getLogger("absl")
     absl.setLevel(logging.WARNING)
     absl.addFilter(_not_of_orbax)
@@ -247,7 +247,7 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 def _newest_sound(
     folder: Path, steps: Iterable[int], items: Collection[str] | None = None
 ) -> tuple[int, dict[int, str]]:
-    """The newest checkpoint that is not damaged (in these items; None: in all), and what is wrong with newer ones."""
+    """The newest checkpoint without damage (in these items; None: in all), and the damage of newer ones."""
     damaged = {}
     for step in sorted(steps, reverse=True):
         problem = damage(folder / str(step), items)
@@ -273,13 +273,13 @@ def _state(items: dict[str, Any]) -> TrainState:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree under their paths; that Flax wraps each parameter in a Variable does not show."""
+    """The leaves of a tree by path. The paths leave out the Variable in which Flax wraps each parameter."""
     return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _unnamed(like: Any, leaves: dict[str, Any]) -> Any:
-    """The tree that `_named` took apart."""
+    """The inverse of `_named`; `like` gives the structure of the tree."""
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in _named(like)])
 
 

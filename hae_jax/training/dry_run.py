@@ -1,4 +1,4 @@
-"""What a training would be, without doing any of it: `train.py --dry-run`. Nothing is compiled or written."""
+"""Description of a training without running it: `train.py --dry-run`. Nothing is compiled or written."""
 
 import dataclasses
 import itertools
@@ -33,20 +33,20 @@ from hae_jax.training.state import (
 )
 from hae_jax.training.step import step_settings
 
-_REMAT_PRIMITIVES = ("remat", "remat2", "checkpoint")  # its name has changed between versions of JAX
+_REMAT_PRIMITIVES = ("remat", "remat2", "checkpoint")  # the name differs between versions of JAX
 
 
 def describe(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> list[str]:
-    """Describes the training that a config stands for.
+    """Describes the training of a config.
 
     Args:
-      devices: what would be trained on; None: all devices of all hosts.
+      devices: the devices of the training; None: all devices of all hosts.
 
     Returns:
-      Lines of text: network, devices, memory, operations, data. Data that are missing or do not fit are named there.
+      Lines of text: network, devices, memory, operations, data. They name data that are missing or do not fit.
 
     Raises:
-      UserError: for settings that do not fit together or to the devices.
+      UserError: settings do not fit together or to the devices.
     """
     step_settings(config)
     check_settings(config)
@@ -59,14 +59,14 @@ def describe(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
 
 
 def activation_bytes(network: UNetConfig, rows: int) -> int:
-    """What the forward pass of a training step keeps for the backward pass, in bytes, by the shapes of the program.
+    """Bytes that the forward pass of a training step keeps for the backward pass, from the shapes of the program.
 
-    Where the network recomputes (remat), what the largest recomputed part needs is added, since it is there at once.
-    XLA may need less, by computing again what costs little, or more, for its own workspaces. Counted are the forms of
-    accelerators (`hae_jax.ops.forms`), which on CPUs are an upper bound, unless the config names others.
+    With remat, the memory of the largest recomputed part is added, since it is needed at the same time. XLA may need
+    less, if it recomputes cheap operations, or more, for its workspaces. The count is for the forms of accelerators
+    (`hae_jax.ops.forms`), which are an upper bound for CPUs, unless the config names other forms.
 
     Args:
-      rows: images on one device at once.
+      rows: images on one device at a time.
     """
     forms = {field: "xla" for field in FORM_FIELDS if getattr(network, field) == "auto"}
     loss, params = _loss(dataclasses.replace(network, **forms), rows)
@@ -96,7 +96,7 @@ def _memory_lines(
     shardings = shardings_of(mesh, state)
     sizes = {name: bytes_per_device(getattr(state, field), getattr(shardings, field)) for name, field in (
         ("parameters", "params"), ("EMA weights", "ema"), ("optimiser", "opt_state"))}
-    # While parts are accumulated, the sum and the gradients of one part are there together.
+    # With accumulation, the sum and the gradients of one part are in memory at the same time.
     sizes["gradients"] = sizes["parameters"] * (1 + (config.training.accumulation > 1))
     rows = config.training.batch_size // config.training.accumulation // mesh.size
     sizes["activations"] = activation_bytes(network, rows)
@@ -168,7 +168,7 @@ def _operations(count: float) -> str:
 
 
 def _loss(network: UNetConfig, rows: int) -> tuple[Callable[[nnx.State], jax.Array], nnx.State]:
-    """A loss of the parameters as in a training step, and their shapes."""
+    """A loss function of the parameters, like that of a training step, and the parameters' shapes."""
     graph, params = abstract_network(network)
 
     def loss(params: nnx.State) -> jax.Array:
@@ -182,13 +182,13 @@ def _loss(network: UNetConfig, rows: int) -> tuple[Callable[[nnx.State], jax.Arr
 
 
 def _needed_bytes(f: Callable, inputs: list[Any]) -> int:
-    """What f keeps, and what the largest part that it recomputes then needs besides."""
+    """Bytes that f keeps, plus the bytes that the largest recomputed part needs in the backward pass."""
     parts = _recomputed(jax.make_jaxpr(f)(*inputs).jaxpr)
     return _kept_bytes(f, *inputs) + max((_needed_bytes(part, shapes) for part, shapes in parts), default=0)
 
 
 def _kept_bytes(f: Callable, *inputs: Any) -> int:
-    """Bytes that f's forward pass keeps for its backward pass, its inputs not counted."""
+    """Bytes that f's forward pass keeps for its backward pass, without its inputs."""
     jaxpr = jax.make_jaxpr(lambda *inputs: jax.tree.leaves(jax.vjp(f, *inputs)[1]))(*inputs).jaxpr
     given = {id(variable) for variable in jaxpr.invars}
     kept = {id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in given}
@@ -196,7 +196,7 @@ def _kept_bytes(f: Callable, *inputs: Any) -> int:
 
 
 def _recomputed(jaxpr: Any) -> Iterator[tuple[Callable, list[jax.ShapeDtypeStruct]]]:
-    """The parts of a program that its backward pass computes again, each with the shapes of its inputs."""
+    """Yields the parts of a program that its backward pass recomputes, each with the shapes of its inputs."""
     varying = {id(variable) for variable in jaxpr.invars}
     for equation in jaxpr.eqns:
         varies = [id(variable) in varying for variable in equation.invars]
@@ -212,7 +212,7 @@ def _recomputed(jaxpr: Any) -> Iterator[tuple[Callable, list[jax.ShapeDtypeStruc
 
 
 def _part(equation: Any, varies: list[bool]) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
-    """One of them, as a function of what varies: there is no gradient with respect to the constants that it uses."""
+    """A recomputed part as a function of the inputs that vary. The other inputs are constants without gradients."""
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
     whole = jaxpr_as_fun(ClosedJaxpr(equation.params["jaxpr"], ()))
 

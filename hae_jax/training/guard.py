@@ -1,4 +1,4 @@
-"""What stands around a run: one job per folder, room on the disk, and signals that ask it to stop."""
+"""Protection of a run: a lock against a second job in its folder, a check of disk space, and handling of signals."""
 
 import contextlib
 import errno
@@ -27,13 +27,13 @@ from hae_jax.errors import UserError
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 _LOG = logging.getLogger(__name__)
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they kill
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them before they end a job
 _HOST = 64  # bytes of a host's name
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop has saved and stops; the process ends with status 75."""
+    """Raised to stop a run on request, after its checkpoint was saved. The process exits with status 75."""
 
     def __init__(self, message: str):
         super().__init__(REQUEUE)
@@ -41,9 +41,9 @@ class Stopped(SystemExit):
 
 
 class RunLock:
-    """Context: this process alone works in `workdir`. The kernel lets go of the lock however the process ends.
+    """Context in which only this process uses `workdir`. The kernel releases the lock when the process ends.
 
-    Of several hosts' processes only the first takes it. On a file system that knows no locks, the run goes on with a
+    With several processes, only the first takes the lock. On a file system without locks, the run continues with a
     warning.
     """
 
@@ -52,10 +52,10 @@ class RunLock:
         self._file = None
 
     def __enter__(self) -> "RunLock":
-        """Takes the lock; makes the folder if there is none.
+        """Takes the lock, and makes the folder if it does not exist.
 
         Raises:
-          UserError: if another process has it, naming its host and id, or if the folder cannot be written.
+          UserError: another process has it (the message names its host and id), or the folder cannot be written.
         """
         with agreed():
             if jax.process_index() == 0:
@@ -83,7 +83,7 @@ class RunLock:
             _LOG.warning("%s: its file system has no locks (%s); make sure that no other job uses this folder",
                          self._workdir, error.strerror)
         self._sign(file)
-        # Half-written files of a run that was killed; nobody else writes here now.
+        # Removes half-written files of a killed run. With the lock, no other process writes here.
         for leftover in filter(Path.is_file, self._workdir.glob(".*.partial.*")):
             leftover.unlink()
 
@@ -100,16 +100,16 @@ class RunLock:
             file.seek(0)
             holder = json.load(file)
             return f"process {holder['pid']} on host {holder['host']} (since {holder['started']})"
-        except (ValueError, KeyError):  # it has just begun
+        except (ValueError, KeyError):  # the other process has not written its name yet
             return "another process"
         finally:
             file.close()
 
 
 class Guard:
-    """Context: SIGTERM and SIGUSR1 ask the run to stop instead of ending it at once.
+    """Context in which SIGTERM and SIGUSR1 request a stop instead of ending the run at once.
 
-    A second signal of the same kind has its usual effect. Outside the main thread nothing is caught.
+    A second signal of the same kind has its usual effect. Outside of the main thread, signals are not handled.
     """
 
     def __init__(self):
@@ -124,40 +124,40 @@ class Guard:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         for number in list(self._previous):
             self._give_back(number)
-        # Only now, when everything inside is closed, is it true.
+        # The message is printed only now, since the checkpoint is complete only after the inner contexts have closed.
         if isinstance(error, Stopped) and jax.process_index() == 0:
             print(error.message, file=sys.stderr, flush=True)
 
     def stop_requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self._first is not None
 
     def stopped(self, workdir: str | Path, step: int) -> Stopped:
-        """What to raise once the checkpoint of `step` is on its way."""
+        """The exception to raise after saving of the checkpoint of `step` has started."""
         reason = "another host's signal" if self._first is None else signal.Signals(self._first).name
         return Stopped(f"{workdir}: stopped by {reason}, step {step} is saved; the same command resumes from there")
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._first = self._first or number
-        # The next one of this kind ends the process at once.
+        # A second signal of this kind ends the process at once.
         self._give_back(number)
 
     def _give_back(self, number: int) -> None:
-        # None: a handler that Python does not know.
+        # None: the previous handler was not installed from Python.
         previous = self._previous.pop(number, signal.SIG_DFL)
         signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 def check_workdir(workdir: str | Path, checkpoint_bytes: int, keep: int) -> None:
-    """Finds out before the first step whether the run's results can be written.
+    """Checks before the first step that the run's results can be written.
 
     Args:
-      workdir: the run's folder; made if there is none.
+      workdir: the run's folder; made if absent.
       checkpoint_bytes: size of one checkpoint.
-      keep: how many are kept; for a moment there is one more.
+      keep: number of checkpoints that are kept. Temporarily, there is one more.
 
     Raises:
-      UserError: if nothing can be written there or the checkpoints do not fit on the disk.
+      UserError: the folder cannot be written, or the checkpoints do not fit on the disk.
     """
     with agreed():
         _check_room(Path(workdir), checkpoint_bytes, keep)
@@ -184,7 +184,7 @@ def _check_room(workdir: Path, checkpoint_bytes: int, keep: int) -> None:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """What makes one process stop inside the block makes all of them stop at its end; none waits for the others.
+    """Context at whose end all processes stop if one has raised a UserError in it, so that none waits for it.
 
     Raises:
       UserError: in every process, if there was one in any.
@@ -200,7 +200,7 @@ def agreed() -> Iterator[None]:
 
 
 def _failing(here: bool) -> str | None:
-    """The first process that has failed, in words; None if none has. Every process must ask; `here`: this one has."""
+    """Describes the first failed process; None if none has failed. All processes must call it. `here`: this failed."""
     if jax.process_count() == 1:
         return "this process" if here else None
     host = np.frombuffer(socket.gethostname().encode().ljust(_HOST)[:_HOST], np.uint8)
@@ -213,15 +213,15 @@ def _failing(here: bool) -> str | None:
 
 @contextlib.contextmanager
 def disk_errors(what: Callable[[], str]) -> Iterator[None]:
-    """Turns what the disk refuses inside the block into a UserError; other errors stay as they are.
+    """Context that turns disk errors into a UserError. Other errors are not changed.
 
     Args:
-      what: says what went wrong and for which folder.
+      what: returns the beginning of the message: the folder and what failed.
     """
     try:
         yield
     except (OSError, ValueError) as error:
-        # TensorStore's errors carry the system's number in their text.
+        # The text of TensorStore's errors has the number of the system's error.
         number = re.search(r"os_error_code='(\d+)'", str(error))
         if isinstance(error, UserError) or not (number or isinstance(error, OSError)):
             raise

@@ -1,7 +1,7 @@
-"""Training on several hosts: their processes find each other before the first device is used, and fall together.
+"""Training on several hosts. Their processes connect before the first device is used, and if one fails, all end.
 
-JAX joins the processes. Should one of them die, JAX ends the others, with a stack trace and after a while; a lifeline
-(`hae_jax.training.lifeline`) does so at once and in one line.
+JAX connects the processes. If one of them dies, JAX ends the others, but late and with a stack trace. The lifeline
+(`hae_jax.training.lifeline`) ends them at once with a message of one line.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 from hae_jax.errors import UserError
 from hae_jax.training.lifeline import Lifeline
 
-_HEARTBEAT = 60  # seconds without a sign of life after which JAX takes a process for dead
-_SHUTDOWN = 60  # seconds that a process that has ended waits for the others
+_HEARTBEAT = 60  # seconds without a heartbeat after which JAX treats a process as dead
+_SHUTDOWN = 60  # seconds that a process waits for the others at its end
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 _FLAGS = "--coordinator HOST:PORT, --num-processes N and --process-id I"
 
@@ -29,21 +29,21 @@ def joined(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None,
     timeout: float = 300,
 ) -> Iterator[None]:
-    """Joins the processes of a run for as long as the context lasts; alone, it does nothing.
+    """Context in which the processes of a run are connected. With a single process, it does nothing.
 
-    Given nothing, the processes are those of the SLURM step, the Open MPI run or the indexed Kubernetes job that this
-    one belongs to, if it belongs to one. To be entered before anything asks for a device, and after the number of CPU
-    devices is set. When another process dies, this one ends with one line on stderr and status 1; when the context is
-    left by an error, so do all the others.
+    Without arguments, the processes are those of the SLURM step, the Open MPI run or the indexed Kubernetes job that
+    this process belongs to, if any. Enter the context before JAX's devices are initialised and after the number of CPU
+    devices is set. If another process dies, this one ends with one line on stderr and status 1. If an error leaves the
+    context, all other processes end in the same way.
 
     Args:
-      coordinator: HOST:PORT at which process 0 can be reached by all; the port must be free there.
-      num_processes: how many there are; 1: this one alone, whatever the scheduler says.
-      process_id: which this one is, 0 .. num_processes - 1.
-      timeout: seconds that the processes may take to find each other.
+      coordinator: HOST:PORT of process 0, reachable by all; the port must be free there.
+      num_processes: number of processes; 1: only this one, also under a scheduler.
+      process_id: number of this process, 0 .. num_processes - 1.
+      timeout: seconds in which the processes must connect.
 
     Raises:
-      UserError: flags that do not fit together, or a scheduler that does not say enough.
+      UserError: the flags do not fit together, or the scheduler's variables are incomplete.
     """
     explicit = _explicit(coordinator, num_processes, process_id)
     if not explicit and (num_processes == 1 or not in_cluster(os.environ)):
@@ -53,7 +53,7 @@ def joined(
     lifeline = Lifeline(timeout)
     try:
         yield
-    except SystemExit:  # an end that was meant, on all processes alike
+    except SystemExit:  # an intended end, which is the same on all processes
         lifeline.leave(failed=False)
         raise
     except BaseException:
@@ -63,7 +63,7 @@ def joined(
 
 
 def once(work: Callable[[], None]) -> None:
-    """Process 0 does something that the others wait for, such as making data on a disk that all share."""
+    """Runs `work` in process 0 while the others wait, such as making data on a shared disk."""
     if jax.process_index() == 0:
         work()
     if jax.process_count() > 1:
@@ -71,19 +71,19 @@ def once(work: Callable[[], None]) -> None:
 
 
 def describe() -> str:
-    """What this process is among the others, in a line."""
+    """One line that describes this process and its devices among the others."""
     devices = ", ".join(str(device) for device in jax.local_devices())
     return (f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {devices}; "
             f"{jax.device_count()} devices in all")
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether a scheduler has started several processes, as far as its environment variables tell.
+    """Whether a scheduler has started several processes, according to its environment variables.
 
-    These are the ones that `jax.distributed.initialize` goes by. A Kubernetes job does not say how many pods it has.
+    These are the variables that `jax.distributed.initialize` uses. A Kubernetes job does not give its number of pods.
 
     Raises:
-      UserError: under Open MPI 5, which no longer tells the processes where the first of them is.
+      UserError: under Open MPI 5, which no longer gives the address of process 0.
     """
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
@@ -98,7 +98,7 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
 
 
 def _explicit(coordinator: str | None, num_processes: int | None, process_id: int | None) -> dict[str, Any]:
-    """The flags as arguments of `jax.distributed.initialize`; empty where the scheduler shall say."""
+    """The flags as arguments of `jax.distributed.initialize`; empty if the scheduler gives them."""
     flags = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     if num_processes is not None and num_processes < 1:
         raise UserError(f"--num-processes is {num_processes}: it must be at least 1")
@@ -118,19 +118,19 @@ def _explicit(coordinator: str | None, num_processes: int | None, process_id: in
 
 def _initialize(explicit: dict[str, Any], timeout: float) -> None:
     where = f" at {explicit['coordinator_address']}" if explicit else ""
-    # JAX would end the process, too, but with a stack trace.
+    # JAX would also end the process, but with a stack trace.
     alarm = threading.Timer(timeout, _give_up, [f"the processes did not find each other{where} within {timeout:g} "
                                                 "seconds: are all of them running, and is the port open?"])
     alarm.daemon = True
     alarm.start()
-    # Flags say everything: what the scheduler says may be about something else.
+    # With flags, the scheduler's variables are ignored, since they may belong to another job.
     detection = {"cluster_detection_method": "deactivate"} if explicit else {}
     try:
         with _without_proxies():
             jax.distributed.initialize(
                 **explicit, **detection, initialization_timeout=int(timeout) + 60, heartbeat_timeout_seconds=_HEARTBEAT,
                 shutdown_timeout_seconds=_SHUTDOWN)
-    except Exception as error:  # of JAX, or of the client of the scheduler
+    except Exception as error:  # from JAX or from the scheduler's client
         raise UserError(f"the processes cannot connect ({error}); give {_FLAGS}, or --num-processes 1 to train "
                         "alone") from error
     finally:
@@ -141,7 +141,7 @@ def _initialize(explicit: dict[str, Any], timeout: float) -> None:
 
 @contextlib.contextmanager
 def _without_proxies() -> Iterator[None]:
-    """Inside, no proxy is set: a cluster's is for the web, and gRPC would ask it for the other processes."""
+    """Context without proxy variables. gRPC would use a proxy of the cluster to reach the other processes."""
     names = [name for name in os.environ if name.lower() in _PROXIES]
     kept = {name: os.environ.pop(name) for name in names}
     try:
@@ -151,14 +151,14 @@ def _without_proxies() -> Iterator[None]:
 
 
 def has_host_to_itself(environment: Mapping[str, str]) -> bool:
-    """Whether a scheduled process is to use every GPU that it sees, not only the one of its number on the host.
+    """Whether a scheduled process uses all visible GPUs and not only that with its local number.
 
-    JAX takes it that there is a process for each GPU and that all of them see all GPUs.
+    JAX assumes one process per GPU, and that all processes see all GPUs.
     """
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return False
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")
-    one_shown = shown != "" and "," not in shown  # the scheduler shows each process its own
+    one_shown = shown != "" and "," not in shown  # the scheduler gives each process its own
     one_task = "SLURM_NTASKS" in environment and environment["SLURM_NTASKS"] == environment.get("SLURM_STEP_NUM_NODES")
     return one_shown or one_task or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 

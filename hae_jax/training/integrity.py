@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files: written before it is committed, compared before it is read. Knows files only."""
+"""Checksums of a checkpoint's files. They are written before it is committed and compared before it is read."""
 
 import json
 import zlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from hae_jax.files import write_json
 
 CHECKSUMS = "checksums.json"
-_BLOCK = 2**20  # bytes read at once
+_BLOCK = 2**20  # bytes per read
 
 
 def seal(folder: Path, without: Collection[str] = ()) -> None:
@@ -49,7 +49,7 @@ def damage(folder: Path, parts: Collection[str] | None = None) -> str | None:
 
 
 def move_aside(folder: Path) -> Path:
-    """Renames a damaged folder to `<name>.damaged`, so that its name is free again and nothing is lost."""
+    """Renames a damaged folder to `<name>.damaged`, so that its name is free and its files are kept."""
     taken, target = 1, folder.with_name(f"{folder.name}.damaged")
     while target.exists():
         taken += 1

@@ -1,6 +1,6 @@
-"""A connection from every process to process 0, only there to break: when a process dies, all others end at once.
+"""A connection from every process to process 0. If a process dies, its connection closes, and all others end at once.
 
-Without it, a process whose peer has died waits in a collective operation until JAX misses the peer's heartbeats.
+Without it, the other processes would wait in a collective operation until JAX misses the dead process's heartbeats.
 """
 
 import os
@@ -15,17 +15,17 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 
 import jax
 
-# JAX has no public name for the store that its processes share; Orbax uses it by this one, too.
+# JAX has no public name for the key-value store of its processes. Orbax also uses `global_state` for it.
 from jax._src.distributed import global_state
 from tqdm import tqdm
 
 _NAME = "hae_jax/lifeline"
-_GRACE = 5  # seconds in which a mistake that all processes make can be told by each of them
+_GRACE = 5  # seconds in which every process can print its own message, if all of them fail with the same error
 _FAILED, _FINISHED = "failed", "finished"
 
 
 class Lifeline:
-    """This process's end of the connections; made once `jax.distributed.initialize` is done."""
+    """This process's end of the connections. Make it after `jax.distributed.initialize`."""
 
     def __init__(self, timeout: float):
         """Connects in the background.
@@ -34,23 +34,23 @@ class Lifeline:
           timeout: seconds to wait for the others.
         """
         self._timeout = timeout
-        self._connections: dict[Connection, int] = {}  # to which process
+        self._connections: dict[Connection, int] = {}  # -> process at the other end
         self._left = False
         watch = self._watch_others if jax.process_index() == 0 else self._watch_first
         self._thread = threading.Thread(target=_unless_unreachable, args=[watch], name="lifeline", daemon=True)
         self._thread.start()
 
     def leave(self, failed: bool) -> None:
-        """Says that this process is about to end, so that its end is not taken for a death."""
+        """Tells the others that this process will end, so that they do not treat its end as a crash."""
         if failed:
-            # Where a peer's death is the reason, the other thread says so and ends the process meanwhile.
+            # If the death of another process is the reason, the other thread reports it and ends this process.
             self._thread.join(1)
         self._left = True
         self._tell((jax.process_index(), _FAILED if failed else _FINISHED))
 
     def _watch_others(self) -> None:
-        """Process 0: accepts everybody, then waits for anybody to leave."""
-        assert global_state.client is not None  # the processes have found each other
+        """In process 0: accepts the connections of all others, then waits for any of them to end."""
+        assert global_state.client is not None  # the processes are connected
         key = secrets.token_bytes(16)
         with Listener(("", 0), backlog=jax.process_count(), authkey=key) as listener:
             global_state.client.key_value_set(_NAME, f"{listener.address[1]} {key.hex()}")
@@ -59,7 +59,7 @@ class Lifeline:
                     connection = listener.accept()
                     self._connections[connection] = connection.recv()
                 except (AuthenticationError, EOFError, ConnectionError):
-                    continue  # not one of us
+                    continue  # not a process of this run
         while self._connections:
             for connection in wait(list(self._connections)):
                 process = self._connections[connection]
@@ -70,7 +70,7 @@ class Lifeline:
                     _fall(*news)
 
     def _watch_first(self) -> None:
-        """The other processes: wait for news from process 0, or for its death."""
+        """In the other processes: waits for a message from process 0, or for its end."""
         assert global_state.client is not None
         assert global_state.coordinator_address is not None
         port, key = global_state.client.blocking_key_value_get(_NAME, int(self._timeout * 1000)).split()
@@ -79,7 +79,7 @@ class Lifeline:
         try:
             connection = Client(address, "AF_INET", authkey=bytes.fromhex(key))
             connection.send(jax.process_index())
-        except (ConnectionResetError, BrokenPipeError, EOFError):  # it was there and is gone: it died meanwhile
+        except (ConnectionResetError, BrokenPipeError, EOFError):  # process 0 died after it had published its address
             _fall(0, "died")
         self._connections[connection] = 0
         news = _read(connection, 0)
@@ -91,7 +91,7 @@ class Lifeline:
             try:
                 connection.send(news)
             except OSError:
-                continue  # gone already; the watching thread knows
+                continue  # already closed; the watching thread handles it
 
 
 def _unless_unreachable(watch: Callable[[], None]) -> None:
@@ -103,7 +103,7 @@ def _unless_unreachable(watch: Callable[[], None]) -> None:
 
 
 def _read(connection: Connection, process: int) -> tuple[int, str]:
-    """What a process says last: who ends, and how. Silence is death."""
+    """Reads a process's last message: the process that ends, and how. Without a message, it has died."""
     try:
         return connection.recv()
     except (EOFError, OSError):
@@ -111,13 +111,13 @@ def _read(connection: Connection, process: int) -> tuple[int, str]:
 
 
 def _fall(process: int, how: str) -> None:
-    """Ends this process because of another."""
+    """Ends this process because another one has ended."""
     if how == _FAILED:
         time.sleep(_GRACE)
-    with tqdm.get_lock():  # no progress bar is drawn after the last word; one that is there ends before it
+    with tqdm.get_lock():  # so that no progress bar is drawn after the message
         print(f"\nerror: process {process} of {jax.process_count()} {how}, so process {jax.process_index()} stops; see "
               f"the messages of process {process}, then run the same commands again to resume from the last checkpoint",
               file=sys.stderr, flush=True)
         if how == _FAILED:
-            jax.distributed.shutdown()  # the process that failed is waiting for this one to be done
+            jax.distributed.shutdown()  # the failed process waits for the end of this one
         os._exit(1)

@@ -1,7 +1,7 @@
-"""How well a network finds lesions while it is trained: the method `residual` on slices of the validation split.
+"""Localization metrics during training, with the method `residual` on slices of the validation split.
 
-The training loss does not tell: networks of the same loss differ widely in the lesions that they find. The measures
-below need image labels alone; where the dataset has ground truth, the true Dice stands beside them.
+The training loss does not show how well a network finds lesions: networks with the same loss differ widely. The metrics
+here need image labels only. If the dataset has ground truth, the true Dice is added.
 """
 
 import functools
@@ -28,13 +28,13 @@ _SEED = 0  # of the noise
 
 
 class Localization:
-    """Calls give the measures; every process must make them, and all get the same."""
+    """A callable that returns the metrics. All processes must call it, and all get the same values."""
 
     def __init__(
         self, mesh: Mesh, shardings: nnx.State, graph: nnx.GraphDef, config: ml_collections.ConfigDict, store: Store,
         *, batch_size: int,
     ):
-        """Chooses the slices; the first call compiles.
+        """Chooses the slices. The computation is compiled at the first call.
 
         Args:
           shardings: of the parameters.
@@ -75,7 +75,7 @@ class Localization:
         return values
 
     def _translated(self, params: nnx.State) -> tuple[ResidualMap, list[ValidationSlice], np.ndarray]:
-        """The results of all chosen slices, what is known of each, and the network's inputs [S, H, W, C]."""
+        """The results of all chosen slices, their descriptions, and the network's inputs [S, H, W, C]."""
         results = [jax.tree.map(np.asarray, self._maps(params, *batch)) for batch in self._batches()]
         count = len(self._rows)
         stacked = ResidualMap(*(np.concatenate(parts)[:count] for parts in zip(*results, strict=True)))
@@ -84,7 +84,7 @@ class Localization:
         return stacked, describe_slices(self._store.cases, rows, heights), to_model_range(rows["image"], self._scaling)
 
     def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
-        """Batches of one shape, the last one filled up; a host reads only its devices' rows."""
+        """Yields batches of one shape, the last one padded. A host reads only the rows of its devices."""
         size = self._shape[0]
         for start in range(0, len(self._rows), size):
             rows = self._rows[np.minimum(np.arange(start, start + size), len(self._rows) - 1)]

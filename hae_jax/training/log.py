@@ -1,7 +1,8 @@
-"""What a run says while it runs: metrics.jsonl always, TensorBoard beside it, wandb on request, a curve at the end.
+"""The log of a run: metrics.jsonl, TensorBoard, wandb on request, and a loss curve at the end.
 
-A step has at most one line, which is on disk before the step's checkpoint is begun. So a run that goes on from a
-checkpoint finds every line up to it, drops what comes after, and writes that again: no gap, and no line twice.
+A step has at most one line. The line is on disk before the step's checkpoint is started. A run that is resumed from a
+checkpoint therefore finds every line up to it. It drops later lines and writes them again, so that no line is missing
+or doubled.
 """
 
 import json
@@ -25,20 +26,20 @@ _LOG = logging.getLogger(__name__)
 
 
 class RunLog:
-    """The log of one run, continued exactly where a resumed run goes on."""
+    """The log of one run. A resumed run continues it at the step where it resumes."""
 
     def __init__(
         self, workdir: Path, start_step: int, project: str | None = None, config: dict[str, Any] | None = None
     ):
-        """Opens the log and drops whatever an interrupted run wrote after `start_step`.
+        """Opens the log and drops lines of an interrupted run after `start_step`.
 
         Args:
-          start_step: of the checkpoint that the run goes on from, or 0.
-          project: of wandb; None: wandb is left alone.
-          config: what wandb notes as the run's config.
+          start_step: step of the checkpoint from which the run is resumed, or 0.
+          project: project of wandb; None: wandb is not used.
+          config: the run's config for wandb.
 
         Raises:
-          UserError: wandb is wanted and not installed.
+          UserError: wandb is requested but not installed.
         """
         workdir.mkdir(parents=True, exist_ok=True)
         self.path = workdir / "metrics.jsonl"
@@ -49,11 +50,11 @@ class RunLog:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def lines(self) -> list[dict[str, float | None]]:
-        """The lines that are there."""
+        """The existing lines."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends the line of a step, on disk when this returns; a value that is not finite is null there."""
+        """Appends the line of a step, which is on disk when this returns. Values that are not finite become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
@@ -77,7 +78,7 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are whole and have a step.
+    """The intact lines of a metrics.jsonl that have a step.
 
     A crash may leave half of the last line. Any other damaged line gets a warning.
     """
@@ -103,7 +104,7 @@ def window_means(window: Window) -> dict[str, float]:
 
 
 def import_wandb(project: str) -> ModuleType:
-    """The wandb package, which only a run that asks for it needs; imported here and nowhere else.
+    """Imports the wandb package, which only runs with `training.wandb` need.
 
     Raises:
       UserError: it is not installed.
@@ -117,9 +118,9 @@ def import_wandb(project: str) -> ModuleType:
 
 
 def _begin_wandb(workdir: Path, project: str, config: dict[str, Any] | None) -> Any:
-    """Begins the run's page, or goes on with it: its id lies in the workdir.
+    """Starts or continues the run's page in wandb. Its id is stored in the workdir.
 
-    A resumed run may log a step again that wandb has already and ignores; the values are the same.
+    A resumed run may log a step a second time. wandb ignores it; the values are the same.
     """
     wandb = import_wandb(project)
     path = workdir / "wandb_id"

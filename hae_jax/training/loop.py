@@ -1,4 +1,4 @@
-"""The training loop: mesh, data, model, state, step, restore, loop."""
+"""The training loop, in this order: mesh, data, model, state, step, restore, loop."""
 
 import contextlib
 import dataclasses
@@ -50,8 +50,8 @@ from hae_jax.training.watch import Report
 from hae_jax.training.weights import load_trained
 
 _LOG = logging.getLogger(__name__)
-_SIGNAL, _NO_DATA = 1, 2  # why a process asks all of them to stop; the largest number decides
-# Fields of the network that say how it computes, not what its parameters are.
+_SIGNAL, _NO_DATA = 1, 2  # reasons for a process to stop all processes; the largest is used
+# Fields of the network that do not change the shape or meaning of its parameters.
 _FREE_OF_WEIGHTS = ("dropout", "remat", "dtype", "sparse_pattern", "sparse_seed", "sparse_redraw", *FORM_FIELDS)
 
 
@@ -79,21 +79,21 @@ def train(
     config: ml_collections.ConfigDict, workdir: str | Path, devices: Sequence[jax.Device] | None = None, *,
     profile: Span | None = None,
 ) -> None:
-    """Trains a network, going on from the newest sound checkpoint in `workdir` if there is one.
+    """Trains a network. Resumes from the newest intact checkpoint in `workdir`, if there is one.
 
     Writes checkpoints, best/, metrics.jsonl, tensorboard/, samples/, config.json, run.json and loss.png to `workdir`.
-    The same call after an interruption continues the run as if it had never stopped. With several processes, each makes
-    it.
+    The same call after an interruption continues the run as if it had never stopped. With several processes, all must
+    make the call.
 
     Args:
       config: the config tree (`configs/default.py`).
-      devices: what to train on; None: all devices of all hosts.
+      devices: devices to train on; None: all devices of all hosts.
       profile: steps to record.
 
     Raises:
-      UserError: for settings or data that do not fit, a folder that cannot be written or that another job writes, and
-        when the loss is not finite any more.
-      Stopped: after a signal that asks to stop, once the state is saved.
+      UserError: settings or data do not fit, the folder cannot be written or another job uses it, or the loss is no
+        longer finite.
+      Stopped: after a signal that requests a stop, once the state is saved.
     """
     run = _check(config, Path(workdir), devices, profile)
     if jax.process_count() > 1:
@@ -114,7 +114,7 @@ def train(
 
 
 def sharding_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> str:
-    """What of the state lies where, as a table; nothing is allocated.
+    """A table of the sharding of the state. Nothing is allocated.
 
     Raises:
       UserError: for settings that do not fit.
@@ -133,7 +133,7 @@ def _abstract_state(config: ml_collections.ConfigDict) -> TrainState:
 def _check(
     config: ml_collections.ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None, profile: Span | None
 ) -> Run:
-    """Everything that can be wrong is found here, before anything is built or written."""
+    """Checks all settings, the devices and the data, before anything is built or written."""
     training = config.training
     check_settings(config)
     network = network_config(config.to_dict())
@@ -175,14 +175,14 @@ def _checked_store(config: ml_collections.ConfigDict, network: UNetConfig) -> St
 
 
 def _begin(run: Run, checkpoints: Checkpoints, guard: Guard, latest: int | None) -> None:
-    """Builds the state and the step, restores, and enters the loop."""
+    """Builds the state and the step, restores the state, and runs the loop."""
     training = run.config.training
     graph, _ = abstract_network(run.network)
     state, shardings = sharded_initial_state(run.mesh, run.network, run.optimizer, len(training.ema_rates),
                                              run.config.seed, remembered_timesteps(run.config))
     step = make_train_step(run.mesh, shardings, graph, run.network, run.process, run.optimizer,
                            step_settings(run.config))
-    # Where the state comes from: 1. the newest sound checkpoint of this workdir; 2. exported weights; 3. the seed.
+    # Source of the state: 1. the newest intact checkpoint of this workdir; 2. exported weights; 3. the seed.
     if latest is not None:
         _say(f"resuming {run.workdir} at step {latest}")
         state = checkpoints.restore(latest, state, shardings)
@@ -222,13 +222,13 @@ def _loop(
     for done in range(start + 1, training.steps + 1):
         profiler.before(done)
         batch = batches.next()
-        # Who must stop says so to all processes through the batch: they must stop at the same step.
+        # A process that must stop sets a flag in the batch, so that all processes stop at the same step.
         reason = _NO_DATA if batches.error else _SIGNAL if guard.stop_requested() else 0
         stop = np.full(len(batch["label"]), reason, np.int32)
         inputs = {"image": batch["image"], "label": batch["label"], "stop": stop}
         state, metrics = step(state, shard_batch(run.mesh, inputs))
         report.stepped(done, metrics)
-        # The metrics of the step before are read only now, so that the device never waits for the host.
+        # The previous step's metrics are read only now, so that the device does not wait for the host.
         if pending is not None:
             _stop_unless_finite(run, checkpoints, *pending)
             stopping = int(pending[1]["stop"])
@@ -252,7 +252,7 @@ def _loop(
 
 @contextlib.contextmanager
 def _batches(run: Run, report: Report, start: int) -> Iterator[ReadAhead]:
-    """Context: the batches of the steps after `start`; its end ends the data workers."""
+    """Context with the batches of the steps after `start`. The data workers end with it."""
     data, training = run.config.data, run.config.training
     with contextlib.ExitStack() as stack:
         with _told_what_is_saved(start), agreed():
@@ -266,7 +266,7 @@ def _batches(run: Run, report: Report, start: int) -> Iterator[ReadAhead]:
 
 @contextlib.contextmanager
 def _told_what_is_saved(step: int) -> Iterator[None]:
-    """Adds to a UserError what is on the disk, which is all that was trained."""
+    """Adds the last saved step to a UserError."""
     try:
         yield
     except UserError as error:
@@ -300,7 +300,7 @@ def _localization(run: Run, graph: nnx.GraphDef, shardings: TrainState) -> Local
 
 
 def _stop_unless_finite(run: Run, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Stops the run before a broken state can be saved, unless such steps are skipped."""
+    """Stops the run if a step is not finite, before its state is saved, unless such steps are skipped."""
     if run.config.training.nonfinite == "skip" or bool(metrics["finite"]):
         return
     latest = checkpoints.latest()

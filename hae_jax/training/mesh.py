@@ -1,4 +1,4 @@
-"""Devices, and what lies where: the mesh, the sharding rules, batches onto devices. The model knows none of it."""
+"""The device mesh, the sharding rules, and placement of batches on devices. The model does not depend on them."""
 
 import math
 from collections import Counter
@@ -11,20 +11,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hae_jax.errors import UserError
 
-_SMALLEST_SHARDED = 2**14  # elements; below this, gathering a parameter costs more than holding it
-_PARTS = {"params": "parameters", "ema": "EMA weights", "opt_state": "optimiser"}  # fields of the state, in words
+_SMALLEST_SHARDED = 2**14  # elements; gathering a smaller parameter costs more than replicating it
+_PARTS = {"params": "parameters", "ema": "EMA weights", "opt_state": "optimiser"}  # names of the state's fields
 
 
 def make_mesh(shape: Sequence[int] = (-1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Devices as a mesh ("data", "model"). Batches are cut over both axes, the state over "model" alone.
+    """Makes a mesh ("data", "model") of devices. Batches are split over both axes, the state over "model" only.
 
     Args:
-      shape: devices along each axis; one may be -1: what is left. (-1, 1) copies the state to every device (data
-        parallel), (1, -1) cuts it over all devices (FSDP), (4, 2) over pairs of them.
-      devices: which; None: all devices of all hosts.
+      shape: number of devices along each axis; one may be -1, for the remaining devices. (-1, 1) copies the state to
+        every device (data parallel), (1, -1) splits it over all devices (FSDP), (4, 2) over pairs of devices.
+      devices: the devices; None: all devices of all hosts.
 
     Raises:
-      UserError: the shape does not fit the number of devices, or the hosts have unequal numbers of them.
+      UserError: the shape does not fit the number of devices, or the processes have unequal numbers of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _axis_sizes(tuple(shape), len(devices))
@@ -32,14 +32,14 @@ def make_mesh(shape: Sequence[int] = (-1, 1), devices: Sequence[jax.Device] | No
     if len(set(per_host.values())) > 1:
         counts = ", ".join(f"process {process}: {count}" for process, count in sorted(per_host.items()))
         raise UserError(f"training.mesh: every process must have as many devices as the others ({counts})")
-    # Host by host, so that the rows that a host reads are those that its devices hold.
+    # Devices are sorted by host, so that a host reads the rows that its own devices hold.
     devices = sorted(devices, key=lambda device: device.process_index)
-    # Auto axes: with Explicit ones, convolutions on sharded kernels fail.
+    # The axes are Auto, since convolutions on sharded kernels fail with Explicit axes.
     return Mesh(np.array(devices).reshape(sizes), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def _axis_sizes(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The shape with -1 replaced."""
+    """The shape with -1 replaced by the number that fits."""
     if len(shape) != 2 or any(n != -1 and n < 1 for n in shape) or shape == (-1, -1):
         raise UserError(f"training.mesh is {shape}: give two numbers, devices along data and model; one may be -1")
     given = abs(math.prod(shape))
@@ -51,24 +51,24 @@ def _axis_sizes(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over all devices."""
+    """The sharding of a batch's rows over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "model")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of arrays that are the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows_on_devices(
     mesh: Mesh, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """A batch of this shape, of which each host makes its devices' rows by `part(index)`."""
+    """A batch of this shape. Each host makes the rows of its devices with `part(index)`."""
     return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
-    """A sharding for each leaf of a state: its largest axis that "model" divides; small leaves are replicated.
+    """A sharding for each leaf of a state, along its largest axis that "model" divides. Small leaves are replicated.
 
     Args:
       abstract_state: a tree of anything with a `shape`.
@@ -89,7 +89,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
 
 
 def bytes_per_device(abstract_state: Any, shardings: Any) -> int:
-    """What a state takes on each device; the rules cut evenly, so it is the same on all.
+    """Bytes of a state on each device. The rules split evenly, so the number is the same on all devices.
 
     Args:
       abstract_state: a tree of anything with `shape` and `dtype`.
@@ -104,9 +104,9 @@ def _shard_bytes(leaf: Any, sharding: NamedSharding) -> int:
 
 
 def sharding_table(abstract_state: Any, shardings: Any) -> str:
-    """Where everything lies, as text: a line for each parameter, then sums for each part of the state.
+    """A table of the sharding: a line for each parameter, then sums for each part of the state.
 
-    EMA weights and the optimiser's moments have the shapes of the parameters and lie where these do: sums are enough.
+    Only sums are given for EMA weights and the optimiser, since their shapes and shardings equal those of parameters.
 
     Args:
       abstract_state: the state, or its shapes and dtypes.
@@ -131,7 +131,7 @@ def sharding_table(abstract_state: Any, shardings: Any) -> str:
 
 
 def _axes(sharding: NamedSharding, ndim: int) -> str:
-    """The mesh axis that each axis of an array is cut over, such as "-, model"; "replicated" where none is."""
+    """The mesh axis over which each axis of an array is split, such as "-, model"; "replicated" if none is."""
     names = tuple(sharding.spec) + (None,) * (ndim - len(sharding.spec))
     return ", ".join(name or "-" for name in names) if any(names) else "replicated"
 
@@ -143,10 +143,10 @@ def _columns(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
 
 
 def check_batch_size(batch_size: int, parts: int, mesh: Mesh, field: str) -> None:
-    """A batch must be cut into equal parts, and each part over all devices.
+    """Checks that a batch can be split into equal parts, and each part over all devices.
 
     Raises:
-      UserError: naming the field and the next size that fits.
+      UserError: it cannot. The message names the field and the next size that fits.
     """
     unit = parts * mesh.size
     if batch_size < 1 or batch_size % unit:

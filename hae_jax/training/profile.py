@@ -13,14 +13,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
-    """The steps to be profiled; counted from 1, as in the log, over all interruptions of a run."""
+    """The steps to profile. They are counted from 1, as in the log, also in a resumed run."""
 
     first: int
     last: int
 
 
 def parse_span(text: str) -> Span:
-    """Reads "10:15": from step 10 to step 15, both included.
+    """Parses text such as "10:15", which means steps 10 to 15, both included.
 
     Raises:
       UserError: for anything else.
@@ -32,21 +32,21 @@ def parse_span(text: str) -> Span:
 
 
 class Profiler:
-    """Records the steps of a span to `<workdir>/profile`; does nothing without one, and in all but the first process.
+    """Records the steps of a span to `<workdir>/profile`. Without a span and in other processes, it does nothing.
 
-    Used as a context: what has begun is written even where the loop ends early.
+    Use it as a context, so that a started profile is written even if the loop ends early.
     """
 
     def __init__(self, workdir: Path, span: Span | None, start: int, steps: int):
-        """Checks the span against the run; nothing is written yet.
+        """Checks the span against the run. Nothing is written yet.
 
         Args:
-          span: what to record; None: nothing.
-          start: steps done so far.
-          steps: at which the run ends.
+          span: steps to record; None: nothing.
+          start: number of steps done so far.
+          steps: last step of the run.
 
         Raises:
-          UserError: the span is not among the steps to come.
+          UserError: the span is not within the remaining steps.
         """
         if span is not None and not start < span.first <= span.last <= steps:
             raise UserError(f"--profile {span.first}:{span.last}: only steps {start + 1} to {steps} remain; "
@@ -63,20 +63,20 @@ class Profiler:
         self._stop()
 
     def before(self, step: int) -> None:
-        """To be called before the batch of a step is asked for."""
+        """Call it before the batch of a step is requested."""
         if self._span is None or not self._span.first <= step <= self._span.last:
             return
         if not self._records:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every Python call would crowd out, and slow down, what is looked for
-            # A file for Perfetto comes beside the one for TensorBoard.
+            options.python_tracer_level = 0  # traces of Python calls would slow the steps and fill the file
+            # Writes a file for Perfetto in addition to that for TensorBoard.
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True, profiler_options=options)
             self._records = True
         self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._step.__enter__()
 
     def after(self, step: int, state: Any) -> None:
-        """To be called at the end of a step, with what it gave; waits for it if it is the last one recorded."""
+        """Call it at the end of a step with the new state. After the last recorded step, it waits for the state."""
         if self._step is None or self._span is None:
             return
         if step == self._span.last:

@@ -1,4 +1,4 @@
-"""Sample grids: what the network draws for each class, at several guidance strengths."""
+"""Sample grids: images that the network generates for each class, at several guidance strengths."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def make_sampler(
             both = model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), jnp.concatenate([labels, labels]), null=null)
             return guide(both[:rows], both[rows:], strength)
 
-        # One field of noise per place in a class: the classes differ by nothing but the label.
+        # All classes use the same noise, so that their samples differ only by the label.
         keys = jax.random.split(jax.random.key(seed), _PER_CLASS)
         last = jnp.full(_PER_CLASS, process.schedule.steps - 1)
         field = draw_noise(noise, process, keys, (config.image_size, config.image_size, config.in_channels), last)
@@ -50,14 +50,14 @@ def make_sampler(
 
 
 def draw_samples(sampler: Callable, params: nnx.State, seed: int, strengths: Sequence[float]) -> np.ndarray:
-    """Draws the same noise at each strength: [strengths, R, H, W, C]; a call for all processes."""
+    """Samples from the same noise at each strength: [strengths, R, H, W, C]. All processes must call it."""
     return np.stack([np.asarray(sampler(params, np.uint32(seed), np.float32(w))) for w in strengths])
 
 
 def write_samples(
     path: Path, images: np.ndarray, strengths: Sequence[float], classes: int | None, modalities: Sequence[str]
 ) -> None:
-    """Writes a grid: a row for each sample, a column for each guidance strength; channels are `modalities`."""
+    """Writes a grid with a row for each sample and a column for each guidance strength. Channels are `modalities`."""
     names = _CLASS_NAMES if classes == len(_CLASS_NAMES) else [f"class {i}" for i in range(classes or 1)]
     titles = [name for name in names for _ in range(_PER_CLASS)] if classes else None
     sample_grid(path, images, strengths, row_titles=titles, channels=tuple(modalities), title=f"samples, {path.stem}")

@@ -1,4 +1,4 @@
-"""What can be wrong with the settings of a training by themselves, whatever lies on disk and the devices."""
+"""Checks of a training's settings that need neither the data nor the devices."""
 
 import ml_collections
 
@@ -16,7 +16,7 @@ def measures_localization(config: ml_collections.ConfigDict) -> bool:
 
 
 def check_settings(config: ml_collections.ConfigDict) -> None:
-    """Checks the numbers and choices of `config.training`, and that the channels of data and network are as many.
+    """Checks the values of `config.training`, and that data and network have the same number of channels.
 
     Raises:
       UserError: naming the field.

@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimiser, EMA weights, step. Built abstractly first, then directly sharded."""
+"""The training state: parameters, optimiser, EMA weights, step. Its shapes are built first, then its sharded arrays."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ LOSS_BINS = 4  # quartiles of the timesteps
 
 
 class Window(NamedTuple):
-    """Sums since the last line of the log; part of the state, so that a resumed run logs the same numbers.
+    """Sums since the last line of the log. They are part of the state, so that a resumed run logs the same values.
 
     Samples count by their importance weights (1 where timesteps are uniform): bin_loss / bin_count is the mean loss
     over the quartile's timesteps, however these are drawn.
@@ -34,16 +34,16 @@ class Window(NamedTuple):
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each timestep, by which timesteps are drawn (Nichol & Dhariwal 2021, section 3.3)."""
+    """The last losses at each timestep, used to draw timesteps (Nichol & Dhariwal 2021, section 3.3)."""
 
     losses: jax.Array  # [T, 10] float32
-    count: jax.Array  # [T] int32, how many of them there are
+    count: jax.Array  # [T] int32, number of losses stored
 
 
 class TrainState(NamedTuple):
-    """Everything that a run needs to go on exactly as if it had not stopped."""
+    """All that a run needs to be resumed exactly."""
 
-    step: jax.Array  # [] int32, steps done; those that were skipped count, since their data and noise are used up
+    step: jax.Array  # [] int32, steps done, including skipped ones, since their data and noise are used up
     params: nnx.State
     opt_state: Any
     ema: tuple[nnx.State, ...]  # one per rate
@@ -55,7 +55,7 @@ class TrainState(NamedTuple):
 def initial_state(
     params: nnx.State, opt_state: Any, ema: tuple[nnx.State, ...], history_steps: int | None = None, step: int = 0
 ) -> TrainState:
-    """A state around these parameters, with nothing logged, remembered or skipped yet.
+    """A state with these parameters, an empty log window, no loss history and no skipped steps.
 
     Args:
       history_steps: T where the losses of the timesteps are remembered; None: they are not.
@@ -73,7 +73,7 @@ def empty_window() -> Window:
 
 
 def network_config(config: dict[str, Any], forms: Mapping[str, str] | None = None) -> UNetConfig:
-    """The network's config from a config tree; a learned variance doubles the output channels.
+    """The network's config from a config tree. A learned variance doubles the output channels.
 
     Args:
       forms: fields of the network that replace its own, of `model.config.FORM_FIELDS`.
@@ -88,7 +88,7 @@ def network_config(config: dict[str, Any], forms: Mapping[str, str] | None = Non
 
 
 def remembered_timesteps(config: Any) -> int | None:
-    """T of the config (tree or ConfigDict) if it draws timesteps by their last losses; None if it does not."""
+    """T of the config (tree or ConfigDict) if timesteps are drawn by their last losses, else None."""
     return config["diffusion"]["steps"] if config["training"]["timesteps"] == "loss-second-moment" else None
 
 
@@ -103,12 +103,12 @@ def learning_rate(training: Any) -> optax.Schedule:
     }
     if training.anneal not in schedules:
         raise UserError(f"training.anneal is {training.anneal!r}: choose one of {', '.join(schedules)}")
-    # The step after step 0 already moves: warm-up counts from 1.
+    # Warm-up counts from 1, so that the first step changes the parameters.
     return optax.join_schedules([lambda step: rate * (step + 1) / (warmup + 1), schedules[training.anneal]], [warmup])
 
 
 def make_optimizer(training: Any) -> optax.GradientTransformation:
-    """AdamW with PyTorch's betas and epsilon, optionally behind clipping by global norm."""
+    """AdamW with PyTorch's betas and epsilon, optionally after clipping by global norm."""
     adamw = optax.adamw(learning_rate(training), b1=0.9, b2=0.999, eps=1e-8, weight_decay=training.weight_decay)
     return adamw if training.clip_norm is None else optax.chain(optax.clip_by_global_norm(training.clip_norm), adamw)
 
@@ -126,7 +126,7 @@ def abstract_state(
 
 
 def shardings_of(mesh: Mesh, abstract: TrainState) -> TrainState:
-    """A tree of shardings: by the rules of `mesh`, but the history of losses replicated, being used row by row."""
+    """The state's shardings by the rules of `mesh`. The loss history is replicated, since it is used row by row."""
     everywhere = jax.tree.map(lambda _: replicated(mesh), abstract.timesteps)
     return state_shardings(mesh, abstract)._replace(timesteps=everywhere)
 
@@ -135,14 +135,14 @@ def sharded_initial_state(
     mesh: Mesh, config: UNetConfig, optimizer: optax.GradientTransformation, rates: int, seed: int,
     history_steps: int | None = None,
 ) -> tuple[TrainState, TrainState]:
-    """The state before the first step, each part made where it will lie.
+    """The state before the first step. Each part is made on the devices that hold it.
 
-    The parameters are drawn in the host's memory (every host draws the same) and sent to the devices in shards; what
-    follows from them is computed there.
+    The parameters are drawn in host memory (all hosts draw the same values) and sent to the devices in shards. The rest
+    of the state is computed on the devices.
 
     Args:
       rates: number of sets of EMA weights.
-      history_steps: T where the losses of the timesteps are remembered (`remembered_timesteps`); None: they are not.
+      history_steps: T if losses of timesteps are stored (`remembered_timesteps`), else None.
 
     Returns:
       The state, and a tree of its shardings.
@@ -160,7 +160,7 @@ def sharded_initial_state(
 def _from_params(
     params: nnx.State, optimizer: optax.GradientTransformation, rates: int, history_steps: int | None
 ) -> TrainState:
-    # Copies: donated buffers must not be shared between parameters and EMA weights.
+    # Parameters are copied, since donated buffers must not be shared between parameters and EMA weights.
     ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(rates))
     return initial_state(params, optimizer.init(params), ema, history_steps)
 

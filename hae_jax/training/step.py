@@ -29,18 +29,18 @@ _CHOICES = {
 
 
 class StepSettings(NamedTuple):
-    """What the step needs to know of the config; how timesteps are drawn, the state says."""
+    """The settings of the step. The state determines how timesteps are drawn."""
 
     seed: int
     p_uncond: float
     accumulation: int
     ema_rates: tuple[float, ...]
     noise: str = "gaussian"  # "simplex" or "coarse"
-    nonfinite: str = "stop"  # or "skip": gradients that are not finite change nothing
+    nonfinite: str = "stop"  # or "skip": steps with gradients that are not finite change nothing
 
 
 class Draws(NamedTuple):
-    """The randomness of a batch, a function of (seed, step, row) and of the losses so far."""
+    """The random values of a batch. They depend on (seed, step, row) and on the losses of earlier steps."""
 
     t: jax.Array  # [B] steps of the schedule
     weight: jax.Array  # [B] importance weights of the losses
@@ -89,7 +89,7 @@ def _step_key(settings: StepSettings, step: jax.Array) -> jax.Array:
 
 
 def _draw_timesteps(keys: jax.Array, steps: int, history: LossHistory | None) -> tuple[jax.Array, jax.Array]:
-    """Timesteps [B], and the weights 1 / (T p_t) that keep the mean loss what it is when they are uniform."""
+    """Timesteps [B], and weights 1 / (T p_t), with which the mean loss is the same as for uniform timesteps."""
     if history is None:
         t = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(keys)
         return t, jnp.ones(t.shape)
@@ -107,7 +107,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     settings: StepSettings,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles `step(state, batch) -> (state, metrics)`; the state is donated.
+    """Compiles `step(state, batch) -> (state, metrics)`. The state is donated.
 
     `batch` holds image [B, H, W, C] in [-1, 1], label [B] and, where hosts may ask to stop, stop [B] int32, which is
     not 0 in the rows of a host that does. The metrics are scalars: loss, gradient_norm, finite (whether both are),
@@ -116,13 +116,13 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         draws = draw(settings, process, state.step, state.timesteps, batch["image"].shape)
-        # For what all rows share: the key that the row after the last would have.
+        # The key for randomness that all rows share is that of a row after the last one.
         shared = jax.random.fold_in(_step_key(settings, state.step), len(batch["image"]))
         loss_of_part = _loss_function(graph, config, process, shared)
         seen = None if settings.accumulation == 1 else _context_of_whole_batch(draws.drop, config)
         loss, losses, gradients = _accumulate(
             loss_of_part, state.params, (batch["image"], batch["label"], draws, seen), settings.accumulation)
-        # Gathered once, not at each of the rows that enter the history one after the other.
+        # The values are gathered once here and not again for each row that is added to the history.
         losses, draws = jax.lax.with_sharding_constraint(
             (losses, draws._replace(noise=None, keys=None)), replicated(mesh))
         norm = optax.global_norm(gradients)
@@ -144,7 +144,7 @@ def make_train_step(
 
 @jax.jit
 def state_norms(state: TrainState) -> dict[str, jax.Array]:
-    """What the log says of a state: parameter_norm, and the distance of the EMA weights from the parameters, over it.
+    """The log's values of a state: parameter_norm, and the EMA weights' distance from the parameters divided by it.
 
     Not part of the step, since it reads everything once more. ema_distance is the first average's, ema_distance_2 the
     second's, and so on.
@@ -156,7 +156,7 @@ def state_norms(state: TrainState) -> dict[str, jax.Array]:
 
 
 def _loss_function(graph: nnx.GraphDef, config: UNetConfig, process: Process, shared: jax.Array) -> Callable:
-    """`f(params, part) -> (loss [], the loss of each sample before its weight [b])`, for a part of a batch."""
+    """Returns `f(params, part) -> (loss [], unweighted loss of each sample [b])` for a part of a batch."""
 
     def loss_of_part(params: nnx.State, part: tuple) -> tuple[jax.Array, jax.Array]:
         images, labels, draws, seen = part
@@ -187,14 +187,14 @@ def _updated(
 
 
 def _context_of_whole_batch(drop: jax.Array, config: UNetConfig) -> jax.Array | None:
-    """Which rows see their context, judged before the batch is cut into parts: "batch" means the whole one."""
+    """The rows that see their context. For the rule "batch", this depends on the whole batch and not on its parts."""
     if context_rule(config) != "batch":
         return None
     return jnp.broadcast_to(~jnp.all(drop), drop.shape)
 
 
 def _accumulate(loss_of_part: Callable, params: nnx.State, batch: Any, parts: int):
-    """Mean loss and gradients over the batch, part by part.
+    """Computes mean loss and gradients over the batch, part by part.
 
     Returns:
       The loss [], the loss of each sample [B], the gradients.
@@ -203,7 +203,7 @@ def _accumulate(loss_of_part: Callable, params: nnx.State, batch: Any, parts: in
     if parts == 1:
         (loss, losses), gradients = value_and_grad(params, batch)
         return loss, losses, gradients
-    # Row i goes to part i % parts: neighbouring rows lie on one device, so every part is spread over all of them.
+    # Row i goes to part i % parts. Neighbouring rows are on one device, so each part is spread over all devices.
     batch = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
 
     def add(total, part):
@@ -217,7 +217,7 @@ def _accumulate(loss_of_part: Callable, params: nnx.State, batch: Any, parts: in
 
 
 def _add(window: Window, loss: jax.Array, norm: jax.Array, losses: jax.Array, draws: Draws, steps: int) -> Window:
-    """Adds one step to the sums behind the log."""
+    """Adds one step to the sums for the log."""
     in_bin = (draws.t * LOSS_BINS // steps)[:, None] == jnp.arange(LOSS_BINS)
     weight = in_bin * draws.weight[:, None]
     return Window(window.steps + 1, window.loss + loss, window.gradient_norm + norm,

@@ -1,7 +1,8 @@
-"""The validation loss: the training loss of the averaged weights, on a set that never changes.
+"""The validation loss: the training loss of the EMA weights on a fixed set of samples.
 
-Slice, timestep, noise and label of each sample are fixed, by no seed of the run: the numbers of a run can be compared
-with each other, and with those of other runs on the same data. Nothing is dropped, neither units nor labels.
+Slice, timestep, noise and label of each sample are fixed and do not depend on the run's seed. So the losses of one run
+can be compared with each other, and with those of other runs on the same data. There is no dropout, and no labels are
+dropped.
 """
 
 import functools
@@ -27,16 +28,16 @@ _SEED = 0  # of the fixed set
 
 
 class Samples(NamedTuple):
-    """The fixed set: S slices, each with its label and, where the network has classes, once more without."""
+    """The fixed set: S slices, each with its label and, if the network has classes, again without it."""
 
-    row: np.ndarray  # [N] int, of the split
+    row: np.ndarray  # [N] int, row of the split
     label: np.ndarray  # [N] int32
     t: np.ndarray  # [N] int32
     null: np.ndarray  # [N] bool
 
 
 def fixed_samples(reader: SplitReader, slices: int, steps: int, *, conditional: bool) -> Samples:
-    """Chooses slices evenly spread over a split, and timesteps evenly spread over 0..steps-1 in a fixed random order.
+    """Chooses slices evenly spaced over a split, and timesteps evenly spaced over 0..steps-1 in a fixed random order.
 
     Args:
       reader: the validation split; where it has fewer slices than wanted, all are taken.
@@ -45,7 +46,7 @@ def fixed_samples(reader: SplitReader, slices: int, steps: int, *, conditional: 
       conditional: whether to add the same slices, timesteps and noise under the null condition.
     """
     count = min(slices, len(reader))
-    middle = np.arange(count) + 0.5  # of `count` equal stretches
+    middle = np.arange(count) + 0.5  # of `count` equal parts
     row = (middle * len(reader) / count).astype(int)
     t = np.random.default_rng(_SEED).permutation((middle * steps / count).astype(np.int32))
     label, null = reader.rows["labels"][row], np.zeros(count, bool)
@@ -54,7 +55,7 @@ def fixed_samples(reader: SplitReader, slices: int, steps: int, *, conditional: 
 
 
 class Validation:
-    """Calls give the validation loss; every process must make them, and all get the same."""
+    """A callable that returns the validation loss. All processes must call it, and all get the same value."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Validation:
         noise: str = "gaussian",
         scaling: str = "slice",
     ):
-        """Fixes the samples; the first call compiles.
+        """Chooses the samples. The computation is compiled at the first call.
 
         Args:
           reader: the validation split, not empty.
@@ -88,20 +89,20 @@ class Validation:
                                out_shardings=replicated(mesh))
 
     def __call__(self, params: nnx.State) -> dict[str, float]:
-        """The means over the set: validation_loss, and validation_loss_null where the network has classes."""
+        """The means over the set: validation_loss and, if the network has classes, validation_loss_null."""
         losses = np.concatenate([np.asarray(self._losses(params, *batch)) for batch in self._batches()])
-        # In float64 and in one order, whatever batches and devices the losses come from.
+        # The mean is in float64 and in a fixed order, so that it does not depend on batches and devices.
         losses, null = losses[:len(self._samples.null)].astype(np.float64), self._samples.null
         means = {"validation_loss": float(losses[~null].mean())}
         return means | ({"validation_loss_null": float(losses[null].mean())} if null.any() else {})
 
     def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
-        """Batches of one shape, the last one filled up with its last sample; a host reads only its devices' rows."""
+        """Yields batches of one shape, the last one padded with its last sample. A host reads its own rows."""
         count, size = len(self._samples.row), self._image_shape[0]
         for start in range(0, count, size):
             index = np.minimum(np.arange(start, start + size), count - 1)
             row, *others = (a[index] for a in self._samples)
-            # A slice has the same noise with and without its label.
+            # The noise of a slice is the same with and without its label.
             number = (index % np.count_nonzero(~self._samples.null)).astype(np.int32)
             yield (rows_on_devices(self._mesh, self._image_shape, functools.partial(self._read, row)),
                    *(rows_on_devices(self._mesh, (size,), values.__getitem__) for values in (number, *others)))
@@ -111,7 +112,7 @@ class Validation:
 
 
 def _sample_losses(graph: nnx.GraphDef, network: UNetConfig, process: Process, noise: str) -> Callable:
-    """`f(params, image, number, label, t, null) -> [B]`, the loss of each row whatever rows it shares a batch with."""
+    """Returns `f(params, image, number, label, t, null) -> [B]`, losses that do not depend on the rest of the batch."""
 
     def losses(params, image, number, label, t, null):
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(_SEED), i))(number)

@@ -1,6 +1,6 @@
-"""What the loop tells a run's watchers: the progress bar, lines of the log, validation losses, sample grids.
+"""Reporting of a run: the progress bar, lines of the log, validation losses, sample grids.
 
-The loop hands over each step; what is due at it is done here. All processes take part in computing, one writes.
+The loop calls `Report` at each step, which does what is due at the step. All processes compute, and one writes.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from hae_jax.training.state import TrainState, abstract_network, learning_rate
 from hae_jax.training.step import state_norms
 from hae_jax.training.weights import write_weights
 
-# What two runs of the same numbers may differ in, such as a run and the same one interrupted. No other field may.
+# The only fields in which the logs of two equal runs may differ, such as a run and the same run with an interruption.
 TIMING_FIELDS = frozenset({"images_per_second", "model_flops_per_second", "peak_share", "device_memory_gib",
                            "input_wait_seconds", "input_wait_share"})
 
@@ -36,21 +36,21 @@ _REGULAR = ("log_every", "validate_every", "localization_every", "sample_every")
 
 
 class Report:
-    """Everything that a run shows.
+    """The progress bar, the log and the sample grids of a run.
 
-    A line of metrics.jsonl has, where it is a line of training (`training.log_every`), the means since the last one of
-    loss, gradient_norm and loss_t1of4 .. loss_t4of4 (by quartile of the timestep), and of its step parameter_norm,
-    ema_distance (to the parameters, relative to their norm; ema_distance_2 of a second rate), learning_rate and
-    skipped_steps (all so far).
+    A training line of metrics.jsonl (`training.log_every`) has means since the last such line: loss, gradient_norm and
+    loss_t1of4 .. loss_t4of4 (by quartile of the timestep). It also has values of its step: parameter_norm, ema_distance
+    (to the parameters, relative to their norm; ema_distance_2 for a second rate), learning_rate, and skipped_steps (all
+    so far).
 
-    Its `TIMING_FIELDS` are images_per_second; model_flops_per_second of all devices (`hae_jax.model.flops`), and
-    peak_share of what they could do, where that is known; device_memory_gib, the peak of the fullest device of this
-    host, or on a CPU what the process holds now; input_wait_seconds per step that the loop waited for a batch, and
-    input_wait_share of its time, which is the most that a faster input could save. Compilation, validation and
-    samples are not in these times. The line of a first step alone has no speeds.
+    Its `TIMING_FIELDS` are: images_per_second; model_flops_per_second of all devices (`hae_jax.model.flops`);
+    peak_share, the share of the devices' peak, if it is known; device_memory_gib, the largest peak of this host's
+    devices or, on a CPU, the current memory of the process; input_wait_seconds, the time per step that the loop waited
+    for a batch; input_wait_share, its share of the time, which is the most that a faster input could save. These times
+    do not include compilation, validation and samples. A line of only the first step has no speeds.
 
-    A step with a validation (`training.validate_every`) has validation_loss and validation_loss_null in its line, one
-    with `training.localization_every` what `localization.Localization` gives. The EMA weights with the largest
+    The line of a step with validation (`training.validate_every`) has validation_loss and validation_loss_null. A line
+    with `training.localization_every` has the metrics of `localization.Localization`. The EMA weights with the largest
     expected Dice times slice AUC so far are in best/.
     """
 
@@ -69,10 +69,10 @@ class Report:
         """Opens the log.
 
         Args:
-          start: steps done so far.
+          start: number of steps done so far.
           sampler: made by `make_sampler`; None: no sample grids.
-          validation: a `Validation`; None: none.
-          localization: a `Localization`; None: none.
+          validation: a `Validation`; None: no validation.
+          localization: a `Localization`; None: no localization metrics.
         """
         self._workdir, self._config, self._network, self._mesh = workdir, config, network, mesh
         self._sampler, self._validation, self._localization = sampler, validation, localization
@@ -80,7 +80,7 @@ class Report:
         self._log = RunLog(workdir, start, config.training.wandb, config.to_dict()) if self._speaks else None
         self._rate = learning_rate(config.training)
         self._graph = abstract_network(network)[0]
-        lines = self._log.lines() if self._log else []  # the other processes never write the best weights
+        lines = self._log.lines() if self._log else []  # only this process writes the best weights
         self._best = max((score for line in lines if (score := localization_score(line)) > 0), default=0.0)
         self._clock = _Clock(config.training.batch_size, network, mesh)
         self._empty = jax.jit(lambda window: jax.tree.map(jnp.zeros_like, window), out_shardings=replicated(mesh))
@@ -88,30 +88,30 @@ class Report:
                          disable=not self._speaks)
 
     def next(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The next batch; the time until it is there counts as waiting for input, and shows in a profile."""
+        """The next batch. The time until it is available counts as waiting for input, also in a profile."""
         with self._clock.waiting(), jax.profiler.TraceAnnotation("wait for input"):
             return next(batches)
 
     def stepped(self, done: int, metrics: dict[str, jax.Array]) -> None:
-        """To be called when step `done` is on its way to the devices."""
+        """Call it after step `done` was dispatched to the devices."""
         if not self._clock.runs:
-            jax.block_until_ready(metrics)  # the first step, which was compiled
+            jax.block_until_ready(metrics)  # the first step includes compilation
             self._clock.start(done)
         self._bar.update()
 
     def due(self, done: int) -> bool:
-        """Whether `write` has anything to do at this step."""
+        """Whether `write` must be called at this step."""
         return any(self._due(done, every) for every in _REGULAR)
 
     def write(self, done: int, state: TrainState) -> TrainState:
-        """Writes what is due at a step, which must be done before the step's checkpoint is begun.
+        """Writes what is due at a step. Call it before the step's checkpoint is saved.
 
         Returns:
-          The state; with an empty window where a line of training was written.
+          The state. Its window is empty if a training line was written.
         """
         values: dict[str, float] = {}
         if self._due(done, "log_every"):
-            # Reading the window waits for the step: the clock is read after it.
+            # The clock is read after the window, since reading the window waits for the step.
             values |= window_means(state.window) | self._clock.read(done)
         with self._clock.paused():
             if self._due(done, "log_every"):
@@ -131,7 +131,7 @@ class Report:
         return state
 
     def close(self) -> None:
-        """Ends the bar and draws the loss curve."""
+        """Closes the bar and draws the loss curve."""
         self._bar.close()
         if self._log is not None:
             self._log.close()
@@ -144,10 +144,10 @@ class Report:
                     and (done == training.steps or done % training[every] == 0))
 
     def _keep_best(self, done: int, state: TrainState, values: dict[str, float]) -> None:
-        """Exports the EMA weights if lesions are found better than ever in this run."""
+        """Exports the EMA weights if their localization score is the highest of this run."""
         params = jax.jit(lambda p: p, out_shardings=replicated(self._mesh))(state.ema[0])  # by all processes
         score = localization_score(values)
-        if self._speaks and score > self._best:  # NaN, where nothing is found, is not above it
+        if self._speaks and score > self._best:  # False for NaN, if no lesion was found
             self._best = score
             self._export(done, params)
 
@@ -156,7 +156,7 @@ class Report:
 
     def _state_of(self, done: int, state: TrainState) -> dict[str, float]:
         norms = {name: float(value) for name, value in state_norms(state).items()}
-        skipped = int(state.skipped)  # the schedule stands still in these steps
+        skipped = int(state.skipped)  # the schedule does not advance in these steps
         return norms | {"learning_rate": float(self._rate(done - 1 - skipped)), "skipped_steps": skipped}
 
     def _sample(self, sampler: Callable[..., jax.Array], done: int, state: TrainState) -> None:
@@ -168,13 +168,13 @@ class Report:
 
 
 def localization_score(values: Mapping[str, float | None]) -> float:
-    """expected Dice times slice AUC, by which the best network is kept; NaN where one is missing."""
+    """Expected Dice times slice AUC, by which the best network is chosen; NaN if one is missing."""
     expected, auc = (values.get(f"localization_{name}") for name in ("expected_dice", "auc"))
     return float("nan") if expected is None or auc is None else expected * auc
 
 
 class _Clock:
-    """Times steps; stands still until it is started, and while paused."""
+    """Measures the time of steps. It does not run before `start` and while paused."""
 
     def __init__(self, batch_size: int, network: UNetConfig, mesh: Mesh):
         self._batch_size, self._devices = batch_size, list(mesh.devices.flat)
@@ -183,7 +183,7 @@ class _Clock:
         self.runs, self._done, self._waited, self._begin = False, 0, 0.0, 0.0
 
     def start(self, done: int) -> None:
-        """Counts the steps after `done` from now on."""
+        """Starts the clock. Steps after `done` count."""
         self.runs, self._done, self._waited, self._begin = True, done, 0.0, time.monotonic()
 
     def read(self, done: int) -> dict[str, float]:
@@ -205,14 +205,14 @@ class _Clock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """What happens inside is waiting for input."""
+        """Context whose time counts as waiting for input."""
         begin = time.monotonic()
         yield
         self._waited += time.monotonic() - begin
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is no part of any step."""
+        """Context whose time does not count."""
         begin = time.monotonic()
         yield
         self._begin += time.monotonic() - begin

@@ -1,7 +1,7 @@
-"""A trained network as two files, small enough to share: the weights, in half or full precision, and the config.
+"""A trained network as two files that are small enough to share: weights in half or full precision, and the config.
 
-`model.safetensors` holds the EMA weights under PyTorch's names, `config.json` the config tree of the training with the
-step. Unlike a run folder it cannot be resumed.
+`model.safetensors` holds the EMA weights under PyTorch's names. `config.json` holds the config tree of the training and
+the step. Training can be resumed from a run folder, but not from such a folder.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ SHIPPED = Path(weights.__file__).parent  # with a folder for each shipped networ
 
 
 def export_weights(run: str | Path, folder: str | Path) -> Network:
-    """Writes the EMA weights of a run's newest sound checkpoint to `folder`, replacing earlier ones.
+    """Writes the EMA weights of a run's newest intact checkpoint to `folder`, replacing earlier ones.
 
     Returns:
       The network that was written.
@@ -45,12 +45,12 @@ def write_weights(
     """Writes a network's parameters and its config to `folder`, replacing earlier ones.
 
     Args:
-      parameters: which ones they are, for the network's identity; they are then written in full precision. None: EMA
-        parameters, in half precision.
+      parameters: name of the parameters for the network's identity; they are written in full precision. None: EMA
+        weights in half precision.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # without it, half-written weights are not taken for a network
+    (folder / CONFIG).unlink(missing_ok=True)  # without it, half-written weights do not count as a network
     (folder / WEIGHTS).unlink(missing_ok=True)
     kind = np.float16 if parameters is None else np.float32
     write_state_dict(folder / WEIGHTS, {name: value.astype(kind) for name, value in torch_state(model).items()})
@@ -58,27 +58,27 @@ def write_weights(
 
 
 def trained_folder(path: str | Path) -> Path:
-    """The folder itself, or that of the shipped weights of this name where there is no such folder."""
+    """The folder itself or, if it does not exist, that of the shipped weights with this name."""
     shipped = SHIPPED / Path(path).name
     return shipped if not Path(path).exists() and str(path) == shipped.name and shipped.is_dir() else Path(path)
 
 
 def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str] | None = None) -> Network:
-    """Reads a trained network from a run folder (`load_network`), or from what `export_weights` wrote.
+    """Reads a trained network from a run folder (`load_network`) or from a folder of `export_weights`.
 
     Args:
       path: the folder, or the name of shipped weights, such as "phantom".
-      ema: the EMA weights instead of the last ones.
+      ema: read the EMA weights instead of the last parameters.
 
     Raises:
-      UserError: neither lies there, it is damaged, or weights other than the EMA weights are asked for and not there.
+      UserError: there is no network, it is damaged, or it has only EMA weights and `ema` is False.
     """
     path = trained_folder(path)
     if (reason := absence(path)) == "missing":
         names = sorted(folder.parent.name for folder in SHIPPED.glob(f"*/{WEIGHTS}"))
         raise UserError(f"{path}: there is no such folder; give a run folder of train.py, a folder of exported "
                         f"weights, or shipped weights ({', '.join(names)})")
-    if reason:  # a dead link or a closed folder
+    if reason:  # a dead link, or a folder without permission
         raise UserError(f"{path}: {reason}")
     if not is_there(path / WEIGHTS):
         return checkpoint.load_network(path, ema=ema, forms=forms)
@@ -88,7 +88,7 @@ def load_trained(path: str | Path, *, ema: bool = True, forms: Mapping[str, str]
 
 
 def load_weights(folder: str | Path, forms: Mapping[str, str] | None = None) -> Network:
-    """Reads what `export_weights` wrote; the parameters are float32 again.
+    """Reads a folder of `export_weights`. The parameters are converted to float32.
 
     Raises:
       UserError: a file is missing or damaged, or the weights do not fit the config.
@@ -99,7 +99,7 @@ def load_weights(folder: str | Path, forms: Mapping[str, str] | None = None) -> 
         config, step = described["config"], int(described["step"])
         rate = float(config["training"]["ema_rates"][0])
         graph, params = abstract_network(network_config(config, forms))
-    except Exception as error:  # whatever the network raises for settings that cannot be
+    except Exception as error:  # all that the network raises for impossible settings
         raise UserError(f"{path}: cannot be read as the config of a network ({type(error).__name__}: {error}); copy "
                         "the folder again") from error
     model, weights_file = nnx.merge(graph, params), path.with_name(WEIGHTS)

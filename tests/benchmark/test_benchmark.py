@@ -1,4 +1,4 @@
-"""The benchmark as a whole, on the smallest network: rows, ratios, files, mistakes."""
+"""The whole benchmark on the smallest network: rows, ratios, files, errors."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_baselines_compare_with_ours_and_variants_with_the_first(tiny):
 
 
 def test_the_backward_pass_keeps_less_than_half_of_what_the_naive_one_keeps(tiny):
-    """By shapes: of a network with everything that the naive form is wasteful about."""
+    """Measured from shapes, for a network with all parts that take more memory in the naive form."""
     config = with_model(tiny, variant="hae_v2", image_size=48, channel_mult=(1, 1), num_heads=1)
     network = network_config(config.to_dict())
     ours, theirs = (activation_bytes(dataclasses.replace(network, attention=form), 2)

@@ -1,4 +1,4 @@
-"""Single blocks: forms that say the same give the same, and the rows compare with the first form."""
+"""Single blocks: equivalent forms give the same outputs, and rows are compared with the first form."""
 
 import itertools
 
@@ -25,13 +25,13 @@ def _little():
 
 @pytest.fixture(scope="module")
 def outputs():
-    """Of each form of each block."""
+    """The outputs of each form of each block."""
     return {(block.name, form): np.asarray(jax.jit(f)(block.params, *block.inputs))
             for block in blocks.blocks(2, "float32") for form, f in block.forms.items()}
 
 
 def test_forms_are_the_same_but_for_what_is_left_out(outputs):
-    sames = {  # the others leave out the context, or see all tokens
+    sames = {  # other forms leave out the context, or see all tokens
         "attention at 12 px": ("ours", "naive"),
         "sparse attention, 150 tokens": ("dense", "dense by jax.nn"),
         "sparse layer, 144 tokens": (),

@@ -1,4 +1,4 @@
-"""The GPU report: rehearsed in small, with steps that fail and hang, and published."""
+"""The GPU report: a rehearsal with small sizes, steps that fail or hang, and publishing."""
 
 import json
 import math
@@ -28,14 +28,14 @@ def step(name: str, code: str, limit: float = 60) -> Step:
 
 def test_the_rehearsal_has_finite_figures_from_every_step(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    # Steps are processes of their own; several of them compile the same program.
+    # Steps are separate processes, and several of them compile the same program.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     results = gpu_report(tmp_path / "report", 1800, rehearse=True)
     assert json.loads((tmp_path / "report" / "results.json").read_text()) == results
     assert [(s["step"], s["status"]) for s in results["steps"]] == [(s.name, "finished") for s in STEPS]
     assert {figure["step"] for figure in results["figures"]} == {s.name for s in STEPS}
     assert all(math.isfinite(figure["value"]) for figure in results["figures"])
-    for figure in results["figures"]:  # the goals that hold on every machine
+    for figure in results["figures"]:  # goals that every machine must reach
         if figure["step"] == "numbers":
             assert figure["value"] <= figure.get("at_most", math.inf), figure
             assert figure["value"] >= figure.get("at_least", -math.inf), figure

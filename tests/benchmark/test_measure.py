@@ -52,7 +52,7 @@ def test_results_over_donated_arguments_count_once():
 
 
 class _Device:
-    """Statistics of a device that a call fills."""
+    """A device with memory statistics that a call changes."""
 
     def __init__(self, in_use, peak):
         self.stats = {"bytes_in_use": in_use, "peak_bytes_in_use": peak}
@@ -86,7 +86,7 @@ def test_a_profile_names_the_kernels_that_take_longest():
     x = jnp.ones((600, 600))
     program = jax.jit(lambda x: (jax.lax.fori_loop(0, 3, lambda _, y: y @ x, x), jnp.sin(x))).lower(x).compile()
     found = longest_kernels(lambda: jax.block_until_ready(program(x)), count=3)
-    assert not found[0][0].startswith("while")  # whose time is that of the products within
+    assert not found[0][0].startswith("while")  # its time is that of the products in it
     assert found[0][1] >= found[-1][1] > 0
     assert 0.5 < found[0][2] <= sum(share for _, _, share in found) < 1.001
 

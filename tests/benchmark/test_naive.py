@@ -1,4 +1,4 @@
-"""The baselines compute what ours compute: the same numbers, by the detours that they are there for."""
+"""The naive baselines compute the same values as our forms, with the additional work that defines them."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from hae_jax.model import UNet, UNetConfig, attention
 from hae_jax.model.conditioning import Context
 from hae_jax.ops import group_norm
 
-# 12 x 12 tokens in the hybrid block, enough to be sparse; two of its four rows see no label.
+# The hybrid block has 12 x 12 tokens, enough to be sparse. Two of the four rows have no label.
 NETWORK = {"image_size": 24, "in_channels": 2, "model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1,
            "attention_resolutions": (2,), "num_classes": 2, "num_heads": 4, "use_scale_shift_norm": True}
 
@@ -26,7 +26,7 @@ def test_the_network_is_the_same_with_its_gradients():
     ours = UNetConfig(variant="hae_v2c", **NETWORK)
     theirs = dataclasses.replace(ours, **naive.fields_of(naive.PIECES))
     assert (theirs.attention, theirs.convolution) == ("materialised", "xla")
-    # Nothing is zero, and so every path matters.
+    # No parameter is zero, so that every path affects the output.
     shapes, rng = nnx.state(nnx.eval_shape(lambda: UNet(ours, rngs=nnx.Rngs(0)))), np.random.default_rng(0)
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), jnp.float32), shapes)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 24, 24, 2)), jnp.float32)
@@ -66,7 +66,7 @@ def test_context_is_the_same(seen):
 
 
 def assert_same(call, ours, theirs, *inputs):
-    """Outputs and gradients of `call(function, *inputs)` agree."""
+    """Asserts that outputs and gradients of `call(function, *inputs)` agree."""
     results = []
     for function in (ours, theirs):
         @jax.jit
@@ -79,13 +79,13 @@ def assert_same(call, ours, theirs, *inputs):
 
 
 def assert_same_tree(actual, desired):
-    """Every array agrees, relative to the largest number in the tree."""
+    """Asserts that all arrays agree, relative to the largest value in the tree."""
     largest = max(np.abs(a).max() for a in jax.tree.leaves(desired))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest), actual, desired)
 
 
 def small_model(x, t, y=None, null=False):
-    """Stands in for a network: a matrix product over the pixels, in which the label matters less and less with t."""
+    """A replacement for a network: a matrix product over the pixels. The label's effect decreases with t."""
     size = x.shape[1]
     shift = 0 * t if null is True else jnp.where(null, 0, (1 + y) * jnp.exp(-t / 80))
     mixing = jnp.asarray(np.random.default_rng(0).normal(0, 1 / size, (size, size)), jnp.float32)
@@ -94,7 +94,7 @@ def small_model(x, t, y=None, null=False):
 
 
 def translations(settings):
-    """The forward process with the small model, ours and naive, compiled; and its slices."""
+    """The compiled forward process with the small model, ours and naive, and its slices."""
     process = Process(make_schedule("linear", 1000, "20"))
     x0 = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (3, 8, 8, 4)), jnp.float32)
     noise = forward_process.step_noise(jax.random.split(jax.random.key(0), 3), x0.shape[1:])
@@ -116,7 +116,7 @@ def test_translation_is_the_same(fields):
 def test_compiler_keeps_the_fourth_pass():
     compiled, _ = translations(forward_process.ForwardSettings(2))
     products = [program.as_text().count(" dot(") for program in compiled]
-    assert products == [2, 4]  # two of ours are one, over twice the rows
+    assert products == [2, 4]  # two of our products are one with twice the rows
 
 
 def test_pieces_are_those_that_change_something(monkeypatch):
@@ -124,7 +124,7 @@ def test_pieces_are_those_that_change_something(monkeypatch):
     assert naive.pieces_of("naive", network, translation=False) == ("attention", "convolution")
     assert naive.pieces_of("naive", network, translation=True) == naive.PIECES
     assert naive.pieces_of("translation", network, translation=False) == ()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where our convolution is XLA's
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where our form of convolution is XLA's
     assert naive.pieces_of("naive", network, translation=False) == ("attention",)
     with pytest.raises(UserError, match="choose among naive, attention"):
         naive.pieces_of("speed", network, translation=False)

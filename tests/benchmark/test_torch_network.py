@@ -1,4 +1,4 @@
-"""The PyTorch baseline computes what ours and the published networks compute, and is timed beside ours."""
+"""The PyTorch baseline computes the same values as our and the published networks, and is timed with ours."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ TOLERANCE = 1e-5  # of the output's maximum
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """Tests run side by side: with a thread for each core in each of them, PyTorch's threads wait for each other."""
+    """Tests run in parallel. If each of them used a thread per core, PyTorch's threads would wait for each other."""
     monkeypatch.setattr(torch_programs, "cores", lambda: 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def test_golden_outputs(golden_case: Golden):
 def test_golden_outputs_without_memory_optimization(golden_case: Golden):
     case = golden_case.case
     network = loaded(dataclasses.replace(case.config, memory_optimization=False), case.weights)
-    # Only hae_v2c has a memory optimisation: the others are the same without.
+    # Only hae_v2c has a memory optimisation, so the other cases have no such variant.
     suffix = "_memopt_off" if case.config.rules.skips_zero_context else ""
     for mode in case.modes():
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_golden_gradient_norm_of_every_parameter(golden_case: Golden):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_equals_ours(variant: str):
-    """With rows that are dropped, judged one by one, and with a mask, which not all patch sizes of it divide."""
+    """With dropped rows, the rule "sample", and a mask. Not all patch sizes divide the image size."""
     config = UNetConfig(variant=variant, null_context="sample", **SMALL)
     graph, state = filled(config)
     x, t, y = inputs(config, 3)
@@ -129,7 +129,7 @@ def test_published_masks_are_drawn_as_ours_are(per_scale: bool, ours):
     torch.manual_seed(0)
     tokens = 600
     masks = [published_mask(tokens, per_scale, torch.device("cpu")).numpy() for _ in range(2)]
-    assert (masks[0] != masks[1]).any()  # drawn anew at each pass
+    assert (masks[0] != masks[1]).any()  # each pass draws new masks
     expected = np.asarray(ours(tokens, jax.random.key(0)))
     np.testing.assert_array_equal(masks[0].diagonal(), expected.diagonal())
     assert masks[0].mean() == pytest.approx(expected.mean(), abs=0.003)
@@ -140,7 +140,7 @@ def test_published_masks_are_drawn_as_ours_are(per_scale: bool, ours):
 
 @pytest.fixture
 def tiny():
-    """The smallest config with a hybrid block and, in it, a mask."""
+    """The smallest config with a hybrid block that has a mask."""
     return with_model(default.get_config(), image_size=24, model_channels=32, num_res_blocks=1, channel_mult=(1, 1),
                       attention_resolutions=(2,))
 
@@ -165,12 +165,12 @@ def test_update_is_ours(tiny, clip_norm):
     before = [p.detach().numpy().copy() for p in parameters]
     step.call()
     after = [p.detach().numpy() for p in parameters]
-    # What the optimiser saw: after the clipping.
+    # The optimiser's gradients, after clipping.
     gradients = [p.grad.numpy() for p in parameters]
     norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients))
     assert norm == pytest.approx(clip_norm, rel=1e-3) if clip_norm else norm > 1e-2
 
-    some = [i for i, p in enumerate(parameters) if p.shape == (32, 32, 3, 3)][:3]  # each shape takes time to compile
+    some = [i for i, p in enumerate(parameters) if p.shape == (32, 32, 3, 3)][:3]  # few shapes, since each is compiled
     old = [before[i] for i in some]
     optimizer = make_optimizer(tiny.training)
     updates, _ = optimizer.update([gradients[i] for i in some], optimizer.init(old), old)
@@ -191,13 +191,13 @@ def test_labels_are_dropped_and_masks_drawn_in_training(tiny):
     assert [drop.tolist() for _, drop in seen] == [[False, False], [True, True]]
     assert len({int(n) for t, _ in seen for n in t}) > 1
     assert step.network.training
-    assert step.peak_memory() is None  # on a CPU PyTorch does not count
+    assert step.peak_memory() is None  # PyTorch does not count memory on CPUs
 
 
 def test_options_compute_the_same(tiny, monkeypatch):
     config = with_model(tiny, variant="fpdm", channel_mult=(1,))  # small, since tracing it takes time
     plain = TorchForwardPass(config, 2)
-    plain.network.out[2].weight.data.normal_()  # it begins with zeros
+    plain.network.out[2].weight.data.normal_()  # it is zero initially
 
     def output(options=None, config=config):
         program = TorchForwardPass(config, 2, options=options)
@@ -206,7 +206,7 @@ def test_options_compute_the_same(tiny, monkeypatch):
 
     expected = nhwc(plain._compute())
     assert_close(output(Options(channels_last=True)), expected, TOLERANCE)
-    # Without the compiler behind it, which takes a minute. What it is given to compile is the same.
+    # The backend is eager, since the compiler takes a minute. The traced program is the same.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     assert_close(output(Options(compile="default")), expected, TOLERANCE)
     rounded = output(Options(autocast=True))
@@ -218,7 +218,7 @@ def test_options_compute_the_same(tiny, monkeypatch):
 
 @pytest.fixture
 def flags(monkeypatch):
-    """Of a benchmark of the smallest network."""
+    """Command-line flags of a benchmark of the smallest network."""
     monkeypatch.setattr("hae_jax.benchmark.measure._PEAK_SIZES", {"cpu": 64})
     monkeypatch.setattr("hae_jax.benchmark.measure._COPIED", (64, 64))
     return ["--config", default.__file__, "--variant", "fpdm", "--image-size", "16", "--model-channels", "32",

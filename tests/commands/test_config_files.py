@@ -1,4 +1,4 @@
-"""Configuration files that do not say what they should are refused: file, line, mistake; never the default instead."""
+"""Wrong configuration files are refused with file, line and error. The default is never used instead."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_a_file_that_gives_no_config_is_refused(tmp_path, text, says):
     path = tmp_path / "own.py"
     path.write_text(GOOD)
     assert read_config(str(path), []).seed == 7
-    path.write_text(text)  # nothing is left of what was read before
+    path.write_text(text)  # the earlier contents are not cached
     with pytest.raises(UserError, match=says) as error:
         read_config(str(path), [])
     assert "Traceback" not in str(error.value)
@@ -75,7 +75,7 @@ def test_numbers_that_cannot_be_are_refused(override, says):
 
 
 def test_none_unsets_a_field_that_may_be_none():
-    """Also where the preset gives a value; the last override of a field counts."""
+    """This also works if the preset sets a value. The last override of a field is used."""
     flags = [f"--config.{field}=None" for field in ("training.clip_norm", "training.initial_weights", "data.phantom",
                                                     "model.num_classes", "training.wandb")]
     found = read_config("phantom", [*flags, "--config.training.wandb=mine"])

@@ -1,4 +1,4 @@
-"""The command as a user meets it: what it finds, what it writes, and one line where something does not fit."""
+"""The command as users run it: the network it finds, the files it writes, and errors of one line."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_help_opens_from_any_folder(tmp_path):
 
 
 def test_without_a_config_the_network_is_found_and_comes_back(golden, tmp_path, monkeypatch, capsys):
-    """A wrapped bfloat16 average in; a strict file for PyTorch out; the printed command's config goes on."""
+    """Reads a wrapped bfloat16 EMA, resumes with the printed command's config, and writes a file for PyTorch."""
     monkeypatch.chdir(tmp_path)
     state = weights_of(golden, "hae_v2c_options")
     torch.save({"ema": {f"module.{name}": value for name, value in tensors(state, torch.bfloat16).items()}},

@@ -1,4 +1,4 @@
-"""Compiled programs are kept in the user's cache folder."""
+"""Compiled programs are stored in the user's cache folder."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def restored():
 
 def test_the_user_s_cache_folder_unless_another_is_named(restored, tmp_path, monkeypatch):
     use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == restored  # that of these tests
+    assert jax.config.jax_compilation_cache_dir == restored  # the folder of these tests
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     use_compilation_cache()

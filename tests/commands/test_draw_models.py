@@ -1,4 +1,4 @@
-"""The drawing of the networks can be read, and the table in the documentation is what the code counts."""
+"""The drawing of the networks is a readable file, and the table in the documentation equals the code's counts."""
 
 import itertools
 import subprocess

@@ -1,4 +1,4 @@
-"""Front doors as a user meets them: help without JAX, one line for a mistake, the exit status."""
+"""Commands as users run them: help without importing JAX, errors of one line, the exit status."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_every_front_door_has_help_and_opens_from_any_folder(script, tmp_path):
 
 
 def test_help_names_the_commands_as_they_are_installed(monkeypatch, capsys):
-    """After `pip install` there are no scripts: the help of hae-train speaks of hae-train, in a clone of train.py."""
+    """The help of hae-train names hae-train, since `pip install` installs no scripts. In a clone it names train.py."""
     for program, own, other in (("train.py", "python train.py", "hae-"), ("hae-train", "\n  hae-train", "train.py")):
         monkeypatch.setattr(sys, "argv", [f"/somewhere/{program}"])
         with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The command: which network and which settings it takes, and what it says when there is none."""
+"""The command translate.py: the network and the settings that it uses, and its message if there is no network."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def _train(name, tree, age=0.0):
-    """Leaves what the commands look at of a finished run."""
+    """Writes the files of a finished run that the commands read."""
     step = Path("runs") / name / "checkpoints" / "10"
     step.mkdir(parents=True)
     (step.parent.parent / "config.json").write_text(json.dumps(tree))
@@ -37,7 +37,7 @@ def _train(name, tree, age=0.0):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces the network and the work; records what would have been done."""
+    """Replaces the network and the translation. Records the calls."""
     found = {"loaded": [], "failed": {}}
 
     def load(workdir, *, ema=True, forms=None):
@@ -92,7 +92,7 @@ def test_a_config_alone_means_the_newest_run_on_its_data(calls, capsys):
 
 
 def test_with_nothing_given_the_shipped_network_on_the_demo_phantom(calls):
-    _train("phantom", phantom.get_config().to_dict())  # is not taken
+    _train("phantom", phantom.get_config().to_dict())  # is not used
     main([])
     assert calls["loaded"] == []
     assert calls["ensured"] == ("data/phantom_demo", 64)
@@ -164,7 +164,7 @@ def test_other_channels_than_the_network_s_are_warned_of(calls, capsys):
 
 @pytest.mark.parametrize(("reason", "said"), [
     ("no head", "no head"),
-    ("Universit\udce4t: no head", "Universit\\udce4t: no head"),  # a path that is no text can be printed
+    ("Universit\udce4t: no head", "Universit\\udce4t: no head"),  # a path that is not valid text can be printed
 ])
 def test_a_failed_case_gives_exit_status_1(calls, capsys, reason, said):
     _train("a", default.get_config().to_dict())

@@ -1,4 +1,4 @@
-"""Whatever an image, a table or a data set holds: it is read right, or one line names it. Never silence."""
+"""Images, tables and datasets with arbitrary content are read correctly, or an error of one line names the file."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""The order of training slices is a function of (seed, position); evaluation sees every slice once."""
+"""The order of training slices depends only on (seed, position). Evaluation uses every slice once."""
 
 import itertools
 import multiprocessing
@@ -94,7 +94,7 @@ def test_resuming_far_in_costs_nothing(reader):
     started = time.monotonic()
     resumed = order(train_batches(reader, batch_size=8, seed=5, start_step=far), 3)
     assert time.monotonic() - started < 2
-    # The same positions through another division into batches, so that the far offset itself is checked.
+    # The same positions with another batch size, so that the large offset itself is checked.
     np.testing.assert_array_equal(resumed, order(train_batches(reader, batch_size=2, seed=5, start_step=4 * far), 12))
 
 

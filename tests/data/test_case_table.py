@@ -1,4 +1,4 @@
-"""Tables of cases: they override every guess; each mistake is one line that names the row."""
+"""Tables of cases replace the search by names. Each error is one line that names the row."""
 
 import os
 
@@ -24,7 +24,7 @@ def save(path, value):
 
 @pytest.fixture
 def scans(tmp_path):
-    """Files whose names tell nothing that helps, and mislead."""
+    """Files with misleading names."""
     for k in range(4):
         save(tmp_path / "x" / f"scan {k}.nii.gz", 10 + k)
         save(tmp_path / "x" / f"other_{k}_t1.nii.gz", 20 + k)

@@ -1,4 +1,4 @@
-"""Reading cases: values, orientation and grid, and every way in which a case can be broken."""
+"""Reading of cases: values, orientation, grid, and all kinds of broken cases."""
 
 import gzip
 import shutil
@@ -69,7 +69,7 @@ def test_broken_case_is_named_in_one_line(folder, file, breakage, says):
     ((8, 8, -512), r"has shape \(8, 8, -512\), so no voxels"),
     ((0, 8, 4), r"has shape \(0, 8, 4\), so no voxels"),
     ((8, 8, 4, 0), r"has shape \(8, 8, 4, 0\), so no voxels"),
-    # Which of the two depends on how much memory the system promises.
+    # Which of the two errors occurs depends on the memory that the system offers.
     ((32767, 32767, 32767), "(does not fit in memory|cannot be read)"),
     ((8, 8, 32767), "cannot be read"),
 ])
@@ -99,10 +99,10 @@ def test_what_nibabel_raises_for_a_damaged_file_fails_the_case_alone(folder, mon
 
 @pytest.mark.parametrize("kind", ["t2", "seg"])
 def test_damage_that_nibabel_would_take_for_data_is_found(folder, kind):
-    """One bit: the compressed stream goes on, its checksum does not fit."""
+    """A single changed bit: the file can be decompressed, but its checksum is wrong."""
     path = folder / NAME / f"{NAME}_{kind}.nii.gz"
     plain = bytearray(gzip.decompress(path.read_bytes()))
-    stored = bytearray(gzip.compress(plain, compresslevel=0))  # where a changed byte is a changed voxel
+    stored = bytearray(gzip.compress(plain, compresslevel=0))  # not compressed, so that a changed byte changes a voxel
     stored[len(stored) // 2] ^= 1
     path.write_bytes(stored)
     assert np.isfinite(nib.load(path).get_fdata()).all()
@@ -113,7 +113,7 @@ def test_damage_that_nibabel_would_take_for_data_is_found(folder, kind):
 
 def test_voxels_far_below_zero_are_warned_of(folder):
     path = folder / NAME / f"{NAME}_t1.nii.gz"
-    change(path, lambda values: values - 0.05 * values.max())  # as resampling may leave it
+    change(path, lambda values: values - 0.05 * values.max())  # as after resampling
     assert read_case(find_cases(folder)[0]).warnings == ()
     change(path, lambda values: values - 0.3 * values.max())
     (warning,) = read_case(find_cases(folder)[0]).warnings
@@ -124,7 +124,7 @@ def test_two_files_of_a_kind_are_not_guessed_between(folder):
     path = folder / NAME / f"{NAME}_t1.nii.gz"
     for name in ("one", "two"):
         shutil.copy(path, path.with_name(f"{name}_t1.nii.gz"))
-    read_case(find_cases(folder)[0])  # the one named after its folder wins
+    read_case(find_cases(folder)[0])  # the file named after its folder is used
     path.unlink()
     with pytest.raises(UserError, match=f"{path.name}: missing"):
         read_case(find_cases(folder)[0])

@@ -1,4 +1,4 @@
-"""The walk through folders: links, closed folders, and what makes one file or one folder fail without the others."""
+"""The walk through folders: links, folders without permission, and errors of single files or folders."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_a_folder_under_two_names_is_walked_once(tmp_path):
     for top in ("set", "link"):
         cases = find_cases(tmp_path / top)
         assert [(case.name, case.problem) for case in cases] == [("a", None), ("b", None), ("c", None)]
-        assert [case.folder.parent.name for case in cases] == ["v2", "x", "y"]  # not what the links are called
+        assert [case.folder.parent.name for case in cases] == ["v2", "x", "y"]  # not the names of the links
 
 
 def test_a_link_does_not_rename_what_lies_here(tmp_path):
@@ -53,7 +53,7 @@ def test_a_link_does_not_rename_what_lies_here(tmp_path):
 
 @pytest.fixture
 def closed(monkeypatch):
-    """Folders of these names are closed, as permissions do it for all but root: no listing, nothing known of inside."""
+    """Makes folders of these names inaccessible, as permissions do for users other than root."""
     names, listing, stat = set(), Path.iterdir, Path.stat
 
     def iterdir(path):
@@ -79,7 +79,7 @@ def test_a_closed_folder_does_not_end_the_others(tmp_path, capsys, closed):
     cases = {case.name: case for case in find_cases(tmp_path)}
     assert cases.keys() == {"a", "out", "secret"}
     assert cases["a"].problem is None
-    for name in ("out", "secret"):  # said, and the exit status is not 0
+    for name in ("out", "secret"):  # they are reported, and the exit status is not 0
         with pytest.raises(UserError, match=rf"{name}: .*\(?Permission denied\)?"):
             read_case(cases[name])
     closed.add(tmp_path.name)
@@ -97,7 +97,7 @@ def test_what_dead_links_lead_to_is_missed(tmp_path):
         (tmp_path / "data" / f"{path}.nii.gz").symlink_to("/mnt/gone/file.nii.gz")
     (tmp_path / "data" / "d").symlink_to("/mnt/gone/d")
     (tmp_path / "data" / "e" / "e_seg.nii.gz").rename(tmp_path / "data" / "e" / ".e_seg.nii.gz.icloud")
-    (tmp_path / "data" / "notes.txt").symlink_to("/mnt/gone/notes.txt")  # nobody's case
+    (tmp_path / "data" / "notes.txt").symlink_to("/mnt/gone/notes.txt")  # belongs to no case
     good, *lost = find_cases(tmp_path / "data")
     assert good.name == "a"
     read_case(good)
@@ -209,7 +209,7 @@ def test_what_is_made_from_a_patient_is_no_patient(tmp_path, capsys):
     assert cases[0].segmentation.name == "p1_lesion.nii.gz"
     (line,) = capsys.readouterr().err.splitlines()
     assert "3 NIfTI files in no known layout: p1_2_registered.nii.gz, p1_brain.nii.gz, p2_brainmask.nii.gz (" in line
-    (chosen,) = find_cases(tmp_path / "p1_brain.nii.gz", ("t1",))  # who names a file has chosen
+    (chosen,) = find_cases(tmp_path / "p1_brain.nii.gz", ("t1",))  # the given file is used
     assert chosen.name == "p1_brain"
 
 

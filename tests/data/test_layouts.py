@@ -1,4 +1,4 @@
-"""Every layout, with and without segmentations, found without being told which; and mistakes named in one line."""
+"""All layouts are recognised, with and without segmentations. Errors are one line."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ LESION = "label-L_desc-T1lesion_mask"
 
 
 def save(path, value, volumes=None):
-    """A constant image: `value`, or one volume per entry of `volumes`; what was read can be told by its values."""
+    """Writes a constant image: `value`, or one volume per entry of `volumes`. Its values identify the file."""
     data = np.full(SHAPE, value) if volumes is None else np.broadcast_to(np.array(volumes), (*SHAPE, len(volumes)))
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(data.astype(np.int16), AFFINE), path)
@@ -31,14 +31,14 @@ def describe(folder, **facts):
 
 
 def named(path, words, segmentation, first=0):
-    """A layout in which each file says what it is: `path` of case and word, the word of each image, of the lesion's."""
+    """A layout with words in file names: `path` with case and word, the image words, the segmentation's word."""
     def write(root, case, value, label):
         for k, word in enumerate(words, first):
             save(root / path.format(case, word), value + k)
         if label:
             save(root / path.format(case, segmentation), label)
 
-    write.__name__ = path  # in the names of tests
+    write.__name__ = path  # for the names of tests
     return write
 
 
@@ -218,7 +218,7 @@ def test_one_bad_name_does_not_end_the_others(tmp_path):
     brats(tmp_path / "two", "c", 30, label=2)
     assert [(case.name, case.problem is None) for case in find_cases(tmp_path)] == [
         ("a", False), ("b", False), ("c", True)]
-    chosen = find_cases(tmp_path / "one" / "b" / "b_seg.nii")  # who names a file has chosen
+    chosen = find_cases(tmp_path / "one" / "b" / "b_seg.nii")  # the given file is used
     assert (chosen[0].segmentation.name, chosen[0].problem) == ("b_seg.nii", None)
 
 

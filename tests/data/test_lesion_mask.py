@@ -1,4 +1,4 @@
-"""What can be a lesion mask: numbers and labels, and how much of the head it covers."""
+"""Checks of lesion masks: values, labels, and the share of the head that the mask covers."""
 
 import nibabel as nib
 import numpy as np

@@ -1,6 +1,6 @@
-"""What a NIfTI header says about its numbers is followed or refused; what is wrong with a file is named.
+"""Values in NIfTI headers are applied or refused, and errors name the file.
 
-What is written lies on the input's grid to the last bit, with the right values in the right place.
+Written files have exactly the input's grid, with correct values at each position.
 """
 
 import gzip
@@ -70,7 +70,7 @@ def test_two_voxel_sizes_are_said(tmp_path):
     (112, np.inf, r"its header scales the voxels by inf"),  # scl_slope
 ])
 def test_a_header_that_would_give_other_voxels_is_refused(tmp_path, start, value, says):
-    """nibabel takes the header for voxels, or leaves the scale out."""
+    """nibabel would read the header as voxels, or ignore the scale."""
     nib.save(image(), tmp_path / "a.nii")
     content = bytearray((tmp_path / "a.nii").read_bytes())
     content[start:start + 4] = np.float32(value).tobytes()
@@ -93,7 +93,7 @@ def test_nibabel_adds_no_lines_of_its_own(tmp_path, caplog):
 
 @pytest.mark.parametrize(("size", "says"), [(0, "no"), (np.nan, "no"), (-2, "a negative")])
 def test_a_voxel_without_size_is_refused(tmp_path, size, says):
-    """nibabel would take 0 for 1 mm, and the absolute value of a negative size."""
+    """nibabel would use 1 mm for 0, and the absolute value of a negative size."""
     made = image(affine=None)
     nib.save(made, tmp_path / "a.nii")
     content = bytearray((tmp_path / "a.nii").read_bytes())
@@ -106,7 +106,7 @@ def test_a_voxel_without_size_is_refused(tmp_path, size, says):
 def test_a_code_that_nibabel_would_repair_in_silence_is_refused(tmp_path):
     nib.save(image(), tmp_path / "a.nii")
     content = bytearray((tmp_path / "a.nii").read_bytes())
-    content[254:256] = np.int16(9).tobytes()  # sform_code; without it, orientation and voxel size are others
+    content[254:256] = np.int16(9).tobytes()  # sform_code; without it, orientation and voxel size would differ
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.nii: its header is damaged \(sform_code is 9\)"):
         read_volume(tmp_path / "a.nii")
@@ -157,7 +157,7 @@ SHIFT = np.array([[0, 0, 0, 1]] * 3 + [[0] * 4])
     (lambda affine: np.round(affine, 4), 0), (lambda affine: affine + 0.002 * SHIFT, 0),
     (lambda affine: affine + 0.3 * SHIFT, "0.52"), (lambda affine: affine @ np.diag([1.01, 1, 1, 1]), "0.464")])
 def test_affines_are_compared_in_mm_whatever_the_orientation(tmp_path, axes, change, apart):
-    """Rounded in the fourth decimal, as headers are, and moved by 2 um: the same grid. A shift by 0.3 mm is not."""
+    """A grid with an affine rounded to four decimals and moved by 2 um is the same; one moved by 0.3 mm is not."""
     affine = np.array([[0.46875, 0, 0, -11], [0, 0.46875, 0, 12], [0, 0, 5, 0], [0, 0, 0, 1]])
     values = RNG.integers(1, 99, (100, 100, 3)).astype(np.int16)
     spot = np.zeros_like(values)
@@ -212,7 +212,7 @@ def test_the_grid_is_the_input_s(tmp_path, image_type, affine, qcode, scode, dty
                   "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units"):
         np.testing.assert_array_equal(found.header[field], header[field], err_msg=field)
     assert found.get_data_dtype() == dtype
-    np.testing.assert_array_equal(np.asanyarray(found.dataobj), values)  # unscaled, and of the type itself
+    np.testing.assert_array_equal(np.asanyarray(found.dataobj), values)  # unscaled, with the given data type
     assert np.asanyarray(found.dataobj).dtype == dtype
     assert (found.header["cal_max"], found.header["descrip"].item()) == (1, b"a mask")
     assert not found.header.extensions
@@ -236,7 +236,7 @@ def test_a_second_reader_sees_the_input_s_grid_and_every_voxel_in_its_place(tmp_
     nib.save(image, given)
     image = nib.load(given)
     grid = Grid(image.shape, image.affine, image.header)
-    bright = grid.reorient(np.asarray(image.dataobj)) > 50  # as a network would find it, in its orientation
+    bright = grid.reorient(np.asarray(image.dataobj)) > 50  # in the network's orientation
     write_volume(mask, bright.astype(np.uint8), grid, "a mask")
     ours, theirs = sitk.ReadImage(str(mask)), sitk.ReadImage(str(given))
     assert ours.GetSize() == theirs.GetSize()

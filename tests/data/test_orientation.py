@@ -1,4 +1,4 @@
-"""To LPS and back: exact in every orientation, each voxel at the place it had."""
+"""Reorientation to LPS and back is exact for every orientation, and each voxel keeps its position in space."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_there_and_back(codes, tilt):
     assert "".join(nib.aff2axcodes(grid.reoriented_affine)) == "LPS"
     np.testing.assert_array_equal(grid.restore(turned), values)
     assert grid.restore(turned > 50).dtype == bool
-    for voxel in ((0, 0, 0), (3, 0, 5), (1, 4, 2)):  # nothing moves in space
+    for voxel in ((0, 0, 0), (3, 0, 5), (1, 4, 2)):  # positions in space do not change
         (there,) = np.argwhere(turned == values[voxel])
         np.testing.assert_allclose(grid.reoriented_affine @ [*there, 1], grid.affine @ [*voxel, 1], atol=1e-9)
 

@@ -1,4 +1,4 @@
-"""Source folders to prepared datasets, through the command: split, broken cases, overwriting, the PyTorch layout."""
+"""Preparation of source folders with the command: split, broken cases, overwriting, the PyTorch layout."""
 
 import json
 import re
@@ -23,7 +23,7 @@ HALF = {"train_fraction": 0.5, "val_fraction": 0.25}
 
 @pytest.fixture
 def source(golden, tmp_path):
-    """Four copies of the golden case: p0 .. p3. The default seed makes train p2, p0 of them, val p3, test p1."""
+    """Four copies of the golden case: p0 .. p3. With the default seed, train is p2 and p0, val p3, test p1."""
     for i in range(4):
         folder = shutil.copytree(golden / "brats_raw" / NAME, tmp_path / "raw" / f"p{i}")
         for path in list(folder.iterdir()):
@@ -210,7 +210,7 @@ def test_one_warning_for_all_cases_that_it_is_about(tmp_path):
 
 @pytest.fixture
 def npz_source(golden, tmp_path):
-    """The golden slices as the published PyTorch preparation stores them; patient 7's slice 10 sorts after its 9."""
+    """The golden slices in the published PyTorch layout. Slice 10 of patient 7 must be sorted after slice 9."""
     slices = np.load(golden / "brats_slices.npz")
     for split, name, positions in (("train", "00007", (9, 10)), ("train", "00001", (3,)), ("val", "00002", (1, 2)),
                                    ("test", "00003", (5,))):

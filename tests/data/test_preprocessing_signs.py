@@ -1,4 +1,4 @@
-"""Signs of cases that were not skull-stripped or not registered."""
+"""Warnings about cases that were not skull-stripped or not registered."""
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +12,7 @@ NAMES = ("flair", "t1")
 
 
 def ball(radius_mm, shift_mm=0.0):
-    """A head of this radius in zeros."""
+    """A head with this radius, surrounded by zeros."""
     x, y, z = np.meshgrid(*((np.arange(n) - n / 2) * VOXEL for n in SHAPE), indexing="ij")
     return ((x - shift_mm) ** 2 + y ** 2 + z ** 2 < radius_mm ** 2).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""Slices against the published preparation, and the way back into the volume."""
+"""Slices equal those of the published preparation, and can be put back into the volume."""
 
 import dataclasses
 
@@ -100,7 +100,7 @@ def test_model_range_of_a_volume_is_the_same_for_all_its_slices():
     brighter = images.copy()
     brighter[0, 2, 3, 1] = 1.5
     scaled, other = to_model_range(images, "volume"), to_model_range(brighter, "volume")
-    assert np.count_nonzero(scaled != other) == 1  # a lesion does not darken what is around it
+    assert np.count_nonzero(scaled != other) == 1  # a lesion does not make its surroundings darker
     assert other[0, 2, 3, 1] == pytest.approx(1)
     np.testing.assert_array_equal(to_model_range(np.float32([[[0], [9]]]), "volume"), [[[-1], [1]]])
     np.testing.assert_allclose(from_model_range(scaled, images, "volume"), images, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Splits against the published one; all cases of a patient stay together."""
+"""Splits equal the published one. All cases of a patient are in the same split."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The prepared dataset: what goes in comes out, through TensorStore and through zarr-python, and damage is noticed."""
+"""The prepared dataset: TensorStore and zarr-python read the values that were written, and damage is detected."""
 
 import json
 import pickle
@@ -19,14 +19,14 @@ def make_slices(rng, count, start, lesion):
     masks = np.zeros((count, SIZE, SIZE), np.float32)
     if lesion:
         masks[count // 2, 3:6, 3:6] = 1
-        masks[0, 2, 2] = 0.5  # exactly a half is not lesion
+        masks[0, 2, 2] = 0.5  # exactly one half is not lesion
     index = np.arange(start, start + count, dtype=np.int32)
     return CaseSlices(rng.random((count, SIZE, SIZE, 4)).astype(np.float32), masks, index, (30, 31, 32))
 
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """A store of three shards' worth of training slices, and what was put in: (root, {split: [CaseSlices]})."""
+    """A store with three shards of training slices, and the written slices: (root, {split: [CaseSlices]})."""
     monkeypatch.setattr(store_module, "SHARD_BYTES", 8 * SIZE * SIZE * 4 * 4)  # eight images
     root = tmp_path / "store"
     root.mkdir()
@@ -104,7 +104,7 @@ def test_manifest_has_the_facts_per_case(written):
     assert manifest["cases"][1] == {
         "name": "train1", "split": "train", "shape": [30, 31, 32], "affine": np.diag([1, 2, 3, 1]).tolist(),
         "slices": 9, "lesion_slices": 1}
-    assert open_store(written[0]).modalities is None  # `StoreWriter` was told none
+    assert open_store(written[0]).modalities is None  # none were given to `StoreWriter`
 
 
 def test_a_case_of_another_size_is_refused_and_leaves_no_trace(tmp_path):
@@ -148,7 +148,7 @@ def test_opening_what_is_no_store(written, tmp_path):
         open_store(tmp_path / "absent")
     with pytest.raises(UserError, match="split 'dev'"):
         open_store(root).split("dev")
-    (root / "val/masks/c.0.0.0").unlink()  # read as zeros if it went unnoticed
+    (root / "val/masks/c.0.0.0").unlink()  # would be read as zeros if it were not detected
     with pytest.raises(UserError, match=r"c\.0\.0\.0: missing"):
         open_store(root)
     manifest = json.loads((root / MANIFEST).read_text())

@@ -1,4 +1,4 @@
-"""Training losses and timestep weights against the reference numbers."""
+"""Training losses and timestep weights against the reference values."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def test_toy_network_loss_equals_the_reference(golden):
 
 
 def test_the_bound_does_not_teach_the_mean(extras):
-    """Its gradient reaches the variance channels and no other."""
+    """Only the variance channels have a gradient of it."""
     process = Process(SCHEDULE, variance="learned_range")
     x0, noise, t = nhwc(extras["x0"]), nhwc(extras["noise"]), jnp.asarray(extras["t"])
     x_t = process.noised(x0, t, noise)

@@ -1,4 +1,4 @@
-"""Gaussian and simplex noise: against the definition, the original program, and the statistics they should have."""
+"""Gaussian and simplex noise against their definition, the original program, and their expected statistics."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from hae_jax.diffusion.simplex import open_simplex
 
 PERMUTATION, GRADIENT_INDEX = seeded_permutation(7)
 ROUNDING = 1e-5  # of float32, on values of order 1
-RIM = 2e-4  # what a lattice point that the original program leaves out can contribute
+RIM = 2e-4  # largest contribution of a lattice point that the original program leaves out
 
 # One lattice point per volume of 2, and E[g g^T] = (11^2 + 2 * 4^2) / 3 = 51 on the diagonal:
 # 51 / 103^2 / 2 * 4 pi * int_0^sqrt(2) (2 - r^2)^8 r^4 dr, the integral being 2^9.5 B(5/2, 9).
@@ -30,7 +30,7 @@ fields = jax.jit(simplex, static_argnames=("shape", "frequency", "octaves", "per
 
 @pytest.fixture(scope="module")
 def positions():
-    """[3, N] float32: anywhere, far away, and on the borders of cells (multiples of a quarter, lattice points)."""
+    """[3, N] float32: random, distant, and on the borders of cells (multiples of a quarter, lattice points)."""
     rng = np.random.default_rng(0)
     anywhere = rng.uniform(-40, 40, (3, 3000))
     far = rng.uniform(-1000, 1000, (3, 500))
@@ -76,7 +76,7 @@ def test_field_equals_the_original_program(positions):
 
 
 def test_field_has_no_jumps():
-    # Second differences of a smooth field are step^2 |f''|, here below 2e-5; a jump stands out in full.
+    # Second differences of a smooth field are step^2 |f''|, here below 2e-5. A discontinuity would be much larger.
     step = 2.0**-10
     line = np.arange(2**15) * step
     values = field(np.stack([line - 7, 0.4 - 0.7 * line, 0.3 + 0.2 * line]).astype(np.float32))
@@ -84,7 +84,7 @@ def test_field_has_no_jumps():
 
 
 def test_variance_of_the_field_is_the_integral_of_its_kernel():
-    # 20000 positions over many cells know it to about 1%; the 24 gradients are not quite equally frequent among 256.
+    # 20000 positions in many cells give it to about 1%. The 24 gradients are not exactly equally frequent among 256.
     values = field(np.random.default_rng(3).uniform(-100, 100, (3, 20000)).astype(np.float32))
     assert float(jnp.var(values)) == pytest.approx(FIELD_VARIANCE, rel=0.04)
     assert abs(float(jnp.mean(values))) < 0.02
@@ -109,7 +109,7 @@ def test_simplex_of_a_sample_depends_on_its_key_and_timestep_alone(slices):
 
 
 def test_samples_and_channels_are_uncorrelated(slices):
-    # Correlations of independent fields have mean 0 and scatter by 1 / sqrt(number of independent features).
+    # Correlations of independent fields have mean 0 and deviation 1 / sqrt(number of independent features).
     flat = slices.transpose(0, 3, 1, 2).reshape(64, -1)
     correlation = np.corrcoef(flat)[np.triu_indices(64, 1)]
     assert abs(correlation.mean()) < 0.01
@@ -123,19 +123,19 @@ def test_mean_and_variance_are_those_of_the_original_program(slices):
         sum(0.8**k * original_grid(rows / f, rows / f, np.array([t / f]), *seeded_permutation(seed))[0]
             for k, f in enumerate(64 / 2.0 ** np.arange(6)))
         for seed, t in enumerate(np.linspace(0, 999, 16))])
-    # The coarsest octave shows some ten features in a slice: 16 slices of the original program know their variance to
-    # about 5%, and the mean of 64 is known to 0.02.
+    # The coarsest octave has about ten features in a slice. So 16 slices of the original program give the variance to
+    # about 5%, and 64 slices give the mean to 0.02.
     assert abs(slices.mean()) < 0.06
     assert slices.var() == pytest.approx(original.var(), rel=0.15)
-    # Octaves add up: the variance of the field times the sum of 0.64^k.
+    # The variances of octaves add up to the variance of the field times the sum of 0.64^k.
     assert slices.var() == pytest.approx(FIELD_VARIANCE * (1 - 0.64**6) / (1 - 0.64), rel=0.1)
 
 
 def test_spectrum_falls_as_its_octaves(slices):
     # Octave k is the base field scaled down by 2^k, times 0.8^k: its power density in the plane is
-    # (0.64 / 4)^k S(q / 2^k). The sum over k is self-similar, P(2 q) = 0.16 P(q), in the middle of the band, where the
-    # ends of the sum are hardly felt: a slope of log2(0.16) = -2.64 (about 0.05 steeper for the absence of a seventh
-    # octave). With an amplitude of 0.7 or 0.9 per octave it would be -3.03 or -2.30.
+    # (0.64 / 4)^k S(q / 2^k). In the middle of the band, where the ends of the sum have little effect, the sum over k
+    # is self-similar: P(2 q) = 0.16 P(q). The slope is log2(0.16) = -2.64, and about 0.05 steeper since there is no
+    # seventh octave. With an amplitude of 0.7 or 0.9 per octave, it would be -3.03 or -2.30.
     window = np.hanning(128)[:, None] * np.hanning(128)
     images = slices.transpose(0, 3, 1, 2).reshape(-1, 128, 128)
     power = (np.abs(np.fft.fft2(images * window)) ** 2).mean(0)
@@ -147,13 +147,13 @@ def test_spectrum_falls_as_its_octaves(slices):
 
 
 def test_coarse_noise_is_smooth_and_has_no_seam_at_a_fixed_place():
-    """Interpolated from a grid eight times as coarse; shifted anew for each key."""
+    """It is interpolated from a grid that is eight times coarser. The grid has a random shift for each key."""
     keys = jax.random.split(jax.random.key(0), 200)
     fields = np.asarray(jax.jit(lambda k: coarse(k, (32, 32, 2)))(keys))
     assert abs(fields.mean()) < 0.05
     assert 0.4 < fields.var(axis=0).mean() < 0.9  # less than 1 between the grid's points
-    assert np.ptp(fields.var(axis=0)) < 0.6  # no place is always a grid's point
+    assert np.ptp(fields.var(axis=0)) < 0.6  # no pixel is always on a grid point
     steps = np.abs(np.diff(fields, axis=1))
-    assert np.median(steps) < 0.15  # of independent pixels, 0.95
+    assert np.median(steps) < 0.15  # 0.95 for independent pixels
     alone = coarse(keys[7:8], (32, 32, 2))[0]
     np.testing.assert_allclose(alone, fields[7], atol=1e-6)

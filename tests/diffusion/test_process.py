@@ -1,4 +1,4 @@
-"""Noising, predictions and steps against the reference numbers, and the order of the DDIM inversion."""
+"""Noising, predictions and steps against the reference values, and the order of the DDIM inversion."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def nhwc(a):
 
 
 def toy(null=False):
-    """The reference's toy network: 0.3 x + 0.1 sin(t/20), plus 0.05 (y + 1) where there is a class."""
+    """The reference's toy network: 0.3 x + 0.1 sin(t/20), plus 0.05 (y + 1) with a class."""
 
     def eps(x, t, y):
         shift = 0.1 * jnp.sin(t / 20) + (0 if null else 0.05 * (y + 1))
@@ -49,7 +49,7 @@ def test_noised_equals_the_reference(case):
     close(LINEAR.noised(case["x0"], case["t"], case["noise"]), case["q_sample"])
 
 
-@pytest.mark.parametrize("w", [-1, 2])  # in the reference's names, -1 is guidance off
+@pytest.mark.parametrize("w", [-1, 2])  # in the reference, -1 means no guidance
 def test_steps_equal_the_reference(case, w):
     x, t, y = case["q_sample"], case["t"], case["y"]
     eps = toy()(x, t, y)
@@ -105,7 +105,7 @@ def test_eps_belongs_to_the_clipped_x0(case):
 
 
 def test_inversion_then_ddim_returns_the_input_with_first_order():
-    """The error of a round trip through a smooth flow falls as 1 / steps: DDIM is a first-order method."""
+    """The error of inversion and DDIM in a smooth flow decreases as 1 / steps, since DDIM is a first-order method."""
     x0 = 0.5 * jax.random.normal(jax.random.key(0), (1, 8, 8, 1))
 
     def round_trip_error(steps):

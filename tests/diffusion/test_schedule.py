@@ -1,4 +1,4 @@
-"""Schedules and respacing against the reference numbers."""
+"""Schedules and respacing against the reference values."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ def test_unknown_schedule_names_the_choices():
 
 
 def test_the_single_step_of_a_denoising_autoencoder():
-    """Noise of 0.4 times the slice's own scale: 0.2 where intensities lie in [0, 1]."""
+    """Its noise is 0.4 in the range [-1, 1], which is 0.2 in the range [0, 1]."""
     schedule = make_schedule("single", 1)
     assert np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar) == pytest.approx(0.4)
     with pytest.raises(UserError, match=r"diffusion\.steps is 2: the schedule single has 1"):

@@ -1,7 +1,4 @@
-"""Figures: what is where, which way up, and no state left behind.
-
-Whether they please is for the eye; here is what the eye would take for granted.
-"""
+"""Figures: positions and orientation of their parts, and no global state. Their appearance is not tested."""
 
 import subprocess
 import sys
@@ -30,11 +27,11 @@ def _pixels(path):
 def test_front_is_up_and_left_is_right(tmp_path):
     image = np.full((1, 1, 40, 40, 1), -1.0, np.float32)
     image[0, 0, 2:10, 2:16] = 1  # small x: the patient's right; small y: the front
-    image[0, 0, 36:, 36:] = -0.5  # grey, in the opposite corner, so that this too is shown
+    image[0, 0, 36:, 36:] = -0.5  # grey, in the opposite corner, so that the crop includes it
     figures.sample_grid(tmp_path / "a.png", image, [2])
     white = _pixels(tmp_path / "a.png").min(axis=-1) > 0.99
     height, width = white.shape
-    block = white[int(0.2 * height):int(0.85 * height)]  # without the names and the small print
+    block = white[int(0.2 * height):int(0.85 * height)]  # without the names and the note
     rows, columns = np.nonzero(block)
     assert rows.mean() < block.shape[0] / 2
     assert columns.mean() < width / 2
@@ -72,7 +69,7 @@ def test_overlay_outlines_mask_and_truth(tmp_path, head):
     assert _pixels(tmp_path / "a.png").shape[1] > _pixels(tmp_path / "b.png").shape[1]  # one column more
 
 
-_NAME = "pat$1_$2^"  # what stands between the $ is no formula
+_NAME = "pat$1_$2^"  # text between two $ is not a formula
 
 
 def test_names_with_dollar_signs_are_names(tmp_path, head):
@@ -127,7 +124,7 @@ def _results(dice, low=None, high=None):
 @pytest.mark.filterwarnings("error")
 def test_comparison_figure_draws_what_there_is(tmp_path):
     def width(row):
-        """How far the volume Dice's drawing reaches, in pixels, below the legend."""
+        """The width in pixels of the volume Dice's marker and interval, below the legend."""
         figures.comparison_figure(tmp_path / "a.png", [row], "title")
         columns = [x for y, x in _pixels_of(tmp_path / "a.png", figures._BLUE) if y > 90]
         return max(columns) - min(columns) if columns else 0
@@ -152,7 +149,7 @@ def test_steps_figure(tmp_path):
     figures.steps_figure(tmp_path / "b.png", sorted(steps), ordered, "title")
     assert len(_pixels_of(tmp_path / "a.png", figures._ORANGE)) > 50
     np.testing.assert_array_equal(_pixels(tmp_path / "a.png"), _pixels(tmp_path / "b.png"))
-    more = {name: [_figure(0.5)] for name in "abcdef"}  # than there are colours
+    more = {name: [_figure(0.5)] for name in "abcdef"}  # more than there are colours
     figures.steps_figure(tmp_path / "c.png", [20], more, "title")
 
 

@@ -1,4 +1,4 @@
-"""Metrics against the golden values, against hand counts, and where they are undefined."""
+"""Metrics against golden values and manual counts, and cases in which they are undefined."""
 
 import json
 
@@ -27,8 +27,8 @@ def slices(golden):
 def test_slice_metrics_golden(golden, slices, setting, key):
     z = np.load(golden / "masks.npz")
     found = slice_metrics(**slices)[setting]
-    # the names stored there are the right ones: precision is 1 (every predicted pixel is lesion), recall is not;
-    # the values were computed in float32
+    # The stored names are correct: precision is 1 (every predicted pixel is lesion), recall is not. The values were
+    # computed in float32.
     for name, value in zip(z["metrics_names"], z[key], strict=True):
         assert found[str(name)] == pytest.approx(value, abs=1e-7), name
 
@@ -64,8 +64,8 @@ def test_dice_and_iou_by_hand():
     truth = np.zeros((4, 4, 4), bool)
     predicted[0, 0, :3] = True
     truth[0, 0, 1:] = True  # I = 2, P = Q = 3
-    predicted[1, 0, 0] = True  # nothing true
-    truth[2, 0, 0] = True  # nothing predicted; slice 3: both empty
+    predicted[1, 0, 0] = True  # no lesion
+    truth[2, 0, 0] = True  # an empty prediction; slice 3: both are empty
     np.testing.assert_allclose(metrics.dice(predicted, truth), [4 / 6, 0, 0, 1], atol=1e-5)
     np.testing.assert_allclose(metrics.iou(predicted, truth), [2 / 4, 0, 0, 1], atol=1e-5)
     shares = metrics.pixel_shares(metrics.counts(predicted, truth))
@@ -124,5 +124,5 @@ def test_volumes():
     mask[:5] = True
     assert metrics.volume_dice(mask, ~mask) == pytest.approx(0, abs=1e-8)
     assert metrics.volume_dice(mask, np.ones_like(mask)) == pytest.approx(2 / 3)
-    oblique = np.array([[0, -2, 0, 90], [1, 0, 0, 80], [0, 0, 3, 70], [0, 0, 0, 1.0]])  # 6 mm3 a voxel, flipped
+    oblique = np.array([[0, -2, 0, 90], [1, 0, 0, 80], [0, 0, 3, 70], [0, 0, 0, 1.0]])  # 6 mm3 per voxel, flipped
     assert metrics.volume_ml(mask, oblique) == pytest.approx(3.0)

@@ -1,4 +1,4 @@
-"""AUROC and AUPRC from histograms agree with the exact functions: of all pixels to 1e-4, of a draw nearly so."""
+"""AUROC and AUPRC from histograms agree with the exact functions: to 1e-4 for all pixels, less closely for draws."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_bins_rise_with_the_scores_and_are_fine():
 def test_many_histograms_at_once():
     rng = np.random.default_rng(0)
     several = rng.integers(0, 3, (5, 2, 40))
-    several[3, 1] = several[4, 0] = 0  # no lesion, nothing healthy
+    several[3, 1] = several[4, 0] = 0  # no lesion pixels, no healthy pixels
     auroc, auprc = ranking.auroc(several), ranking.auprc(several)
     for index in range(3):
         truth, score = np.nonzero(several[index])
@@ -66,7 +66,7 @@ def test_what_is_undefined_or_wrong():
 
 
 def test_intervals_of_patients_who_are_alike_hold_the_figure():
-    """They are narrower than the error of the coarse bins is."""
+    """These intervals are narrower than the error of the coarse bins."""
     rng = np.random.default_rng(0)
     hits = rng.random(200_000) < 0.02
     scores = rng.random(hits.size) + 0.3 * hits

@@ -1,4 +1,4 @@
-"""The written results: readable by others, honest about what is not known."""
+"""The written results can be read by other programs, and unknown values are empty."""
 
 import csv
 import dataclasses
@@ -55,7 +55,7 @@ def test_write_cases(tmp_path):
     assert rows[1]["true_volume_ml"] == rows[1]["hd95_mm"] == rows[0]["best_dice"] == ""
     assert rows[0]["lesions_found"] == "1"
     assert list(rows[0])[:9] == ["case", "volume_ml", "true_volume_ml", "dice", "iou", "slices", "lesion_slices",
-                                 "anomaly_score", "seconds"]  # what was there stays where it was
+                                 "anomaly_score", "seconds"]  # existing columns keep their position
     assert [path.name for path in tmp_path.iterdir()] == ["cases.csv"]
 
 
@@ -128,13 +128,13 @@ def test_comparison_reads_back_from_csv(tmp_path, compared):
             "volume_dice_high": results["volumes"]["dice"]["high"], "hd95_mm": 4, "lesion_f1": 1, "slices": 40,
             "cases": 3}
         assert {name: float(row[name]) for name in found} == pytest.approx(found, abs=1e-6)
-        assert row["lesion_slices_iou"] == row["healthy_volume_ml"] == ""  # not in the results; no healthy case
+        assert row["lesion_slices_iou"] == row["healthy_volume_ml"] == ""  # missing in the results; no healthy case
         assert row["phantom"] == "False"
     assert [row["seconds_per_slice"] for row in rows] == ["0.25", ""]
 
 
 def _places(results, *above):
-    """Where each figure of results is; of one with an interval, its mean and both ends."""
+    """The place of each metric in results; with an interval, those of its mean and both ends."""
     for name, value in results.items():
         if isinstance(value, dict):
             yield from _places(value, *above, name)
@@ -143,7 +143,7 @@ def _places(results, *above):
 
 
 def test_every_figure_has_a_column(tmp_path):
-    """Each in turn alone is a number: the table must show it."""
+    """For each metric: if only this metric is a number, the table must contain it."""
     truth = np.zeros((2, 8, 8), bool)
     truth[0, 2:5, 2:5] = True
     sums = running.SliceSums()

@@ -1,4 +1,4 @@
-"""Figures summed patient by patient: counts are exact, and intervals are of draws of whole patients."""
+"""Metrics summed patient by patient: counts are exact, and intervals are from draws of whole patients."""
 
 import json
 
@@ -22,7 +22,7 @@ def _slices(seed, count, size=24, sick=0.5):
 
 
 def _sums(cases, patients=None):
-    """Each of another patient where nothing is said."""
+    """Sums over cases. By default, each case is of a different patient."""
     sums = running.SliceSums()
     for number, case in enumerate(cases):
         sums.add(str(number) if patients is None else patients[number], **case)
@@ -52,7 +52,7 @@ def test_patients_add_up_to_the_figures_of_all_slices_together():
 
 
 def test_intervals_are_of_draws_of_whole_patients():
-    """Against draws made one by one and measured by the exact functions."""
+    """The reference is draws made one by one and measured with the exact functions."""
     patients = [_slices(seed, 3 + seed, size=12, sick=0.2 * (seed % 5)) for seed in range(6)]
     found, rng = _sums(patients).results(), np.random.default_rng(1)
     drawn = [slice_metrics(**_together([patients[index] for index in rng.integers(0, 6, 6)]))
@@ -75,7 +75,7 @@ def test_healthy_patients_are_not_drawn_for_the_figures_of_lesion_slices():
     assert all_of_them["lesion_slices"] == alone["lesion_slices"]
     assert all_of_them["lesion_slices"]["dice"]["cases"] == all_of_them["lesion_slices"]["auprc"]["cases"] == 3
     assert all_of_them["all_slices"]["dice"]["cases"] == 5
-    empty = {name: value[:0] for name, value in sick[0].items()}  # a patient without a slice worth translating
+    empty = {name: value[:0] for name, value in sick[0].items()}  # a patient without slices
     assert _sums([*sick, empty]).results() == alone
 
 
@@ -118,7 +118,7 @@ def test_visits_of_a_patient_are_drawn_together():
 
 
 def test_a_method_is_above_another_by_pairs():
-    """Two methods on the same patients: the interval of the difference is that of paired draws."""
+    """For two methods on the same patients, the interval of the difference is from paired draws."""
     cases = [_slices(seed, 8, sick=0.8) for seed in range(6)]
     better = [case | {"mask_all": case["mask_all"] | case["truth"]} for case in cases]
     found = _sums(better).paired_dice(_sums(cases))

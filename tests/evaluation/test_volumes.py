@@ -1,4 +1,4 @@
-"""Per-patient metrics against counts by hand, brute force, and where they are undefined."""
+"""Per-patient metrics against manual counts and brute force, and cases in which they are undefined."""
 
 import dataclasses
 import json
@@ -49,17 +49,17 @@ def test_lesions_are_counted_as_the_definition_says():
         return found.lesions, found.lesions_found, found.lesions_predicted, found.false_lesions
 
     corner = _boxes(((0, 2), (0, 2), (0, 2)), ((2, 4), (2, 4), (2, 4)))
-    assert volumes.lesion_count(corner) == 1  # they meet in a corner
+    assert volumes.lesion_count(corner) == 1  # the boxes touch in a corner
     assert volumes.lesion_count(_boxes(((0, 2), (0, 2), (0, 2)), ((3, 4), (2, 4), (2, 4)))) == 2
     assert detected(_boxes(((4, 5), (3, 4), (2, 3))), _boxes(LEFT)) == (1, 1, 1, 0)  # one voxel is enough
-    assert detected(_boxes(((5, 6), (1, 4), (1, 3))), _boxes(LEFT)) == (1, 0, 1, 1)  # beside it is not
+    assert detected(_boxes(((5, 6), (1, 4), (1, 3))), _boxes(LEFT)) == (1, 0, 1, 1)  # a voxel beside it is not enough
     everything = np.ones((20, 16, 12), bool)
     assert detected(everything, _boxes(LEFT, RIGHT)) == (2, 2, 1, 0)  # one component may find several lesions
     assert detected(_boxes(((1, 2), (1, 4), (1, 3)), ((4, 5), (1, 4), (1, 3))), _boxes(LEFT)) == (1, 1, 2, 0)
 
 
 def _brute_hd95(predicted, truth, affine):
-    """Every surface voxel against every other; the surface by looking at the six neighbours one by one."""
+    """Compares all pairs of surface voxels. The surface is found by checking the six neighbours one by one."""
     def surface(mask):
         padded = np.pad(mask, 1)
         steps = [np.roll(padded, step, axis) for axis in range(3) for step in (-1, 1)]
@@ -121,7 +121,7 @@ def test_empty_masks_have_a_stated_meaning():
 def test_best_dice_brute_force(seed):
     rng = np.random.default_rng(seed)
     truth = _blobs(seed, 0.8)
-    # few distinct values and many zeros, as in a map: ties count
+    # Few distinct values and many zeros, as in a map, so that there are ties.
     anomaly = np.maximum(np.round(rng.random(truth.shape) + 0.4 * truth - 0.3, 2), 0).astype(np.float32)
     tried = {float(t): metrics.volume_dice(anomaly >= t, truth) for t in np.unique(anomaly)}
     dice, threshold = volumes.best_dice(anomaly, truth)
@@ -162,7 +162,7 @@ def test_summary_by_hand():
                 _patient(0.0, None, lesions=0, found=0, predicted=2, false=2, ml=5.0)]
     found = volumes.summarise(patients)
     assert (found["cases"], found["lesion_cases"], found["healthy_cases"], found["missed_cases"]) == (5, 3, 2, 1)
-    assert (found["dice"]["mean"], found["dice"]["cases"]) == (pytest.approx(0.4), 3)  # the healthy ones not among them
+    assert (found["dice"]["mean"], found["dice"]["cases"]) == (pytest.approx(0.4), 3)  # without the healthy ones
     assert (found["hd95_mm"]["mean"], found["hd95_mm"]["cases"]) == (4, 2)
     assert found["lesion_recall"]["mean"] == 3 / 5
     assert found["lesion_precision"]["mean"] == 3 / 7  # false lesions of healthy patients count
@@ -189,7 +189,7 @@ def test_interval_covers_and_is_seeded():
 
 
 def test_intervals_resample_patients_not_lesions():
-    # one patient has all the misses: drawn not at all or often, so the interval is wide
+    # One patient has all missed lesions. Draws have it never or often, so the interval is wide.
     patients = [_patient(lesions=50, found=0, predicted=1, false=1)] + [_patient(lesions=5, found=5, predicted=5)] * 9
     recall = volumes.summarise(patients)["lesion_recall"]
     assert recall["mean"] == 45 / 95
@@ -210,7 +210,7 @@ def test_too_few_patients_have_no_interval():
     assert [equal["dice"][end] for end in ("low", "mean", "high")] == pytest.approx([0.7] * 3)
     nothing = volumes.summarise([_patient(1.0, None, lesions=0, found=0, predicted=0)] * 3)
     assert all(nothing[name]["mean"] is None for name in ("lesion_recall", "lesion_precision", "lesion_f1"))
-    # of a draw that has the healthy patient three times there is no recall; the interval is of the other draws
+    # Draws with the healthy patient three times have no recall. The interval is from the other draws.
     rarely = volumes.summarise([_patient(), _patient(), _patient(lesions=0, found=0, predicted=0)])["lesion_recall"]
     assert (rarely["low"], rarely["high"]) == (1, 1)
     json.dumps([nobody, alone, equal, nothing], allow_nan=False)

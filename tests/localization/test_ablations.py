@@ -1,4 +1,4 @@
-"""Every way of averaging a map, running sums held against whole stacks of predictions and plain NumPy."""
+"""All ways of averaging a map: running sums against stored predictions of all steps and NumPy."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ def null_eps(x, t):
 
 
 def healthy_eps(x, t):
-    """Differs from the null one most around a timestep that is each slice's and channel's own."""
+    """The healthy prediction. It differs most from the null one at a timestep that depends on slice and channel."""
     width = jnp.where(CENTRES == 0, 0.5, 6)
     return null_eps(x, t) + jnp.exp(-jnp.square((t[:, None, None, None] - CENTRES) / width)) * (0.2 + 0.1 * x)
 
@@ -61,7 +61,7 @@ def averaged(t_e, settings):
 
 
 def terms(guided, reference, x, settings):
-    """What each step gives to the map, [B, T, H, W, M]."""
+    """The term of each step in the map, [B, T, H, W, M]."""
     if settings.maps == "mse":
         return (guided - x) ** 2
     a = PROCESS.schedule.alpha_bar[:settings.steps, None, None, None]
@@ -83,7 +83,7 @@ def test_running_sums_equal_stored_stacks(changes):
     diff = ((guided - reference) ** 2).mean((2, 3))
     np.testing.assert_allclose(found.diff, diff, rtol=1e-3, atol=1e-7)
     largest = diff.argmax(1)
-    assert largest.min() == 0 < np.sort(largest.ravel())[1]  # both rules are met, that of t_e = 0 too
+    assert largest.min() == 0 < np.sort(largest.ravel())[1]  # both rules occur, also that for t_e = 0
     t_e = np.minimum(np.round(settings.t_e_ratio * largest), settings.steps - 1).astype(int)
     np.testing.assert_array_equal(found.t_e, t_e)
     for b, m in np.ndindex(t_e.shape):
@@ -107,5 +107,5 @@ def test_memory_does_not_grow_with_the_steps_of_two_walks():
         function = lambda x: forward_process(PROCESS, DENOISERS, x, lambda t: x, settings)
         return jax.jit(function).lower(X0).compile().memory_analysis().temp_size_in_bytes
 
-    # The curves alone may grow: 3 x B x M floats a step and walk.
+    # Only the curves may grow with the steps: 3 x B x M floats per step and walk.
     assert temporary_bytes(90) - temporary_bytes(10) <= 80 * 3 * 3 * 2 * 4 * 2 * 2

@@ -1,4 +1,4 @@
-"""A slice's result is a function of the slice: not of its batch, the batch size, or the devices."""
+"""A slice's result depends only on the slice, and not on its batch, the batch size or the devices."""
 
 import types
 
@@ -43,12 +43,12 @@ def _assert_close(found, expected):
 
 @pytest.fixture(scope="module")
 def network():
-    # One level with attention: it has the rule by which a batch decides whether its rows see the class context.
+    # One level with attention, so that the network has the rule for the class context that depends on the batch.
     model = UNet(UNetConfig(image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1,),
                             attention_resolutions=(1,), num_classes=2, use_scale_shift_norm=True), rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)  # an untrained network answers 0 everywhere
+    rng = np.random.default_rng(0)  # an untrained network's output is 0
     return nnx.merge(graph, tree.unflatten(a + rng.normal(0, 0.03, a.shape).astype(np.float32) for a in leaves))
 
 
@@ -63,7 +63,7 @@ def test_slices_of_all_cases_need_one_compilation(network, mesh_of, monkeypatch)
     monkeypatch.setattr(translator, "_run", types.SimpleNamespace(
         lower=lambda *arguments: compiled.append(1) or lower(*arguments)))
     assert len(list(translator(_slices(6)))) == 6
-    assert len(list(translator(_slices(3)))) == 3  # as calibration and cases do, one after the other
+    assert len(list(translator(_slices(3)))) == 3  # as for calibration and then cases
     assert len(compiled) == 1
 
 
@@ -110,11 +110,11 @@ def test_the_next_batch_is_read_before_results_are_waited_for(toy_network, mesh_
     translator = SliceTranslator(toy_network(), METHOD, batch_size=2, seed=0, mesh=mesh_of(1))
     results = translator(slices)
     next(results)
-    assert len(read) == 4  # two batches, and no more: memory stays bounded
+    assert len(read) == 4  # not more than two batches, to limit memory
 
 
 class _Crowded:
-    """A device that has room for so many slices, at dispatch or only when results are fetched."""
+    """A device with memory for a number of slices. The error occurs at dispatch or when results are fetched."""
 
     def __init__(self, monkeypatch, room, late=False):
         self.sizes, self._room, self._late = [], room, late
@@ -152,7 +152,7 @@ def test_out_of_memory_makes_batches_smaller_and_is_said(toy_network, mesh_of, m
     assert translator.batch_size == 2
     assert [message.split(":")[0] for message in said] == [
         "out of memory with batches of 8 slices", "out of memory with batches of 4 slices"]
-    assert crowded.sizes.count(8) == 2  # two batches were under way; afterwards none of this size is tried again
+    assert crowded.sizes.count(8) == 2  # two batches had started; this size is not tried again
 
 
 def test_no_room_for_a_single_slice(toy_network, mesh_of, monkeypatch):

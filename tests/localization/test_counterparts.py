@@ -1,4 +1,4 @@
-"""DDIB and AnoDDPM: against step-by-step loops, a denoiser whose answer is known, and the properties they must have."""
+"""DDIB and AnoDDPM against step-by-step loops, with a denoiser of known output, and their required properties."""
 
 import dataclasses
 
@@ -70,7 +70,7 @@ def test_anoddpm_step_by_step(noise):
 def test_a_denoiser_that_knows_the_answer_is_followed(method):
     answer = jnp.flip(X0, 0) * 0.5
 
-    def eps(x, t):  # the noise in x, if it is `answer` that was noised
+    def eps(x, t):  # the noise in x, if x is the noised `answer`
         a = jnp.asarray(make_schedule("linear", 100).alpha_bar, jnp.float32)[t][:, None, None, None]
         return (x - jnp.sqrt(a) * answer) / jnp.sqrt(1 - a)
 
@@ -81,7 +81,7 @@ def test_a_denoiser_that_knows_the_answer_is_followed(method):
 
 @pytest.mark.parametrize("extra", [0, 1], ids=["published", "level"])
 def test_inversion_then_ddim_returns_the_input_to_first_order(extra):
-    """Under the exact denoiser of normally distributed images, whose flow is smooth: the error halves with the step."""
+    """The exact denoiser of normally distributed images has a smooth flow, so the error halves with the step size."""
     variance, alpha_bar = 0.25, jnp.asarray(make_schedule().alpha_bar, jnp.float32)
     x0 = jnp.sqrt(variance) * jax.random.normal(jax.random.key(0), (2, 8, 8, 2))
 
@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_steps(method):
         compiled = jax.jit(lambda x0: longer(DENOISERS, x0, KEYS)).lower(X0).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(45) - temporary_bytes(5) <= 40 * 4 * 2  # step numbers alone
+    assert temporary_bytes(45) - temporary_bytes(5) <= 40 * 4 * 2  # only step numbers
 
 
 def test_only_the_noise_is_random():
@@ -138,7 +138,7 @@ def test_only_the_noise_is_random():
     (lambda: AnoDdpm(PROCESS, 5, "perlin"), "method"),
 ])
 def test_impossible_settings_name_the_field(make, field):
-    """What no configuration can hold; the others are in `test_methods`."""
+    """Settings that no configuration can have; the others are in `test_methods`."""
     with pytest.raises(UserError, match=rf"translation\.{field} "):
         make()
 

@@ -1,4 +1,4 @@
-"""The forward process against the reference's stored stacks, and properties that it must have."""
+"""The forward process against the reference's stored stacks, and its required properties."""
 
 import dataclasses
 
@@ -29,12 +29,12 @@ def toy_eps(x, t, shift):
 
 
 def toy_denoisers(shift=0.05):
-    """The reference's toy network: the class healthy adds 0.05, the null condition nothing."""
+    """The reference's toy network. The class healthy adds 0.05, and the null condition adds nothing."""
     return Denoisers(lambda x, t: toy_eps(x, t, 0), lambda x, t: (toy_eps(x, t, shift), toy_eps(x, t, 0)))
 
 
 def peaked_denoisers():
-    """Healthy and null differ most at a step of each slice's own, and by enough that rounding does not decide which."""
+    """Denoisers whose outputs differ most at a step that depends on the slice. The peak is larger than rounding."""
     def shift(x, t):
         centre = 30 + 100 * x.mean((1, 2), keepdims=True)
         return 0.2 * jnp.exp(-jnp.square((t[:, None, None, None] - centre) / 6))
@@ -65,7 +65,7 @@ def test_a_network_is_asked_for_healthy_and_null_with_one_time_for_all():
     x0, denoisers = jnp.ones((3, 4, 4, 4)), network_denoisers(network)
     forward_process(PROCESS, denoisers, x0, lambda t: 0 * x0, SETTINGS)
     assert {(shape, times) for shape, times, _, _ in asked} == {
-        ((3, 4, 4, 4), (1,)), ((6, 4, 4, 4), (1,))}  # one embedding of the time a step
+        ((3, 4, 4, 4), (1,)), ((6, 4, 4, 4), (1,))}  # one time embedding per step
     asked.clear()
     null_alone, both = denoisers[:2]
     null_alone(x0, jnp.zeros(1, int))
@@ -87,7 +87,7 @@ def test_equals_the_stored_stacks(case, d_reverse, key):
     diff = np.asarray(jnp.square(guided - reference).mean((2, 3)))
     for b in range(3):
         for m in range(2):
-            # Where two steps tie to rounding, either is the largest; the map must belong to the step that was taken.
+            # If two steps are equal up to rounding, either can be chosen. The map must belong to the chosen step.
             t_e = int(result.t_e[b, m])
             assert diff[b, t_e, m] >= diff[b, :, m].max() * (1 - 1e-5)
             expected = stacked[b, :max(t_e, 1), :, :, m].mean(0)
@@ -101,7 +101,7 @@ def test_without_guidance_there_is_no_difference_from_the_healthy_reference(case
     result = run(case, guidance=guidance, d_reverse=d_reverse)
     np.testing.assert_allclose(result.diff, 0, atol=1e-10)  # squares
     np.testing.assert_allclose(result.mse, result.ref, rtol=1e-5)
-    if guidance is None:  # both predictions are one and the same
+    if guidance is None:  # both predictions are the same
         assert not np.any(result.diff)
         assert not np.any(result.t_e)  # nothing is strictly larger than the first step
 
@@ -126,12 +126,12 @@ def test_memory_does_not_grow_with_the_steps():
         function = lambda x: forward_process(PROCESS, toy_denoisers(), x, lambda t: x, settings)
         return jax.jit(function).lower(x0).compile().memory_analysis().temp_size_in_bytes
 
-    # The curves alone may grow: 3 x B x M floats a step.
+    # Only the curves may grow with the steps: 3 x B x M floats per step.
     assert temporary_bytes(90) - temporary_bytes(10) <= 80 * 3 * 2 * 2 * 4 * 2
 
 
 def test_the_loop_overwrites_its_carries():
-    """x, two sums and the counterpart lie in one place each: a step needs no second set of them."""
+    """x, two sums and the reconstruction are updated in place, so that a step needs no second copy of them."""
     x0 = jnp.zeros((2, 64, 64, 4))
     function = lambda x: forward_process(PROCESS, toy_denoisers(), x, lambda t: x, SETTINGS)
     program = jax.jit(function).lower(x0).compile()
@@ -166,7 +166,7 @@ def test_impossible_settings_name_the_field(bad):
 
 
 def test_a_bfloat16_network_is_walked_in_float32():
-    """Its outputs are rounded, what is summed over the steps is not: results stay near those in float32."""
+    """Its outputs are rounded, but the sums over steps are not. So results are close to those in float32."""
     def walked(dtype):
         network = UNetConfig(variant="hae_v2c", image_size=16, model_channels=32, channel_mult=(1,), num_res_blocks=1,
                              attention_resolutions=(), num_classes=2, use_scale_shift_norm=True, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Arrays in, lesions out: the numbers of `translate.py`, in every orientation, for any network."""
+"""The localizer gives the same results for arrays as `translate.py` for files, for any orientation and network."""
 
 import doctest
 
@@ -77,7 +77,7 @@ def test_the_orientation_does_not_matter(translated, three_cases):
 
 @pytest.fixture(scope="module")
 def slices():
-    """Forty slices of four patients, of 24 x 20 pixels and two channels; a bright square in every other one."""
+    """Forty slices of four patients, 24 x 20 pixels, two channels. Every second slice has a bright square."""
     rng = np.random.default_rng(0)
     images = rng.uniform(200, 300, (40, 24, 20, 2)).astype(np.float32)
     images[:, :2] = 0

@@ -10,7 +10,7 @@ from hae_jax.localization.map_threshold import PhysicalFilters
 
 
 def test_filters_in_mm_mean_the_same_at_every_resolution():
-    """A ball of 8 mm and a speck on a grid of 2 mm and on one of 1 mm x 1 mm x 2 mm."""
+    """A ball of 8 mm and a single voxel on a grid of 2 mm and on one of 1 mm x 1 mm x 2 mm."""
     found = []
     for step in (2.0, 1.0):
         x, y = np.meshgrid(*[np.arange(0, 40, step) + step / 2] * 2, indexing="ij")
@@ -31,7 +31,7 @@ def test_filters_in_mm_mean_the_same_at_every_resolution():
 
 
 def test_maps_are_smoothed_across_slices_in_mm():
-    """As SciPy's Gaussian in the middle of a stack; a slice that was left out has no weight."""
+    """In the middle of a stack, the result equals SciPy's Gaussian. Missing slices have no weight."""
     maps = np.random.default_rng(0).normal(size=(40, 3, 3))
     grid = SliceGrid(np.arange(40), (1.0, 1.0, 2.0))
     found = PhysicalFilters(across_mm=3.0).maps(maps, grid)
@@ -47,7 +47,7 @@ def test_maps_are_smoothed_across_slices_in_mm():
 
 def test_slices_left_out_count_in_mm():
     masks = np.ones((2, 4, 4), bool)
-    grid = SliceGrid(np.array([0, 2]), (1.0, 1.0, 1.0))  # apart: 16 voxels each
+    grid = SliceGrid(np.array([0, 2]), (1.0, 1.0, 1.0))  # not adjacent: 16 voxels each
     assert not PhysicalFilters(smallest_ml=0.02).masks(masks, grid).any()
     assert PhysicalFilters(smallest_ml=0.02).masks(masks, grid._replace(positions=np.array([0, 1]))).all()
 

@@ -1,4 +1,4 @@
-"""The methods behind their interface: made from settings, calibrated, asked for masks; thresholds by hand."""
+"""The interface of methods: making from settings, calibration, masks; thresholds against manual computation."""
 
 import dataclasses
 import json
@@ -146,7 +146,7 @@ def translated():
 
 
 def rows_of(results, labels, truth, heads=None) -> Iterator:
-    """As the methods get them: once, slice after slice; two patients take turns, one height after the other."""
+    """An iterator of results, as methods get them. Two patients alternate, with increasing height."""
     for i, label in enumerate(labels):
         head = np.ones(truth[i].shape, bool) if heads is None else heads[i]
         yield type(results)(*(None if values is None else values[i] for values in results)), ValidationSlice(
@@ -173,7 +173,7 @@ def test_the_forward_process_as_a_method(translated):
 
 
 def test_the_forward_process_with_a_rule_of_another_method(translated):
-    """Its maps, averaged over the modalities, under one threshold."""
+    """The rule uses one threshold on maps that are averaged over the modalities."""
     method, results, labels = translated
     method = dataclasses.replace(method, rule="healthy_fpr", healthy_fpr=0.1, filters=NO_FILTERS)
     truth = np.zeros((6, 12, 12), bool)
@@ -196,7 +196,7 @@ def test_the_forward_process_needs_both_kinds_of_slices(translated):
 
 @pytest.fixture
 def counterparts():
-    """Maps of twelve slices, brighter in the lesion; three slices have none."""
+    """Maps of twelve slices that are brighter in the lesion. Three slices have no lesion."""
     rng = np.random.default_rng(0)
     truth = np.zeros((12, 20, 20), bool)
     for i in range(9):
@@ -236,7 +236,7 @@ def test_a_threshold_from_ground_truth_against_a_search(counterparts, median):
 
 
 def test_the_published_rule_for_any_map(counterparts):
-    """The share of a slice that is marked goes from 2 % in the least to 10 % in the most anomalous one."""
+    """The marked share of a slice is 2 % for the least and 10 % for the most anomalous slice."""
     results, truth = counterparts
     method = made(method="ddib", rule="quantile", median=False, components=0)
     found = method.calibrate(rows_of(results, truth.any((1, 2)), truth), {})
@@ -267,7 +267,7 @@ def test_rules_of_image_labels_do_not_look_at_the_ground_truth(rule):
 
 @pytest.mark.parametrize("name", ["ddib", "anoddpm-simplex", "anoddpm-gaussian", "threshold"])
 def test_many_healthy_slices_do_not_drive_a_threshold_out_of_reach(name):
-    """An empty mask scores 1 in a healthy slice: over all slices, a threshold above every value would be the best."""
+    """An empty mask scores 1 in a healthy slice. Over all slices, a threshold above all values would be the best."""
     rng = np.random.default_rng(0)
     truth = np.zeros((50, 12, 12), bool)
     truth[:4, 3:8, 3:8] = True
@@ -281,7 +281,7 @@ def test_many_healthy_slices_do_not_drive_a_threshold_out_of_reach(name):
 
 @pytest.mark.parametrize("percent", [10, 29, 30, 57])
 def test_values_next_to_a_threshold_fall_on_the_same_side_in_masks_as_in_its_choice(percent):
-    """Some of these percentages lie below themselves when rounded to float32, some above."""
+    """Some of these percentages become smaller when rounded to float32, some become larger."""
     truth = np.zeros((1, 8, 8), bool)
     truth[:, 2:6, 2:6] = True
     results = Counterpart(np.where(truth, np.float32(0.8), np.float32(percent / 100)), None)
@@ -335,7 +335,7 @@ def test_intensity_masks_are_not_filtered_by_a_median():
     results, heads = method.intensity(images), np.ones((3, 12, 12), bool)
     found = method.masks(results, threshold, heads, SliceGrid())
     np.testing.assert_array_equal(found.mask_all, images[..., 0] * [[[1]], [[0]], [[0]]] > 0)
-    np.testing.assert_array_equal(found.lesion, [True, True, False])  # by the score, not by the mask
+    np.testing.assert_array_equal(found.lesion, [True, True, False])  # decided by the score and not by the mask
     np.testing.assert_array_equal(found.map, images[..., 0])
     np.testing.assert_allclose(found.score, [1.5, 1.5, 0])
     assert method.healthy(results) is None

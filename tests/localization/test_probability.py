@@ -1,4 +1,4 @@
-"""Probabilities from anomaly maps: known mixtures are found again, files and arrays stay in [0, 1]."""
+"""Probabilities from anomaly maps: known mixtures are recovered, and files and arrays are in [0, 1]."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from hae_jax.localization import probability, rules
 from hae_jax.localization.calibration import MapThreshold, from_json
 from hae_jax.localization.probability import pixel_probability, pixel_uncertainty
 
-SHARE, SHIFT = 0.1, 3.0  # of lesion pixels in lesion slices; how much brighter their map is
+SHARE, SHIFT = 0.1, 3.0  # share of lesion pixels in lesion slices; difference of their map's mean
 
 
 def mixture_of_normals(slices=40, pixels=4000, seed=0):
@@ -34,7 +34,7 @@ def curves():
 
 
 def test_the_posterior_of_a_known_mixture(curves):
-    """P(v) is Bayes' rule for the densities that the samples were drawn from; no pixel label is seen."""
+    """P(v) equals Bayes' rule for the densities of the samples. No pixel labels are used."""
     v = np.linspace(-2, 5, 29)
     lesion, healthy = SHARE * norm.pdf(v, SHIFT), (1 - SHARE) * norm.pdf(v)
     sure = np.array([1e9])  # a score at which every slice has a lesion
@@ -47,7 +47,7 @@ def test_the_posterior_of_a_known_mixture(curves):
 
 
 def test_probabilities_are_as_frequent_as_they_say(curves):
-    """Of new pixels with a probability near p, a share of p is lesion."""
+    """Of new pixels with a probability near p, a share p is lesion."""
     samples, scores, labels = mixture_of_normals(seed=1)
     found = np.concatenate([pixel_probability(curves, sample.values[None, None], scores[i:i + 1])[0, 0]
                             for i, sample in enumerate(samples)])
@@ -91,7 +91,7 @@ def test_curves_are_kept_with_the_thresholds(curves):
 
 
 def test_files_of_a_run(run, config, three_cases):
-    """On the input's grid, in [0, 1], zero in the background, with JSON that says what they mean."""
+    """Files are on the input's grid, in [0, 1] and zero in the background. A JSON file states their meaning."""
     config.translation.update({"method": "residual", "save_probability": True, "draws": 2})
     done = run(three_cases)
     assert not done.failed
@@ -106,7 +106,7 @@ def test_files_of_a_run(run, config, three_cases):
     assert read_json(done.output / "calibration.json")["probability"]["pixel"]["at"]
     config.translation.update({"draws": 1})
     run(three_cases)
-    assert not list(done.output.glob("*_uncertainty*"))  # one draw tells no uncertainty
+    assert not list(done.output.glob("*_uncertainty*"))  # with one draw, there is no uncertainty
     assert (done.output / "a_probability.nii.gz").exists()
 
 

@@ -1,4 +1,4 @@
-"""The published way from curves to masks against the golden values, and the properties of each of its steps."""
+"""The published masks from curves against the golden values, and the properties of each step."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def inputs(stacks, curves):
 def test_calibrate_golden(golden, curves):
     z = np.load(golden / "masks.npz")
     found = calibrate(*curves, modality=(0, 3))
-    # float32 sums there, float64 here
+    # The golden values use float32 sums, this code float64.
     assert found.threshold == pytest.approx(float(z["thr_01"]), abs=1e-7)
     np.testing.assert_allclose(found.diff_max, z["diff_max"], rtol=1e-6)
     np.testing.assert_allclose(found.diff_min, z["diff_min"], rtol=1e-6)
@@ -71,7 +71,7 @@ def test_similarity_is_the_clamped_cosine_over_time(rng):
     for i in range(2):
         assert s[i] == pytest.approx(a[i] @ b[i] / np.sqrt((a[i] @ a[i]) * (b[i] @ b[i])))
     assert s[2] == 0
-    # norms below 1e-6 are raised to it: two equal curves of norm 1e-7 have s = 0.01
+    # Norms have a minimum of 1e-6, so two equal curves of norm 1e-7 have s = 0.01.
     tiny = np.full((1, 4, 1), 0.5e-7)
     assert similarity(tiny, tiny)[0] == pytest.approx(0.01)
 
@@ -79,7 +79,7 @@ def test_similarity_is_the_clamped_cosine_over_time(rng):
 def test_slice_threshold_takes_the_first_best():
     healthy, lesion = np.linspace(0.9, 1, 201), np.array([0.1, 0.95])
     threshold, errors = published.slice_threshold(healthy, lesion)
-    # the lowest level, 0.005, leaves one healthy slice below; the lesion slice at 0.95 is above every candidate
+    # At the lowest level, 0.005, one healthy slice is below. The lesion slice at 0.95 is above all candidates.
     assert threshold == pytest.approx(0.9005)
     assert errors == 2
 
@@ -125,13 +125,13 @@ def test_published_values():
 
 def running_maps(mse, diff):
     """[B, T, M, H, W] squared errors and [B, T, M] curves -> [B, H, W, M]: the mean of mse_t over t < argmax diff."""
-    t_e = np.maximum(diff.argmax(axis=1), 1)  # t_e = 0 uses t = 0 alone
+    t_e = np.maximum(diff.argmax(axis=1), 1)  # t_e = 0 uses only t = 0
     before = np.arange(mse.shape[1])[None, :, None] < t_e[:, None]
     return np.einsum("btm,btmhw->bhwm", before / t_e[:, None], mse)
 
 
-# The published code finds the quantile level with an index that truncates where rounding is meant, so a level may be
-# one of 101 too high there. None of the golden peaks is so placed that this shows: masks are equal pixel by pixel.
+# The published code truncates the index of the quantile level where rounding is meant, so a level may be one of 101 too
+# high there. For the golden peaks, this has no effect: masks are equal pixel by pixel.
 @pytest.mark.parametrize(("median", "suffix"), [(True, ""), (False, "_nomedian")])
 def test_masks_golden(golden, inputs, median, suffix):
     z = np.load(golden / "masks.npz")
@@ -218,7 +218,7 @@ def test_thresholds_are_each_maps_own_quantile():
     (0.29, 1, 0.98 - 0.08 * 0.29),  # 0.29 * 100 = 28.99...: truncation would give 0.28
     (0.0, 1, 0.98),
     (5.0, 1, 0.90),
-    (0.5, 0, 0.90),  # nothing to compare with: r = 1
+    (0.5, 0, 0.90),  # no reference, so r = 1
     (0.0, 0, 0.90),
 ])
 def test_quantile_level(peak, diff_max, level):
@@ -263,8 +263,8 @@ def test_single_modality_and_flat_map():
     curve = np.ones((1, 3, 1))
     calibration = Calibration(0.5, (1.0,), (), (0,))
     found = make_masks(curve, curve, curve, np.zeros((1, 8, 8, 1)), calibration)
-    assert found.mask_all.all()  # everything is at least the quantile of a constant map
-    assert not found.mask.any()  # and the slice is healthy: both curves agree
+    assert found.mask_all.all()  # all pixels of a constant map are at its quantile
+    assert not found.mask.any()  # the slice is healthy, since both curves agree
     assert found.score[0] == pytest.approx(0, abs=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The residual map against its definition, with a denoiser whose answers are known."""
+"""The residual map against its definition, with a denoiser of known output."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from hae_jax.localization.forward_process import Denoisers, step_noise
 from hae_jax.localization.residual import ResidualSettings, residual
 
 PROCESS = Process(make_schedule("linear", 1000), clipping="none")
-HEALTHY, NULL = 0.1, -0.05  # what the denoiser says of x0 under each condition, in every pixel
+HEALTHY, NULL = 0.1, -0.05  # the denoiser's predictions of x0 under both conditions, in every pixel
 
 
 def predicts(value):
-    """The noise that makes `value` the prediction of x0."""
+    """The predicted noise for which the prediction of x0 is `value`."""
     return lambda x, t: PROCESS.eps_from_x0(x, t, jnp.full_like(x, value))
 
 
@@ -46,7 +46,7 @@ def test_it_is_the_smoothed_weighted_residual(images):
 
 
 def test_noise_cancels_in_the_mean_and_draws_give_a_spread(images):
-    """A denoiser that calls the noise itself a part of the slice: its residual is noise, which cancels in the mean."""
+    """A denoiser that takes the noise for a part of the slice has a residual of noise, which cancels in the mean."""
     noisy = Denoisers(None, lambda x, t: (jnp.zeros_like(x), jnp.zeros_like(x)))
     zero = jnp.zeros_like(images)
     means = []
@@ -55,13 +55,13 @@ def test_noise_cancels_in_the_mean_and_draws_give_a_spread(images):
         found = residual(PROCESS, noisy, zero, noise(images), settings)
         assert settings.passes == 2 * draws
         means.append(float(np.maximum(found.map, 0).mean()))
-    assert means[1] < means[0] / 5  # 1 / 8 of the noise is left; rectified one by one, all of it would be
+    assert means[1] < means[0] / 5  # 1 / 8 of the noise remains; if rectified one by one, all would remain
     deviation = np.sqrt(1 / PROCESS.schedule.alpha_bar[200] - 1)
     assert float(found.spread.mean()) == pytest.approx(deviation, rel=0.1)
 
 
 def test_further_rounds_fill_in_what_was_found():
-    """A denoiser that halves what is bright finds half of a lesion in one round, three quarters in two."""
+    """A denoiser that halves bright values finds half of a lesion in one round and three quarters in two."""
     half = lambda x, t: PROCESS.eps_from_x0(x, t, jnp.maximum(x, 0) / 2)
     denoisers = Denoisers(None, lambda x, t: (half(x, t), half(x, t)))
     x0 = jnp.zeros((1, 6, 6, 2)).at[0, 2:4, 2:4].set(0.8).at[0, 5, 5].set(-0.4)
@@ -77,7 +77,7 @@ def test_further_rounds_fill_in_what_was_found():
 
 @pytest.mark.parametrize(("rectify", "expected"), [("after", 0), ("before", 0.1), ("never", 0.2)])
 def test_where_the_sign_goes(rectify, expected):
-    """A residual of 0.2 at one timestep and of -0.2 at the other."""
+    """The residual is 0.2 at one timestep and -0.2 at the other."""
     level = lambda t: jnp.where(t == 50, -0.2, 0.2)[:, None, None, None]
     eps = lambda x, t: PROCESS.eps_from_x0(x, t, jnp.broadcast_to(level(t), x.shape))
     zero = jnp.zeros((1, 6, 6, 2))

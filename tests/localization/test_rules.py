@@ -1,4 +1,4 @@
-"""Rules that choose a threshold, on made-up maps whose mixture is known."""
+"""Rules that choose a threshold, on synthetic maps with a known mixture."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ SHARE = 0.05  # of lesion pixels in a lesion slice
 
 
 def samples(shift=4.0, by_height=0.0, patients=12):
-    """40 slices a patient, lesions in 14 of them in most patients; values are normal, those of lesions shifted up."""
+    """40 slices per patient, of which 14 have lesions in most patients. Values are normal; lesions are shifted up."""
     rng, found = np.random.default_rng(0), []
     for patient in range(patients):
         for z in range(40):
@@ -34,7 +34,7 @@ def test_mixture_finds_the_lesion_share_and_the_best_threshold_without_ground_tr
 
 
 def test_healthy_slices_are_weighted_to_the_heights_of_lesion_slices():
-    # Values rise with height, and the lesions lie in the middle: unweighted, the bright top would count as healthy.
+    # Values increase with height. Lesions are in the middle. Without weights, the bright top would count as healthy.
     given = samples(by_height=6.0)
     assert mixture(given).lesion_share == pytest.approx(SHARE, rel=0.3)
     flat = [sample._replace(height=0.5) for sample in given]
@@ -83,7 +83,7 @@ def test_the_score_is_the_mean_of_the_highest_hundredth():
 
 
 def test_a_few_pixels_alone_are_no_lesion():
-    """Three bright pixels of 3000: too few for a lesion share, so that no Dice above 1 comes out."""
+    """Three bright pixels of 3000 are too few for a lesion share, so that the expected Dice is not above 1."""
     rng = np.random.default_rng(0)
     slices = [Sample(rng.random(100) * (0 if i % 2 else 1e-3), np.zeros(100, bool), i % 2, i / 30, f"p{i % 5}")
               for i in range(30)]

@@ -1,4 +1,4 @@
-"""The golden cases of the network: weights generated from their names, inputs and sparse masks as arrays in NHWC."""
+"""The golden cases of the network: weights generated from their names, and inputs and sparse masks in NHWC."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from hae_jax.model import UNetConfig
 
 
 class GoldenCase(NamedTuple):
-    """Everything that one case tells; images in NHWC."""
+    """The data of one case, with images in NHWC."""
 
     name: str
     config: UNetConfig
     parameters: int
     weights: dict[str, np.ndarray]  # in state-dict order
-    values: dict[str, np.ndarray]  # the npz file, as it is
+    values: dict[str, np.ndarray]  # the contents of the npz file
     x: np.ndarray  # [B, H, W, C]
     masks: list[np.ndarray]  # [N, N] bool each, True is blocked
 
@@ -33,13 +33,13 @@ class GoldenCase(NamedTuple):
         return self.values[f"out_{mode}{suffix}"].transpose(0, 2, 3, 1)
 
     def gradient_direction(self) -> np.ndarray:  # [B, H, W, out_channels]
-        """g of the scalar mean(out * g) whose gradients are listed."""
+        """g in the scalar mean(out * g), whose gradients are listed."""
         shape = self.values["out_cond"].shape
         return np.random.RandomState(8).standard_normal(shape).astype(np.float32).transpose(0, 2, 3, 1)
 
 
 def read_case(folder: Path, name: str) -> GoldenCase:
-    """Reads one case and generates what is not stored."""
+    """Reads one case and generates the weights and masks that are not stored."""
     described = json.loads((folder / f"{name}.json").read_text())
     config = UNetConfig(variant=described["variant"], **described["config"])
     lines = (folder / f"{name}.keys.tsv").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What the tests of the network share: networks filled without drawing, shapes inside a program."""
+"""Helpers for tests of the network: networks with deterministic values, shapes in a program."""
 
 import functools
 import zlib
@@ -12,7 +12,7 @@ from flax import nnx
 
 from hae_jax.model import UNet, UNetConfig
 
-# Two levels; the hybrid block has 12 x 12 tokens, enough to be sparse.
+# A network with two levels. Its hybrid block has 12 x 12 tokens, enough to be sparse.
 SMALL = {"image_size": 24, "in_channels": 2, "model_channels": 32, "channel_mult": (1, 1), "num_res_blocks": 1,
          "attention_resolutions": (2,), "num_classes": 2, "num_heads": 4, "use_scale_shift_norm": True}
 
@@ -25,7 +25,7 @@ def abstract(config: UNetConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 @functools.cache
 def filled(config: UNetConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A network in which no parameter is zero, so that every path matters; a function of the parameters' names."""
+    """A network without zero parameters, so that every path has an effect. Values depend on the names only."""
     graph, state = abstract(config)
     return graph, jax.tree_util.tree_map_with_path(_draw, state)
 
@@ -63,7 +63,7 @@ def _shapes(jaxpr) -> Iterator[tuple[int, ...]]:
 
 
 def assert_close(actual: Any, desired: Any, tolerance: float) -> None:
-    """Every difference is within the tolerance, relative to the largest desired value."""
+    """Asserts that all differences are within the tolerance, relative to the largest desired value."""
     actual, desired = np.asarray(actual, np.float64), np.asarray(desired, np.float64)
     assert actual.shape == desired.shape
     error = np.abs(actual - desired).max() / np.abs(desired).max()

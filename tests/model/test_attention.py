@@ -1,4 +1,4 @@
-"""The rank-one context is the product form, exactly, and nothing of that form's size is built or kept."""
+"""The rank-one context equals the product form exactly, and no array of that form's size is built or stored."""
 
 import re
 
@@ -21,7 +21,7 @@ COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "collective-permute"
 
 
 def drawn(tokens: int = T, width: int = E) -> dict[str, np.ndarray]:
-    """The arguments; a class row and a null row (c = 0) that see their context, and two that do not."""
+    """The arguments: a class row and a null row (c = 0) that see their context, and two rows that do not."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)
     q, k, v = (draw(len(CASES), tokens, HEADS, DEPTH) for _ in range(3))
@@ -79,7 +79,7 @@ def arguments() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("scale", [1, 4], ids=["moderate", "concentrated"])
 def test_equals_the_product_form_in_float64(arguments, scale):
-    """To the rounding of float32, which grows with the logits."""
+    """They agree up to float32 rounding, which grows with the logits."""
     arguments = arguments | {"c": scale * arguments["c"]}
     out, gradients = OURS(arguments)
     expected, expected_gradients = exact(arguments)
@@ -89,7 +89,7 @@ def test_equals_the_product_form_in_float64(arguments, scale):
         assert_close(gradient, expected_gradients[name], 1e-5 * scale)
 
 
-@pytest.mark.parametrize("tokens", [1, ROWS, ROWS + 1])  # a prime: one query to a step
+@pytest.mark.parametrize("tokens", [1, ROWS, ROWS + 1])  # a prime number has one query per step
 def test_any_number_of_pixels(tokens):
     arguments = drawn(tokens)
     assert_close(jax.jit(rank_one)(**arguments), product_form(**arguments), 1e-5)
@@ -101,7 +101,7 @@ def test_without_context_it_is_plain_attention(arguments):
 
 
 def test_extreme_contexts_give_finite_numbers(arguments):
-    """Slopes of 1e3 and far beyond; the output then is the product form's at its largest token."""
+    """With slopes of 1e3 and far more, the output is that of the product form's largest token."""
     large = arguments | {"c": 30 * arguments["c"]}
     slopes = jnp.einsum("thd,hd->ht", large["q"][0], (large["c"][0] @ large["kernel"]).reshape(HEADS, 2, DEPTH)[:, 0])
     assert jnp.abs(slopes).max() * DEPTH**-0.5 > 50
@@ -162,7 +162,7 @@ def test_rows_on_different_devices_do_not_meet(arguments):
     split = jax.device_put(arguments, shardings)
     seen = jax.device_put(jnp.asarray(SEEN), shardings["q"])
 
-    def rows(arguments, seen):  # parameters are constants here: their gradients do sum over the batch
+    def rows(arguments, seen):  # parameters are constants here, since their gradients are summed over the batch
         run = lambda q, k, v, c: attend_with_context(q, k, v, Context(c, seen), arguments["kernel"], arguments["bias"],
                                                    "rows")
         out, pull = jax.vjp(run, *(arguments[name] for name in "qkvc"))

@@ -1,4 +1,4 @@
-"""Time embedding, and who sees a class context under which rule."""
+"""Time embedding, and the rows that see their class context under each rule."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ STACKED = np.array([False, False, True, True])  # two conditional rows, then the
 
 
 def seen(rule: str, zero: list[int], null: np.ndarray = NO, **fields) -> list[bool]:
-    """Which rows of a batch of 4 see their context when some are zero."""
+    """Whether each row of a batch of 4 sees its context, if some rows are zero."""
     c = np.full((4, 8), 0.5, np.float32)
     c[zero] = 0
     return class_context(jnp.asarray(c), jnp.asarray(null), UNetConfig(null_context=rule, **fields)).seen.tolist()
@@ -60,7 +60,7 @@ def test_zero_threshold_is_inclusive_and_over_all_entries():
 
 
 def test_batch_means_the_global_batch():
-    """One device holds zero rows alone; its rows still see their context, as on one device."""
+    """One device has only zero rows. Its rows see their context nevertheless, as on a single device."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     c = np.full((8, 4), 0.5, np.float32)
@@ -96,7 +96,7 @@ def test_dropping_all_rows_is_a_null_pass_and_dropping_some_is_not(network):
     run = network["batch"]
     null = run(ALL)
     assert_close(run(drop=ALL), null, 1e-5)
-    # Dropped among others: the bias-only context dilutes the row's attention.
+    # A dropped row among others attends to a context of biases only, so its output differs.
     assert np.abs(run(drop=STACKED)[2:] - null[2:]).max() > 1e-4
     assert_close(run(drop=STACKED)[2:], network["keep"](ALL)[2:], 1e-5)
     assert np.abs(network["keep"](ALL) - null).max() > 1e-4
@@ -114,7 +114,7 @@ def test_one_timestep_for_all_rows_is_embedded_once():
 def test_the_network_is_the_same_on_four_devices(network):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    drop = np.array([True, False, False, False])  # on its device, the whole batch is dropped
+    drop = np.array([True, False, False, False])  # all rows on its device are dropped
     sharded = network["batch"](drop=drop, put=lambda a: jax.device_put(a, rows))
     assert len(sharded.sharding.device_set) == 4
     assert_close(sharded, network["batch"](drop=drop), 1e-5)

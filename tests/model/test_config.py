@@ -1,4 +1,4 @@
-"""Bad fields are refused before anything is built, in one line that names the field."""
+"""Wrong fields are refused before anything is built, with one line that names the field."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The count of operations, against counts by hand and by XLA."""
+"""The count of operations against manual counts and XLA's counts."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_a_dense_network_counted_by_hand():
 def test_sparse_attention_costs_what_it_computes():
     blocks = UNetConfig(variant="hae_v2c", **SMALL)
     dense = dataclasses.replace(blocks, sparse_pattern="dense")
-    tokens = 12 * 12  # of the one scale that is masked
+    tokens = 12 * 12  # of the only masked scale
     count, seen = block_links(tokens, jax.random.key(0)).shape
     computed = count * seen * block_size(tokens) ** 2
     assert computed < 0.2 * tokens**2
@@ -47,7 +47,7 @@ def test_sparse_attention_costs_what_it_computes():
 
 @pytest.mark.parametrize("variant", ["fpdm", "hae", "hae_v2", "hae_v2c"])
 def test_xla_counts_about_the_same(variant):
-    """XLA adds the elementwise operations, and leaves out the products with padding; both are small."""
+    """XLA also counts elementwise operations and does not count products with padding. Both are small."""
     config = UNetConfig(variant=variant, **SMALL)
     graph, params = abstract(config)
     image = jax.ShapeDtypeStruct((1, 24, 24, 2), jnp.float32)

@@ -1,7 +1,7 @@
-"""The networks give the numbers of the PyTorch implementations that they reproduce.
+"""The networks give the same outputs as the PyTorch implementations that they reproduce.
 
-The expected values are reference results: a failure means that the network computes something else. They are never
-to be adapted to the code.
+The expected values are reference results. A failure means that the network computes something else. Never change them
+to match the code.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def test_outputs_without_memory_optimization(golden, name: str):
     outputs = {mode: run(state, null, drop) for mode, (null, drop) in case.modes().items()}
     for mode, out in outputs.items():
         assert_close(out, case.output(mode, "_memopt_off"), TOLERANCE)
-    # Without the skip a null pass attends to its bias-only context: the case can tell the two apart.
+    # Without the skip, a null pass attends to a context of biases only. The outputs must differ.
     assert np.abs(outputs["null"] - case.output("null")).max() > 1e-3
 
 

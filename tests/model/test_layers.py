@@ -1,4 +1,4 @@
-"""Resampling, dropout and initialisation follow PyTorch; a sample's randomness is its own."""
+"""Resampling, dropout and initialisation equal PyTorch's. A sample's randomness does not depend on the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_pool_counts_the_zeros_that_fill_up_an_odd_size():
 
 
 def test_pool_means_in_float32():
-    x = jnp.full((1, 8, 8, 1), 1 + 2**-7, jnp.bfloat16)  # a bfloat16 sum of 64 of these would round
+    x = jnp.full((1, 8, 8, 1), 1 + 2**-7, jnp.bfloat16)  # a bfloat16 sum of 64 such values would be rounded
     assert pool(x, 8).dtype == jnp.bfloat16
     assert pool(x, 8).item() == 1 + 2**-7
 
@@ -51,7 +51,7 @@ def test_upsample_repeats_pixels():
 
 @pytest.mark.parametrize("make", [group_norm, layer_norm])
 def test_norms_keep_small_variances_beside_large_means(make):
-    """E[x^2] - E[x]^2 in float32, an epsilon of 1e-6, or bfloat16 statistics would each show."""
+    """E[x^2] - E[x]^2 in float32, an epsilon of 1e-6, or bfloat16 statistics would each fail."""
     x = 1000 + 0.01 * np.random.default_rng(0).standard_normal((1, 4, 4, 32)).astype(np.float32)
     norm = make(32, nnx.Rngs(0), dtype="float32", **({"groups": 1} if make is group_norm else {}))
     exact = x.astype(np.float64)
@@ -95,7 +95,7 @@ def test_a_samples_dropout_does_not_depend_on_its_company():
 
 @pytest.mark.parametrize("channels", [1, 7, 8])
 def test_numbers_are_kept_independently_of_each_other(channels):
-    """Two numbers share a random word; no two of a sample's channels may go together for that."""
+    """Two values share a random word. The masks of a sample's channels must nevertheless be independent."""
     keep, share = kept(randomness(1).samples, 0.3, (20000, channels))
     assert keep.shape == (1, 20000, channels)
     assert share == pytest.approx(0.7, abs=2**-17)
@@ -116,7 +116,7 @@ def test_a_stream_gives_new_keys_at_each_call():
 
 @pytest.mark.parametrize("is_sparse", [True, False])
 def test_attention_weights_are_dropped_in_training_without_bias(is_sparse: bool):
-    """The output is linear in the weights that are dropped, so its mean over many samples is that without dropout."""
+    """The output is linear in the dropped weights, so its mean over many samples equals the output without dropout."""
     attention = MultiHeadAttention(8, UNetConfig(**SMALL, dropout=0.5), nnx.Rngs(0))
     tokens = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 20, 8)), (1000, 20, 8))
     run = jax.jit(lambda tokens, keys: attention(tokens, keys, None, is_sparse=is_sparse))
@@ -129,7 +129,7 @@ def test_attention_weights_are_dropped_in_training_without_bias(is_sparse: bool)
 
 @pytest.fixture(scope="module")
 def drawn() -> UNet:
-    """A network as it is initialised."""
+    """A network after initialisation."""
     return nnx.merge(abstract(CONFIG)[0], jax.jit(lambda: nnx.state(UNet(CONFIG, nnx.Rngs(0))))())
 
 
@@ -162,6 +162,6 @@ def test_initialisation_is_that_of_pytorch(drawn: UNet):
 
 def assert_uniform(value: np.ndarray, bound: float, name: str) -> None:
     assert np.abs(value).max() <= bound * 1.000001, name
-    if value.size >= 100:  # enough for its moments
+    if value.size >= 100:  # enough to estimate moments
         assert value.std() == pytest.approx(bound / 3**0.5, rel=0.2), name
         assert abs(value.mean()) < 5 * bound / value.size**0.5, name

@@ -1,4 +1,4 @@
-"""Every option works in every variant, at sizes whose token grids are odd, in training."""
+"""Every option works in every variant in training, with odd token grids."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from network_helpers import SMALL, abstract, assert_close, filled, inputs
 from hae_jax.model import VARIANTS, UNetConfig
 from hae_jax.model.layers import Randomness
 
-# 36 pixels and three levels: hybrid blocks on 9 x 9 and 18 x 18 tokens, which neither 4 nor 8 divides.
+# With 36 pixels and three levels, hybrid blocks have 9 x 9 and 18 x 18 tokens, which neither 4 nor 8 divides.
 ODD = {"image_size": 36, "model_channels": 32, "channel_mult": (1, 1, 1), "num_res_blocks": 1,
        "attention_resolutions": (4,), "dropout": 0.2, "sparse_redraw": True, "num_classes": 2, "num_heads": 4,
        "use_scale_shift_norm": True}
@@ -28,7 +28,7 @@ COMBINATIONS = {
 
 
 def training_pass(config: UNetConfig) -> Callable:
-    """(state, x, t, y, key) -> (loss, output), gradients; in training: dropout, one row's label dropped."""
+    """(state, x, t, y, key) -> (loss, output), gradients, as in training: with dropout and a row's label dropped."""
     graph, _ = abstract(config)
 
     def loss(state, x, t, y, key):
@@ -47,12 +47,12 @@ def test_odd_token_grids_train_in_every_variant(variant: str):
     (_, out), gradients = run(state, *arrays, jax.random.key(0))
     assert out.shape == (2, 36, 36, config.out_channels)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((out, gradients)))
-    # Patch sizes that divide no grid have no regional tokens, and without classes there is no context.
+    # Patch sizes that do not divide the grid have no regional tokens. Without classes, there is no context.
     allowed = ("regional_norms", "patch_projections") + (("encoder_kv",) if config.num_classes is None else ())
     idle = [jax.tree_util.keystr(path) for path, a in jax.tree_util.tree_leaves_with_path(gradients) if not a.any()]
     assert not [name for name in idle if not any(part in name for part in allowed)]
     (_, other), _ = run(state, *arrays, jax.random.key(1))
-    assert np.abs(other - out).max() > 1e-3  # dropout and the pattern follow the key
+    assert np.abs(other - out).max() > 1e-3  # dropout and the pattern depend on the key
 
 
 @pytest.mark.parametrize("size", [(20, 36), (4, 4)])
@@ -75,7 +75,7 @@ def test_without_hybrid_blocks_every_variant_has_the_plain_networks_parameters(v
 
 @pytest.fixture(scope="module")
 def reference():
-    """config, state, inputs, and what the plain network makes of them in training."""
+    """config, state, inputs, and the results of the plain network in training."""
     config = UNetConfig(**SMALL, dropout=0.2)
     state = filled(config)[1]
     arrays = (*inputs(config, 2), jax.random.key(0))
@@ -93,7 +93,7 @@ def test_rematerialisation_changes_nothing(reference, remat: str):
 
 
 def test_rematerialisation_is_in_the_program(reference):
-    """By layers, and with "full" by the U-Net's blocks too, each with its layers within."""
+    """Layers are recomputed; with "full", blocks of the U-Net as well, and their layers within them."""
     config, state, (x, t, y, _), _ = reference
     depths = {}
     for remat in ("none", "block", "full"):
@@ -103,12 +103,13 @@ def test_rematerialisation_is_in_the_program(reference):
     assert depths["none"] == []
     layers = len(depths["block"])
     assert depths["block"] == [1] * layers
-    # Encoder: a convolution, two blocks and a Downsample; the middle; two blocks on each of the decoder's two levels.
+    # The encoder has a convolution, two blocks and a Downsample, the decoder two blocks on each of two levels.
+    # Between them is the middle block.
     assert sorted(depths["full"]) == [1] * 9 + [2] * layers
 
 
 def remat_depths(jaxpr, depth: int = 0) -> list[int]:
-    """How deep each recomputed part of a program lies in others; not those in loops, which attention has anyway."""
+    """The nesting depth of each recomputed part of a program, without those in loops, which attention always has."""
     found = []
     for equation in jaxpr.eqns:
         here = depth + (equation.primitive.name in ("remat2", "checkpoint") and equation.params["prevent_cse"])
@@ -125,8 +126,8 @@ def test_bfloat16_is_close_and_keeps_float32_parameters(reference):
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(abstract(low)[1]))
     (_, out), gradients = training_pass(low)(state, *arrays)
     assert out.dtype == jnp.float32
-    assert 1e-4 < relative(out, expected) < 0.03  # it does compute in bfloat16, and well enough
-    assert (out != out.astype(jnp.bfloat16)).any()  # the head does not round
+    assert 1e-4 < relative(out, expected) < 0.03  # computed in bfloat16, with a small error
+    assert (out != out.astype(jnp.bfloat16)).any()  # the head is not rounded
     assert relative(gradients, expected_gradients) < 0.02
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(gradients))
 

@@ -1,4 +1,4 @@
-"""The networks have the published numbers of parameters, counted without allocating one."""
+"""The networks have the published numbers of parameters, counted without allocating parameters."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_parameter_count(variant: str, fields: dict, count: int):
 
 
 def test_the_defaults_are_those_of_the_pytorch_constructor():
-    """The "117M, 447 MB" of its authors: they leave the other arguments out."""
+    """The authors' "117M, 447 MB", for which they leave out the other arguments."""
     config = UNetConfig(image_size=128, model_channels=128, channel_mult=(1, 1, 2, 3, 4),
                         attention_resolutions=(4, 8, 16), num_heads=8, num_classes=2)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1])) == 117086148

@@ -1,4 +1,4 @@
-"""Sparse patterns have the structure that they promise, and skipping blocks changes the work, not the result."""
+"""Sparse patterns have the documented structure. Skipping blocks changes the work but not the result."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from hae_jax.model.hybrid import MultiHeadAttention
 from hae_jax.model.layers import Randomness
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
-TOKENS = 70  # of the influence tests
+TOKENS = 70  # tokens in the influence tests
 
 
 @pytest.mark.parametrize("tokens", [256, 1024, 4416])
@@ -44,7 +44,7 @@ def test_few_tokens_still_have_links(tokens: int):
 
 
 @pytest.mark.parametrize("form", ["rows", "xla", "materialised"])
-@pytest.mark.parametrize("tokens", [100, 256, 276])  # the last block of 100 and 276 is ragged
+@pytest.mark.parametrize("tokens", [100, 256, 276])  # the last block of 100 and 276 is incomplete
 def test_blocks_equal_dense_attention_with_the_same_pattern(tokens: int, form: str):
     links, size = np.asarray(sparse.block_links(tokens, KEY)), sparse.block_size(tokens)
     block = np.arange(tokens) // size
@@ -78,11 +78,11 @@ def test_blocks_never_build_all_pairs(form: str, tokens: int):
         assert max(np.prod(shape, dtype=int) for shape in shapes) <= limit
         assert not [shape for shape in shapes if sum(length >= tokens for length in shape) > 1]
     dense = shapes_in(lambda q: sparse.attend(q, q, q), q)
-    assert max(np.prod(shape, dtype=int) for shape in dense) == heads * tokens**2  # the measure sees what it looks for
+    assert max(np.prod(shape, dtype=int) for shape in dense) == heads * tokens**2  # checks the measure itself
 
 
 def test_a_ragged_last_block_sees_and_gives_nothing_of_its_filling():
-    """Logits far below zero: the filling's, which are zero, would win every softmax."""
+    """All logits are far below zero. The padding's logits are zero and would dominate every softmax."""
     tokens = 100
     links = sparse.block_links(tokens, KEY)
     q, k = jnp.full((1, tokens, 1, 4), 30.0), jnp.full((1, tokens, 1, 4), -30.0)
@@ -98,7 +98,7 @@ def test_dropout_of_weights_differs_by_head_and_is_the_same_in_both_forms():
     masks = [np.asarray(drop(ones, jnp.asarray(head))) for head in range(3)]
     assert set(np.unique(masks)) == {0, 2}
     assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
-    assert 0.4 < (masks[0][0] != masks[0][1]).mean() < 0.6  # each sample its own
+    assert 0.4 < (masks[0][0] != masks[0][1]).mean() < 0.6  # each sample has its own mask
     tokens = jax.random.normal(KEY, (2, TOKENS, 8))
     outs = []
     for form in ("rows", "xla"):
@@ -131,9 +131,9 @@ def test_trained_pattern_of_the_joint_transformer():
     distance = np.abs(np.arange(tokens)[:, None] - np.arange(tokens))
     assert seen[distance <= keep // 2].all()
     far = (seen & (distance > keep // 2)).sum(1)
-    assert far.max() <= keep // 4  # the columns drawn without replacement, less those inside the band
+    assert far.max() <= keep // 4  # columns drawn without replacement, except those inside the band
     assert far.mean() == pytest.approx(keep // 4 * (1 - keep / tokens), abs=0.2)
-    assert (seen & (distance > keep // 2)).any(0).mean() > 0.95  # each row draws its own
+    assert (seen & (distance > keep // 2)).any(0).mean() > 0.95  # each row has its own columns
     assert (seen == ~np.asarray(sparse.trained_mask_joint(tokens, KEY))).all()
     assert (seen != ~np.asarray(sparse.trained_mask_joint(tokens, OTHER))).any()
 
@@ -153,7 +153,7 @@ def test_trained_pattern_of_the_per_scale_transformer():
 
 def influence(*, shared: jax.Array | None = None, blocked: np.ndarray | None = None, is_sparse: bool = True,
               **fields) -> np.ndarray:  # [N, N] bool
-    """Which token (column) changes which token's (row's) attention, for other tokens than itself."""
+    """Whether a token (column) changes the attention of another token (row)."""
     attention = MultiHeadAttention(8, UNetConfig(**SMALL, **fields), nnx.Rngs(0))
     randomness = None if shared is None else Randomness(jax.random.split(KEY, 1), shared)
     tokens = jax.random.normal(KEY, (TOKENS, 8))

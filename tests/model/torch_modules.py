@@ -1,4 +1,4 @@
-"""PyTorch's side of the tests: a module that has just the parameters of a state dict."""
+"""Helpers with PyTorch: a module that has only the parameters of a state dict."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""`conv2d` against `jax.lax`: each form that CPUs use, and transformations around it."""
+"""`conv2d` against `jax.lax`: each form for CPUs, and JAX's transformations of it."""
 
 import functools
 
@@ -16,9 +16,9 @@ from hae_jax.ops import convolution
 
 conv2d = functools.partial(convolution.conv2d, form="winograd")
 
-TOLERANCE = 1e-5  # of the largest value; both sides round
+TOLERANCE = 1e-5  # of the largest value; both forms round
 
-# (H, W), C, D, kernel, stride, padding: one for each rule and what surrounds it
+# (H, W), C, D, kernel, stride, padding: shapes for each rule and at its limits
 SHAPES = [
     ((6, 5), 7, 9, 1, 1, 0),
     ((6, 5), 7, 9, 1, 2, 0),
@@ -54,7 +54,7 @@ def inputs(size=(16, 16), channels=128, outputs=128, kernel=3, batch=1, dtype=np
 
 
 def value_and_gradients(function, x, kernel, stride=1, padding=1):
-    """The output and the gradients of a loss in which no output's gradient is like another's."""
+    """The output, and the gradients of a loss in which the gradients of all outputs differ."""
     y, pull = jax.vjp(lambda x, kernel: function(x, kernel, stride, padding), x, kernel)
     weights = np.random.default_rng(1).standard_normal(y.shape)
     return y, *pull(jnp.asarray(weights, y.dtype))
@@ -81,7 +81,7 @@ def test_bfloat16_is_computed_in_float32(channels, kernel):
     own = value_and_gradients(conv2d, *arrays, padding=kernel // 2)
     assert all(array.dtype == jnp.bfloat16 for array in own)
     in_float32 = value_and_gradients(xla, *(array.astype(jnp.float32) for array in arrays), padding=kernel // 2)
-    # The output's gradient is rounded on the way in, results on the way out: 2^-9 each.
+    # The output's gradient and the results are both rounded, with errors of 2^-9 each.
     assert_close([array.astype(jnp.float32) for array in own], in_float32, 2 / 2**9)
 
 
@@ -122,7 +122,7 @@ def test_the_layer_is_flax_s_with_the_same_parameters(stride):
 @pytest.mark.parametrize(("shape", "kernel", "left"), [
     ((2, 32, 32, 64), (3, 3, 64, 64), 0),  # Winograd's large tiles, both gradients
     ((1, 16, 16, 128), (3, 3, 128, 128), 1),  # its small ones: XLA's gradient for the kernel
-    ((8, 15, 16, 128), (3, 3, 128, 128), 3),  # too small for these, whatever the batch
+    ((8, 15, 16, 128), (3, 3, 128, 128), 3),  # too small for these with any batch
     ((2, 32, 32, 32), (3, 3, 32, 64), 3),  # too few channels: XLA's convolution and both its gradients
     ((2, 16, 16, 32), (1, 1, 32, 8), 0),  # one matrix product
 ])

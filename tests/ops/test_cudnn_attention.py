@@ -1,4 +1,4 @@
-"""The forms for a kernel that takes only queries, keys and values, here with XLA's in the place of cuDNN's."""
+"""The forms for a kernel that takes only queries, keys and values. XLA replaces cuDNN's kernel here."""
 
 import functools
 
@@ -15,7 +15,7 @@ T, E, HEADS, DEPTH = 40, 24, 2, 16
 
 @pytest.fixture
 def xla_as_cudnn(monkeypatch):
-    """Lets XLA compute what cuDNN's kernel would."""
+    """Replaces cuDNN's kernel by XLA."""
     kernel = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention",
                         lambda *a, implementation, **options: kernel(*a, **options, implementation="xla"))
@@ -30,7 +30,7 @@ def arguments(dtype="float32", largest=1.0):
 
 
 def attend(form, q, k, v, c, kernel, bias):
-    context = Context(c, jnp.array([True, False, True]))  # the second row sees none
+    context = Context(c, jnp.array([True, False, True]))  # the second row sees no context
     return attention.attend_with_context(q, k, v, context, kernel, bias, form)
 
 
@@ -49,7 +49,7 @@ def test_context_and_its_gradients(xla_as_cudnn):
 
 def test_bfloat16_does_not_coarsen_the_context_logit(xla_as_cudnn):
     q, k, v, c, kernel, bias = arguments("bfloat16", largest=4.0)
-    inputs = q, k, v, 6 * c, kernel, 6 * bias  # logits of tens, as the pixels have, which bfloat16 rounds by a tenth
+    inputs = q, k, v, 6 * c, kernel, 6 * bias  # logits of some tens, as for pixels, which bfloat16 rounds by 0.1
     fused = jax.jit(lambda: attend("cudnn", *inputs))()
     exact = jax.jit(lambda: attend("xla", *(a.astype("float32") for a in inputs)))()
     assert fused.dtype == jnp.bfloat16

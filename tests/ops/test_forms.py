@@ -1,4 +1,4 @@
-"""The rule by which forms of operations are chosen, and the options of XLA."""
+"""The rule for the choice of forms of operations, and XLA's options."""
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,6 @@ def test_convolution(choice, platform, form):
 def test_options_are_for_cpus_alone_and_known_to_xla(monkeypatch):
     options = compiler_options()
     assert options
-    jax.jit(jnp.sin).lower(jnp.ones(3)).compile(options)  # raises for what it does not know
+    jax.jit(jnp.sin).lower(jnp.ones(3)).compile(options)  # raises for unknown options
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiler_options() == {}

@@ -1,4 +1,4 @@
-"""GroupNorm with scale, shift and SiLU in one: against the plain equations in float64, values and gradients."""
+"""Values and gradients of the fused GroupNorm (scale, shift, SiLU) against the plain equations in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def norm(dtype="float32"):
 
 
 def plain(module, x, scale, shift, silu):
-    """In float64, by NumPy."""
+    """The plain equations in float64 with NumPy."""
     x = np.asarray(x, np.float64)
     grouped = x.reshape(len(x), -1, GROUPS, CHANNELS // GROUPS)
     mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
@@ -32,7 +32,7 @@ def plain(module, x, scale, shift, silu):
 
 
 def flax_form(module, x, scale, shift, silu):
-    """What automatic differentiation makes of Flax's norm."""
+    """Flax's norm with automatic differentiation."""
     z = nnx.GroupNorm.__call__(module, x)
     z = z if scale is None else z * (1 + scale[:, None, None]) + shift[:, None, None]
     return nnx.silu(z) if silu else z
@@ -41,7 +41,7 @@ def flax_form(module, x, scale, shift, silu):
 def inputs(side, dtype="float32"):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(2, side, side, CHANNELS)) * rng.uniform(0.5, 2, CHANNELS) + rng.normal(size=CHANNELS)
-    x[1] /= 30  # a variance of 1e-3, beside which an epsilon of 1e-6 in the place of 1e-5 shows
+    x[1] /= 30  # a variance of 1e-3, for which an epsilon of 1e-6 instead of 1e-5 would fail
     return tuple(jnp.asarray(a, dtype) for a in (x, *rng.normal(size=(2, 2, CHANNELS))))
 
 
@@ -68,7 +68,7 @@ def test_values_and_gradients(side, scaled, silu):
 
 @pytest.mark.parametrize("spike", [0, 1], ids=["where the mean is guessed from", "elsewhere"])
 def test_a_bad_guess_of_the_mean_loses_few_digits(spike):
-    # All but a few pixels are equal, so that the guess is as many standard deviations from the mean as it can be.
+    # All pixels except a few are equal, so that the estimate is at the largest possible distance from the mean.
     x = np.full((1, 64, 64, CHANNELS), 10_000, np.float32)
     x[0, spike::4, spike::4] += 50
     module = norm()

@@ -1,4 +1,4 @@
-"""Log-sum-exp and mean of rank-one logits: float64 values and derivatives, at any slope, in both forms."""
+"""Log-sum-exp and mean of rank-one logits against float64 values and derivatives, for all slopes, in both forms."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def exact(a, c, dl, dm):
 
 @pytest.fixture
 def drawn():
-    """c, with a null row and one of ties, and the cotangents of L and L'."""
+    """c, with a null row and a row with ties, and the cotangents of L and L'."""
     rng = np.random.default_rng(0)
     c = rng.standard_normal((ROWS, E)).astype(np.float32) + np.array([[0], [0], [5]], np.float32)
     c[1] = 0
@@ -46,7 +46,7 @@ def test_values_and_gradients_to_float32_rounding(drawn, largest, by_rows):
     da, dc = pull((jnp.asarray(dl), jnp.asarray(dm)))
     expected = exact(a, c, dl, dm)
     width = np.abs(c).max()
-    np.testing.assert_allclose(log_sum, expected[0], rtol=8 * EPS, atol=TOLERANCE)  # the largest logit is no sum
+    np.testing.assert_allclose(log_sum, expected[0], rtol=8 * EPS, atol=TOLERANCE)  # a logit is no sum: small error
     np.testing.assert_allclose(mean, expected[1], atol=TOLERANCE * width)
     np.testing.assert_allclose(da, expected[2], atol=TOLERANCE * width**2)
     np.testing.assert_allclose(dc, expected[3], atol=TOLERANCE * max(1, largest) * width)

@@ -1,4 +1,4 @@
-"""The phantom: BraTS layout, exact repetition whatever the number of subjects and workers, plausible anatomy."""
+"""The phantom: BraTS layout, reproducibility with any number of subjects and workers, plausible anatomy."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def test_full_size_grid_is_brats():
 def test_background_is_zero_and_the_brain_is_not(folder):
     case = read_case(find_cases(folder)[1])
     inside = case.volumes > 0
-    for channel in range(1, 4):  # one mask for all modalities, so that 0 means background in each
+    for channel in range(1, 4):  # all modalities have the same mask, so that 0 is background in each
         np.testing.assert_array_equal(inside[..., channel], inside[..., 0])
     assert not (case.mask & ~inside[..., 0]).any()
     brain = inside[..., 0]
@@ -73,7 +73,7 @@ def test_same_seed_same_bytes_whatever_the_company(folder, tmp_path):
 
 
 def test_other_seed_and_other_subject_differ(folder):
-    assert len(set(digests(folder).values())) == 5 * 5  # no two files alike, the segmentations included
+    assert len(set(digests(folder).values())) == 5 * 5  # all files differ, including the segmentations
     a, b = (make_subject(seed, 0, lesion=False, size=SMALL).volumes for seed in (3, 4))
     assert (a != b).any()
 
@@ -161,11 +161,11 @@ def test_tumour_pushes_the_brain_and_shows_where_it_should():
     assert focus.volume_ml > 40
     ill, well = (make_subject(0, 2, lesion=t, size=0.5) for t in (True, False))
     head = well.volumes[0] > 0
-    assert ((ill.volumes[0] > 0) != head).sum() < 0.01 * head.sum()  # the skull does not give way
+    assert ((ill.volumes[0] > 0) != head).sum() < 0.01 * head.sum()  # the skull is not deformed
     mask = ill.labels > 0
     far = ndimage.distance_transform_edt(~mask) > 5  # 10 mm off
     change = np.abs(ill.volumes[1].astype(float) - well.volumes[1])[far & (well.volumes[1] > 0)]
-    assert np.percentile(change, 95) > 50  # a twentieth of the brain beyond the tumour has moved
+    assert np.percentile(change, 95) > 50  # 5 % of the brain outside of the tumour has moved
     flair, t1, t1ce, _ = ill.volumes.astype(float)
     brain = (flair > 0) & ~mask
     assert np.median(t1ce[ill.labels == ENHANCING]) > 1.2 * np.percentile(t1ce[brain], 90)
@@ -174,7 +174,7 @@ def test_tumour_pushes_the_brain_and_shows_where_it_should():
 
 
 def test_core_is_irregular():
-    """A ball has 4.84 V^(2/3) of surface; a core must have clearly more."""
+    """A ball has a surface of 4.84 V^(2/3). The surface of a core must be clearly larger."""
     subject = make_subject(0, 2, lesion=True, size=0.5)
     core = np.isin(subject.labels, (NECROSIS, ENHANCING))
     components, _ = ndimage.label(core)

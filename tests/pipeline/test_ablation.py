@@ -1,4 +1,4 @@
-"""Settings side by side: every row is measured, the page is written as it grows, and mistakes are said."""
+"""The ablation: every row is measured, the page is written after each row, and errors are reported."""
 
 import numpy as np
 import pytest

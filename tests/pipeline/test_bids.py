@@ -1,4 +1,4 @@
-"""BIDS derivatives of a run, held against the BIDS validator; the BIDS App around it."""
+"""BIDS derivatives of a run, checked with the BIDS validator, and the BIDS App."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ _NAMES = {"flair": "FLAIR", "t1": "T1w", "t1ce": "ce-gadolinium_T1w", "t2": "T2w
 
 @pytest.fixture
 def dataset(tmp_path, case_writer):
-    """Two subjects, one with two sessions, as BIDS has them; derivatives of another program beside them."""
+    """A BIDS dataset of two subjects, one with two sessions, and derivatives of another program."""
     root = tmp_path / "raw"
     for seed, name in enumerate(("sub-01_ses-1", "sub-01_ses-2", "sub-02")):
         case_writer(tmp_path / "made", name, seed, lesion=seed != 2, segmented=False)
@@ -39,7 +39,7 @@ def dataset(tmp_path, case_writer):
 
 @pytest.fixture
 def app(run, config, monkeypatch):
-    """`hae-bids`, with the toy network where translate.py loads one."""
+    """`hae-bids` with the toy network as the loaded network."""
     config.translation.update({"method": "residual", "save_probability": True, "save_healthy": True, "draws": 2})
 
     def translate(argv):
@@ -57,7 +57,7 @@ def app(run, config, monkeypatch):
 
 
 def validated(folder):
-    """The issues that the BIDS validator finds, by severity."""
+    """The issues of the BIDS validator, by severity."""
     program = Path(sys.executable).with_name("bids-validator-deno")
     done = subprocess.run([program, folder, "--json"], capture_output=True, text=True, timeout=300)
     issues = json.loads(done.stdout)["issues"]["issues"]

@@ -1,4 +1,4 @@
-"""Where calibrations are kept: under everything that they depend on, the rule included."""
+"""Calibrations are stored under a key of all that they depend on, including the rule."""
 
 import json
 
@@ -37,11 +37,11 @@ def test_a_threshold_of_another_rule_is_not_used_again(prepared, tmp_path):
     assert [found.labels for found in made] == ["ground truth", "image labels"]
     with pytest.raises(UserError, match=r"with the rule dice, not of threshold with mixture"):
         load_calibration(other, kept_file(IntensityThreshold(), tmp_path, with_rules[0]))
-    assert calibrated(None, other, None, tmp_path, with_rules[1]) == made[1]  # the kept one
+    assert calibrated(None, other, None, tmp_path, with_rules[1]) == made[1]  # the stored one
 
 
 def test_slices_are_described_to_the_method(prepared):
-    """Height, head, patient and pixel size of each validation slice, beside its label and mask."""
+    """Each validation slice has its height, head, patient and pixel size, besides label and mask."""
     store = open_store(prepared / "store")
     rows = store.split("val").read(np.arange(len(store.split("val"))))
     found = list(validation_results(IntensityReader(IntensityThreshold().intensity), store, "slice"))
@@ -67,7 +67,7 @@ def test_the_file_is_known_before_it_is_made(method, prepared, tmp_path):
 
 @pytest.mark.parametrize("name", ["phantom", "phantom_stroke"])
 def test_a_shipped_network_has_its_calibration(name):
-    """Made with these weights and settings, from image labels, with curves of probability."""
+    """It was made with these weights and settings, from image labels, and has probability curves."""
     made = load_run(name).calibration()
     assert (made.rule, made.labels) == ("healthy_fpr", "image labels")
     assert made.probability

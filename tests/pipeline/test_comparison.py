@@ -1,4 +1,4 @@
-"""Several methods and several numbers of steps on the same cases: the tables say what the runs found."""
+"""Comparisons of methods and of numbers of steps on the same cases: the tables agree with the runs."""
 
 import copy
 import csv
@@ -51,7 +51,7 @@ def test_methods_side_by_side(network, toy_network, short, mesh_of, tmp_path):
 
 @pytest.fixture
 def twin(toy_network, config, tmp_path):
-    """A network for AnoDDPM whose training had a diffusion of its own."""
+    """A network for AnoDDPM that was trained with other diffusion settings."""
     its_config = copy.deepcopy(config)
     its_config.model.num_classes = None
     its_config.diffusion.update({"steps": 40, "schedule": "cosine", "predicts": "x0"})
@@ -88,7 +88,7 @@ def test_a_twin_for_other_data_is_refused(network, twin, short, mesh_of, tmp_pat
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The runs that were begun."""
+    """The runs that were started."""
     begun = []
     monkeypatch.setattr(comparison, "translate", lambda *args, **kwargs: begun.append(args))
     return begun
@@ -119,7 +119,7 @@ def test_all_steps_are_checked_before_the_first_run(network, short, mesh_of, tmp
 
 def test_what_a_method_cannot_calibrate_with_is_said_before_the_first_runs(
         network, short, mesh_of, tmp_path, case_writer, runs):
-    """The preset serves hae; ddib needs validation slices, and there are none."""
+    """The preset is for hae only. ddib needs validation slices, and there are none."""
     case_writer(tmp_path / "in", "a", seed=0)
     short.translation.calibration = "brats_600"
     short.data.root = str(tmp_path / "gone")
@@ -149,13 +149,13 @@ def test_the_user_s_calibration_goes_to_the_forward_process_alone(network, short
 
 @pytest.fixture
 def overridden():
-    """Fields of each network that was asked for."""
+    """The overridden fields of each loaded network."""
     return {}
 
 
 @pytest.fixture
 def command(network, twin, short, tmp_path, monkeypatch, overridden):
-    """The command with toys for the runs a and b; the entries that `compare` was given."""
+    """The command with toy networks for the runs a and b. It returns the entries that `compare` was given."""
     compared = []
     loaded = {"a": (network, short), "b": (twin, twin.config)}
 

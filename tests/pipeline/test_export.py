@@ -1,4 +1,4 @@
-"""Networks to share and datasets for nnU-Net: what is written is taken as it is, here and by other readers."""
+"""Exported networks and datasets for nnU-Net can be read by this project and by other programs."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ from hae_jax.training.weights import SHIPPED
 
 @pytest.fixture
 def trained(one_level_config, tmp_path, monkeypatch):
-    """A network as `load_run` gives it from a run folder, with a calibration of its own."""
+    """A network as `load_run` returns it for a run folder, with its own calibration."""
     config = one_level_config
     model = UNet(network_config(config.to_dict()), nnx.Rngs(0))
     identity = {"path": "runs/a/7", "step": 7, "parameters": "ema 0.9", "sha256": weights_hash(model, config)}
@@ -39,7 +39,7 @@ def trained(one_level_config, tmp_path, monkeypatch):
 
 
 def metrics_of(folder, sha256):
-    """As translate.py writes them."""
+    """Writes metrics as translate.py does."""
     value = {"mean": 0.7512, "low": 0.7, "high": 0.8, "cases": 5}
     write_json(folder / "metrics.json", {
         "checkpoint": {"sha256": sha256}, "phantom": True, "cases": 5, "method": "residual", "rule": "healthy_fpr",
@@ -56,7 +56,7 @@ def test_the_folder_is_taken_as_it_is(trained, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == [
         "README.md", "calibration.json", "config.json", "model.safetensors"]
     found = load_run(tmp_path / "shared")
-    assert {**found.identity, "path": None} == {**run.identity, "path": None}  # the same network to the last bit
+    assert {**found.identity, "path": None} == {**run.identity, "path": None}  # exactly the same network
     assert Localizer.load(tmp_path / "shared").calibration.threshold == made.threshold
     card = (tmp_path / "shared" / "README.md").read_text()
     front = card.split("---")[1]
@@ -97,7 +97,7 @@ def test_shipped_weights_are_copied(tmp_path):
 
 
 def test_masks_become_a_dataset_of_nnunet(run, config, three_cases, tmp_path):
-    """Seen by SimpleITK, which nnU-Net reads with: images and labels on one grid, cases in the order of sureness."""
+    """SimpleITK, which nnU-Net uses, reads images and labels on one grid. Cases are in the order of sureness."""
     config.translation.update({"method": "residual", "save_probability": True})
     done = run(three_cases)
     folder = tmp_path / "nnUNet_raw" / "Dataset501_Lesion"

@@ -1,4 +1,4 @@
-"""What a whole run on small cases writes: masks, maps, healthy counterparts, tables, pictures, by every method."""
+"""The files of a whole run on small cases with every method: masks, maps, reconstructions, tables, pictures."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def test_a_run_writes_everything(run, config, prepared, tmp_path):
     written = {f"{name}_mask.nii.gz", f"{name}_map.nii.gz", f"{name}_overlay.png", "slices", "calibration.json",
                "calibration_threshold.json", "cases.csv", "metrics.json", "manifest.json", "records",
                "report.html"}
-    kept = {path.name for path in (tmp_path / "out").glob("*_????????????.json")}  # calibrations by what they are of
+    kept = {path.name for path in (tmp_path / "out").glob("*_????????????.json")}  # calibrations, named by keys
     assert {name.split("_")[0] for name in kept} == {"hae", "threshold"}
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."} == written | kept
     given = nib.load(prepared / "cases" / name / f"{name}_flair.nii.gz")
@@ -118,7 +118,7 @@ def test_the_next_cases_are_read_while_one_is_finished(run, three_cases, monkeyp
         waited.append(begun.wait(10))) or write(*arguments))
     assert run(three_cases).finished == 3
     assert all(waited)
-    assert "3.0/3 cases [" in capsys.readouterr().err  # the bar, moved by every slice
+    assert "3.0/3 cases [" in capsys.readouterr().err  # the bar, which each slice advances
 
 
 def test_a_second_reader_finds_results_of_an_oblique_scaled_4d_file_on_its_grid(run, config, tmp_path):
@@ -151,7 +151,7 @@ def test_filters_in_3d(run, config, three_cases, tmp_path):
     config.translation.filter_dimensions = 3
     assert run(three_cases).translated == 3
     assert not np.array_equal(read_volume(tmp_path / "out" / "a_map.nii.gz"), before)
-    assert len(list((tmp_path / "out").glob("hae_????????????.json"))) == 1  # curves know no filters
+    assert len(list((tmp_path / "out").glob("hae_????????????.json"))) == 1  # curves do not depend on filters
     # The ball has fewer pixels in each slice, but more voxels.
     config.translation.update({"method": "threshold", "components": 40, "filter_dimensions": 2})
     for dimensions, voxels in ((2, 0), (3, 100)):
@@ -191,7 +191,7 @@ def test_other_methods_have_the_same_door(run, config, three_cases, tmp_path, me
     assert read_json(tmp_path / "out" / "metrics.json")["method"] == method
     with open(tmp_path / "out" / "cases.csv", newline="") as stream:
         scores = {row["case"]: float(row["anomaly_score"]) for row in csv.DictReader(stream)}
-    assert scores["a"] > scores["b"] or method.startswith("anoddpm")  # only a has a lesion; the toy sees no noise
+    assert scores["a"] > scores["b"] or method.startswith("anoddpm")  # only a has a lesion; the toy ignores noise
     assert run(three_cases).translated == 0
 
 
@@ -251,7 +251,7 @@ def test_the_cases_times_add_up_to_the_run_s(run, three_cases, tmp_path, monkeyp
     report = run(three_cases)
     with open(tmp_path / "out" / "cases.csv", newline="") as stream:
         seconds = [float(row["seconds"]) for row in csv.DictReader(stream)]
-    assert min(seconds) > 0.4  # mask and map: writing counts
+    assert min(seconds) > 0.4  # writing mask and map is part of the time
     assert sum(seconds) < report.seconds
 
 
@@ -265,12 +265,12 @@ def test_one_case_of_a_phantom_makes_them_phantom_figures(run, tmp_path, three_c
     (three_cases / "z").symlink_to(tmp_path / "phantom" / "z")
     assert run(three_cases).table.startswith("PHANTOM")
     (three_cases / "z").unlink()
-    assert run(three_cases).phantom  # its results are still there
+    assert run(three_cases).phantom  # its results still exist
     assert not run(three_cases, output=tmp_path / "other").phantom
 
 
 def test_most_anomalous():
     score = np.zeros(40)
     score[[20, 21, 22, 5, 35]] = [0.9, 0.8, 0.7, 0.6, 0.5]
-    assert most_anomalous(score, 3) == [5, 20, 35]  # 21 and 22 look like 20
+    assert most_anomalous(score, 3) == [5, 20, 35]  # 21 and 22 are too close to 20
     assert most_anomalous(np.array([0.7, 0.8]), 4) == [0, 1]

@@ -1,4 +1,4 @@
-"""What a run takes from earlier ones and from others beside it: finished cases, calibrations, shards, tables."""
+"""Use of results of earlier and simultaneous runs: finished cases, calibrations, shards, tables."""
 
 import dataclasses
 import fcntl
@@ -30,14 +30,14 @@ def test_what_was_done_already_is_not_done_again(run, config, three_cases, tmp_p
     assert maps.stat().st_mtime_ns == written
     assert (again.table, again.pictures, again.results) == (first.table, first.pictures, first.results)
     assert run(three_cases, overwrite=True).translated == 3
-    config.translation.batch_size = 3  # without influence on results
+    config.translation.batch_size = 3  # does not affect results
     assert run(three_cases).translated == 0
     config.translation.median = not config.translation.median  # other masks from the same curves
     assert run(three_cases).translated == 3
     maps.unlink()
     assert run(three_cases).translated == 1
     assert maps.exists()
-    (three_cases / "b" / "b_seg.nii.gz").unlink()  # a changed case is another one
+    (three_cases / "b" / "b_seg.nii.gz").unlink()  # the case has changed, so its key differs
     assert run(three_cases).translated == 1
     config.diffusion.schedule = "cosine"  # the same weights, imported once more with another schedule
     assert run(three_cases).translated == 3
@@ -59,7 +59,7 @@ def test_masks_are_made_anew_for_a_calibration_that_came_later(run, config, thre
     kept = tmp_path / "calibrations"
     run(three_cases, calibrations=kept)
     config.data.root = str(tmp_path / "gone")
-    assert run(three_cases, calibrations=kept).translated == 3  # without the data, what is kept decides
+    assert run(three_cases, calibrations=kept).translated == 3  # without the data, the stored calibration is used
     assert run(three_cases, calibrations=kept).translated == 0
     (path,) = kept.glob("hae_*.json")
     facts = read_json(path)
@@ -109,7 +109,7 @@ def test_a_calibration_is_used_again_only_for_the_same(run, config, tmp_path, mo
     run(calibrations=folder)
     (first,) = folder.glob("hae_*.json")
     before = first.read_bytes()
-    config.translation.components = 0  # changes masks, no curves
+    config.translation.components = 0  # changes masks but no curves
     run(calibrations=folder, output=tmp_path / "elsewhere")
     assert len(made) == 1
     assert first.read_bytes() == before
@@ -128,11 +128,11 @@ def test_a_calibrated_network_needs_its_data_no_more(run, config, three_cases, t
     without = run(three_cases, calibrations=tmp_path / "calibrations", output=tmp_path / "hospital")
     np.testing.assert_array_equal(read_volume(tmp_path / "hospital" / "a_mask.nii.gz"), before)
     assert with_data.results.keys() == {"hae", "threshold"}
-    assert without.results.keys() == {"hae"}  # the threshold has nothing to be chosen on
+    assert without.results.keys() == {"hae"}  # there are no slices to choose the threshold
     config.translation.guidance = 3.0
     with pytest.raises(UserError, match=r"a calibration is needed.*gone.* preset \(brats_600, brats_999\)"):
         run(three_cases, calibrations=tmp_path / "calibrations")
-    config.translation.update({"method": "ddib", "ddib_steps": 5})  # for which there are no presets
+    config.translation.update({"method": "ddib", "ddib_steps": 5})  # has no presets
     with pytest.raises(UserError, match=r"give a calibration.json with --calibration"):
         run(three_cases, calibrations=tmp_path / "calibrations")
 
@@ -153,7 +153,7 @@ def test_a_preset_or_a_file_stands_in_for_a_calibration(run, config, three_cases
     with pytest.raises(UserError, match=r"atlas_600: was made for the modalities \(0,\)"):
         run(three_cases)
     (tmp_path / "half.json").write_text("{")
-    for name in ("none", "half"):  # the user's own file: nobody is told to delete it
+    for name in ("none", "half"):  # the message must not say to delete the user's file
         config.translation.calibration = str(tmp_path / f"{name}.json")
         with pytest.raises(UserError, match=rf"--calibration .*{name}\.json: .* or leave --calibration out") as error:
             run(three_cases)
@@ -161,7 +161,7 @@ def test_a_preset_or_a_file_stands_in_for_a_calibration(run, config, three_cases
 
 
 def test_shards_share_a_folder(run, config, three_cases, tmp_path, monkeypatch):
-    config.translation.batch_size = 7  # one case to a batch, with and without shards: the same to the last bit
+    config.translation.batch_size = 7  # one case per batch, so that results with and without shards are equal
     whole = run(three_cases, output=tmp_path / "whole")
     first = run(three_cases, num_shards=2, shard=0)
     assert (first.translated, first.wanted) == (2, 3)
@@ -177,7 +177,7 @@ def test_shards_share_a_folder(run, config, three_cases, tmp_path, monkeypatch):
         run(three_cases, num_shards=2, shard=2)
     read = ResultsFolder.measured
     monkeypatch.setattr(ResultsFolder, "measured", lambda self, case: (
-        case == "a" and self.writing(case, ())) or read(self, case))  # by another shard, with --overwrite
+        case == "a" and self.writing(case, ())) or read(self, case))  # as another shard with --overwrite does
     assert run(three_cases, num_shards=2, shard=1).finished == 2
     assert len((tmp_path / "out" / "cases.csv").read_text().splitlines()) == 3
 
@@ -224,7 +224,7 @@ def test_a_run_that_is_stopped_leaves_no_tables_of_other_masks(run, config, thre
     assert not [name for name in ("metrics.json", "manifest.json", "report.html") if (out / name).exists()]
     assert (out / "cases.csv").read_text().count("\n") == 1  # the header
     monkeypatch.setattr(per_case, "write_volume", original)
-    config.translation.median = settings  # b's mask is of the other settings, and so are a's files
+    config.translation.median = settings  # the mask of b and the files of a are from the other settings
     assert run(three_cases).translated == written.index("b_mask.nii.gz") // 2 + 1
     assert (out / "cases.csv").read_text().count("\n") == 4
 
@@ -236,7 +236,7 @@ def test_cases_from_elsewhere_are_added_to_the_tables(run, config, three_cases, 
     assert len((tmp_path / "out" / "cases.csv").read_text().splitlines()) == 3
     manifest = (tmp_path / "out" / "manifest.json").read_bytes()
     assert run(three_cases / "b").translated == 0
-    assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest  # it tells of the run that did the work
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest  # that of the run that processed the cases
     assert {"host", "created", "git_revision"} <= json.loads(manifest)["cases"]["a"]["made_by"].keys()
     tables = [tmp_path / "out" / name for name in ("calibration.json", "calibration_threshold.json", "cases.csv")]
     before = [path.read_text() for path in tables]
@@ -245,7 +245,7 @@ def test_cases_from_elsewhere_are_added_to_the_tables(run, config, three_cases, 
     assert run(three_cases / "c").finished == 1
     assert [path.exists() for path in tables] == [True, False, True]
     config.translation.method = "hae"
-    assert run(three_cases / "b").translated == 0  # nothing to do, but the tables are this run's again
+    assert run(three_cases / "b").translated == 0  # no case to process, but the tables are from this run again
     assert [path.read_text() for path in tables] == before
     assert (tmp_path / "out" / "calibration_mine.json").exists()
 
@@ -269,14 +269,14 @@ def test_weights_hash(toy_network, config):
     assert weights_hash(toy_network(0), config) == weights_hash(toy_network(0), config)
     assert weights_hash(toy_network(0), config) != weights_hash(toy_network(1), config)
     before = weights_hash(toy_network(0), config)
-    config.model.attention, config.model.convolution = "cudnn", "xla"  # how it is computed is no part of it
+    config.model.attention, config.model.convolution = "cudnn", "xla"  # forms are not part of the key
     assert weights_hash(toy_network(0), config) == before
     config.model.num_heads = 2
     assert weights_hash(toy_network(0), config) != before
 
 
 def test_a_calibration_that_came_with_the_weights_is_used(run, config, prepared, three_cases, tmp_path, capsys):
-    """Without prepared data, and only for the network, the method and the settings that it was made for."""
+    """It is used without prepared data, but only for the network, method and settings that it was made for."""
     config.translation.update({"method": "residual", "weights": (1.0, 0.0, 0.0, 0.0), "across_mm": 0.0,
                                "rule": "healthy_fpr", "healthy_fpr": 0.01})
     run(three_cases, output=tmp_path / "first")

@@ -1,4 +1,4 @@
-"""Bad cases, folders and settings: each is named, and spoils nothing else."""
+"""Wrong cases, folders and settings are named in errors and do not affect other cases."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ def test_a_damaged_record_is_said_and_its_case_done_again(run, three_cases, tmp_
     run(three_cases)
     path = tmp_path / "out" / "records" / damaged
     path.write_bytes(path.read_bytes()[:-100])
-    shutil.copy(path, path.with_name(f".777.partial.{damaged}"))  # of a process that was killed
+    shutil.copy(path, path.with_name(f".777.partial.{damaged}"))  # a leftover of a killed process
     assert run(three_cases).translated == 1
     said = capsys.readouterr().out
     assert "a.json: is damaged" in said
@@ -107,13 +107,13 @@ def test_results_of_another_patient_of_that_name_are_not_replaced(run, three_cas
 def test_whose_results_they_are_is_known_without_the_manifest_and_by_any_path(run, three_cases, config, tmp_path,
                                                                               monkeypatch):
     run(three_cases)
-    (tmp_path / "out" / "manifest.json").unlink()  # as when the run was killed
+    (tmp_path / "out" / "manifest.json").unlink()  # as after a killed run
     config.translation.components = 7
     (tmp_path / "link").symlink_to(three_cases)
     assert run(tmp_path / "link").translated == 3
     monkeypatch.chdir(three_cases.parent)
     config.translation.components = 8
-    assert run(Path(three_cases.name)).translated == 3  # the same cases, called otherwise
+    assert run(Path(three_cases.name)).translated == 3  # the same cases with another path
     (tmp_path / "out" / "manifest.json").unlink()
     other = shutil.copytree(three_cases, tmp_path / "other" / three_cases.name)
     (other / "a" / "a_seg.nii.gz").unlink()
@@ -135,7 +135,7 @@ def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):
     with pytest.raises(UserError, match="is the folder of the cases; give another"):
         run(three_cases, output=three_cases)
     run(three_cases, output=three_cases / "results")
-    assert run(three_cases, output=tmp_path / "again").wanted == 3  # results are not taken for cases
+    assert run(three_cases, output=tmp_path / "again").wanted == 3  # results do not count as cases
     with pytest.raises(UserError, match=r"has results of translate\.py"):
         run(three_cases / "results", output=tmp_path / "other")
     (tmp_path / "file").touch()
@@ -144,7 +144,7 @@ def test_results_do_not_go_among_the_cases(run, three_cases, tmp_path):
 
 
 def _read_only(monkeypatch, folder):
-    """Makes a folder refuse new files, as it does not for root."""
+    """Makes a folder refuse new files. Permissions would have no effect for root."""
     original = tempfile.TemporaryFile
 
     def refusing(*args, dir=None, **kwargs):
@@ -181,12 +181,12 @@ def test_a_bad_case_is_named_and_the_others_go_on(run, tmp_path, three_cases, mo
     assert any(line.startswith("failed b: ") for line in report.lines())
     assert read_json(tmp_path / "out" / "manifest.json")["failed"] == report.failed
     assert {path.name for path in (tmp_path / "out").glob("c_*")} == {"c_mask.nii.gz", "c_map.nii.gz"}
-    assert read_json(tmp_path / "out" / "metrics.json")["results"]["shares"]["slices"] == 7  # of case a alone
+    assert read_json(tmp_path / "out" / "metrics.json")["results"]["shares"]["slices"] == 7  # of case a only
     (three_cases / "b" / "kept").rename(three_cases / "b" / "b_t1.nii.gz")
     again = three_cases / "elsewhere" / "b"
     shutil.copytree(three_cases / "b", again)
     report = run(three_cases)
-    assert (report.finished, report.failed.keys()) == (2, {"b"})  # two have this name
+    assert (report.finished, report.failed.keys()) == (2, {"b"})  # two cases have this name
     shutil.rmtree(again)
     report = run(three_cases)
     assert (report.finished, report.translated, report.failed) == (3, 1, {})
@@ -210,7 +210,7 @@ def test_a_case_that_shows_nothing_at_the_network_s_size_is_named(run, three_cas
     for path in (three_cases / "b").glob("b_*.nii.gz"):
         image = nib.load(path)
         values = np.zeros((64, 64, 5), np.int16)
-        values[0, 0, 2] = 100  # falls between the pixels of a 16 px slice
+        values[0, 0, 2] = 100  # is lost in slices of 16 px
         nib.save(nib.Nifti1Image(values, image.affine), path)
     report = run(three_cases)
     assert (report.finished, report.translated, report.wanted, list(report.failed)) == (2, 2, 3, ["b"])

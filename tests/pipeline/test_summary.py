@@ -1,4 +1,4 @@
-"""What cases add up to, in memory that no pixel stays in, and what the records of cases keep."""
+"""Sums over cases without pixels in memory, and the records of cases."""
 
 import pickle
 
@@ -17,7 +17,7 @@ from hae_jax.pipeline.summary import Answer, Measured, Tally
 
 
 def _measured(case):
-    """A case with a perfect answer and an empty one, and the row of the perfect one."""
+    """A case with a perfect and an empty mask, and the row of the perfect one."""
     answers = {}
     for name in ("perfect", "nothing"):
         mask = case.slice_truth if name == "perfect" else np.zeros(case.inputs.shape[:3], bool)
@@ -46,12 +46,12 @@ def test_tally_counts_cases_with_truth(cases):
     assert found["perfect"]["lesion_slices"]["dice"] == {"mean": 1, "low": None, "high": None, "cases": 1}
     nothing = found["nothing"]["all_slices"]["dice"]
     assert nothing["mean"] == pytest.approx(11 / 14, abs=1e-6)
-    assert (nothing["low"], nothing["high"]) == (pytest.approx(4 / 7, abs=1e-6), 1)  # the ill one twice, or the other
+    assert (nothing["low"], nothing["high"]) == (pytest.approx(4 / 7, abs=1e-6), 1)  # one patient twice, or the other
     assert found["perfect"]["shares"]["healthy"] == pytest.approx(11 / 14)
     volumes = found["perfect"]["volumes"]
     assert (volumes["lesion_cases"], volumes["healthy_cases"]) == (1, 1)
     assert volumes["healthy_volume_ml"]["mean"] == 0
-    assert volumes["dice"]["mean"] > 0.85  # what resizing to 16 px and back costs
+    assert volumes["dice"]["mean"] > 0.85  # less than 1 because of resizing to 16 px and back
     assert Tally().results() == {}
 
 
@@ -102,11 +102,11 @@ def test_memory_does_not_grow_with_the_pixels():
         tally = Tally()
         for seed in range(cases):
             tally.add(str(seed), _drawn(seed, size))
-        return len(pickle.dumps(tally))  # with every array that it keeps
+        return len(pickle.dumps(tally))  # includes all its arrays
 
     few, more = held(2, 128), held(2, 256)
-    assert more - few < 2 * 2 * 10_000  # of each of 2 cases and methods: 1.2 MB of pixels more, and as many bins
-    assert held(12, 128) - few < 10 * 2 * 40_000  # where a map has 0.4 MB
+    assert more - few < 2 * 2 * 10_000  # of 2 cases and 2 methods; pixels would take 1.2 MB more
+    assert held(12, 128) - few < 10 * 2 * 40_000  # a map has 0.4 MB
 
 
 def test_a_record_keeps_what_it_was_given(prepared, cases, tmp_path):
@@ -116,7 +116,7 @@ def test_a_record_keeps_what_it_was_given(prepared, cases, tmp_path):
     assert not results.finished(files)
     results.begin(files)
     results.commit("case_0", ["a.txt"], row, measured)
-    assert not results.finished(files)  # a.txt is not there
+    assert not results.finished(files)  # a.txt is missing
     (tmp_path / "a.txt").touch()
     assert results.finished(files)
     assert not ResultsFolder(tmp_path, {"seed": 1}, [files]).finished(files)
@@ -130,5 +130,5 @@ def test_a_record_keeps_what_it_was_given(prepared, cases, tmp_path):
     results.fail("case_0", "no brain")
     assert not results.finished(files)
     assert results.records()["case_0"].failed == "no brain"
-    assert not (tmp_path / "a.txt").exists()  # of results that are no longer these
+    assert not (tmp_path / "a.txt").exists()  # belongs to earlier results
     assert results.measured("case_0") is None

@@ -1,4 +1,4 @@
-"""The page in Chromium, from file://: what a person sees, clicks and types."""
+"""The page in Chromium, from file://: its contents and its reactions to clicks and typing."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium, or the one that Playwright finds."""
+    """Debian's Chromium, or that of Playwright."""
     found = next(filter(None, map(shutil.which, CHROMIUM)), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
@@ -41,7 +41,7 @@ def written(results):
 
 @pytest.fixture
 def visit(browser):
-    """Opens a page; at the end none has asked for anything elsewhere and none has complained."""
+    """Opens a page. At the end, it checks that no page has sent requests or logged errors."""
     contexts, requests, complaints = [], [], []
 
     def call(path, **options):
@@ -62,7 +62,7 @@ def visit(browser):
 
 
 def _until(page, expression, seconds=60):
-    """Waits until JavaScript is true; Playwright's own waiting evaluates strings, which the page's policy refuses."""
+    """Waits until an expression is true. Playwright's own waiting evaluates strings; the page's policy forbids this."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"not within {seconds} s: {expression}"
@@ -76,12 +76,12 @@ def _open(page, name):
 
 
 def _settle(page):
-    """Waits until what was asked for is painted."""
+    """Waits until the page is painted."""
     page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def _pixel(page, canvas, x, y):
-    """The colour at a place of a plane, given as shares of its width and height."""
+    """The colour of a plane at a position, given as shares of its width and height."""
     return page.evaluate("""([canvas, x, y]) => {
         const own = document.querySelectorAll("#views canvas")[canvas];
         return [...own.getContext("2d").getImageData(x * own.width, y * own.height, 1, 1).data.slice(0, 3)];
@@ -158,7 +158,7 @@ def test_volumes_in_the_browser_are_those_on_disk(visit, written, results):
     case = cases.read(results, "a")
     labels = np.array(page.evaluate("[...view.volume.labelBytes]"), np.uint8)
     expected = case.mask + 2 * case.truth
-    assert page.evaluate("view.volume.shape") == list(expected.shape)  # nothing to crop but empty slices
+    assert page.evaluate("view.volume.shape") == list(expected.shape)  # only empty slices are cropped
     np.testing.assert_array_equal(labels.reshape(expected.shape[::-1]).transpose(2, 1, 0), expected)
     flair = np.array(page.evaluate("[...view.volume.images[0].bytes]")).reshape(expected.shape[::-1]).transpose(2, 1, 0)
     wanted = case.images["flair"] * (255 / np.percentile(case.images["flair"][case.images["flair"] > 0], 99.8))
@@ -166,7 +166,7 @@ def test_volumes_in_the_browser_are_those_on_disk(visit, written, results):
 
 
 def test_the_slider_changes_the_axial_plane_and_leaves_the_others(visit, written, results):
-    """The lesion is a bright block in slices 3 to 5; the map and the outlines are switched off."""
+    """The lesion is a bright block in slices 3 to 5. The map and the outlines are switched off."""
     page = visit(written)
     _open(page, "a")
     for box in ("show-map", "show-mask", "show-truth"):
@@ -272,7 +272,7 @@ def test_a_run_opens_and_its_samples_change(visit, tmp_path):
 
 
 def test_300_cases_open_in_under_2_s(visit, written, results, tmp_path):
-    """The best of a few tries: other programs may be at work."""
+    """The fastest of several tries counts, since other programs may run."""
     text = written.read_text()
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
     drawn = cases.volumes(cases.read(results, "a"), cases.Thresholds(0.4, 0.4))

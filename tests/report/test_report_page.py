@@ -1,4 +1,4 @@
-"""What stands in a page, without a browser: data, limits, what is hidden, and what is missing."""
+"""The contents of a page, without a browser: data, limits, hidden names and missing files."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def results(tmp_path):
 
 
 def test_a_user_without_a_home_gets_a_page(results, monkeypatch):
-    """As in a container that runs under a number alone."""
+    """This happens in containers whose user has only a number."""
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
     with pytest.raises(RuntimeError, match="home"):
@@ -42,7 +42,7 @@ def test_a_user_without_a_home_gets_a_page(results, monkeypatch):
     ("manifest.json", kinds.MANIFEST), ("metrics.json", kinds.METRICS), ("calibration.json", kinds.CALIBRATION),
     ("slices/a.json", {}), ("records/a.json", {})])
 def test_values_of_another_kind_are_left_out_and_said(results, file, known):
-    """Somebody has edited the file by hand: each field in turn."""
+    """Each field in turn has a wrong value, as in an edited file."""
     path, others = results / file, itertools.cycle([{"x": [None]}, None, "x", {}, [1e9, "x"], -1])
     before = path.read_text()
     for name, other in zip(json.loads(before), others, strict=False):
@@ -67,7 +67,7 @@ def test_a_limit_that_is_none_is_refused(results, limit):
 
 
 def _data(page):
-    """What the page's code reads."""
+    """The data for the page's code."""
     return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.S)[1])
 
 
@@ -147,7 +147,7 @@ def test_beyond_the_limit_pictures_lie_beside_the_page_and_are_used_again(result
     first.write_text(first.read_text().replace('"warnings":[]', '"warnings":["from before"]'))
     _edit(results / "slices" / "b.json", warnings=["new"])
     again = {entry["name"]: entry["warnings"] for entry in _data(write_report(results, limit_mb=SMALL))["cases"]}
-    assert again == {"a": ["from before"], "b": ["new"]}  # a was not made anew, b was
+    assert again == {"a": ["from before"], "b": ["new"]}  # only b was made again
     (results / "report" / "notes.js").write_text("mine")
     _edit(results / "slices" / "b.json", warnings=[])
     first.write_text(before[0])
@@ -164,7 +164,7 @@ def test_moved_and_damaged_volumes_are_named(results, tmp_path):
     (results / "b_map.nii.gz").unlink()
     a, b = _data(write_report(results))["cases"]
     assert "the images are not shown: a_flair.nii.gz: missing" in a["warnings"][0]
-    assert a["viewable"]  # map and mask are there
+    assert a["viewable"]  # map and mask exist
     assert any("not shown: " in warning and "b_mask.nii.gz" in warning for warning in b["warnings"])
     assert "b_map.nii.gz is missing" in b["warnings"]
 
@@ -225,7 +225,7 @@ def test_uncertainty_is_what_lies_between_looser_and_stricter_thresholds():
     anomaly = np.zeros((4, 4, 2), np.float32)
     anomaly[0, :3], anomaly[1, :2], anomaly[2] = 0.6, 0.42, 0.31  # 3, 2 and 4 voxels in each slice
     case = cases.ReadCase({"slice": [0, 1], "anomaly_score": [0.9, 0.45]}, Grid(), map=anomaly)
-    # looser: above 0.32 in both slices, 10 ml; stricter: above 0.5 in the first slice alone, 3 ml
+    # Lower thresholds: above 0.32 in both slices, 10 ml. Higher thresholds: above 0.5 in the first slice only, 3 ml.
     assert cases.uncertainty(case, Thresholds(0.4, 0.4)) == pytest.approx((10 - 3) / (10 + 3 + 1))
     assert cases.uncertainty(case, Thresholds(0.4, 0.4, gated=False)) == pytest.approx((10 - 6) / (10 + 6 + 1))
     assert cases.uncertainty(case, Thresholds(None, 0.4)) is None
@@ -240,7 +240,7 @@ def test_sheets_hold_every_slice_once(monkeypatch):
 
 
 def test_names_of_files_that_are_no_text(results):
-    """Such a case fails; the page says so with an escape."""
+    """Such a case fails, and the page shows its name with an escape."""
     _edit(results / "manifest.json", failed={"caf\udce9": "/in/caf\udce9.nii: its name is no text"})
     assert _data(write_report(results))["failed"] == [["caf\\udce9", "caf\\udce9.nii: its name is no text"]]
 

@@ -1,4 +1,4 @@
-"""A run that was imported from PyTorch's files is the run that wrote them."""
+"""A run that was imported from PyTorch's files equals the run that wrote them."""
 
 import json
 
@@ -30,7 +30,7 @@ from hae_jax.training.state import (
 
 @pytest.fixture(scope="module")
 def settings(tiny_settings):
-    """A config with every part of the optimiser's state: clipping, a schedule, two averages."""
+    """A config with all parts of the optimiser's state: clipping, a schedule, two sets of EMA weights."""
 
     def make():
         config = tiny_settings()
@@ -50,13 +50,13 @@ def plain_config(tiny_config):
 
 
 def abstract_of(config):
-    """The shapes of a run's state; nothing is initialised, which would take longest here."""
+    """The shapes of a run's state. The state is not initialised, since that would be slow."""
     return abstract_state(network_config(config.to_dict()), make_optimizer(config.training),
                           len(config.training.ema_rates))
 
 
 def state_after_three_steps(config):
-    """The state of a run, its numbers random, its counts 3."""
+    """The state of a run with random values and counts of 3."""
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.random(leaf.shape, np.float32), leaf.dtype)
                          if leaf.dtype == jnp.float32 else jnp.full(leaf.shape, 3, leaf.dtype), abstract_of(config))
@@ -87,7 +87,7 @@ def tensors(state):
 
 
 def adamw_of(state, opt_state, config) -> dict:
-    """An optimiser's state as `torch.optim.AdamW.state_dict` has it."""
+    """An optimiser's state in the form of `torch.optim.AdamW.state_dict`."""
     mu, nu = (tensors(in_torch(optax.tree_utils.tree_get(opt_state, key), config)) for key in ("mu", "nu"))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(value) for value in tensors(state).values()])
     state_dict = optimizer.state_dict()
@@ -97,7 +97,7 @@ def adamw_of(state, opt_state, config) -> dict:
 
 
 def write_files(state, config, folder):
-    """A run as PyTorch's files."""
+    """Writes a run as PyTorch's files."""
     params = in_torch(state.params, config)
     torch.save(tensors(params), folder / "model000003.pt")
     for rate, average in zip(config.training.ema_rates, state.ema, strict=True):
@@ -123,7 +123,7 @@ def assert_same(a, b):
 
 
 def test_an_imported_run_is_the_original_bit_for_bit(state, files, settings, tmp_path):
-    """Parameters, both averages, moments, both counts, the step."""
+    """Parameters, both sets of EMA weights, moments, both counts and the step are equal."""
     lines = imported.write_run(read_all(files), settings(), tmp_path / "run", verify=True)
     assert any("moments of step 3" in line for line in lines)
     assert_same(restored(tmp_path / "run", settings(), 3), state)
@@ -174,14 +174,14 @@ def test_one_more_step_is_the_step_that_pytorch_takes(plain_config, tmp_path):
                                   for name, p in zip(params, parameters, strict=True)},
                                  network_config(config.to_dict()))
 
-    @jax.jit  # one program instead of some for every shape
+    @jax.jit  # one program instead of several per shape
     def after(gradients, state):
         updates, _ = make_optimizer(config.training).update(gradients, state.opt_state, state.params)
         return optax.apply_updates(state.params, updates)
 
     ours = in_torch(after(gradients, state), config)
     for i, (name, parameter) in enumerate(zip(params, parameters, strict=True)):
-        if i != unused:  # PyTorch leaves it alone, weight decay included
+        if i != unused:  # PyTorch does not change it, not even by weight decay
             np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-6, atol=1e-7, err_msg=name)
 
 
@@ -197,7 +197,7 @@ def test_an_average_alone_serves_as_parameters_and_average(files, settings, tmp_
         assert all(np.array_equal(found[name], expected[name].numpy()) for name in expected)
     state = restored(tmp_path / "run", settings(), 3)
     counts = [int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == ()]
-    assert sorted(counts) == [0, 3]  # the moments begin, the learning rate's schedule goes on
+    assert sorted(counts) == [0, 3]  # the moments start at 0; the learning rate's schedule continues
 
 
 def test_the_step_is_of_the_name_or_of_the_optimiser(files, tmp_path):

@@ -1,4 +1,4 @@
-"""Every kind of file that people have is read, and none of them can run code or be half read."""
+"""All usual kinds of files are read. No file can run code, and damaged files are refused."""
 
 import argparse
 import os
@@ -112,7 +112,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path):
         assert "refused" in (text := message(read_state_dict, path)) or "nothing in it was run" in text
     assert not written.exists()
     pickle.loads(path.read_bytes())
-    assert written.exists()  # it would have
+    assert written.exists()  # without protection, the code runs
 
 
 def test_a_harmless_object_is_refused_by_its_name(tmp_path):
@@ -132,7 +132,7 @@ def test_a_truncated_file_is_one_line(tmp_path, kind):
     for length in [0, 1, 7, 30, 150, 300, 500, 1000, 5000, len(whole) - 200, len(whole) - 1]:
         path.write_bytes(whole[:length])
         text = message(read_state_dict, path)
-        # Cut within the name of a class, an old file asks for one that PyTorch does not know.
+        # If an old file is cut within the name of a class, it names a class that PyTorch does not know.
         assert "damaged or truncated" in text or (kind == "legacy" and length == 300 and "refused" in text)
 
 
@@ -197,7 +197,7 @@ def test_written_files_are_read_by_pytorch_and_never_replaced(tmp_path, name):
 
 
 def optimizer_of(kind: type[torch.optim.Optimizer], **settings) -> torch.optim.Optimizer:
-    """An optimiser after two steps, of three parameters of which the second never had a gradient."""
+    """An optimiser of three parameters after two steps. The second parameter never had a gradient."""
     params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4))]
     optimizer = kind(params, **settings)
     for _ in range(2):

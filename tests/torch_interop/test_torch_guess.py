@@ -1,4 +1,4 @@
-"""Names and shapes tell the network that a state dict is of."""
+"""The network of a state dict is derived from names and shapes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Weights cross the border between PyTorch's layers and ours, in both directions, without changing an output."""
+"""Weights are converted between PyTorch's layers and ours in both directions without changing outputs."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ C, HEADS, TOLERANCE = 32, 4, 1e-5  # of the largest value
 
 
 class TorchAttentionBlock(torch.nn.Module):
-    """GroupNorm, 1x1 convolutions over pixels as the trained code has them, head-major q, k, v."""
+    """GroupNorm, 1x1 convolutions over pixels, and head-major q, k, v, as in the published code."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class TorchAttentionBlock(torch.nn.Module):
 
 
 class TorchLayers(torch.nn.Module):
-    """Plain layers of PyTorch."""
+    """Layers of PyTorch."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ class TorchLayers(torch.nn.Module):
 
 
 class OurLayers(nnx.Module):
-    """The same with our layers."""
+    """The same layers of this project."""
 
     def __init__(self):
         keys, dtype = ParameterKeys(jax.random.key(0)), "float32"
@@ -88,7 +88,7 @@ def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """An image [2, 6, 10, C], tokens [2, 7, C], labels [4]."""
     rng = np.random.default_rng(0)
     image, tokens = (3 * rng.standard_normal(shape, np.float32) + 1 for shape in ((2, 6, 10, C), (2, 7, C)))
-    image[1] /= 100  # a variance of 1e-3, beside which the epsilon of a norm counts
+    image[1] /= 100  # a variance of 1e-3, for which the norm's epsilon has an effect
     tokens[1] /= 100
     return image, tokens, np.array([0, 4, 2, 2])
 
@@ -97,7 +97,7 @@ def test_plain_layers_import(arrays):
     torch.manual_seed(0)
     theirs, ours = TorchLayers(), OurLayers()
     with torch.no_grad():
-        for parameter in theirs.parameters():  # norms, too, and the zero biases
+        for parameter in theirs.parameters():  # also of norms and the zero biases
             parameter += 0.1 * torch.randn_like(parameter)
     load_torch_state(ours, {name: value.numpy() for name, value in theirs.state_dict().items()})
     for mine, reference in zip(ours.outputs(*arrays), theirs.outputs(*arrays), strict=True):

@@ -1,4 +1,4 @@
-"""State dicts go in strictly, or not at all, and come out ready for PyTorch."""
+"""State dicts are loaded strictly or refused, and are exported in PyTorch's form."""
 
 import ml_dtypes
 import numpy as np

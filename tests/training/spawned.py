@@ -1,6 +1,6 @@
-"""Functions run in processes of their own, with the settings of these tests and any number of CPU devices.
+"""Running of functions in separate processes, with the settings of these tests and any number of CPU devices.
 
-They are forked from a server that has imported what they need, which takes longer than most of them run.
+The processes are forked from a server that has imported the modules, since importing takes longer than most functions.
 """
 
 import atexit
@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def spawned(
     function: Callable, *args, devices: int, output: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[multiprocessing.Process]:
-    """Runs `function(*args)` in another process; killed, if need be, at the end.
+    """Runs `function(*args)` in another process. It is killed at the end if it still runs.
 
     Args:
-      function: of a test's module.
+      function: a function of a test's module.
       devices: number of CPU devices.
-      output: a file for what it prints.
+      output: a file for its output.
       environment: variables to set.
     """
     settings = {
@@ -52,7 +52,7 @@ def _context() -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload(["hae_jax.configs.default", "hae_jax.training.hosts", "hae_jax.training.loop"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
-        patch.setenv("PYTHONWARNINGS", "ignore::RuntimeWarning")  # JAX on forks: no thread has been started yet
+        patch.setenv("PYTHONWARNINGS", "ignore::RuntimeWarning")  # JAX warns of forks; no thread has been started yet
         patch.setenv("JAX_PLATFORMS", "cpu")
         forkserver.ensure_running()
     return context
@@ -68,4 +68,4 @@ def _run(output: Path, settings: Mapping, environment: Mapping[str, str], functi
     try:
         function(*args)
     finally:
-        atexit._run_exitfuncs()  # JAX leaves the other processes by one; a forked process ends without them
+        atexit._run_exitfuncs()  # JAX disconnects with one; forked processes skip them

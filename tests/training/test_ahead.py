@@ -1,4 +1,4 @@
-"""Batches read before their turn."""
+"""Batches that are read ahead."""
 
 import pytest
 

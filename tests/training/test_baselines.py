@@ -1,4 +1,4 @@
-"""The networks of two baselines, trained by the same loop: a classifier of noised slices, a denoising autoencoder."""
+"""The networks of two baselines with the same training loop: a classifier of noised slices, a denoising autoencoder."""
 
 import json
 
@@ -67,7 +67,7 @@ def test_a_denoising_autoencoder_trains_on_healthy_slices(one_level_config, tmp_
     train(config, tmp_path / "run")
     first, last = lines_of(tmp_path / "run")
     assert last["loss"] < first["loss"]
-    assert last["loss_t1of4"] == pytest.approx(last["loss"])  # there is one timestep
+    assert last["loss_t1of4"] == pytest.approx(last["loss"])  # there is only one timestep
     with pytest.raises(UserError, match="is not a classifier"):
         runs.with_classifier(TrainedRun("model", config, {}, tmp_path), str(tmp_path / "run"))
 

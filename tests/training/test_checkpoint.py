@@ -1,4 +1,4 @@
-"""Damaged, older and interrupted checkpoints, saves that fail, and which settings make the same run."""
+"""Damaged, older and interrupted checkpoints, failing saves, and settings that may change when a run is resumed."""
 
 import json
 import resource
@@ -29,7 +29,7 @@ SIZE = 200_000  # elements of the one parameter
 
 
 def state_of(step):
-    """A state in which every array says which step it is of."""
+    """A state in which all arrays contain the step."""
     fields = dict.fromkeys(TrainState._fields, jnp.asarray(step, jnp.int32)) | {"window": empty_window()}
     numbers = np.random.default_rng(step).random(SIZE, np.float32)
     return TrainState(**fields | {"params": {"w": jnp.asarray(numbers)}, "ema": ({"w": jnp.full(3, step, "f4")},),
@@ -37,7 +37,7 @@ def state_of(step):
 
 
 def saved(workdir, steps):
-    """Saves these steps, as one run does."""
+    """Saves these steps as one run."""
     checkpoints = Checkpoints(workdir)
     for step in steps:
         checkpoints.save(state_of(step), CONFIG)
@@ -116,7 +116,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_anew(tmp_path):
     folder = saved(tmp_path, (3, 6))
     for step in ("3", "6"):
         flip(largest_file(folder / step))
-    for _ in range(2):  # the second try finds the same
+    for _ in range(2):  # the second try has the same result
         checkpoints = Checkpoints(tmp_path)
         with pytest.raises(UserError, match=r"no intact checkpoint \(6: params/.* has another checksum; 3: .*restore"):
             checkpoints.recover()
@@ -147,7 +147,7 @@ def test_a_save_that_fails_is_an_error_in_one_line_and_keeps_the_last_good_one(t
     saved(tmp_path, (3,))
     checkpoints = Checkpoints(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, limits[1]))  # as a full disk: writing on is refused
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, limits[1]))  # as on a full disk, writing fails
     try:
         with pytest.raises(UserError, match=r"checkpoint 6 could not be saved, checkpoint 3 is kept \(File too large"):
             checkpoints.save(state_of(6), CONFIG), checkpoints.check(wait=True)
@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_written_any_more_is_an_error_too(tmp_path):
     folder = saved(tmp_path, (3,))
     checkpoints = Checkpoints(tmp_path)
     folder.rename(tmp_path / "elsewhere")
-    folder.touch()  # neither for root can a folder be made below a file
+    folder.touch()  # even root cannot make a folder below a file
     with pytest.raises(UserError, match=r"checkpoint 6 could not be saved, .*directory.*; make space or restore"):
         checkpoints.save(state_of(6), CONFIG), checkpoints.close()
     with pytest.raises(UserError, match=r"cannot hold checkpoints"):
@@ -206,7 +206,7 @@ def test_loading_a_network_takes_the_newest_sound_one_and_changes_nothing(tiny_c
 
 
 def _assert_exported(run, network):
-    """The network's EMA weights go to a folder of their own, in half precision, and come back."""
+    """Exports the network's EMA weights in half precision and checks that they can be loaded."""
     folder = run.parent / f"{run.name}_exported"
     export_weights(run, folder)
     export_weights(run, folder)  # replaces the first

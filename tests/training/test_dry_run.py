@@ -1,4 +1,4 @@
-"""The dry run: right numbers, missing data named, nothing written."""
+"""The dry run: correct values, a message about missing data, no files written."""
 
 import jax
 import pytest
@@ -40,7 +40,7 @@ def test_sharding_and_accumulation_show_in_the_memory(tiny_config, monkeypatch):
     def mebibytes(text, name):
         return float(text.split(f"{name} ")[1].split(" MiB")[0])
 
-    assert mebibytes(parts, "optimiser") < 0.9 * mebibytes(whole, "optimiser")  # the small ones lie everywhere
+    assert mebibytes(parts, "optimiser") < 0.9 * mebibytes(whole, "optimiser")  # small parameters are replicated
     assert mebibytes(parts, "optimiser") == pytest.approx(2 * mebibytes(parts, "EMA weights"), rel=0.1)
     assert mebibytes(parts, "gradients") == pytest.approx(2 * mebibytes(parts, "parameters"), rel=0.1)
     assert (mebibytes(whole, "activations"), mebibytes(parts, "activations")) == (2, 1)
@@ -53,7 +53,7 @@ def test_activations_grow_with_the_batch_and_shrink_by_recomputing(one_level_con
         networks[remat] = network_config(one_level_config.to_dict())
     two, four = (activation_bytes(networks["none"], rows) for rows in (2, 4))
     assert four == pytest.approx(2 * two, rel=0.02)
-    assert four > 4 * 16 * 16 * 32 * 4 * 10  # ten of the widest features at least
+    assert four > 4 * 16 * 16 * 32 * 4 * 10  # at least ten of the widest feature maps
     assert activation_bytes(networks["full"], 4) < activation_bytes(networks["block"], 4) < 0.7 * four
 
 

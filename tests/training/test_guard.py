@@ -1,4 +1,4 @@
-"""One job per folder, signals, and room on the disk."""
+"""One job per folder, signals, and disk space."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def test_a_second_job_is_refused_until_the_first_is_gone_even_by_kill_9(tmp_path
     with subprocess.Popen([sys.executable, "-c", HOLDER, workdir], cwd=ROOT, stdout=subprocess.PIPE) as holder:
         try:
             assert holder.stdout.readline() == b"held\n"
-            for _ in range(2):  # being refused changes nothing
+            for _ in range(2):  # a refusal changes nothing
                 with pytest.raises(UserError, match=rf"process {holder.pid} on host .* is training in this folder"), \
                         RunLock(workdir):
                     pass
@@ -86,7 +86,7 @@ def test_outside_the_main_thread_nothing_is_caught():
 
 def test_a_folder_without_room_or_that_cannot_be_written_is_named_before_the_first_step(tmp_path, monkeypatch):
     check_workdir(tmp_path / "run", 1000, keep=3)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]  # nothing of the probe is left
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]  # no file of the check remains
     (tmp_path / "file").touch()
     for refused in (lambda folder: check_workdir(folder, 1000, keep=3), lambda folder: RunLock(folder).__enter__()):
         with pytest.raises(UserError, match=r"file/run: cannot be written \(Not a directory: .*another --workdir"):
@@ -94,7 +94,7 @@ def test_a_folder_without_room_or_that_cannot_be_written_is_named_before_the_fir
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3_500_000))
     with pytest.raises(UserError, match=r"run: only 3\.5 MB are free, but 4 more checkpoints of 1 MB are needed"):
         check_workdir(tmp_path / "run", 1_000_000, keep=3)
-    (tmp_path / "run" / "checkpoints" / "5").mkdir()  # it will make room for another
+    (tmp_path / "run" / "checkpoints" / "5").mkdir()  # it will be replaced by another one
     check_workdir(tmp_path / "run", 1_000_000, keep=3)
 
 

@@ -1,4 +1,4 @@
-"""Several processes that train as one: two real ones on this machine, by flags and as schedulers start them."""
+"""Training with several processes: two processes on this machine, started by flags and as by schedulers."""
 
 import contextlib
 import itertools
@@ -29,7 +29,7 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"
     ({}, False),
     (SLURM, True),
     (SLURM | {"SLURM_NTASKS": "1"}, False),
-    ({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}, False),  # the batch script itself
+    ({name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"}, False),  # of the batch script itself
     (OPEN_MPI, True),
     (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, False),
     (KUBERNETES, True),
@@ -45,13 +45,13 @@ def test_a_scheduler_that_hides_the_first_process_is_named():
 
 
 @pytest.mark.parametrize(("environment", "all_gpus"), [
-    (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, True),  # a task a node
-    (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, False),  # a task a GPU
+    (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, True),  # one task per node
+    (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, False),  # one task per GPU
     (SLURM | {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, False),
-    (SLURM | {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "1"}, True),  # and sees no other
+    (SLURM | {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "1"}, True),  # and it sees one GPU only
     (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
     (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
-    (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "0"}, False),  # said otherwise
+    (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "0"}, False),  # the variable has priority
 ])
 def test_a_process_uses_all_gpus_that_are_its_own(environment, all_gpus):
     assert hosts.has_host_to_itself(environment) == all_gpus
@@ -82,7 +82,7 @@ def test_alone_nothing_is_joined(monkeypatch):
 
 @pytest.fixture(scope="module")
 def one_process(tiny_settings, tmp_path_factory):
-    """Four steps of one process on two devices; not to be changed."""
+    """A run of four steps in one process on two devices. Tests must not change it."""
     workdir = tmp_path_factory.mktemp("one")
     config = settings(tiny_settings())
     train(config, workdir, jax.devices()[:2])
@@ -90,7 +90,7 @@ def one_process(tiny_settings, tmp_path_factory):
 
 
 def test_two_processes_train_as_one_does_and_one_reads_what_they_wrote(tiny_config, tmp_path, one_process):
-    """The parameters are sharded over both, so that each holds half of every checkpoint. A signal to one stops both."""
+    """The parameters are sharded over both, so each has half of every checkpoint. A signal to one stops both."""
     config, workdir = settings(tiny_config), tmp_path / "two"
     config.training.mesh = (1, -1)
     config.training.steps = 1_000_000
@@ -117,7 +117,7 @@ def test_two_processes_train_as_one_does_and_one_reads_what_they_wrote(tiny_conf
 
 
 def test_two_processes_read_what_one_wrote_and_end_together(tiny_config, tmp_path, one_process):
-    """Started as SLURM does; the second is killed in the middle of a long run."""
+    """The processes are started as by SLURM. The second is killed during a long run."""
     config = settings(tiny_config)
     config.training.steps = 1_000_000
     workdir = at_step_two(one_process, tmp_path / "two")
@@ -148,7 +148,7 @@ def test_all_save_at_the_same_step_when_the_data_of_one_end(tiny_config, tmp_pat
 
 
 def test_the_others_end_when_the_first_process_dies(tmp_path):
-    """Started as Open MPI does."""
+    """The processes are started as by Open MPI."""
     with two_processes(run_idle, output=tmp_path, environment=OPEN_MPI) as processes:
         wait_for(lambda: printed(tmp_path).count(" of 2 on ") == 2, processes, tmp_path)
         processes[0].kill()
@@ -174,11 +174,11 @@ def test_processes_that_do_not_come_are_not_waited_for(tmp_path):
     assert (tmp_path / "1.txt").read_text().startswith(f"error: the processes did not find each other at {flags[0]}")
 
 
-# What runs in the processes.
+# Functions that run in the processes.
 
 
 def train(config, workdir, devices=None):
-    from hae_jax.training import loop  # not needed by the idle ones, which start sooner without
+    from hae_jax.training import loop  # here, so that idle processes start faster
 
     loop.train(config, workdir, devices)
 
@@ -193,7 +193,7 @@ def run_training(flags, config, workdir):
 
 
 def run_training_on(flags, config, workdir, process, count):
-    """Trains; the data of one process end after `count` batches."""
+    """Trains. The data of one process end after `count` batches."""
     from hae_jax.training import loop
 
     batches = loop.train_batches
@@ -208,7 +208,7 @@ def run_training_on(flags, config, workdir, process, count):
 
 
 def run_idle(flags, failing=None, timeout=60):
-    """Says who it is and waits, or fails after a moment."""
+    """Prints its description and waits, or fails after a moment."""
 
     @entry_point
     def main(_):
@@ -226,10 +226,10 @@ def run_idle(flags, failing=None, timeout=60):
 
 @contextlib.contextmanager
 def two_processes(function, *args, output, environment=None):
-    """Runs `function(flags, *args)` twice, on a CPU device each; what process i prints goes to `output`/i.txt.
+    """Runs `function(flags, *args)` twice, on one CPU device each. The output of process i is in `output`/i.txt.
 
     Args:
-      environment: the first process's variables of a scheduler; None: explicit flags.
+      environment: a scheduler's variables of the first process; None: explicit flags.
     """
     port = free_port()
     with contextlib.ExitStack() as stack:
@@ -250,7 +250,7 @@ def free_port():
 
 
 def wait_for(condition, processes, output, seconds=240):
-    """Returns once it is true; fails if it does not become so, or a process ends."""
+    """Waits until the condition is true. Fails after `seconds` or if a process ends."""
     end = time.monotonic() + seconds
     while not condition():
         assert all(process.is_alive() for process in processes), printed(output)
@@ -263,7 +263,7 @@ def printed(output):
 
 
 def settings(config):
-    """Four steps of a small network, saved every second."""
+    """Settings for four steps of a small network, with a checkpoint every two steps."""
     config.model.variant = "fpdm"
     config.model.channel_mult = (1,)
     config.model.attention_resolutions = ()
@@ -274,7 +274,7 @@ def settings(config):
 
 
 def at_step_two(source, target):
-    """A copy of a run as if it had been stopped after two steps."""
+    """Copies a run as if it had been stopped after two steps."""
     shutil.copytree(source, target)
     for checkpoint in (target / "checkpoints").iterdir():
         if checkpoint.name != "2":
@@ -285,7 +285,7 @@ def at_step_two(source, target):
 
 
 def losses(workdir):
-    """What is in its log so far."""
+    """The losses in its log."""
     log = workdir / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]

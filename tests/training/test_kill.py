@@ -1,4 +1,4 @@
-"""Processes that are killed at any moment, or asked to stop: run again, they give the run that nobody disturbed."""
+"""Runs that are killed at random moments or asked to stop, and then resumed, equal an undisturbed run."""
 
 import contextlib
 import json
@@ -17,15 +17,15 @@ from hae_jax.data.slices import CaseSlices
 from hae_jax.data.store import StoreWriter
 
 STEPS, LOG_EVERY, VALIDATE_EVERY, SAVE_EVERY = 70, 3, 23, 5
-# What is waited for: that it begins (to build and to restore), a line of the log, or the n-th save; then a random time
-# of at most so many seconds; then the signal.
+# (event, seconds, signal). The event is the start (building and restoring), a line of the log, or the n-th save. The
+# signal follows after a random time of at most so many seconds.
 DISTURBANCES = [("begins", 3, SIGKILL), ("save 1", 0.03, SIGKILL), ("line", 0.4, SIGKILL), ("save 2", 0.03, SIGKILL),
                 ("line", 0.6, SIGKILL), ("save 1", 0.01, SIGKILL), ("line", 0.2, SIGTERM), ("save 2", 0.03, SIGKILL),
                 ("line", 0.2, SIGKILL), ("save 1", 0, SIGKILL), ("line", 0.2, SIGUSR1), ("line", 0.8, SIGKILL)]
 
 
 def train(said, store, workdir):
-    """In another process: says when it begins and when a line of the log is written."""
+    """Trains in another process. Reports the start and each written line of the log."""
     from hae_jax.configs import default
     from hae_jax.training import log, loop
 
@@ -55,7 +55,7 @@ class Worker:
         self.process, self.workdir, self._heard, self._output = process, workdir, heard, output
 
     def wait_for(self, word):
-        """Returns when the process has said this."""
+        """Waits until the process has reported `word`."""
         try:
             while self._heard.recv() != word:
                 pass
@@ -63,7 +63,7 @@ class Worker:
             raise AssertionError(f"ended before {word!r}: {self.end()}") from None
 
     def wait_for_save(self, number):
-        """Returns while the `number`-th save from now is under way."""
+        """Waits until the `number`-th save from now is in progress."""
         seen = set()
         while len(seen) < number:
             assert self.process.is_alive(), self.end()
@@ -71,14 +71,14 @@ class Worker:
             time.sleep(0.001)
 
     def end(self):
-        """Waits for the end and returns the exit status and what was printed."""
+        """Waits for the end. Returns the exit status and the output."""
         self.process.join()
         return self.process.exitcode, self._output.read_text(errors="replace")
 
 
 @contextlib.contextmanager
 def worker(store, workdir):
-    """A process that has begun to train."""
+    """A process that has started to train."""
     heard, said = multiprocessing.Pipe(duplex=False)
     output = workdir.with_suffix(".txt")
     with spawned(train, said, store, workdir, devices=1, output=output) as process:
@@ -94,7 +94,7 @@ def half_written(workdir):
 
 
 def arrays(workdir):
-    """Every array of the last checkpoint under its name."""
+    """The arrays of the last checkpoint by name."""
     folder, handler = workdir / "checkpoints" / str(STEPS), ocp.PyTreeCheckpointHandler()
     found = {}
     for item in ("params", "ema", "optimizer", "progress"):
@@ -105,7 +105,7 @@ def arrays(workdir):
 
 
 def log_of(workdir):
-    """The lines of the log, without what depends on the clock and on the machine."""
+    """The lines of the log without fields that depend on time and machine."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items()
              if not any(word in name for word in ("second", "share", "memory"))} for line in lines]
@@ -126,7 +126,7 @@ def assert_same_run(workdir, undisturbed):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Twelve slices of 8 px, and two to validate on."""
+    """Twelve training slices of 8 px, and two validation slices."""
     root = tmp_path_factory.mktemp("small_store")
     masks = np.zeros((12, 8, 8), np.float32)
     masks[::2, 2:4, 2:4] = 1

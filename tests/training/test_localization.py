@@ -1,4 +1,4 @@
-"""Lesions found while training: measures of a network that is known to find them, and the best weights kept."""
+"""Localization metrics during training, for a network that finds lesions, and export of the best weights."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ PROCESS = Process(make_schedule("linear", 1000))
 
 
 class Knower(nnx.Module):
-    """Predicts the same x0 whatever it sees; with a `level` of None the input itself, so that nothing is left over."""
+    """Predicts the same x0 for every input. If `level` is None, it predicts the input, so that the residual is 0."""
 
     def __init__(self, level):
         self.level = nnx.Param(jnp.full((), level))
@@ -65,7 +65,7 @@ def test_the_measures_do_not_depend_on_the_devices(settings):
 
 
 def test_a_network_that_finds_nothing(settings):
-    found = measured(settings, 1.0)  # everything is darker than its reconstruction: the map is 0
+    found = measured(settings, 1.0)  # all slices are darker than their reconstruction, so the map is 0
     assert np.isnan(found["localization_expected_dice"])
     assert found["localization_dice"] == 0
     assert found["localization_auc"] < 0.9

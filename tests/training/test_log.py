@@ -1,4 +1,4 @@
-"""The log: one line a step, cut back to the checkpoint on resuming; wandb on request."""
+"""The log: one line per step, truncated to the checkpoint when a run is resumed; wandb on request."""
 
 import json
 import sys
@@ -14,14 +14,14 @@ def write(workdir, start, steps):
     log = RunLog(workdir, start)
     for step in steps:
         log.write(step, {"loss": 1 / step})
-    log._file.close()  # as if killed: without the curve
+    log._file.close()  # as if killed, without the curve
 
 
 def test_a_resumed_run_has_every_line_once(tmp_path):
     write(tmp_path, 0, (1, 2, 3, 4))
     whole = (tmp_path / "metrics.jsonl").read_bytes()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # killed while it wrote
+        file.write('{"step": 5, "lo')  # killed while writing
     write(tmp_path, 2, (3, 4))
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
@@ -63,7 +63,7 @@ def test_the_curve_shows_both_losses(tmp_path):
 
 
 class FakeWandb:
-    """Notes what it is told."""
+    """Records its calls."""
 
     def __init__(self):
         self.begun, self.lines, self.finished = [], [], 0

@@ -1,4 +1,4 @@
-"""The whole loop on a tiny network: devices, accumulation, resuming, what it writes, how it stops."""
+"""The whole loop on a tiny network: devices, accumulation, resuming, written files, stopping."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ def losses(workdir):
 
 
 def saved_state(workdir, step):
-    """Every array of a checkpoint under its name."""
+    """The arrays of a checkpoint by name."""
     checkpoints = checkpoint.Checkpoints(workdir)
     arrays = {}
     for item in ("params", "ema", "optimizer", "progress"):
@@ -33,7 +33,7 @@ def saved_state(workdir, step):
 
 @pytest.fixture(scope="module")
 def finished(one_level_settings, tmp_path_factory):
-    """A run of three steps on all four devices, with sample grids; not to be changed."""
+    """A run of three steps on all four devices, with sample grids. Tests must not change it."""
     workdir = tmp_path_factory.mktemp("finished")
     config = one_level_settings()
     config.training.sample_every = 2
@@ -56,7 +56,7 @@ def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(one_level
 
 
 def test_a_run_begins_with_exported_weights(one_level_config, tmp_path, finished):
-    """Parameters and EMA alike; afterwards it is a run like any other, and those of another network are refused."""
+    """Parameters and EMA weights start from them. The run can then be resumed. Other networks' weights are refused."""
     exported = export_weights(finished, tmp_path / "weights")
     config = one_level_config
     config.training.update({"initial_weights": str(tmp_path / "weights"), "learning_rate": 0.0, "steps": 1})
@@ -80,7 +80,7 @@ def test_bfloat16_computes_nearly_the_same_with_float32_parameters(one_level_con
 
 
 def test_six_steps_at_once_equal_three_and_three(one_level_config, tmp_path):
-    """Bit for bit: parameters, averages, optimiser, step, and every logged number but the speed."""
+    """Exactly equal: parameters, EMA weights, optimiser, step, and all logged values except speed."""
     config = one_level_config
     config.training.log_every = 2  # the restart falls between two lines
     config.training.steps = 6
@@ -96,7 +96,7 @@ def test_six_steps_at_once_equal_three_and_three(one_level_config, tmp_path):
 
 
 def train_until(config, workdir, step):
-    """Trains and dies, as if killed, right after the checkpoint of `step` is on its way."""
+    """Trains and ends, as if killed, directly after saving of the checkpoint of `step` has started."""
     save = checkpoint.Checkpoints.save
 
     def save_and_die(self, state, tree):

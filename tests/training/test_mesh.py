@@ -1,4 +1,4 @@
-"""Meshes, sharding rules and what they promise, which batch sizes they allow."""
+"""Meshes, sharding rules and their properties, and allowed batch sizes."""
 
 import json
 import math
@@ -91,7 +91,7 @@ def test_a_batch_that_cannot_be_cut_names_the_next_that_can():
 
 def test_every_mesh_of_eight_devices_gives_the_same_losses_and_holds_what_the_rules_promise(tiny_config, tmp_path):
     tiny_config.training.steps = 5
-    tiny_config.model.variant = "fpdm"  # compiled four times: as small as can be
+    tiny_config.model.variant = "fpdm"  # as small as possible, since it is compiled four times
     tiny_config.model.channel_mult = (1,)
     tiny_config.model.attention_resolutions = ()
     with spawned(train_on_meshes, tiny_config, tmp_path, devices=8, output=tmp_path / "output.txt") as process:
@@ -112,7 +112,7 @@ def losses(workdir):
 
 
 def train_on_meshes(config, folder):
-    """In a process with eight devices; instead of checkpoints it writes what the state takes on the first device."""
+    """Trains in a process with eight devices. Instead of checkpoints, it saves the state's size on one device."""
     for shape in ((1, 1), (8, 1), (4, 2), (1, 8)):
         devices = jax.devices()[:math.prod(shape)]
         workdir = folder / "x".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""A profile: of the steps asked for, in files that viewers open."""
+"""A profile of the requested steps, in files that viewers can open."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ def test_the_files_show_the_steps(tmp_path, capsys):
     steps = {event["args"]["step_num"] for event in events if "step_num" in event.get("args", {})}
     assert set(map(int, steps)) == {2, 3}
     assert sum(event.get("name") == "wait for input" for event in events) == 2
-    # Where TensorBoard's profile plugin looks for it.
+    # The path is that which TensorBoard's profile plugin expects.
     (xplane,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
     assert xplane.stat().st_size > 1000
     said = capsys.readouterr().out
@@ -54,7 +54,7 @@ def test_the_files_show_the_steps(tmp_path, capsys):
 def test_a_loop_that_ends_early_leaves_a_whole_profile(tmp_path):
     run(Profiler(tmp_path, Span(2, 4), 0, 4), steps=2)
     assert list(tmp_path.rglob("perfetto_trace.json.gz"))
-    with jax.profiler.trace(tmp_path / "next"):  # none is still running
+    with jax.profiler.trace(tmp_path / "next"):  # fails if another one is still running
         pass
 
 

@@ -1,4 +1,4 @@
-"""What a run begins with: optimiser, learning rate, the network's config, the state on its devices."""
+"""The initial state of a run: optimiser, learning rate, the network's config, the state on its devices."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_the_learning_rate_warms_up_and_anneals(tiny_config, anneal, middle, las
 
 @pytest.mark.parametrize(("clip_norm", "decay"), [(None, 0.0), (0.5, 0.0), (0.5, 0.1)])
 def test_updates_are_adams_on_clipped_gradients(tiny_config, clip_norm, decay):
-    """Loshchilov & Hutter 2019, algorithm 2, in NumPy; the first gradient is large, the second is not clipped."""
+    """The reference is Loshchilov & Hutter 2019, algorithm 2, in NumPy. Only the first gradient is clipped."""
     training = tiny_config.training
     training.clip_norm, training.weight_decay, training.learning_rate, training.warmup_steps = clip_norm, decay, 0.01, 1
     optimizer, p, m, v = make_optimizer(training), np.array([0.3, -2.0]), 0.0, 0.0
@@ -76,7 +76,7 @@ def test_the_initial_state_does_not_depend_on_where_it_lies(tiny_config):
 
 
 def test_the_abstract_state_is_the_real_ones_shape_and_losses_are_remembered_everywhere(tiny_config):
-    tiny_config.diffusion.steps = 4096  # enough for the rules of parameters to cut the history
+    tiny_config.diffusion.steps = 4096  # the rules for parameters would shard the history
     network, mesh = network_config(tiny_config.to_dict()), make_mesh((1, -1))
     assert remembered_timesteps(tiny_config) is None
     tiny_config.training.timesteps = "loss-second-moment"

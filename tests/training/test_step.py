@@ -1,4 +1,4 @@
-"""The step alone, on the smallest network: what it draws, remembers and skips, and that it compiles once."""
+"""The training step on the smallest network: random draws, loss history, skipped steps, a single compilation."""
 
 import dataclasses
 import logging
@@ -41,7 +41,7 @@ OPTIMIZER = optax.adamw(1e-3)
 
 class Trainer(NamedTuple):
     step: object  # the jitted step
-    state: TrainState  # before the first step; donated by it, so never given to it: see `fresh`
+    state: TrainState  # before the first step, which donates it; use `fresh` for a copy
     shardings: TrainState
     batch: dict
 
@@ -52,7 +52,7 @@ class Trainer(NamedTuple):
 def make_trainer(devices, **settings):
     mesh = make_mesh(devices=jax.devices()[:devices])
     state, shardings = sharded_initial_state(mesh, NETWORK, OPTIMIZER, len(RATES), 0, STEPS)
-    # A full history, so that timesteps are drawn by it from the first step on.
+    # The history is full, so that timesteps are drawn by it from the first step on.
     known = np.random.default_rng(1).uniform(0.1, 3, (STEPS, 10)) * np.arange(1, STEPS + 1)[:, None]
     history = LossHistory(known.astype(np.float32), np.full(STEPS, 10, np.int32))
     state = state._replace(timesteps=jax.device_put(history, replicated(mesh)))
@@ -97,14 +97,14 @@ def test_devices_and_accumulation_change_neither_losses_nor_history(trainer):
 
 def sample_losses(params, batch, draws):
     x_t = PROCESS.noised(batch["image"], draws.t, draws.noise)
-    randomness = Randomness(draws.keys, jax.random.key(0))  # nothing in this network reads what rows share
+    randomness = Randomness(draws.keys, jax.random.key(0))  # this network does not use the shared key
     output = nnx.merge(abstract_network(NETWORK)[0], params)(
         x_t, PROCESS.original(draws.t), batch["label"], drop=draws.drop, rngs=randomness)
     return training_loss(PROCESS, output, batch["image"], x_t, draws.t, draws.noise).loss
 
 
 def test_a_step_against_its_definition(trainer):
-    """Loss, history, window, averages from the same draws, in NumPy."""
+    """Loss, history, window and EMA weights are computed from the same draws in NumPy."""
     old = trainer.state
     draws = draw(SETTINGS, PROCESS, old.step, old.timesteps, trainer.batch["image"].shape)
     each = np.asarray(jax.jit(sample_losses)(old.params, trainer.batch, draws))
@@ -148,7 +148,7 @@ def test_one_host_that_wants_to_stop_is_enough(trainer):
 
 
 def test_nothing_compiles_after_the_first_step(trainer, tmp_path, caplog):
-    """Neither with an emptied window nor with a restored state."""
+    """This also holds with an emptied window and with a restored state."""
     checkpoints = Checkpoints(tmp_path)
     state, _ = trainer.step(trainer.fresh(), trainer.batch)
     everywhere = replicated(make_mesh(devices=jax.devices()[:1]))
@@ -234,7 +234,7 @@ def test_recomputation_keeps_less_for_the_backward_pass():
 
         residuals = jax.tree.leaves(jax.eval_shape(backward, params, jnp.zeros((8, 8, 8, 4))))
         kept[remat] = sum(leaf.size for leaf in residuals) - sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert 3 * kept["block"] < kept["none"]  # not more, since a norm keeps its input alone in any case
+    assert 3 * kept["block"] < kept["none"]  # not more, since a norm always stores only its input
     assert 4 * kept["full"] < 3 * kept["block"]
 
 

@@ -1,4 +1,4 @@
-"""The validation loss: a fixed set, the same number however it is computed."""
+"""The validation loss uses a fixed set and does not depend on devices and batches."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def reader(tiny_store):
 
 @pytest.fixture(scope="module")
 def trained(one_level_settings):
-    """The network and parameters that are not those of the start, whose output is zero."""
+    """The network with changed parameters, since the output is zero with the initial ones."""
     network = network_config(one_level_settings().to_dict())
     graph, shapes = abstract_network(network)
     rng = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def trained(one_level_settings):
 
 @pytest.fixture(scope="module")
 def loss(trained, reader):
-    """The loss on so many devices, `shape` of the mesh, with so many rows at once."""
+    """The loss as a function of the number of devices, the mesh's shape and the batch size."""
     network, graph, params = trained
 
     def compute(shape, rows, slices=6, **fields):
@@ -77,7 +77,7 @@ def test_the_mean_over_the_samples_one_by_one(trained, reader, reference):
 
 
 class Rows(SplitReader):
-    """A split of made-up labels."""
+    """A split with synthetic labels."""
 
     def __init__(self, length):
         super().__init__("", length)

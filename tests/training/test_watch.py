@@ -1,4 +1,4 @@
-"""What the loop hands over, and what of it is written when."""
+"""Reports of the training loop: their contents and the steps at which they are written."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def config(tiny_config):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for `advance`."""
+    """A clock that only `advance` changes."""
     now = [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
 
@@ -37,7 +37,7 @@ def clock(monkeypatch):
 
 
 def state_of(step, loss):
-    """A state with two steps in its window, a parameter vector of length 5, an average 0.5 away, one step skipped."""
+    """A state with two steps in its window, parameters of norm 5, EMA weights at distance 0.5, and one skipped step."""
     state = initial_state({"w": jnp.array([3.0, 4.0])}, (), ({"w": jnp.array([3.0, 4.5])},), step=step)
     window = state.window._replace(steps=jnp.float32(2), loss=jnp.float32(2 * loss), gradient_norm=jnp.float32(6),
                                    bin_loss=jnp.array([1.0, 0, 8, 0]), bin_count=jnp.array([2.0, 0, 4, 0]))
@@ -45,7 +45,7 @@ def state_of(step, loss):
 
 
 def run(config, workdir, clock, start=0, validation_seconds=0.0, localization=None):
-    """A loop in which a batch takes 1 s and a step 3 s; the last state."""
+    """Runs a loop in which a batch takes 1 s and a step 3 s. Returns the last state."""
 
     def validation(params):
         clock(validation_seconds)
@@ -73,14 +73,14 @@ def run(config, workdir, clock, start=0, validation_seconds=0.0, localization=No
 
 @pytest.fixture
 def exported(monkeypatch):
-    """Steps whose weights were kept as the best."""
+    """Steps whose weights were exported as the best."""
     steps = []
     monkeypatch.setattr(watch.Report, "_export", lambda self, done, params: steps.append(done))
     return steps
 
 
 def test_the_weights_that_find_most_lesions_are_kept_also_after_a_restart(config, tmp_path, clock, exported):
-    """By expected Dice times slice AUC; a run that goes on knows the best of its lines."""
+    """The score is expected Dice times slice AUC. A resumed run reads the best score from its log."""
     config.training.localization_every = 1
     values = dict(enumerate([(np.nan, 0.5), (0.4, 0.9), (0.6, 0.5), (0.5, 0.9), (0.5, 0.9), (0.4, 0.9), (0.9, 0.9)], 1))
 
@@ -123,14 +123,14 @@ def test_what_a_line_says(config, tmp_path, clock):
     expected = {
         "loss": 1 / 6, "gradient_norm": 3, "loss_t1of4": 0.5, "loss_t3of4": 2,
         "parameter_norm": 5, "ema_distance": 0.1, "skipped_steps": 1,
-        "learning_rate": 1e-3 * 5 / 10,  # the fifth step that counts
+        "learning_rate": 1e-3 * 5 / 10,  # the fifth step that was not skipped
         "validation_loss": 0.25,
         "images_per_second": 8 / 4, "model_flops_per_second": flops * 2, "input_wait_seconds": 1,
         "input_wait_share": 0.25,
     }
     assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     assert 0.05 < line["device_memory_gib"] < 1000
-    assert line.keys() == expected.keys() | {"device_memory_gib"}  # a CPU promises no peak
+    assert line.keys() == expected.keys() | {"device_memory_gib"}  # the peak of a CPU is unknown
 
 
 def test_compilation_does_not_count_as_speed(config, tmp_path, clock):

@@ -1,1 +1,1 @@
-"""Forms of operations for CPUs: they keep what they work on in caches, by loops that accelerators would be slow in."""
+"""Forms of operations for CPUs. They use loops to keep data in caches, which would be slow on accelerators."""

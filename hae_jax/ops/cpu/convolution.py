@@ -1,17 +1,16 @@
 """Convolutions on CPUs, in the form that is fastest for the shape.
 
-XLA's convolution comes near to the speed of a matrix product, but not everywhere: its gradient for the kernel is slow
-for large images, 1x1 kernels and few channels. What is done instead, and where (measured; `tools/benchmark.py --part
-blocks` measures it again):
+XLA's convolution is mostly about as fast as a matrix product, but its gradient for the kernel is slow for large images,
+1x1 kernels and few channels. The forms below were chosen by measurement. `tools/benchmark.py --part blocks` repeats it.
 
 - 1x1 kernels: one matrix product;
 - 3x3 kernels of stride 1: Winograd's form, in tiles of 4x4 outputs from 32 px and 64 channels on both sides on, in
   tiles of 2x2 outputs from 16 px and 128 channels on, but not for the gradient for the kernel;
 - at most 16 channels on one side: the gradient for the kernel as one product with the patches of that side,
   and the gradient for the input likewise where the output has so few;
-- all else: XLA's convolution.
+- all other cases: XLA's convolution.
 
-Each gives the same to float32 rounding. bfloat16 is computed in float32 and rounded at the end.
+All forms give the same results up to float32 rounding. bfloat16 is computed in float32 and rounded at the end.
 """
 
 import functools
@@ -22,10 +21,10 @@ import jax.numpy as jnp
 from hae_jax.ops import direct
 from hae_jax.ops.cpu import winograd
 
-_MANY_CHANNELS = 128  # from here on, products of the points of Winograd's small tiles are large enough to be fast
-_SEVERAL_CHANNELS = 64  # the same for its large tiles
-_FEW_CHANNELS = 16  # up to here, the 9-fold patches of an image are cheaper than what XLA does
-_SMALLEST = 16  # outputs along the shorter side; with fewer, transforming the kernel costs more than it saves
+_MANY_CHANNELS = 128  # with at least as many, Winograd's form with small tiles is fast
+_SEVERAL_CHANNELS = 64  # the same for large tiles
+_FEW_CHANNELS = 16  # with at most as many, a product with patches (9 times the image) is faster than XLA's form
+_SMALLEST = 16  # outputs along the shorter side; with fewer, the transformation of the kernel takes too long
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -35,7 +34,7 @@ def conv2d(
     stride: int,
     padding: int,
 ) -> jax.Array:  # [B, H', W', D]
-    """`direct.convolve`, with gradients of its own. Reverse-mode derivatives only."""
+    """`direct.convolve` with custom gradients, in reverse mode only."""
     dtype, (x, kernel) = x.dtype, _float32(x, kernel)
     if _is_pointwise(kernel, stride, padding):
         y = jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
@@ -117,7 +116,7 @@ def _shifted(
     stride: int,
     padding: int,
 ) -> list[jax.Array]:  # kh kw arrays [B, H', W', C]
-    """What each point of the kernel sees at each output."""
+    """The pixels under each point of the kernel, for all outputs."""
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     height, width = ((n - k) // stride * stride + 1 for n, k in zip(x.shape[1:3], kernel_shape, strict=False))
     return [x[:, i:i + height:stride, j:j + width:stride]

@@ -1,7 +1,7 @@
 """The sums of `ops.log_sum_exp` on CPUs.
 
-XLA's CPU backend would write the T x E exponentials out, or reduce them without vector instructions. A loop over single
-values of c (over queries in the gradient) adds whole vectors that stay in cache, and was measured to be ten times
+XLA's CPU backend would write the T x E exponentials to memory, or reduce them without vector instructions. A loop over
+single values of c (over queries in the gradient) adds vectors that stay in cache. It was measured to be ten times
 faster.
 """
 

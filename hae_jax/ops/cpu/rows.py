@@ -1,6 +1,6 @@
-"""`ops.attention` on CPUs: some queries at a time, so that their scores stay in cache.
+"""`ops.attention` on CPUs, for some queries at a time, so that their scores stay in cache.
 
-Most of the time of the whole T x T form is memory traffic.
+With all T x T scores at once, most of the time would be spent on memory traffic.
 """
 
 import functools
@@ -9,11 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-ROWS = 256  # queries to a step; fewer make the matrix products too thin
+ROWS = 256  # queries per step; with fewer, the matrix products are too small to be fast
 
 
 def forward(block: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`block(q, k, v)` for some of the queries [B, h, T, d] at a time."""
+    """Computes `block(q, k, v)` for some of the queries [B, h, T, d] at a time."""
     split = _split(q, _rows(q.shape[2]))
     return jax.tree.map(_joined, jax.lax.map(lambda q: block(q, k, v), split))
 
@@ -33,7 +33,7 @@ def backward(block: Callable, *arguments: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _rows(count: int) -> int:
-    """The most queries to a step that divide them all."""
+    """The largest number of queries per step that divides `count`."""
     return max(rows for rows in range(1, ROWS + 1) if count % rows == 0)
 
 

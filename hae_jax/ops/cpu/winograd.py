@@ -5,13 +5,13 @@ For a tile d of n x n pixels of the input, n = m + 2, a kernel k and the m x m o
     y = A^T [(G k G^T) * (B^T d B)] A
 
 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308, equation 8), where the
-product is elementwise in the n x n points and a matrix product in the channels: m = 4 takes 36 products where 144 are
-usual, m = 2 16 where 36 are. The gradients are the transposed equations.
+product is elementwise over the n x n points and a matrix product over the channels. m = 4 takes 36 products instead of
+144, and m = 2 takes 16 instead of 36. The gradients are the transposed equations.
 
-Points are where polynomials are evaluated (Toom and Cook). The result differs from the direct sum by float32's
-rounding only, with m = 2 as much as the direct sum from the exact one and with m = 4 three times as much. Whole
-numbers as points, as in the paper, would lose three times more for m = 4 (compare Barabasz et al. 2020, "Error
-analysis and improving the accuracy of Winograd convolution for deep neural networks", arXiv:1803.10986).
+Points are the positions at which polynomials are evaluated (Toom and Cook). The error is that of float32 rounding: for
+m = 2 it equals that of the direct sum, for m = 4 it is three times as large. With integers as points, as in the paper,
+the error for m = 4 would be three times larger again (compare Barabasz et al. 2020, "Error analysis and improving the
+accuracy of Winograd convolution for deep neural networks", arXiv:1803.10986).
 
 Arrays of points are [n n, B, h, w, C]: point (row, column) of the tile, then the tiles.
 """
@@ -26,7 +26,7 @@ from jax import lax
 
 
 class _Filtering(NamedTuple):
-    """One F(m x m, 3 x 3): the matrices along one axis."""
+    """The matrices of F(m x m, 3 x 3) along one axis."""
 
     m: int
     A: np.ndarray  # [n, m]
@@ -35,7 +35,7 @@ class _Filtering(NamedTuple):
 
 
 def _filtering(m: int, *finite: float) -> _Filtering:
-    """From n - 1 different points; the last point of all is infinity."""
+    """Makes the matrices from n - 1 different points. The last point is infinity."""
     points = np.array(finite, float)
     others = [np.delete(points, i) for i in range(len(points))]
     A, G = (np.vander(points, width, increasing=True) for width in (m, 3))
@@ -47,10 +47,10 @@ def _filtering(m: int, *finite: float) -> _Filtering:
 
 
 _SMALL = _filtering(2, 0, 1, -1)
-_LARGE = _filtering(4, 0, 11 / 16, -11 / 16, 3 / 2, -3 / 2)  # of the pairs of sixteenths, the least error
-_LARGE_FROM = 32  # outputs along the shorter side; in smaller images m = 4 has too few tiles for each of its 36 kernels
+_LARGE = _filtering(4, 0, 11 / 16, -11 / 16, 3 / 2, -3 / 2)  # the pairs of sixteenths with the smallest error
+_LARGE_FROM = 32  # outputs along the shorter side; in smaller images, m = 4 has too few tiles for its 36 products
 
-_STRIP_POINTS = 36 * 128  # of tiles that a device works on at once, so that they stay in its caches
+_STRIP_POINTS = 36 * 128  # points of the tiles that a device processes at a time, so that they stay in its caches
 
 
 def has_large_tiles(height: int, width: int, padding: int) -> bool:
@@ -64,7 +64,7 @@ def tile_count(
     width: int,
     padding: int,
 ) -> tuple[int, int]:
-    """Rows and columns of tiles in one image; what of the last ones lies outside the output is cut off."""
+    """Rows and columns of tiles in one image. The parts of the last tiles outside of the output are cut off."""
     size = _chosen(height, width, padding).m
     return -(-(height + 2 * padding - 2) // size), -(-(width + 2 * padding - 2) // size)
 
@@ -83,7 +83,7 @@ def input_gradient(
     g: jax.Array,  # [B, H', W', D] float32, the output's gradient
     padding: int,
 ) -> jax.Array:  # [B, H, W, C]
-    """The convolution of `g` with the kernel turned by 180 degrees, C and D exchanged."""
+    """The convolution of `g` with the kernel rotated by 180 degrees, with C and D exchanged."""
     return _convolve(g, kernel[::-1, ::-1].swapaxes(2, 3), 2 - padding)
 
 
@@ -96,7 +96,7 @@ def kernel_gradient(
     form, (h, w) = _chosen(x.shape[1], x.shape[2], padding), tile_count(x.shape[1], x.shape[2], padding)
     rows = _strip_rows(len(x), h, w, form)
     strips = -(-h // rows)
-    # Points need the output's gradient on both sides, so that no layer's are made right after the forward pass.
+    # The input's points depend on the output's gradient, so that they are not computed right after the forward pass.
     x = _padded(x + _unknown_zero(g[:, :1, :1, :1]), form, padding, strips * rows, w)
     bottom, right = (form.m * tiles - size for tiles, size in zip((strips * rows, w), g.shape[1:3], strict=True))
     g = jnp.pad(g, ((0, 0), (0, bottom), (0, right), (0, 0)))
@@ -104,7 +104,7 @@ def kernel_gradient(
     def products(strip):
         of_input = _input_points(_strip(x, form.m * rows, strip, form.m * rows + 2), form)
         of_gradient = _output_gradient_points(_strip(g, form.m * rows, strip, form.m * rows), form)
-        # A sum for each device's share, so that they need not meet after each strip.
+        # There is one sum per device, so that devices do not communicate after each strip.
         return jnp.einsum("psbhwc,psbhwd->pscd", _in_shares(of_input, 1), _in_shares(of_gradient, 1))
 
     if strips == 1:
@@ -120,23 +120,24 @@ def _chosen(height: int, width: int, padding: int) -> _Filtering:
 
 
 def _strip_rows(batch: int, rows: int, columns: int, form: _Filtering) -> int:
-    """How many of an image's rows of tiles are worked on at once."""
+    """The number of an image's rows of tiles that are processed at a time."""
     tiles = _STRIP_POINTS // form.B.size  # B is [n, n]
     return min(rows, max(1, tiles // (-(-batch // jax.device_count()) * columns)))
 
 
 def _in_shares(x: jax.Array, axis: int) -> jax.Array:
-    """The batch, at this axis, as [shares, images of a share]: a share for each device, where that comes out even."""
+    """Splits the batch axis into [shares, images per share], with one share per device if the batch is divisible."""
     batch = x.shape[axis]
     shares = math.gcd(batch, jax.device_count())
     return x.reshape(*x.shape[:axis], shares, batch // shares, *x.shape[axis + 1:])
 
 
 def _unknown_zero(x: jax.Array) -> jax.Array:
-    """Zeros that XLA cannot know, for what must not be computed before `x` is.
+    """Zeros that XLA does not recognise as constant. Computations with them are not started before `x` is computed.
 
-    XLA on CPUs starts whatever is ready, and forgets optimisation barriers before it plans the order: all kernels'
-    points would be made, and held, before the first layer, and all activations' before the backward pass.
+    On CPUs, XLA starts all operations that are ready, and it removes optimisation barriers before it plans the order.
+    So the points of all kernels would be computed and stored before the first layer, and those of all activations
+    before the backward pass.
     """
     return ((lax.bitcast_convert_type(x, jnp.uint32) >> 31) >> 1).astype(x.dtype)
 
@@ -144,7 +145,7 @@ def _unknown_zero(x: jax.Array) -> jax.Array:
 def _convolve(x, kernel, padding):
     height, width = (size + 2 * padding - 2 for size in x.shape[1:3])
     form, (h, w) = _chosen(x.shape[1], x.shape[2], padding), tile_count(x.shape[1], x.shape[2], padding)
-    # Each device makes its own points of the kernel when it needs them: [n n, shares, C, D].
+    # Each device computes the kernel's points itself when it needs them: [n n, shares, C, D].
     when_needed = _unknown_zero(_in_shares(x, 0)[:, 0, :1, 0, 0])  # [shares, 1]
     kernel_points = jnp.einsum("psk,kcd->pscd", _both_axes(form.G)[:, None] + when_needed,
                                kernel.reshape(9, *kernel.shape[2:]))
@@ -188,14 +189,14 @@ def _input_points(
     m, n = form.m, len(form.B)
     tiles_end = [size - n + 1 for size in x.shape[1:3]]
     rows = jnp.stack(_combined(form.B, [x[:, i:i + tiles_end[0]:m] for i in range(n)]))
-    # XLA would join both axes into one loop, and compute each row's points again for each column.
+    # Without a barrier, XLA would fuse both axes into one loop and recompute each row's points for each column.
     rows = lax.optimization_barrier(rows)
     points = jnp.stack(_combined(form.B, [rows[:, :, :, j:j + tiles_end[1]:m] for j in range(n)]), 1)
     return points.reshape(n * n, *points.shape[2:])
 
 
 def _combined(matrix: np.ndarray, parts: list[jax.Array]) -> list[jax.Array]:
-    """The matrix times the parts; it has many zeros."""
+    """The matrix times the parts. Zeros of the matrix, of which there are many, are skipped."""
     return [jnp.asarray(sum(part if factor == 1 else factor * part
                             for factor, part in zip(row, parts, strict=True) if factor)) for row in matrix]
 
@@ -204,7 +205,7 @@ def _outputs(
     points: jax.Array,  # [n n, B, h, w, D]
     form: _Filtering,
 ) -> jax.Array:  # [B, m h, m w, D]
-    """A^T points A, tile beside tile."""
+    """A^T points A, with the tiles put together."""
     _, batch, h, w, channels = points.shape
     y = jnp.tensordot(_both_axes(form.A).T, points, 1).reshape(form.m, form.m, batch, h, w, channels)
     return y.transpose(2, 3, 0, 4, 1, 5).reshape(batch, form.m * h, form.m * w, channels)
@@ -220,5 +221,5 @@ def _output_gradient_points(
 
 
 def _both_axes(matrix: np.ndarray) -> np.ndarray:
-    """For tiles that are flattened row by row."""
+    """The matrix for both axes of tiles that are flattened row by row."""
     return np.kron(matrix, matrix)

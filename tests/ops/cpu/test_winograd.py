@@ -1,4 +1,4 @@
-"""Winograd's form of 3x3 convolutions against the direct sum: both sizes of tile, strips, shares of devices, digits."""
+"""Winograd's form of 3x3 convolutions against the direct sum: both tile sizes, strips, several devices, accuracy."""
 
 import re
 
@@ -20,7 +20,7 @@ def direct(x, kernel, padding):
 
 
 def inputs(size, padding=1, batch=2, channels=24, outputs=20):
-    """An image, a kernel, and an output's gradient in which no two numbers are alike."""
+    """An image, a kernel, and an output's gradient, in which all values differ."""
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((3, 3, channels, outputs)) / np.sqrt(9 * channels)
     g = rng.standard_normal((batch, *(n + 2 * padding - 2 for n in size), outputs))
@@ -39,7 +39,7 @@ def direct_all_three(x, kernel, g, padding):
 
 
 def largest_errors(got, wanted):
-    """Of each array's largest value."""
+    """The largest error of each array, as a share of its largest value."""
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape
     return [np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max() for a, b in zip(got, wanted, strict=True)]
@@ -74,7 +74,7 @@ def test_an_image_s_output_does_not_depend_on_its_batch(size):
 
 @pytest.mark.parametrize("strip_tiles", [8, 1000])
 def test_devices_meet_once(monkeypatch, strip_tiles):
-    """The kernel's gradient is summed over devices after the last strip, not after each."""
+    """The kernel's gradient is summed over devices after the last strip and not after each strip."""
     monkeypatch.setattr(winograd, "_STRIP_POINTS", 36 * strip_tiles)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -100,7 +100,7 @@ def test_strips_save_memory(monkeypatch):
 
 
 def test_large_images_have_large_tiles_whatever_their_batch():
-    """Seen in the kernel's shape: 36 points instead of 16."""
+    """The kernel's shape shows it: 36 points instead of 16."""
     def points(size, batch):
         x, kernel, _ = inputs((size, size), batch=batch)
         text = str(jax.make_jaxpr(lambda x, kernel: winograd.convolve(x, kernel, 1))(x, kernel))
