@@ -54,7 +54,7 @@ def score_bins(
 def dice_by_threshold(
     scores: np.ndarray,  # [N] float
     hits: np.ndarray,  # [N] bool
-    lesion: int,  # pixels of the lesion, those outside `scores` included
+    lesion: int | np.integer,  # pixels of the lesion, those outside `scores` included
 ) -> np.ndarray:  # [COARSE_BINS]
     """Dice of the mask of all scores in a coarse bin or above it, for each bin."""
     bins = score_bins(scores) // _FINE

@@ -3,7 +3,7 @@
 A slice leaves counts behind, which are exact, and its map joins the histograms of `ranking.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ class SliceSums:
 
     def _shares(
         self,
-        shares: Callable[[np.ndarray], dict[str, tuple[float, int]]],
+        shares: Callable[[np.ndarray], Mapping[str, tuple[float, int]]],
         cases: Sequence[np.ndarray],  # of each what `shares` takes, slices along the last axis
         seed: int,
     ) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from hae_jax.errors import UserError
 from hae_jax.localization.batched import IntensityReader, SliceTranslator
 from hae_jax.localization.measures import Measures, measure
 from hae_jax.localization.methods import IntensityThreshold, make_method
+from hae_jax.localization.residual import Residual
 from hae_jax.pipeline.calibrations import validation_results
 
 _BLOCK = 8  # neighbouring slices
@@ -89,6 +90,7 @@ def ablate(
         own.translation.method = "residual"
         own.translation.update(changes)
         method = make_method(own)
+        assert isinstance(method, Residual)  # as named above
         translator = SliceTranslator(model, method, batch_size=own.translation.batch_size, seed=config.seed, mesh=mesh)
         translator.prepare(tuple(store.manifest["slice_shape"]))
         start = time.monotonic()

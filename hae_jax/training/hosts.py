@@ -124,7 +124,7 @@ def _initialize(explicit: dict[str, Any], timeout: float) -> None:
     alarm.daemon = True
     alarm.start()
     # Flags say everything: what the scheduler says may be about something else.
-    detection = {"cluster_detection_method": "deactivate"} if explicit else {}
+    detection: dict[str, Any] = {"cluster_detection_method": "deactivate"} if explicit else {}
     try:
         with _without_proxies():
             jax.distributed.initialize(

@@ -64,7 +64,8 @@ def rows_on_devices(
     mesh: Mesh, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
     """A batch of this shape, of which each host makes its devices' rows by `part(index)`."""
-    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+    # JAX's annotation lets the index be None, which it never is.
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)  # pyright: ignore[reportArgumentType]
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
