@@ -77,7 +77,7 @@ def measure_blocks(batch: int, dtype: str, repeats: int, mesh: Mesh, say: Callab
 
 def _rows(block: Block, gradients: bool, repeats: int, mesh: Mesh, say: Callable[[str], None]) -> list[Row]:
     images, forms = len(block.inputs[0]), block.forms.values()
-    mesh = mesh if images % mesh.size == 0 else make_mesh(devices=mesh.devices.flat[:1])
+    mesh = mesh if images % mesh.size == 0 else make_mesh(devices=[mesh.devices.flat[0]])
     arguments = block.placed(mesh)
     name = f"{block.name}, {'with gradients' if gradients else 'forward'}"
     say(f"blocks: {name}")

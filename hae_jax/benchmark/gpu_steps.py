@@ -123,7 +123,7 @@ def numbers(report: Report) -> None:
         report.add(f"{name}, float32, gradient norms", gradients, "of the norm", at_most=1e-4)
     case = read_case(folder, "fpdm_tiny" if report.rehearse else "hae_v2c_brats")
     exact, rounded = case.output("cond").astype(np.float64), _golden_output(case, "bfloat16")
-    report.add("bfloat16 against float32, relative L2", np.linalg.norm(rounded - exact) / np.linalg.norm(exact),
+    report.add("bfloat16 against float32, relative L2", float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact)),
                at_most=2e-2)
     case = read_case(folder, "fpdm_tiny" if report.rehearse else "hae_v2c_tiny")
     report.add("translation, masks against the CPU's", _translation_dice(case, report), "Dice", at_least=0.99)

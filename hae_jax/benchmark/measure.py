@@ -108,9 +108,10 @@ def peak_of_first_call(device: jax.Device, call: Callable[[], Any], arguments: i
     """
     before = device.memory_stats()
     call()
-    if not before or "peak_bytes_in_use" not in before:
+    after = device.memory_stats()
+    if not before or not after or "peak_bytes_in_use" not in before:
         return None
-    peak = device.memory_stats()["peak_bytes_in_use"]
+    peak = after["peak_bytes_in_use"]
     return peak - before["bytes_in_use"] + arguments if peak > before["peak_bytes_in_use"] else None
 
 
@@ -126,15 +127,17 @@ def longest_kernels(call: Callable[[], Any], count: int = 10) -> list[tuple[str,
         with jax.profiler.trace(folder, profiler_options=options):
             call()
         (path,) = Path(folder).rglob("*.xplane.pb")
-        total = collections.Counter()
-        for name, time_ in _own_times(jax.profiler.ProfileData.from_file(str(path))):
+        total: dict[str, float] = collections.defaultdict(float)
+        for name, time_ in _own_times(path):
             total[name] += time_
     whole = sum(total.values())
-    return [(name, time_, time_ / whole) for name, time_ in total.most_common(count)]
+    longest = sorted(total.items(), key=lambda item: item[1], reverse=True)[:count]
+    return [(name, time_, time_ / whole) for name, time_ in longest]
 
 
-def _own_times(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
-    """Yields name and seconds of each kernel, without those of kernels inside it (such as in a loop)."""
+def _own_times(path: Path) -> Iterator[tuple[str, float]]:
+    """Yields name and seconds of each kernel of a profile, without those of kernels inside it (such as in a loop)."""
+    profile = jax.profiler.ProfileData.from_file(str(path))
     planes = list(profile.planes)
     for plane in [plane for plane in planes if plane.name.startswith("/device:")] or planes:
         for line in plane.lines:

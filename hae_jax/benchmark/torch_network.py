@@ -50,7 +50,7 @@ class TorchNetwork(nn.Module):
         ])
         self.output_blocks = _decoder(config, skips)
         self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, config.widths[0]), _unfused_silu(config),
-                                 _zero(nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)))
+                                 _zero(nn.Conv2d(config.widths[0], config.output_width, 3, padding=1)))
 
     def forward(
         self,
@@ -270,7 +270,7 @@ def _mask(tokens: Tensor, config: UNetConfig, cond: Condition) -> Tensor | None:
     return published_mask(tokens.shape[1], config.rules.hybrid == "per_scale", tokens.device)
 
 
-def _attend(attention: nn.MultiheadAttention, tokens: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C] -> [B, N, C]
+def _attend(attention: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:  # [B, N, C] -> [B, N, C]
     # Without the weights, PyTorch may use its fused attention.
     return attention(tokens, tokens, tokens, attn_mask=mask, need_weights=False)[0]
 
@@ -279,8 +279,8 @@ def _tokens(x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, H * W, C]
     return x.flatten(2).transpose(1, 2)
 
 
-def _run(block: nn.ModuleList, h: Tensor, cond: Condition) -> Tensor:
-    for layer in block:
+def _run(block: nn.Module, h: Tensor, cond: Condition) -> Tensor:
+    for layer in block.children():
         h = layer(h) if isinstance(layer, nn.Conv2d | nn.Sequential) else layer(h, cond)
     return h
 
@@ -349,7 +349,8 @@ def _encoder(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
 
 def _decoder(config: UNetConfig, skips: list[int]) -> nn.ModuleList:
     """The decoder's blocks. Each takes one skip."""
-    hybrid = {"joint": JointHybrid, "per_scale": PerScaleHybrid}.get(config.rules.hybrid if config.use_hae else None)
+    hybrids = {None: None, "joint": JointHybrid, "per_scale": PerScaleHybrid}
+    hybrid = hybrids[config.rules.hybrid if config.use_hae else None]
     blocks, skips, width = [], list(skips), config.widths[-1]
     for level, out in reversed(list(enumerate(config.widths))):
         for i in range(config.num_res_blocks + 1):

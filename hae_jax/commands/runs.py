@@ -142,7 +142,7 @@ def with_classifier(loaded: "TrainedRun", run: str) -> "TrainedRun":
     Raises:
       UserError: if there is no network to guide, the run holds no classifier, or its data or diffusion differ.
     """
-    from hae_jax.model.classifier import GuidedNetwork
+    from hae_jax.model.classifier import Classifier, GuidedNetwork
     from hae_jax.model.config import FORM_FIELDS
     from hae_jax.pipeline.cache_key import weights_hash
     from hae_jax.training.weights import load_trained
@@ -151,7 +151,7 @@ def with_classifier(loaded: "TrainedRun", run: str) -> "TrainedRun":
     if loaded.model is None:
         raise UserError(f"--classifier {run}: the method {config.translation.method} needs no network; leave it out")
     found = load_trained(run, forms={name: config.model[name] for name in FORM_FIELDS if name in config.model})
-    if found.config["model"].get("task") != "classify":
+    if not isinstance(found.model, Classifier):
         raise UserError(f"--classifier {run}: is not a classifier; give a run of configs/classifier.py")
     wanted = config.to_dict()
     for section, name in (("model", "image_size"), ("model", "in_channels"), ("data", "modalities"),

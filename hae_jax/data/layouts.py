@@ -47,7 +47,7 @@ _OF_THE_SYSTEM = ("lost+found", "System Volume Information", "$RECYCLE.BIN")  # 
 _SHOWN = 3  # names in a message
 
 
-def find_cases(folder: str | Path, modalities: Sequence[str] = MODALITIES) -> list[CaseFiles]:
+def find_cases(folder: str | os.PathLike, modalities: Sequence[str] = MODALITIES) -> list[CaseFiles]:
     """Lists the cases in `folder` and the folders below it, sorted by name.
 
     Cases that share a name become one case with a `problem`. A case with a file that exists twice (.nii and .nii.gz)

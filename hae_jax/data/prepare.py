@@ -217,7 +217,7 @@ def _load_nifti(files: CaseFiles, image_size: int) -> _Loaded:
         raise UserError(f"{files.images[0].path}: no segmentation; a case without one can be translated, "
                         f"but neither trained nor measured on ({looked_for(files)})")
     case = read_case(files)
-    if case.mask is not None:
+    if files.segmentation is not None and case.mask is not None:
         refuse_head_mask(files.segmentation, case.mask, case.volumes)
     return _Loaded(case_slices(case, image_size), case.affine, case.warnings)
 

@@ -30,7 +30,7 @@ class CaseSlices:
     images: np.ndarray  # [S, H, W, C] float32; 0 is background, 1 the 99th percentile
     masks: np.ndarray | None  # [S, H, W] float32, soft where the lesion's border was resized
     index: np.ndarray  # [S] int32, position along the volume's axis 2
-    shape: tuple[int, int, int] | None  # (X, Y, Z) of the volume; None if the source does not give it
+    shape: tuple[int, ...] | None  # (X, Y, Z) of the volume; None if the source does not give it
     scales: np.ndarray | None = None  # [C] the raw intensity that is 1 in `images`; None if it is not known
 
 
@@ -95,7 +95,7 @@ class SlicedCase:
         values: np.ndarray,  # [S, h, w]
     ) -> np.ndarray:  # [X, Y, Z] float32
         """Resizes slices bilinearly to the case's reoriented grid. Zero outside of the head and of the slices."""
-        return slices_to_volume(values, self.slices.index, self.slices.shape) * self.head
+        return slices_to_volume(values, self.slices.index, self.head.shape) * self.head
 
     def mask_volume(
         self,
@@ -208,7 +208,7 @@ def slice_spacing(
 
 def resize(
     images: np.ndarray,  # [..., H, W]
-    size: int | tuple[int, int],
+    size: int | tuple[int, ...],
 ) -> np.ndarray:  # [..., h, w] float32
     """Bilinear resizing with half-pixel centres, clamped edges and no antialiasing, to (h, w) or a square.
 
@@ -269,7 +269,7 @@ def from_model_range(
 def slices_to_volume(
     values: np.ndarray,  # [S, h, w]
     index: np.ndarray,  # [S] positions along axis 2
-    shape: tuple[int, int, int],  # (X, Y, Z)
+    shape: tuple[int, ...],  # (X, Y, Z)
 ) -> np.ndarray:  # [X, Y, Z] float32
     """Puts slices back on the case's grid, bilinearly resized to X x Y. Positions without a slice are zero.
 

@@ -25,7 +25,7 @@ def gaussian(
 
 def simplex(
     keys: jax.Array,  # [B] keys, one per sample
-    shape: tuple[int, int, int],  # (H, W, C) of one sample
+    shape: tuple[int, ...],  # (H, W, C) of one sample
     t: jax.Array,  # [B] timesteps, the field's third coordinate
     *,
     frequency: float = 64,
@@ -57,7 +57,7 @@ def simplex(
 
 def coarse(
     keys: jax.Array,  # [B] keys, one per sample
-    shape: tuple[int, int, int],  # (H, W, C) of one sample
+    shape: tuple[int, ...],  # (H, W, C) of one sample
     *,
     factor: int = 8,
 ) -> jax.Array:  # [B, H, W, C] float32
@@ -71,7 +71,7 @@ def coarse(
     def one_sample(key: jax.Array) -> jax.Array:  # [H, W, C]
         values, down, right = jax.random.split(key, 3)
         field = jax.image.resize(jax.random.normal(values, grid), shape, "bilinear")
-        shift = jax.random.randint(down, (), 0, height), jax.random.randint(right, (), 0, width)
+        shift = jnp.stack([jax.random.randint(down, (), 0, height), jax.random.randint(right, (), 0, width)])
         return jnp.roll(field, shift, axis=(0, 1))
 
     return jax.vmap(one_sample)(keys)
@@ -81,7 +81,7 @@ def draw_noise(
     kind: str,  # "gaussian", "simplex" or "coarse" (diffusion.noise)
     process: Process,
     keys: jax.Array,  # [B] keys, one per sample
-    shape: tuple[int, int, int],  # (H, W, C) of one sample
+    shape: tuple[int, ...],  # (H, W, C) of one sample
     t: jax.Array,  # [B] steps of the schedule
 ) -> jax.Array:  # [B, H, W, C] float32
     """Noise as the config asks for it; simplex noise is a function of t, too."""

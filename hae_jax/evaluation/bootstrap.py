@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 RESAMPLES = 5000
@@ -15,8 +16,8 @@ _INTERVAL = (0.025, 0.975)
 
 
 def share_of_sums(
-    part: Sequence[float],  # of each case
-    whole: Sequence[float],  # of each case, the whole of which it is a part
+    part: npt.ArrayLike,  # of each case
+    whole: npt.ArrayLike,  # of each case, the whole of which it is a part
     patients: Sequence[str],  # of each case
     seed: int = 0,
 ) -> dict[str, float | int | None]:
@@ -33,7 +34,7 @@ def numbers(patients: Sequence[str]) -> np.ndarray:  # [cases] int
 
 
 def with_interval(
-    samples: Sequence[Sequence[float]],  # quantities, each with a value for every patient
+    samples: Sequence[npt.ArrayLike],  # quantities, each with a value for every patient
     statistic: Callable[..., np.ndarray],  # function of such quantities and `axis`, the axis of patients
     seed: int = 0,
 ) -> dict[str, float | int | None]:

@@ -26,7 +26,7 @@ _BLACK, _TEXT, _FAINT = "black", "0.92", "0.55"
 _PREDICTED, _TRUTH = "#ff4d4d", "#3ddc84"
 _LINES = _BLUE, _ORANGE, _GREEN, _PURPLE = "#1f5fa8", "#d9782d", "#2a9d78", "#8a4fa8"
 _DPI = 150
-_PLAIN = {"parse_math": False}  # for names, since matplotlib reads text between two $ as a formula
+_PLAIN: dict[str, Any] = {"parse_math": False}  # for names, since matplotlib reads text between two $ as a formula
 
 
 def overlay_figure(
@@ -68,7 +68,7 @@ def overlay_figure(
 
 def _overlay_row(
     row: np.ndarray,  # axes, one for each panel
-    crop: tuple[slice, slice],
+    crop: tuple[slice, ...],
     image: np.ndarray,  # [H, W, C]
     healthy: np.ndarray,  # [H, W, M]
     map: np.ndarray,  # [H, W]

@@ -53,7 +53,7 @@ def score_bins(
 def dice_by_threshold(
     scores: np.ndarray,  # [N] float
     hits: np.ndarray,  # [N] bool
-    lesion: int,  # pixels of the lesion, including those outside of `scores`
+    lesion: int | np.integer,  # pixels of the lesion, including those outside of `scores`
 ) -> np.ndarray:  # [COARSE_BINS]
     """Dice of the mask of all scores in a coarse bin or above it, for each bin."""
     bins = score_bins(scores) // _FINE

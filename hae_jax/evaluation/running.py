@@ -3,7 +3,7 @@
 The counts of each slice are kept, and they are exact. The maps are added to the histograms of `ranking.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ class SliceSums:
 
     def _shares(
         self,
-        shares: Callable[[np.ndarray], dict[str, tuple[float, int]]],
+        shares: Callable[[np.ndarray], Mapping[str, tuple[float, int]]],
         cases: Sequence[np.ndarray],  # input of `shares` for each case, slices along the last axis
         seed: int,
     ) -> dict[str, dict[str, Any]]:

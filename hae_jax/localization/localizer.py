@@ -115,16 +115,18 @@ class Localizer:
           seed: seed of the noise.
           batch_size: slices per batch.
         """
-        self.method = method or Residual(process, settings or ResidualSettings())
-        self.calibration = calibration
+        # Any: only a method with a network can be called, and only one without has `intensity`.
+        chosen: Any = method or Residual(process, settings or ResidualSettings())
+        self.method: Method = chosen
+        self.calibration: Calibration | MapThreshold | None = calibration
         self._image_size, self._channels, self._scaling = image_size, channels, scaling
         if not self.method.network:
-            self._translator = IntensityReader(self.method.intensity)  # pyright: ignore[reportAttributeAccessIssue]
+            self._translator = IntensityReader(chosen.intensity)
             return
         model = GivenDenoisers(denoisers) if isinstance(denoisers, Denoisers) else denoisers
         conditional = getattr(getattr(model, "config", None), "num_classes", 2) is not None
         mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
-        self._translator = SliceTranslator(model, self.method, batch_size=batch_size, seed=seed, mesh=mesh,
+        self._translator = SliceTranslator(model, chosen, batch_size=batch_size, seed=seed, mesh=mesh,
                                            conditional=conditional)
 
     @classmethod
@@ -142,7 +144,8 @@ class Localizer:
 
         loaded = load_run(run, settings)
         config = loaded.config
-        return cls(loaded.model, None, loaded.calibration(), image_size=config.model.image_size,
+        process = Process.of(config.diffusion)
+        return cls(loaded.model, process, loaded.calibration(), image_size=config.model.image_size,
                    channels=config.model.in_channels, scaling=config.data.scaling, method=loaded.method,
                    seed=config.seed, batch_size=config.translation.batch_size)
 
@@ -216,7 +219,7 @@ class Localizer:
             truth = np.zeros(images.shape[:3]) if masks is None else resize(np.asarray(masks, np.float32)[own],
                                                                             self._image_size)
             pixels = self._pixel_spacing(spacing, slices.shape[1:3])
-            known += [ValidationSlice(int(labels[i]), truth[k] > 0.5, images[k].any(axis=-1), float(heights[i]),
+            known += [ValidationSlice(int(labels[i]), truth[k] > 0.5, np.any(images[k], axis=-1), float(heights[i]),
                                       patient, patient, k, pixels) for k, i in enumerate(own)]
         method = self._without_mm(spacing)
         self.calibration = method.calibrate(zip(translated, known, strict=True), {})
@@ -249,7 +252,7 @@ class Localizer:
         scales = intensity_scales(slices)
         images, inputs = self._inputs(slices, scales)
         results = stacked(self._translated(inputs, images, name))
-        heads, shape = images.any(axis=-1), slices.shape[1:3]
+        heads, shape = np.any(images, axis=-1), slices.shape[1:3]
         grid = SliceGrid(np.arange(len(slices)), self._pixel_spacing(spacing, shape))
         masks: Masks = self._without_mm(spacing).masks(results, self.calibration, heads, grid)
         everywhere = slices.any(axis=-1)
@@ -308,7 +311,7 @@ class Localizer:
         x, y, z = spacing
         return x * shape[0] / self._image_size, y * shape[1] / self._image_size, z
 
-    def _without_mm(self, spacing: tuple[float, float, float] | None) -> Method | Residual:
+    def _without_mm(self, spacing: tuple[float, float, float] | None) -> Method:
         return self.method if spacing is not None else dataclasses.replace(self.method, filters=NO_FILTERS)
 
 

@@ -268,4 +268,4 @@ class MapThresholdMethod:
 def stacked(results: Iterable[NamedTuple]) -> NamedTuple:
     """Stacks the results of single slices to those of a batch."""
     results = list(results)
-    return results[0]._make(None if values[0] is None else np.stack(values) for values in zip(*results, strict=True))
+    return results[0]._make(map(np.stack, zip(*results, strict=True)))

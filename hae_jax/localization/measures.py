@@ -49,6 +49,8 @@ def measure(method: MapThresholdMethod, results: Iterable[tuple[Any, ValidationS
     thresholds = {}
     try:
         found = rules.mixture(samples)
+        assert found.expected_dice is not None  # since the rule is `mixture`
+        assert found.lesion_share is not None
         expected, share, thresholds["mixture"] = found.expected_dice, found.lesion_share, found.value
         thresholds["fpr"] = rules.healthy_fpr(samples, method.healthy_fpr).value
     except UserError:  # the maps show no lesions

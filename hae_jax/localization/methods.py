@@ -52,6 +52,7 @@ class Method(Protocol):
     rule: str
     modality: tuple[int, ...]
     passes: int
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # methods are dataclasses
 
     def calibrate(
         self, results: Iterable[tuple[Any, ValidationSlice]], made_with: Mapping[str, Any]
@@ -78,7 +79,7 @@ class Intensity(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class IntensityThreshold(MapThresholdMethod):
+class IntensityThreshold(MapThresholdMethod, Method):
     """The trivial baseline: bright pixels on flair are lesion. Without flair, bright or dark pixels on another channel.
 
     The map is the normalised intensity, inverted if lesions are dark. It is never filtered by a median. Slices that are

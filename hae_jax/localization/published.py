@@ -286,12 +286,17 @@ class Hae(MapThresholdMethod):
                 else super().read_calibration(fields))
 
     def masks(
-        self, results: Translation, calibration: Calibration | MapThreshold, heads: np.ndarray, grid: SliceGrid
+        self,
+        results: Translation,
+        calibration: Any,  # a Calibration with the published rule, a MapThreshold with another one
+        heads: np.ndarray,
+        grid: SliceGrid,
     ) -> Masks:
         """See `make_masks`, or `MapThresholdMethod.masks` with another rule than the published one."""
         if self.rule != "quantile":
             return super().masks(results, calibration, heads, grid)
-        return make_masks(results.mse, results.ref, results.diff, results.map, calibration, self.filters, grid)
+        mse, ref, diff, maps = map(np.asarray, (results.mse, results.ref, results.diff, results.map))
+        return make_masks(mse, ref, diff, maps, calibration, self.filters, grid)
 
     def _maps(self, results: Translation, grid: SliceGrid) -> np.ndarray:  # [S, H, W] float64
         return super()._maps(results._replace(map=np.asarray(results.map, np.float64).mean(axis=-1)), grid)

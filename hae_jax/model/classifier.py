@@ -18,9 +18,14 @@ class Classifier(nnx.Module):
     Args:
       config: the sizes; `num_classes` is the number of logits.
       rngs: the stream that the parameters are drawn from.
+
+    Raises:
+      UserError: a config without classes.
     """
 
     def __init__(self, config: UNetConfig, rngs: nnx.Rngs):
+        if config.num_classes is None:
+            raise UserError("model.task is 'classify', but model.num_classes is None: give the number of classes")
         self.config = config
         rngs = ParameterKeys.of(rngs)
         self.time_embed = EmbeddingMLP(config, rngs)
@@ -57,11 +62,7 @@ def make_network(config: UNetConfig, rngs: nnx.Rngs) -> UNet | Classifier:
     Raises:
       UserError: a classifier without classes.
     """
-    if config.task == "denoise":
-        return UNet(config, rngs)
-    if config.num_classes is None:
-        raise UserError("model.task is 'classify', but model.num_classes is None: give the number of classes")
-    return Classifier(config, rngs)
+    return UNet(config, rngs) if config.task == "denoise" else Classifier(config, rngs)
 
 
 class GuidedNetwork(nnx.Module):

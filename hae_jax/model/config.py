@@ -176,6 +176,12 @@ class UNetConfig:
         return tuple(int(m * self.model_channels) for m in self.channel_mult)
 
     @property
+    def output_width(self) -> int:
+        """Channels of the output."""
+        assert self.out_channels is not None  # since __post_init__
+        return self.out_channels
+
+    @property
     def embedding_width(self) -> int:
         """E, the width of the time and class embeddings."""
         return 4 * self.model_channels

@@ -54,7 +54,7 @@ class UNet(nnx.Module):
         self.output_blocks = _decoder(config, skips, rngs)
         # The head is always float32. Its cost is negligible, and its rounding would directly affect the output.
         self.head_norm = group_norm(config.widths[0], rngs, dtype=jnp.float32)
-        self.head_conv = conv(config.widths[0], config.out_channels, 3, config, rngs, dtype="float32", zero=True)
+        self.head_conv = conv(config.widths[0], config.output_width, 3, config, rngs, dtype="float32", zero=True)
         dropouts = [module for _, module in nnx.iter_modules(self) if isinstance(module, Dropout)]
         for i, dropout in enumerate(dropouts):
             dropout.layer = i
@@ -101,7 +101,7 @@ class UNet(nnx.Module):
 
     def masked_tokens(self, height: int, width: int) -> list[int]:
         """Token counts N of the masked attentions, in forward order, for an input of this size."""
-        counts, rate = [], 2 ** (len(self.config.channel_mult) - 1)
+        counts, rate = [], 2 ** (len(self.config.widths) - 1)
         for block in self.output_blocks:
             for layer in block:
                 if isinstance(layer, _HYBRID_LAYERS):
@@ -128,7 +128,7 @@ class UNet(nnx.Module):
         return Conditioning(emb + c, context, rngs)
 
     def _check_input(self, x: jax.Array) -> None:
-        channels, rate = self.config.in_channels, 2 ** (len(self.config.channel_mult) - 1)
+        channels, rate = self.config.in_channels, 2 ** (len(self.config.widths) - 1)
         if x.ndim != 4 or x.shape[3] != channels or x.shape[1] % rate or x.shape[2] % rate:
             raise ValueError(f"x has shape {x.shape}: the network needs [B, H, W, {channels}], "
                              f"H and W divisible by {rate}")
@@ -182,11 +182,11 @@ def _masked(block: nnx.List, height: int, width: int) -> int:
 def encoder(config: UNetConfig, rngs: nnx.Rngs) -> tuple[nnx.List, list[int]]:
     """The encoder's blocks, and the channels of each block's skip connection."""
     width = config.widths[0]
-    blocks = [nnx.List([conv(config.in_channels, width, 3, config, rngs)])]
+    blocks: list[nnx.List] = [nnx.List([conv(config.in_channels, width, 3, config, rngs)])]
     skips = [width]
     for level, out in enumerate(config.widths):
         for _ in range(config.num_res_blocks):
-            layers = [ResBlock(width, out, config, rngs)]
+            layers: list[nnx.Module] = [ResBlock(width, out, config, rngs)]
             if 2**level in config.attention_resolutions:
                 layers.append(AttentionBlock(out, config.heads(out, decoder=False), config, rngs))
             blocks.append(nnx.List(layers))
@@ -205,7 +205,7 @@ def _decoder(config: UNetConfig, skips: list[int], rngs: nnx.Rngs) -> nnx.List:
     for level in reversed(range(len(config.widths))):
         out = config.widths[level]
         for i in range(config.num_res_blocks + 1):
-            layers = [ResBlock(width + skips.pop(), out, config, rngs)]
+            layers: list[nnx.Module] = [ResBlock(width + skips.pop(), out, config, rngs)]
             if 2**level in config.attention_resolutions:
                 layers.append(AttentionBlock(out, config.heads(out, decoder=True), config, rngs))
             if level and i == config.num_res_blocks:

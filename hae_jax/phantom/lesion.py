@@ -60,7 +60,7 @@ class Lesion:
     """
 
     kind: str
-    crop: tuple[slice, slice, slice]
+    crop: tuple[slice, ...]
     labels: np.ndarray
     strength: np.ndarray
 

@@ -3,7 +3,9 @@
 All four contrasts are mixed from the same maps, so that a voxel is one thing in all of them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -138,7 +140,7 @@ def _contrasts(rng: np.random.Generator, grid: Grid, head: Head) -> np.ndarray:
     return images
 
 
-def _blend(images: np.ndarray, look: tuple[float, ...], weight: np.ndarray) -> None:
+def _blend(images: np.ndarray, look: Iterable[Any], weight: np.ndarray) -> None:
     """Moves the images [4, ...] toward `look` [4] (numbers or arrays) by `weight` [...], in place."""
     for image, value in zip(images, look, strict=True):
         image += (value - image) * weight

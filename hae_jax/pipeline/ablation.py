@@ -22,6 +22,7 @@ from hae_jax.errors import UserError
 from hae_jax.localization.batched import IntensityReader, SliceTranslator
 from hae_jax.localization.measures import Measures, masks_dice, measure
 from hae_jax.localization.methods import IntensityThreshold, make_method
+from hae_jax.localization.residual import Residual
 from hae_jax.pipeline.calibrations import validation_results
 
 _BLOCK = 8  # neighbouring slices in a block
@@ -104,6 +105,7 @@ def ablate(
         own.translation.method = "residual"
         own.translation.update(changes)
         method = make_method(own)
+        assert isinstance(method, Residual)  # as named above
         seconds, filters_alone = math.nan, set(changes) <= _FILTERS
         if not filters_alone or unchanged is None:
             translator = SliceTranslator(model, method, batch_size=own.translation.batch_size, seed=config.seed,

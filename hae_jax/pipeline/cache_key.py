@@ -17,6 +17,7 @@ from flax import nnx
 
 from hae_jax.data.cases import CaseFiles
 from hae_jax.data.store import MANIFEST, Store
+from hae_jax.localization.calibration import Calibration, MapThreshold
 from hae_jax.localization.methods import Method
 from hae_jax.model.config import FORM_FIELDS
 
@@ -79,7 +80,8 @@ def calibration_key(
 
 
 def run_key(
-    config: ml_collections.ConfigDict, identity: Mapping[str, Any], calibration: Any, baseline: bool
+    config: ml_collections.ConfigDict, identity: Mapping[str, Any],
+    calibration: Calibration | MapThreshold | Mapping[str, Any], baseline: bool,
 ) -> dict[str, Any]:
     """Everything that a case's results depend on, except for the case's own files.
 
@@ -93,7 +95,7 @@ def run_key(
         "modalities": config.data.modalities, "overlay_slices": config.evaluation.overlay_slices,
         "translation": {name: value for name, value in config.translation.to_dict().items()
                         if name not in _WITHOUT_INFLUENCE},
-        "calibration": dataclasses.asdict(calibration) if dataclasses.is_dataclass(calibration) else calibration,
+        "calibration": calibration if isinstance(calibration, Mapping) else dataclasses.asdict(calibration),
         "baseline": baseline})
 
 

@@ -46,9 +46,10 @@ def find_inputs(config: ml_collections.ConfigDict, source: str | Path | None) ->
     Raises:
       UserError: if there are no cases, or the dataset does not fit the network.
     """
-    store = _store(config, needed=source is None)
     if source is None:
+        store = _store(config)
         return Inputs(store, *_test_cases(store, config))
+    store = _store(config) if (Path(config.data.root) / MANIFEST).is_file() else None
     return Inputs(store, find_cases(source, config.data.modalities), {})
 
 
@@ -122,11 +123,8 @@ def of_phantom(case: CaseFiles) -> bool:
     return any(os.path.isfile(parent / phantom.MANIFEST) for parent in (folder, *list(folder.parents)[:2]))
 
 
-def _store(config: ml_collections.ConfigDict, needed: bool) -> Store | None:
-    root = Path(config.data.root)
-    if not needed and not (root / MANIFEST).is_file():
-        return None
-    store = open_store(root)
+def _store(config: ml_collections.ConfigDict) -> Store:
+    store = open_store(config.data.root)
     found, size = store.manifest["slice_shape"], config.model.image_size
     if found != [size, size, config.model.in_channels]:
         raise UserError(f"{store.root}: its slices are {found} (H, W, channels), but the network needs "

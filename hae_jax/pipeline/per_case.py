@@ -226,15 +226,16 @@ def _slices(files: CaseFiles, case: SlicedCase, masks: Masks) -> dict[str, Any]:
 
 def _measured(work: CaseWork, case: SlicedCase, masks: Masks, row: CaseResult) -> Measured | None:
     """The results of the method and its baseline, if there is a ground truth."""
-    if case.truth is None:
+    truth, volume = case.slice_truth, row.measured
+    if case.truth is None or truth is None or volume is None:
         return None
-    answers = {work.localizer.method.name: Answer(masks, row.measured)}
+    answers = {work.localizer.method.name: Answer(masks, volume)}
     if work.baseline is not None:
         method, calibration = work.baseline
         own = method.masks(method.intensity(case.slices.images), calibration, case.heads, case.slice_grid)
         mask, anomaly = case.mask_volume(own.mask), case.volume(own.map)
         answers[method.name] = Answer(own, volume_metrics(mask, case.truth, case.affine, anomaly))
-    return Measured(case.slice_truth, metrics.foreground(case.inputs), answers)
+    return Measured(truth, metrics.foreground(case.inputs), answers)
 
 
 def _overlay(case: str) -> str:

@@ -82,11 +82,14 @@ def translate(
         # Even if all cases are finished, another run with other settings may have written the tables.
         if unfinished or (own and results.key_of_tables() != results.key):
             translator = _translator(model, method, config, mesh)
-            localizer = CalibratedMethod(method, calibration or calibrated(
-                translator, method, store, kept, key, config.data.scaling))
-            beside = baseline and CalibratedMethod(baseline, calibrated(
-                IntensityReader(baseline.intensity), baseline, store, kept,
-                calibration_key(config, store, baseline, identity)))
+            if calibration is None:
+                assert store is not None  # else `available` has found a calibration
+                calibration = calibrated(translator, method, store, kept, key, config.data.scaling)
+            localizer, beside = CalibratedMethod(method, calibration), None
+            if baseline is not None and store is not None:
+                beside = CalibratedMethod(baseline, calibrated(
+                    IntensityReader(baseline.intensity), baseline, store, kept,
+                    calibration_key(config, store, baseline, identity)))
             results.invalidate(unfinished)
             results.save_calibrations(localizer.calibration, beside and beside.calibration)
             if unfinished:
@@ -104,7 +107,7 @@ def translate(
 def _translator(
     model: nnx.Module | None, method: Any, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> SliceTranslator | IntensityReader:
-    if not method.network:
+    if model is None or not method.network:
         return IntensityReader(method.intensity)
     wanted = config.translation
     return SliceTranslator(model, method, batch_size=wanted.batch_size, seed=config.seed, mesh=mesh,

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from hae_jax.errors import UserError
 from hae_jax.model import UNet
+from hae_jax.model.classifier import Classifier
 from hae_jax.model.config import FORM_FIELDS
 from hae_jax.training.guard import agreed, disk_errors
 from hae_jax.training.integrity import damage, move_aside, seal
@@ -44,7 +45,7 @@ class Network(NamedTuple):
     """A trained network, ready for use."""
 
     config: dict[str, Any]  # the config tree of its training
-    model: UNet
+    model: UNet | Classifier
     identity: dict[str, Any]  # path, step, parameters; results state them as their origin
 
 

@@ -191,7 +191,7 @@ def _kept_bytes(f: Callable, *inputs: Any) -> int:
     """Bytes that f's forward pass keeps for its backward pass, without its inputs."""
     jaxpr = jax.make_jaxpr(lambda *inputs: jax.tree.leaves(jax.vjp(f, *inputs)[1]))(*inputs).jaxpr
     given = {id(variable) for variable in jaxpr.invars}
-    kept = {id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in given}
+    kept: dict[int, Any] = {id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in given}
     return sum(aval.size * aval.dtype.itemsize for aval in kept.values())
 
 

@@ -124,7 +124,7 @@ def _initialize(explicit: dict[str, Any], timeout: float) -> None:
     alarm.daemon = True
     alarm.start()
     # With flags, the scheduler's variables are ignored, since they may belong to another job.
-    detection = {"cluster_detection_method": "deactivate"} if explicit else {}
+    detection: dict[str, Any] = {"cluster_detection_method": "deactivate"} if explicit else {}
     try:
         with _without_proxies():
             jax.distributed.initialize(

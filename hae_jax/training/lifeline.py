@@ -62,6 +62,7 @@ class Lifeline:
                     continue  # not a process of this run
         while self._connections:
             for connection in wait(list(self._connections)):
+                assert isinstance(connection, Connection)  # `wait` was given nothing else
                 process = self._connections[connection]
                 news = _read(connection, process)
                 del self._connections[connection]
@@ -75,7 +76,7 @@ class Lifeline:
         assert global_state.coordinator_address is not None
         port, key = global_state.client.blocking_key_value_get(_NAME, int(self._timeout * 1000)).split()
         host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
-        address = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)[0][4]
+        address = socket.gethostbyname(host), int(port)
         try:
             connection = Client(address, "AF_INET", authkey=bytes.fromhex(key))
             connection.send(jax.process_index())

@@ -7,6 +7,7 @@ here need image labels only. If the dataset has ground truth, the true Dice is a
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -25,6 +26,12 @@ from hae_jax.localization.validation import describe_slices, heights_in_head
 from hae_jax.training.mesh import batch_sharding, replicated, rows_on_devices
 
 _SEED = 0  # of the noise
+
+
+class _Map(NamedTuple):
+    """Of the results, what is measured."""
+
+    map: np.ndarray  # [H, W]
 
 
 class Localization:
@@ -64,7 +71,7 @@ class Localization:
         """
         results, items, inputs = self._translated(params)
         found = measure(self._method, (
-            (ResidualMap(map, None, None), item) for map, item in zip(results.map, items, strict=True)))
+            (_Map(map), item) for map, item in zip(results.map, items, strict=True)))
         values = {"localization_expected_dice": found.expected_dice, "localization_auc": found.slice_auc}
         if not math.isnan(found.auprc):
             values["localization_dice"] = found.mixture_dice
@@ -78,7 +85,7 @@ class Localization:
         """The results of all chosen slices, their descriptions, and the network's inputs [S, H, W, C]."""
         results = [jax.tree.map(np.asarray, self._maps(params, *batch)) for batch in self._batches()]
         count = len(self._rows)
-        stacked = ResidualMap(*(np.concatenate(parts)[:count] for parts in zip(*results, strict=True)))
+        stacked = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
         rows, everything = self._reader.read(self._rows), self._reader.rows
         heights = heights_in_head(everything["cases"], everything["slices"])[self._rows]
         return stacked, describe_slices(self._store.cases, rows, heights), to_model_range(rows["image"], self._scaling)

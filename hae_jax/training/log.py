@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
@@ -94,7 +95,7 @@ def window_means(window: Window) -> dict[str, float]:
 
     Not a number where all these steps were skipped; a quartile that no sample fell into is left out.
     """
-    window = Window(*map(np.asarray, window))
+    window = jax.tree.map(np.asarray, window)
     steps = window.steps or np.nan
     means = {"loss": float(window.loss / steps), "gradient_norm": float(window.gradient_norm / steps)}
     for i in range(LOSS_BINS):
