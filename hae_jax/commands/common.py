@@ -11,6 +11,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from hae_jax.commands.config import DEFAULTS, fields, read_config
 from hae_jax.console import show_messages
@@ -26,7 +27,8 @@ _SIGPIPE = 128 + 13  # the status of a program that writes to one that has ended
 _PREFIX = "--config."
 _SCRIPT = re.compile(  # a script of a clone that the wheel installs as hae-...
     r"(?<![\w/])(?:python )?(?:tools/)?"
-    r"(train|translate|make_phantom|prepare_data|ablate|compare_methods|convert_torch_weights|benchmark|report)\.py\b")
+    r"(train|translate|make_phantom|prepare_data|ablate|compare_methods|convert_torch_weights|benchmark|report)\.py\b"
+    r"(?!:)")  # "train.py: no such file" speaks of a file
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -42,10 +44,14 @@ class CommandParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The text of --help; an installed command finds no scripts, so their names are replaced."""
-        text = super().format_help()
-        if not self.prog.startswith("hae-"):
-            return text
-        return _SCRIPT.sub(lambda script: "hae-" + script[1].replace("_", "-"), text)
+        return as_called(super().format_help())
+
+
+def as_called(text: str) -> str:
+    """The text with the installed commands' names (`hae-train`) where the user called an installed command."""
+    if not Path(sys.argv[0]).name.startswith("hae-"):
+        return text
+    return _SCRIPT.sub(lambda script: "hae-" + script[1].replace("_", "-"), text)
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
@@ -75,7 +81,7 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
                 sys.exit(_fail("stopped: the program that reads this output has ended", _SIGPIPE))
             if (message := _outside(error)) is None:
                 raise
-            sys.exit(_fail(f"error: {message}", 2))
+            sys.exit(_fail(f"error: {as_called(message)}", 2))
 
     return wrapped
 

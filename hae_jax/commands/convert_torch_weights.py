@@ -1,9 +1,10 @@
 """tools/convert_torch_weights.py: weights of the PyTorch code -> a run of this project, and back."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
-from hae_jax.commands.common import CommandParser, entry_point
+from hae_jax.commands.common import CommandParser, as_called, entry_point
 from hae_jax.commands.config import CONFIG_HELP, DEFAULTS, read_config
 
 _DESCRIPTION = """\
@@ -32,7 +33,8 @@ def _parser() -> argparse.ArgumentParser:
         "and shapes imply; it is also written to config.py for train.py")
     add("--output", metavar="FOLDER", help="run folder to write, new or empty")
     add("--verify", action="store_true", help="read the checkpoint again and compare every array with the files")
-    add("--to-torch", metavar=("RUN", "FILE"), nargs=2, help="write the newest checkpoint of a run as a .pt file for "
+    add("--to-torch", metavar=("RUN", "FILE"), nargs=2, help="write the parameters of a run's newest checkpoint (or "
+        "the EMA weights of exported or shipped weights, such as phantom) as a .pt file for "
         "load_state_dict(strict=True), or as .safetensors")
     return parser
 
@@ -69,18 +71,21 @@ def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     lines = imported.write_run(weights, config, arguments.output, config_name=arguments.config, config_text=text,
                                verify=arguments.verify)
     print("\n".join([*torch_run.network_lines(config), *lines]))
-    source = " ".join([arguments.config or f"{arguments.output}/config.py", *overrides])
-    print(f"to translate: python translate.py --checkpoint {arguments.output} --input FOLDER")
-    print(f"to continue: python train.py --config {source} --workdir {arguments.output}"
+    run, source = arguments.output, arguments.config or f"{arguments.output}/config.py"
+    print(f"to translate: {as_called('python translate.py')} {shlex.join(['--checkpoint', run])} --input FOLDER")
+    same = shlex.join(["--config", source, *overrides, "--workdir", run])
+    print(f"to continue: {as_called('python train.py')} {same}"
           + (f" --config.training.steps=N (above {weights.step})" if weights.step >= config.training.steps else ""))
 
 
 def _export(run: str, file: str, ema: bool) -> None:
+    from hae_jax.data.presence import is_there
     from hae_jax.torch_interop.files import write_state_dict
     from hae_jax.torch_interop.weights import torch_state
-    from hae_jax.training.checkpoint import load_network
+    from hae_jax.training.weights import WEIGHTS, load_trained, trained_folder
 
-    network = load_network(run, ema=ema)
+    exported = is_there(trained_folder(run) / WEIGHTS)  # holds EMA weights alone
+    network = load_trained(run, ema=ema or exported)
     state = torch_state(network.model)
     write_state_dict(file, state)
     print(f"{file}: {len(state)} arrays, {network.identity['parameters']} of {network.identity['path']}")

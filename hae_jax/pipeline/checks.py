@@ -74,7 +74,8 @@ def check_settings(config: ml_collections.ConfigDict, method: Method, model: Any
         raise UserError(f"--max-memory {wanted.max_memory_gb:g}: give the gigabytes per device, more than 0")
     if len(config.data.modalities) != config.model.in_channels:
         raise UserError(f"data.modalities names {len(config.data.modalities)} channels "
-                        f"({', '.join(config.data.modalities)}), but the network has {config.model.in_channels}")
+                        f"({', '.join(config.data.modalities)}), but the network has {config.model.in_channels}; "
+                        "give --config.data.modalities=\"('NAME','NAME')\", in the order of its training")
     if method.network and model is None:
         raise UserError("needs a network; give one with --checkpoint")
     if method.name == "classifier" and not hasattr(model, "classifier"):

@@ -4,6 +4,7 @@ A .pt file is a pickle, which can run any code when it is loaded. It is only rea
 which accepts arrays, numbers and containers and refuses everything else. A .safetensors file needs no PyTorch.
 """
 
+import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from hae_jax.data.presence import absence
 from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
+_LOG = logging.getLogger(__name__)
 NESTED = ("state_dict", "model", "ema")  # usual keys of a state dict in a file, tried in this order
 _DEPTH = 5  # number of nested keys, at most
 _SAFETENSORS_FLOATS = {"F16": np.float16, "BF16": jnp.bfloat16, "F32": np.float32, "F64": np.float64}
@@ -59,6 +61,8 @@ def read_state_dict(path: str | Path, nested: Sequence[str] = NESTED) -> dict[st
     for _ in range(_DEPTH):  # limited, since a pickle can contain itself
         if not isinstance(found, Mapping) or not (keys := [k for k in nested if isinstance(found.get(k), Mapping)]):
             break
+        if keys[0] != "ema" and "ema" in keys:
+            _LOG.info("%s: reads the weights under %s; those under ema are read with --ema %s", path, keys[0], path)
         found = found[keys[0]]
     if not isinstance(found, Mapping) or not found:
         raise UserError(f"{path}: no state dict in it, neither plain nor under {', '.join(nested)}; save one with "

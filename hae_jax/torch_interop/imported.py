@@ -79,8 +79,8 @@ def _ema_sources(weights: Weights, rates: tuple[float, ...]) -> tuple[list[Sourc
     if None in given and len(given) == len(rates) == 1:
         given = {rates[0]: given[None]}
     if strange := [str(source.path) for rate, source in given.items() if rate not in rates]:
-        raise UserError(f"{', '.join(strange)}: EMA rate not in the config, training.ema_rates is {rates}; set it, or "
-                        "name the file ema_RATE_STEP.pt")
+        raise UserError(f"{', '.join(strange)}: EMA rate not in the config, training.ema_rates is {rates}; give "
+                        "--config.training.ema_rates=RATE, or name the file ema_RATE_STEP.pt")
     sources = [given.get(rate, weights.params) for rate in rates]
     notes = [f"EMA weights {rate}: {source.path}{'' if rate in given else ', a copy of the parameters'}"
              for rate, source in zip(rates, sources, strict=True)]

@@ -120,6 +120,9 @@ def network_lines(config: ml_collections.ConfigDict) -> list[str]:
     lines = [f"network: {', '.join(known)}",
              "not in the weights, taken from the config: "
              + ", ".join(f"{name} {getattr(network, name)}" for name in UNKNOWN_FIELDS)]
+    if len(names := config.data.modalities) != network.in_channels:
+        lines.append(f"data.modalities names {len(names)} channels ({', '.join(names)}), but the network has "
+                     f"{network.in_channels}; give translate.py --config.data.modalities=\"('NAME','NAME')\"")
     if network.variant == "fpdm" or not network.use_hae:
         lines.append("no hybrid blocks: these weights could also be of another variant with use_hae=False, and "
                      "hae_lite, hae_v2 and hae_v2c have other activations then")

@@ -69,6 +69,9 @@ def load_torch_state(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) ->
     params = dict(walk(model))
     params = {_name(path): (path, params[path])
               for path in model.parameter_paths}  # pyright: ignore[reportAttributeAccessIssue]
+    if state_dict and not params.keys() & state_dict.keys():
+        raise UserError(f"state dict of another architecture: none of its {len(state_dict)} names, such as "
+                        f"{next(iter(state_dict))}, is a name of the network; give weights of one of the five networks")
     shapes = {name: _torch_shape(path, param.shape) for name, (path, param) in params.items()}
     problems = [f"unknown: {name}" for name in state_dict if name not in params]
     problems += [f"missing: {name}" for name in params if name not in state_dict]

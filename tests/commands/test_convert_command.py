@@ -13,8 +13,10 @@ import torch
 
 from hae_jax.commands.config import read_config
 from hae_jax.commands.convert_torch_weights import main
+from hae_jax.torch_interop.files import read_state_dict
 from hae_jax.torch_interop.weights import torch_state
 from hae_jax.training.checkpoint import check_same_run, load_network
+from hae_jax.training.weights import SHIPPED, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +60,7 @@ def test_without_a_config_the_network_is_found_and_comes_back(golden, tmp_path, 
     for said in ("variant hae_v2c", "in_channels 1", "out_channels 2", "num_classes 3", "resblock_updown True",
                  "bottleneck_ratio 0.5", "attention_resolutions (1, 2)", "use_scale_shift_norm False",
                  "not in the weights, taken from the config: image_size 128, num_heads 4", "sparse_pattern is 'blocks'",
+                 "data.modalities names 4 channels (flair, t1, t1ce, t2), but the network has 1; give",
                  "step 7, 1042562 parameters", "EMA weights 0.99: ema_0.99_000007.pt", "verified: "):
         assert said in out
     rounded = {name: value.float().numpy() for name, value in tensors(state, torch.bfloat16).items()}
@@ -107,7 +110,34 @@ def test_what_cannot_be_imported_is_one_line_and_nothing_is_written(golden, tmp_
     ):
         assert said in refused(["--checkpoint", *arguments, "--output", "run"], capsys)
         assert sorted(os.listdir()) == before
-    assert "run: has no checkpoints" in refused(["--to-torch", "run", "a.pt"], capsys)
+    assert "run: there is no such folder" in refused(["--to-torch", "run", "a.pt"], capsys)
+
+
+def test_shipped_weights_go_to_pytorch(tmp_path, capsys):
+    """They hold EMA weights alone, which are written without --ema."""
+    main(["--to-torch", "phantom", str(tmp_path / "model.pt")])
+    written, shipped = torch.load(tmp_path / "model.pt"), read_state_dict(SHIPPED / "phantom" / WEIGHTS)
+    assert written.keys() == shipped.keys()
+    assert all(np.array_equal(written[name], shipped[name]) for name in shipped)
+    assert "ema 0.999" in capsys.readouterr().out
+
+
+def test_the_printed_commands_are_those_of_the_installation_and_can_be_pasted(golden, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/bin/hae-convert-torch-weights"])
+    torch.save(tensors(weights_of(golden, "hae_tiny")), "model.pt")
+    main(["--checkpoint", "model.pt", "--output", "first"])
+    main(["--checkpoint", "model.pt", "--config", "first/config.py", "--config.training.ema_rates=(0.9,)",
+          "--output", "my run"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2] == "to translate: hae-translate --checkpoint 'my run' --input FOLDER"
+    assert printed[-1] == ("to continue: hae-train --config first/config.py '--config.training.ema_rates=(0.9,)' "
+                           "--workdir 'my run'")
+    torch.save(tensors({"conv.weight": np.ones(3, np.float32), "conv.bias": np.ones(3, np.float32), "a": np.ones(1)}),
+               "other.pt")
+    said = refused(["--checkpoint", "other.pt", "--config", "first/config.py", "--output", "other"], capsys)
+    assert "other.pt: state dict of another architecture: none of its 3 names, such as conv.weight, is" in said
+    assert "hae-train" in refused(["--to-torch", "nowhere", "a.pt"], capsys)
 
 
 @pytest.mark.parametrize("arguments", [

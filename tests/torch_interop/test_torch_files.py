@@ -71,9 +71,14 @@ def test_nested_and_wrapped_state_dicts(tmp_path, wrap, new):
     same(read_state_dict(tmp_path / "model.pt"))
 
 
-def test_the_preferred_nested_state_dict_is_taken(tmp_path):
+def test_the_preferred_nested_state_dict_is_taken(tmp_path, on_message):
     torch.save({"model": {"a": torch.ones(1)}, "ema": tensors(STATE)}, tmp_path / "both.pt")
+    messages = []
+    on_message(messages.append)
     same(read_state_dict(tmp_path / "both.pt", ("ema", "model")))
+    assert not messages
+    read_state_dict(tmp_path / "both.pt")
+    assert "reads the weights under model; those under ema are read with --ema" in messages[0]
 
 
 @pytest.mark.parametrize(("value", "says"), [
