@@ -3,6 +3,7 @@
 `training.localization` uses them during training, `ablation` to compare settings.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -47,14 +48,13 @@ def measure(method: MapThresholdMethod, results: Iterable[tuple[Any, ValidationS
     samples, scores, labels = method.samples(results)
     expected = share = math.nan
     thresholds = {}
-    try:
+    with contextlib.suppress(UserError):  # the rule finds no lesion
         found = rules.mixture(samples)
         assert found.expected_dice is not None  # since the rule is `mixture`
         assert found.lesion_share is not None
         expected, share, thresholds["mixture"] = found.expected_dice, found.lesion_share, found.value
+    with contextlib.suppress(UserError):  # there are no healthy slices
         thresholds["fpr"] = rules.healthy_fpr(samples, method.healthy_fpr).value
-    except UserError:  # the maps show no lesions
-        pass
     errors = rules.slice_threshold(scores, labels)[1] if len(scores) else 0
     return Measures(expected, share, rules.slice_auc(scores, labels), 1 - errors / max(len(scores), 1),
                     *_with_ground_truth([sample for sample in samples if sample.label], thresholds))

@@ -140,7 +140,9 @@ def healthy_fpr(samples: Sequence[Sample], share: float) -> Threshold:
     weight = np.concatenate([np.full(s.values.size, weights[_bin(s.height)]) for s in healthy])
     order = np.argsort(values)
     above = 1 - np.cumsum(weight[order]) / weight.sum()
-    return Threshold(float(values[order][np.flatnonzero(above <= share)[0]]))
+    highest = values[order][np.flatnonzero(above <= share)[0]]
+    # A mask includes its threshold. Many pixels may have one value, such as 0, so the threshold lies just above it.
+    return Threshold(float(np.nextafter(np.float64(highest), np.inf)))
 
 
 def best_dice(samples: Sequence[Sample]) -> Threshold:

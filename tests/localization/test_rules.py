@@ -62,6 +62,13 @@ def test_healthy_fpr_leaves_the_share_above():
         healthy_fpr(given, 2)
 
 
+def test_healthy_fpr_where_most_of_a_map_is_zero():
+    """The share of pixels in a mask, which includes its threshold, is never larger than asked for."""
+    given = [s._replace(values=np.where(s.values > np.quantile(s.values, 0.9), s.values, 0)) for s in samples()]
+    value = healthy_fpr(given, 0.2).value
+    assert 0 < value < min(s.values[s.values > 0].min() for s in given)
+
+
 def test_dice_needs_ground_truth():
     with pytest.raises(UserError, match="rule dice"):
         best_dice([sample._replace(truth=np.zeros(1000, bool)) for sample in samples()])
