@@ -57,15 +57,19 @@ def overridden(
     except Exception as error:  # of absl, ml_collections and the parsers of values, each of its own kind
         raise UserError(" ".join([*filter(None, [path]), *overrides])
                         + f": {error}; see configs/default.py for the fields") from error
-    _check_numbers(holder.value)
+    _check_values(holder.value)
     return holder.value
 
 
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
+def _check_values(config: ml_collections.ConfigDict) -> None:
     for name, value in fields(config).items():
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name} is {value}: it must be finite")
+    names = config.get("data", {}).get("modalities", ())
+    if any("," in name for name in names):  # flair,t1 without quotes is one name
+        parts = ",".join(repr(part.strip()) for name in names for part in name.split(","))
+        raise UserError(f"data.modalities is {tuple(names)}: write --config.data.modalities=\"({parts})\"")
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
         raise UserError(f"seed is {seed}: give a whole number from 0 to 2^63 - 1")
