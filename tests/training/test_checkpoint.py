@@ -214,7 +214,7 @@ def _assert_exported(run, network):
     found = load_trained(folder)
     assert found.config == network.config
     assert found.identity["step"] == network.identity["step"]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float16), b),
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a).astype(np.float16), b),
                  nnx.state(network.model, nnx.Param), nnx.state(found.model, nnx.Param))
     with pytest.raises(UserError, match="has only EMA weights"):
         load_trained(folder, ema=False)
