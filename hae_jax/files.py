@@ -211,20 +211,21 @@ def read_json_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list
     """Reads a log with one JSON object per line.
 
     Returns:
-      The objects, and the numbers (from 1) of the lines that are damaged, as by a crash. These are left out.
+      The objects of the intact lines, and the numbers (from 1) of damaged lines before the last one. The last line may
+      be incomplete, since another process is writing it or was stopped while it did.
 
     Raises:
       UserError: it cannot be read.
     """
-    found, damaged = [], []
-    for number, text in enumerate(read_content(path).decode(errors="replace").splitlines(), 1):
+    found, damaged, texts = [], [], read_content(path).decode(errors="replace").splitlines()
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
             if not isinstance(line, dict):
                 raise ValueError(text)
             found.append(line)
         except (ValueError, RecursionError):
-            damaged.append(number)
+            damaged += [number] if number < len(texts) else []
     return found, damaged
 
 

@@ -57,8 +57,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append(f"{path.name} is missing; there are no curves" if not os.path.lexists(path) else
                      str(error).replace(f"{path}:", path.name, 1))
         return []
-    notes.extend(f"{path.name}: line {number} is damaged and is left out" for number in damaged
-                 if number < len(lines) + len(damaged))  # the last one may be incomplete during training
+    notes.extend(f"{path.name}: line {number} is damaged and is left out" for number in damaged)
     if not lines and not damaged:
         notes.append(f"{path.name} is empty; the first line is written after training.log_every steps")
     return [line for line in lines if isinstance(line.get("step"), int)]

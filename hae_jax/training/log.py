@@ -85,8 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     lines, damaged = read_json_lines(path)
     for number in damaged:
-        if number < len(lines) + len(damaged):
-            _LOG.warning("%s: line %d is damaged and left out; the other lines are kept", path, number)
+        _LOG.warning("%s: line %d is damaged and left out; the other lines are kept", path, number)
     return [line for line in lines if isinstance(line.get("step"), int)]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import psutil
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -150,7 +150,7 @@ def _check(
 def _check_memory(batch_size: int, network: UNetConfig) -> None:
     """Refuses a batch whose images do not fit into this host's memory. Compiling its step could take hours."""
     needed = batch_size // jax.process_count() * network.image_size**2 * network.in_channels * np.float32().nbytes
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = psutil.virtual_memory().total
     if needed > memory:
         raise UserError(f"training.batch_size is {batch_size}: the images of a batch need {needed / 1e9:.3g} GB, and "
                         f"this machine has {memory / 1e9:.3g} GB of memory; set it lower")
