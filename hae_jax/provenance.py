@@ -47,13 +47,17 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """The versions of this package, of Python, and of every package which can change a result."""
-    found = {"hae-jax": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in _PACKAGES}
+    return {"hae-jax": __version__, "python": platform.python_version()} | {
+        package: version for package, version in found.items() if version is not None}
+
+
+@functools.cache  # importlib reads the whole description of a package each time
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def record() -> dict[str, Any]:

@@ -105,7 +105,10 @@ def coarse(
     histogram: np.ndarray,  # [..., bins] of `score_histogram`
 ) -> sparse.csr_array:  # [product of the rest, bins / 16]
     """A coarser histogram, small enough to keep one per patient."""
-    return sparse.csr_array(histogram.reshape(-1, BINS // _FINE, _FINE).sum(axis=-1))
+    used = np.flatnonzero(histogram)
+    rows, columns = np.divmod(used // _FINE, COARSE_BINS)
+    return sparse.coo_array((histogram.reshape(-1)[used], (rows, columns)),
+                            shape=(histogram.size // BINS, COARSE_BINS)).tocsr()
 
 
 def rankings(
@@ -120,20 +123,24 @@ def rankings(
     patients is corrected bin by bin, also in draws. Otherwise, the error would be larger than the interval of many
     patients.
     """
-    stacked = sparse.vstack([sparse.csr_array((2, BINS // _FINE)), *cases]).tocsr()[2:]
-    columns, whose = np.unique(stacked.indices), numbers(patients)
+    used = np.flatnonzero(histogram.any(axis=0))
+    columns, inverse = np.unique(used // _FINE, return_inverse=True)
     drawn_from = np.zeros((len(set(patients)), 2 * len(columns)), np.int64)
-    np.add.at(drawn_from, whose, stacked[:, columns].toarray().reshape(len(cases), 2 * len(columns)))
-    fine, rough = (values[1] * _precision(values) for values in (histogram, coarse(histogram).toarray()))
-    correction = np.divide(fine.reshape(-1, _FINE).sum(axis=-1), rough, out=np.ones_like(rough), where=rough > 0)
+    for number, case in zip(numbers(patients), cases, strict=True):
+        drawn_from[number] += case[:, columns].toarray().reshape(-1)
+    fine = np.bincount(inverse, histogram[1, used] * _precision(histogram[:, used]))
+    rough_histogram = coarse(histogram)[:, columns].toarray()
+    rough = rough_histogram[1] * _precision(rough_histogram)
+    correction = np.divide(fine, rough, out=np.ones_like(rough), where=rough > 0)
 
     def statistic(of: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
         def of_drawn(drawn: np.ndarray, axis: int) -> np.ndarray:
-            times = np.apply_along_axis(np.bincount, axis, drawn.astype(int), minlength=len(drawn_from))
-            together = times @ drawn_from
-            return of(together.reshape(*together.shape[:-1], 2, len(columns)))
+            draws = np.sort(drawn.astype(int).reshape(-1, len(drawn_from)))
+            different, which = np.unique(draws, axis=0, return_inverse=True)  # few patients have few different draws
+            times = np.apply_along_axis(np.bincount, -1, different, minlength=len(drawn_from))
+            return of((times @ drawn_from).reshape(-1, 2, len(columns)))[which].reshape(drawn.shape[:-1])
         return of_drawn
 
-    drawn = {"auroc": statistic(auroc), "auprc": statistic(functools.partial(auprc, correction=correction[columns]))}
+    drawn = {"auroc": statistic(auroc), "auprc": statistic(functools.partial(auprc, correction=correction))}
     return {name: with_interval([np.arange(len(drawn_from))], of, seed) | {"mean": mean, "cases": len(cases)}
             for (name, of), mean in zip(drawn.items(), ranking(histogram), strict=True)}

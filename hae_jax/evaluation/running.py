@@ -51,13 +51,14 @@ class SliceSums:
           ValueError: if a map is not finite in the foreground.
         """
         truth, sick = metrics.as_bool(truth), np.asarray(labels) > 0
-        scores = np.stack([ranking.score_histogram(truth[rows][foreground[rows]], map[rows][foreground[rows]])
-                           for rows in (~sick, sick)])
+        scores = [ranking.score_histogram(truth[rows][foreground[rows]], map[rows][foreground[rows]])
+                  for rows in (~sick, sick)]
         self._patients.append(patient)
         self._counts.append(np.stack([metrics.counts(mask, truth), metrics.counts(mask_all, truth)]))
         self._labels.append(np.stack([metrics.as_bool(lesion), sick]))
-        self._scores += scores
-        self._coarse.append(ranking.coarse(scores))
+        for total, own in zip(self._scores, scores, strict=True):
+            total += own
+        self._coarse.append(sparse.vstack([ranking.coarse(own) for own in scores]).tocsr())
         for own, true, inside in zip(map[sick], truth[sick], foreground[sick], strict=True):
             self._dice += ranking.dice_by_threshold(own[inside], true[inside], np.count_nonzero(true))
 
