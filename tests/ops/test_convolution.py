@@ -53,6 +53,7 @@ def inputs(size=(16, 16), channels=128, outputs=128, kernel=3, batch=1, dtype=np
     return jnp.asarray(x, dtype), jnp.asarray(rng.standard_normal((kernel, kernel, channels, outputs)) * scale, dtype)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def value_and_gradients(function, x, kernel, stride=1, padding=1):
     """The output, and the gradients of a loss in which the gradients of all outputs differ."""
     y, pull = jax.vjp(lambda x, kernel: function(x, kernel, stride, padding), x, kernel)
