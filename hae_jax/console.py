@@ -12,7 +12,7 @@ _PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 
 
 class _Console(logging.Handler):
-    """News on stdout, warnings and errors on stderr, above a progress bar where there is one."""
+    """Writes messages to stdout, and warnings and errors to stderr. A progress bar stays below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
@@ -21,7 +21,7 @@ class _Console(logging.Handler):
 
 
 def show_messages() -> None:
-    """Shows what the package logs, from level INFO on; a second call changes nothing."""
+    """Shows the package's log messages from level INFO on. A second call changes nothing."""
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False
     if not any(isinstance(handler, _Console) for handler in _LOG.handlers):
@@ -30,7 +30,7 @@ def show_messages() -> None:
 
 @contextlib.contextmanager
 def only_warnings() -> Iterator[None]:
-    """Context in which news is left out."""
+    """Context in which only warnings and errors are shown."""
     before = _LOG.level
     _LOG.setLevel(logging.WARNING)
     try:

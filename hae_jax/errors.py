@@ -1,4 +1,4 @@
-"""The one kind of error that a user can cause; everything else is a bug and keeps its traceback."""
+"""The type of all errors that a user can cause. Any other error is a bug and keeps its traceback."""
 
 
 class UserError(ValueError):

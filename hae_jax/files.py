@@ -1,4 +1,4 @@
-"""Writing of files such that a reader never sees an incomplete file, and reading of JSON with errors of one line."""
+"""Writes files so that a reader never sees an incomplete file, and reads JSON with errors of one line."""
 
 import contextlib
 import errno
@@ -23,8 +23,8 @@ _REPLACED = ".replaced."  # in the name of a folder that is being replaced
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path` and renames it to `path` when the block ends without an error.
 
-    The temporary name keeps every suffix of `path` (`.nii.gz`), since many writers choose the format by it. An error of
-    the disk names `path`.
+    The temporary name keeps every suffix of `path` (`.nii.gz`), since many writers choose the format by it. A disk
+    error names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def disk_refuses(error: BaseException) -> bool:
 
 
 def full_places() -> list[str]:
-    """The full ones of this folder and the usual folders for temporary data, for errors that name no folder."""
+    """Lists which of this folder and the usual temporary folders are full, for errors that name no folder."""
     places = dict.fromkeys((os.getcwd(), tempfile.gettempdir(), "/dev/shm"))
     return [place for place in places if os.path.isdir(place) and shutil.disk_usage(place).free < _ROOM]
 
@@ -108,7 +108,7 @@ def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iter
     """
     path = Path(os.path.realpath(path)) if replace else Path(path)  # if it is a link, its target is replaced
     if os.path.ismount(path):
-        raise UserError(f"{path}: is a mount point, and a folder is written beside its place; give a folder below it")
+        raise UserError(f"{path}: is a mount point, which cannot be replaced; give a folder below it")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, glob.escape(path.name))
     if not replace and os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
@@ -183,7 +183,7 @@ def one_at_a_time(path: str | os.PathLike, waiting: Callable[[], None]) -> Itera
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all. Not-a-number is refused (JSON has none)."""
+    """Writes `value` as indented JSON, whole or not at all. NaN and infinity raise ValueError."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
@@ -192,7 +192,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """Reads a JSON file in UTF-8 (with or without a byte order mark), UTF-16 or UTF-32, else as Latin-1.
 
     Raises:
-      UserError: it cannot be read, is empty, or is not JSON: file, line and mistake.
+      UserError: it cannot be read, is empty, or is not JSON. The message gives file, line and mistake.
     """
     content = read_content(path)
     if not content.strip():
@@ -253,4 +253,4 @@ def decoded(content: bytes) -> str:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

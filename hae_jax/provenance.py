@@ -1,4 +1,4 @@
-"""What a result folder says about its own making: versions, git revision, host, time."""
+"""The record of how results were made: versions, git revision, host, time."""
 
 import datetime
 import functools
@@ -20,9 +20,9 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ten
 
 @functools.cache
 def git_revision() -> str | None:
-    """The commit that this source tree is at (`-dirty` appended when edited), or None outside a checkout of its own.
+    """The commit of this source tree, with `-dirty` if it was edited; None outside a checkout of this project.
 
-    An installed or copied package may lie inside another project's repository, whose commit says nothing about it.
+    An installed or copied package may be inside the repository of another project. Its commit is not used.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file() or _git(root, "rev-parse", "--show-toplevel") != str(root):
@@ -35,7 +35,7 @@ def git_revision() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What a git command prints; None if it fails. Variables such as GIT_DIR, which hooks set, name another one's."""
+    """The output of a git command; None if it fails. GIT_DIR and the like are removed: hooks set them."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(["git", *arguments], cwd=root, env=environment, capture_output=True, text=True,
@@ -46,7 +46,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package, of Python, and of every package which can change a result."""
+    """The versions of this package, of Python, and of every package that can change a result."""
     found = {package: _version(package) for package in _PACKAGES}
     return {"hae-jax": __version__, "python": platform.python_version()} | {
         package: version for package, version in found.items() if version is not None}
@@ -61,7 +61,7 @@ def _version(package: str) -> str | None:
 
 
 def record() -> dict[str, Any]:
-    """The facts that every result folder states, ready for JSON."""
+    """The facts that every results folder records, ready for JSON."""
     return {
         "notice": RESEARCH_USE,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

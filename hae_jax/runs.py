@@ -32,7 +32,7 @@ class TrainedRun(NamedTuple):
 
     @property
     def results(self) -> Path:
-        """Where results go by default: into the folder, unless it is a shipped network's."""
+        """Default folder for results: the run folder, or results/NAME for shipped weights."""
         return Path("results") / self.folder.name if self.folder.parent == SHIPPED else self.folder
 
     @property
@@ -75,10 +75,10 @@ def load_run(run: str | Path, settings: Mapping[str, Any] | None = None, *, ema:
 
 
 def completed_config(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The config that a network was saved with; fields it does not know yet have their defaults.
+    """The config that a network was saved with. Fields that are newer than the network have their defaults.
 
     Raises:
-      UserError: it is not one.
+      UserError: `tree` is not a config.
     """
     config = default.get_config()
     try:
@@ -91,7 +91,7 @@ def completed_config(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def as_config(value: Any) -> Any:
-    """Plain JSON values as a config has them: dictionaries as ConfigDict, lists as tuples."""
+    """Converts JSON values to the types of a config: dictionaries to ConfigDict, lists to tuples."""
     if isinstance(value, Mapping):
         return ml_collections.ConfigDict({name: as_config(item) for name, item in value.items()})
     return tuple(map(as_config, value)) if isinstance(value, list | tuple) else value

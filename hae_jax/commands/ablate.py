@@ -1,4 +1,4 @@
-"""`tools/ablate.py`: which settings of the method `residual` matter, on validation slices."""
+"""`tools/ablate.py`: the effect of each setting of the method `residual`, on validation slices."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -23,7 +23,7 @@ _PARTS = ("train", "forward", "translate", "input")
 _EPILOG = """\
 examples:
   python tools/benchmark.py                                          # a small network, about 4 minutes on two cores
-  python tools/benchmark.py --baseline attention,convolution,translation # each saving alone
+  python tools/benchmark.py --baseline attention,convolution,translation # one naive part each
   python tools/benchmark.py --part train,forward --baseline torch    # PyTorch, in turns with ours
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
@@ -35,12 +35,12 @@ examples:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(_DESCRIPTION, _EPILOG)
     add = parser.add_argument
-    add("--part", type=_names, metavar="A,B", help="what to measure, of train, forward, translate, "
+    add("--part", type=_names, metavar="A,B", help="parts to measure: train, forward, translate, "
         "input, blocks; default: "
         f"{','.join(_PARTS)}")
     add("--input", action="store_const", dest="part", const=("train", "input"), help="compare the loader with the "
         "training step; the same as --part train,input")
-    add("--variant", type=_names, metavar="A,B", help="variants to measure, of fpdm, hae, hae_lite, hae_v2, hae_v2c; "
+    add("--variant", type=_names, metavar="A,B", help="variants to measure: fpdm, hae, hae_lite, hae_v2, hae_v2c; "
         "default: the config's")
     add("--baseline", type=_names, metavar="A,B", help="baselines to compare with. naive: a direct "
         "implementation; attention, convolution, translation: only this part is naive; torch: the same network in "
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cache would hide the compile times
     if "torch" in (arguments.baseline or ()):
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or no GPU memory is left for PyTorch
-        # PyTorch's threads wait for each other by spinning otherwise. On cores that other work shares, that made a
-        # small network fifty times slower, and the spinning would take time from ours, too.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise PyTorch gets no GPU memory
+        # Otherwise PyTorch's threads spin while they wait for each other. On cores with other work, this made a small
+        # network fifty times slower. Spinning also slows down our network.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported after parsing: --help needs no JAX.
     import jax

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     subjects = _subjects(arguments.bids_dir, arguments.participant_label)
     results = arguments.output_dir / RESULTS / (subjects[0].name if len(arguments.participant_label) == 1 else "")
-    # Links to the subjects alone: derivatives/ and sourcedata/ of the dataset hold images that are no cases.
+    # The input is a folder of links to the subjects: derivatives/ and sourcedata/ hold images that are no cases.
     with tempfile.TemporaryDirectory() as links:
         for subject in subjects:
             (Path(links) / subject.name).symlink_to(subject.resolve(), target_is_directory=True)
@@ -71,7 +71,7 @@ def _status(command, argv: list[str]) -> int:
 
 
 def _subjects(dataset: Path, labels: Sequence[str]) -> list[Path]:
-    """The folders of the subjects that are asked for."""
+    """The folders of the selected subjects."""
     if not (dataset / "dataset_description.json").is_file():
         raise UserError(f"{dataset}: has no dataset_description.json; give the folder of a BIDS dataset. For other "
                         "layouts use translate.py --layout bids")

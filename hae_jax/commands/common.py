@@ -1,4 +1,4 @@
-"""What every command shares: its parser, and one line instead of a traceback for user mistakes."""
+"""Shared by all commands: the parser, and one line instead of a traceback for user mistakes."""
 
 import argparse
 import difflib
@@ -23,12 +23,12 @@ CASES_HELP = ("CSV table of cases instead of a folder: columns case, patient, on
 _OF_THE_SYSTEM = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE, errno.EFBIG,
                   errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENODEV)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOTEMPTY, errno.EXDEV, errno.EBUSY)
-_SIGPIPE = 128 + 13  # the status of a program that writes to one that has ended
+_SIGPIPE = 128 + 13  # exit status of a program whose reader has ended
 _PREFIX = "--config."
 _SCRIPT = re.compile(  # a script of a clone that the wheel installs as hae-...
     r"(?<![\w/])(?:python )?(?:tools/)?"
     r"(train|translate|make_phantom|prepare_data|ablate|compare_methods|convert_torch_weights|benchmark|report)\.py\b"
-    r"(?!:)")  # "train.py: no such file" speaks of a file
+    r"(?!:)")  # "train.py: no such file" is about a file
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -43,12 +43,12 @@ class CommandParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def format_help(self) -> str:
-        """The text of --help; an installed command finds no scripts, so their names are replaced."""
+        """The text of --help. In the help of an installed command, names of scripts are replaced."""
         return as_called(super().format_help())
 
 
 def as_called(text: str) -> str:
-    """The text with the installed commands' names (`hae-train`) where the user called an installed command."""
+    """The text. If the user called an installed command, scripts have their installed names (`hae-train`)."""
     if not Path(sys.argv[0]).name.startswith("hae-"):
         return text
     return _SCRIPT.sub(lambda script: "hae-" + script[1].replace("_", "-"), text)
@@ -57,8 +57,8 @@ def as_called(text: str) -> str:
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command's `main(argv=None)`: a `UserError` becomes one line on stderr and exit status 2.
 
-    The same holds for faults outside the program (`_outside`). A standard stream that is closed is replaced by an empty
-    one.
+    The same holds for errors whose cause is outside the program (`_outside`). A closed standard stream is replaced by
+    an empty one.
     """
 
     @functools.wraps(main)
@@ -69,7 +69,7 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
                 setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # paths may hold bytes that are no text
+                stream.reconfigure(errors="backslashreplace")  # paths may contain bytes that are not text
         show_messages()
         try:
             main(argv)
@@ -87,14 +87,14 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _outside(error: Exception) -> str | None:
-    """What is said of an error that has its cause outside the program; None of any other, which is a bug.
+    """The message for an error whose cause is outside the program; None for a bug.
 
-    Such are bad input, a disk that is full or not to be written to, paths where something else lies, too little
-    memory, and a JAX that has not the devices it was told to use.
+    Causes are bad input, a full or read-only disk, paths that are in use, too little memory, and devices that JAX does
+    not have.
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # raised by os.getcwd
         return "the current folder no longer exists; change to another folder"
     if isinstance(error, OSError) and error.filename and error.errno in _OF_THE_SYSTEM:
         return f"{error.filename}: {error.strerror}; check its permissions and the disk"
@@ -115,7 +115,7 @@ def _outside(error: Exception) -> str | None:
 
 
 def _nobody_reads() -> bool:
-    """Whether the reader of standard output has ended, as `| head` does; from then on nothing is written to it."""
+    """Whether the reader of standard output has ended, as `| head` does. If so, further output is discarded."""
     output, poll = sys.stdout.fileno(), select.poll()
     poll.register(output, 0)
     ended = any(event & select.POLLERR for _, event in poll.poll(0))
@@ -125,7 +125,7 @@ def _nobody_reads() -> bool:
 
 
 def checked_table(path: str) -> str:
-    """The table of cases that a flag names.
+    """The path of a table of cases, checked.
 
     Raises:
       UserError: its name does not end in .csv.
@@ -139,13 +139,13 @@ def check_fields(overrides: Sequence[str]) -> None:
     """Checks overrides such as `--config.seed=1` against the fields that every configuration has.
 
     Raises:
-      UserError: names the first override with an unknown field (and similar fields), or with a value of a wrong type.
+      UserError: an override has an unknown field (the message names similar fields), or a value of a wrong type.
     """
     config = read_config(DEFAULTS, [])
     known = fields(config)
     for argument in overrides:
         field = argument.removeprefix(_PREFIX).partition("=")[0]
-        # Unknown arguments are read_config's to refuse; data.phantom is None by default, its fields another config's.
+        # `read_config` refuses unknown arguments. The default config does not have the fields of data.phantom.
         if not argument.startswith(_PREFIX) or field.startswith("data.phantom."):
             continue
         if field not in known:
@@ -160,7 +160,7 @@ def check_fields(overrides: Sequence[str]) -> None:
 
 
 def _meant(field: str, known: Iterable[str]) -> str:
-    """The fields with a similar name, in any section."""
+    """A hint that lists fields with a similar name, in any section."""
     own_names = {name: name.rpartition(".")[2] for name in known}
     close = difflib.get_close_matches(field.rpartition(".")[2], own_names.values(), cutoff=0.7)
     meant = [name for name, own in own_names.items() if own in close]

@@ -84,13 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = {}
     for names, run in ((("anoddpm-simplex", "anoddpm-gaussian"), arguments.unconditional), (("dae",), arguments.dae)):
         if run:
-            ema = f"--config.translation.ema={config.translation.ema}"  # the one setting that decides on its parameters
+            ema = f"--config.translation.ema={config.translation.ema}"  # this setting selects its parameters
             other = chosen_network(None, DEMO_CONFIG, run, [ema])
             others |= dict.fromkeys(names, network(other, other.config))
     if arguments.classifier:
         others["classifier"] = network(with_classifier(loaded, arguments.classifier))
     where = {"output": arguments.output or loaded.results / _name(arguments), "source": arguments.input}
-    if counts:  # the methods' own are checked by `compare`, before the first of them runs; so are these
+    if counts:  # checked before the first method runs; `compare` does the same for the methods
         check(steps_entries(counts, network(loaded)), config, **where)
     written = compare(method_entries(methods, network(loaded), others), config, make_mesh(), **where) if methods else []
     if counts:

@@ -26,8 +26,8 @@ def read_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
     """Runs a configuration file and applies overrides such as `--config.seed=1`.
 
     Raises:
-      UserError: the file is missing, fails, or gives no complete configuration (file, line, mistake); or an override
-        names no field or has the wrong type.
+      UserError: the file is missing, fails, or gives no complete configuration (the message gives file, line and
+        mistake); or an override names no field or has the wrong type.
     """
     for argument in overrides:
         if not argument.startswith("--config."):
@@ -38,13 +38,13 @@ def read_config(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDic
 def overridden(
     config: ml_collections.ConfigDict, overrides: Sequence[str], path: str = ""
 ) -> ml_collections.ConfigDict:
-    """The config with overrides, locked; `path`, where it comes from, is for errors.
+    """The config with overrides, locked. `path` is the file of the config, for messages.
 
     Raises:
       UserError: an override names no field or has the wrong type.
     """
     values = flags.FlagValues()
-    last = {argument.partition("=")[0]: argument for argument in overrides}  # for each field
+    last = {argument.partition("=")[0]: argument for argument in overrides}  # the last override of each field
     # absl and ml_collections have no way to write None.
     optional = {f"--config.{name}" for name, value in fields(default.get_config()).items()
                 if value is None or name == "model.num_classes"}
@@ -54,7 +54,7 @@ def overridden(
     try:
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, lock_config=True, sys_argv=argv)
         values(argv)
-    except Exception as error:  # of absl, ml_collections and the parsers of values, each of its own kind
+    except Exception as error:  # absl, ml_collections and parsers of values raise errors of many types
         raise UserError(" ".join([*filter(None, [path]), *overrides])
                         + f": {error}; see configs/default.py for the fields") from error
     _check_values(holder.value)
@@ -104,7 +104,7 @@ def _run(file: Path) -> Any:
 
 
 def _line(file: Path, error: BaseException) -> str:
-    """", line N" of the file in which an error arose; nothing if it is another file's."""
+    """", line N" if the error arose in this file, otherwise empty."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     if isinstance(error, SyntaxError) and error.filename == str(file):
         lines.append(error.lineno)
@@ -112,7 +112,7 @@ def _line(file: Path, error: BaseException) -> str:
 
 
 def _checked(path: str, config: Any) -> ml_collections.ConfigDict:
-    """The config, checked to have the same fields as the default one, with values of the same types."""
+    """The config. It must have the fields of the default config, with values of the same types."""
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config {path}: its get_config returns {type(config).__name__}, not a ConfigDict; end it "
                         "with return config")
@@ -132,7 +132,7 @@ def _checked(path: str, config: Any) -> ml_collections.ConfigDict:
 
 
 def _file(path: str) -> Path:
-    """The file, or the preset of this name; "configs/brats_v2c.py" is a preset in every folder."""
+    """The file, or the preset of this name. "configs/brats_v2c.py" names a preset in every folder."""
     given = Path(path)
     if given.is_file():
         return given

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         help="EMA weights, such as ema_0.9999_210000.pt; once per rate; default: a copy of the parameters. With "
              "--to-torch and without a FILE: write the first EMA weights, not the parameters")
     add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: configs/default.py with the network that names "
-        "and shapes imply; it is also written to config.py for train.py")
+        "and shapes imply, also written to config.py for train.py")
     add("--output", metavar="FOLDER", help="run folder to write, new or empty")
     add("--verify", action="store_true", help="read the checkpoint again and compare every array with the files")
     add("--to-torch", metavar=("RUN", "FILE"), nargs=2, help="write the parameters of a run's newest checkpoint (or "
@@ -84,7 +84,7 @@ def _export(run: str, file: str, ema: bool) -> None:
     from hae_jax.torch_interop.weights import torch_state
     from hae_jax.training.weights import WEIGHTS, load_trained, trained_folder
 
-    exported = is_there(trained_folder(run) / WEIGHTS)  # holds EMA weights alone
+    exported = is_there(trained_folder(run) / WEIGHTS)  # it contains only EMA weights
     network = load_trained(run, ema=ema or exported)
     state = torch_state(network.model)
     write_state_dict(file, state)

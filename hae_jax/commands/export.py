@@ -1,4 +1,4 @@
-"""`hae-export`: a network to share, or masks to train on."""
+"""`hae-export`: exports a network to share, or masks as a training set."""
 
 import argparse
 from collections.abc import Sequence
@@ -54,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in export_network(arguments.checkpoint, arguments.to, license_id=arguments.license,
                                results=arguments.results, half=arguments.half):
         print(line)
-    print(f"network: {arguments.to}; read README.md, the model card, and complete it")
+    print(f"network: {arguments.to}; complete its model card, README.md")

@@ -24,7 +24,7 @@ examples:
       --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 -r wheels.txt -d wheels
   python tools/gpu_report.py --requirements wheels          # the same list with the size of each wheel
   pip install --no-index --find-links wheels --no-deps wheels/*.whl                  # on that machine"""
-# What a machine for JAX has already, with all that these need.
+# Packages that a machine for JAX already has, with their dependencies.
 _PRESENT = ("jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "scikit-learn", "scikit-image", "scipy",
             "matplotlib")
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _requirements(wheels: str) -> Iterator[str]:
-    """The lines of requirements.txt that a machine with JAX lacks; with a folder, the wheels and their sizes."""
+    """The lines of requirements.txt that a machine with JAX lacks; with a folder of wheels, also their sizes."""
     present = _closure(_PRESENT)
     lines = [line.strip() for line in (_REPOSITORY / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
     lacking = [line for line in lines if _normal(line.partition("==")[0]) not in present]
@@ -86,7 +86,7 @@ def _requirements(wheels: str) -> Iterator[str]:
 
 
 def _closure(names: Sequence[str]) -> set[str]:
-    """The packages with all that they need, as far as they are installed here."""
+    """The packages and their dependencies, as far as they are installed here."""
     found, waiting = set(), list(names)
     while waiting:
         name = _normal(waiting.pop())

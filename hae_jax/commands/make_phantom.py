@@ -11,7 +11,7 @@ from hae_jax.phantom.lesion import PHANTOMS
 _EXAMPLES = """\
 examples:
   python tools/make_phantom.py --output data/phantom                          # 24 subjects, a minute or two
-  python tools/make_phantom.py --output data/small --size 0.25 --subjects 8   # seconds, for trying things out
+  python tools/make_phantom.py --output data/small --size 0.25 --subjects 8   # takes seconds, to try things out
   python tools/make_phantom.py --output data/phantom --figure docs/phantom.png
   python tools/make_phantom.py --output data/stroke --kind stroke             # one modality, lesions as dark as fluid
 Running the same command again makes only missing subjects. The folder contains no patients: the anatomy is the MNI

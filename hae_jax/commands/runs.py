@@ -25,12 +25,12 @@ def newest_run(config_path: str, data_root: str, folder: str | Path = "runs") ->
     """The run with the newest checkpoint among those in `folder` that were trained on these data.
 
     Args:
-      config_path: the configuration that asks for it, for the message.
+      config_path: the configuration file, for the message.
       data_root: its `data.root`.
       folder: where the runs are.
 
     Raises:
-      UserError: if there is none; says how to train one.
+      UserError: if there is none. The message says how to train one.
     """
     found = {}
     for path in Path(folder).glob("*/config.json"):
@@ -56,7 +56,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Refuses overrides of settings that are fixed by the training.
 
     Raises:
-      UserError: names the argument, also if it is not an override.
+      UserError: an argument is such an override, or is no override. The message names it.
     """
     for argument in overrides:
         if not argument.startswith("--config."):
@@ -78,7 +78,7 @@ def trained_config(tree: Mapping[str, Any], overrides: Sequence[str]) -> ml_coll
 
 
 def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """`config` with the network, the diffusion and the scaling of slices of the training that `tree` describes."""
+    """`config` with the model, diffusion, training and scaling of slices of the saved config `tree`."""
     from hae_jax.runs import as_config
 
     with config.unlocked():
@@ -91,14 +91,14 @@ def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> 
 def chosen_network(
     config_path: str | None, default_config: str, checkpoint: str | Path | None, overrides: Sequence[str]
 ) -> "TrainedRun":
-    """The network that a command line selects, with its settings; no model if the method needs none.
+    """The network that a command line selects, with its settings. The model is None if the method needs none.
 
     Args:
       config_path: a configuration file; None: the config of the checkpoint, or `default_config` without a checkpoint.
       default_config: the config if neither is given.
       checkpoint: a run folder, a folder of exported weights, or a name of shipped weights; None: the newest run that
         was trained on the data of `config_path`, or the shipped weights of the phantom if `config_path` is None.
-      overrides: of single fields.
+      overrides: such as `--config.seed=1`.
 
     Raises:
       UserError: if there is no such file or network, or an override does not fit.

@@ -27,8 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, operations, data, and exit")
     parser.add_argument("--print-sharding", action="store_true", help="print which array is on which device, and exit")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="record a profile of these steps to WORKDIR/profile")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, without a scheduler")
-    parser.add_argument("--num-processes", type=int, metavar="N", help="processes of the run; 1: this one alone")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if there is no scheduler")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="number of processes; 1: only this one")
     parser.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
     return parser
 

@@ -72,13 +72,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stop_when_told() -> None:
-    """SIGTERM, which schedulers send before they kill, stops as Ctrl-C does: nothing half-written stays."""
+    """Makes SIGTERM act as Ctrl-C, so that no half-written file remains. Schedulers send it before they kill."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _name(source: Path) -> str:
-    """What results are called after: a folder, or a table of cases without its ending."""
+    """The name for results: that of the folder, or of the table of cases without its ending."""
     name = os.path.basename(os.path.realpath(source))
     return name[:-4] if name.lower().endswith(".csv") else name
 

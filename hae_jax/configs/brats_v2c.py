@@ -12,7 +12,7 @@ from hae_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """`configs/default.py` as it stands; bfloat16 computation for GPUs."""
+    """`configs/default.py`, with bfloat16 computation for GPUs."""
     config = default.get_config()
     config.model.dtype = "bfloat16"
     return config

@@ -1,4 +1,4 @@
-"""The stroke phantom: T1 alone, old infarcts as dark as fluid, which no intensity threshold separates from fluid.
+"""The stroke phantom: T1 alone, with old infarcts as dark as fluid. No intensity threshold separates the two.
 
     python train.py --config configs/phantom_stroke.py --workdir runs/phantom_stroke
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from hae_jax.diffusion.process import Process
 
 _HISTORY = 10  # losses remembered per timestep
-_UNIFORM_MASS = 0.001  # of the loss-aware distribution, so that no timestep starves
+_UNIFORM_MASS = 0.001  # share of the uniform distribution, so that every timestep is drawn
 
 
 class SampleLoss(NamedTuple):
@@ -33,10 +33,10 @@ def training_loss(
     t: jax.Array,  # [B]
     noise: jax.Array,  # [B, H, W, C]
 ) -> SampleLoss:
-    """Mean squared error on what the network predicts, plus the variational bound for a learned variance.
+    """Mean squared error of the prediction, plus the variational bound if the variance is learned.
 
-    mse = mean |eps - eps_theta(x_t, t)|^2 (Ho et al. 2020, eq. 14), or the same of x0. The bound teaches the variance
-    alone: the mean enters it as a constant (Nichol and Dhariwal 2021, section 3.1).
+    mse = mean |eps - eps_theta(x_t, t)|^2 (Ho et al. 2020, eq. 14), or the same for x0. The bound trains the variance
+    alone: the mean in it is a constant (Nichol and Dhariwal 2021, section 3.1).
     """
     channels = x0.shape[-1]
     target = noise if process.predicts == "eps" else x0
@@ -50,12 +50,12 @@ def training_loss(
 
 def second_moment_weights(
     history: jax.Array,  # [T, 10] the last losses at each timestep
-    count: jax.Array,  # [T] how many there are
+    count: jax.Array,  # [T] number of losses at each timestep
 ) -> jax.Array:  # [T] probabilities
     """Distribution over timesteps, p_t proportional to sqrt(E[L_t^2]), from recent losses.
 
     Nichol and Dhariwal 2021, eq. 18, mixed with a uniform distribution of weight 0.001.
-    Uniform until every timestep has a full history.
+    It is uniform until every timestep has a full history.
     """
     weights = jnp.sqrt(jnp.mean(jnp.square(history), axis=-1))
     weights = weights / weights.sum() * (1 - _UNIFORM_MASS) + _UNIFORM_MASS / len(weights)
@@ -68,7 +68,7 @@ def remember_losses(
     t: jax.Array,  # [B]
     loss: jax.Array,  # [B]
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds losses to the history, in order, the oldest of a timestep giving way."""
+    """Adds losses to the history in order. They replace the oldest losses of their timesteps."""
 
     def add(state, item):
         history, count = state
@@ -118,8 +118,7 @@ def _discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Ar
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    """(1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2: the approximation that the trained code's
-    bound is made of; the exact one differs from 1e-4 on."""
+    """The published code's approximation: (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, to 2e-4."""
     return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -1,4 +1,4 @@
-"""Noise fields, each a function of its own key alone.
+"""Noise fields. The field of a sample depends on the key of the sample alone.
 
 Sources: Wyatt et al. 2022, "AnoDDPM: Anomaly Detection with Denoising Diffusion Probabilistic Models using Simplex
 Noise", CVPR Workshops; Kascenas et al. 2022, "Denoising Autoencoders for Unsupervised Anomaly Detection in Brain MRI",
@@ -18,7 +18,7 @@ def gaussian(
 ) -> jax.Array:  # [B, *shape] float32
     """eps ~ N(0, I) (Ho et al. 2020, arXiv:2006.11239, eq. 4).
 
-    Each sample comes from its own key, so it is the same whatever batch it shares.
+    Each sample has its own key, so it does not depend on the other samples of its batch.
     """
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
@@ -35,8 +35,8 @@ def simplex(
     """Simplex noise of several octaves (AnoDDPM, Wyatt et al. 2022, section 3.2), not normalised.
 
     sum_k persistence^k OpenSimplex(x / f_k, y / f_k, t / f_k), f_k = frequency / 2^k pixels, x along W and y along H;
-    mean 0 and standard deviation about 0.51 by default. Each sample and channel has a permutation from the sample's
-    key, the same for all its octaves and timesteps: the same key at a neighbouring t gives a similar field.
+    mean 0 and standard deviation about 0.51 by default. Each sample and channel has one permutation, drawn from the
+    sample's key, for all octaves and timesteps. The same key at a neighbouring t therefore gives a similar field.
     """
     height, width, channels = shape
     y, x = jnp.meshgrid(jnp.arange(height, dtype=jnp.float32), jnp.arange(width, dtype=jnp.float32), indexing="ij")
@@ -61,7 +61,7 @@ def coarse(
     *,
     factor: int = 8,
 ) -> jax.Array:  # [B, H, W, C] float32
-    """Gaussian noise on a grid `factor` times as coarse, interpolated and shifted at random around the edges.
+    """Gaussian noise on a grid `factor` times as coarse, interpolated, then shifted cyclically at random.
 
     The noise of the denoising autoencoder (Kascenas et al. 2022, section 2): 16 x 16 points for 128 x 128 pixels.
     """
@@ -84,7 +84,7 @@ def draw_noise(
     shape: tuple[int, ...],  # (H, W, C) of one sample
     t: jax.Array,  # [B] steps of the schedule
 ) -> jax.Array:  # [B, H, W, C] float32
-    """Noise as the config asks for it; simplex noise is a function of t, too."""
+    """Noise of the configured kind. Simplex noise also depends on t."""
     if kind == "simplex":
         return simplex(keys, shape, process.original(t).astype(jnp.float32))
     return coarse(keys, shape) if kind == "coarse" else gaussian(keys, shape)

@@ -29,7 +29,7 @@ _CHOICES = {
 
 
 class Prediction(NamedTuple):
-    """What a denoiser's output says about x_t, each [B, H, W, C]."""
+    """A denoiser's prediction for x_t, each [B, H, W, C]."""
 
     x0: jax.Array  # clipped
     eps: jax.Array  # derived again from the clipped x0
@@ -63,7 +63,7 @@ class Process:
 
     @classmethod
     def of(cls, diffusion: Any, respacing: str = "", clipping: str | None = None) -> "Process":
-        """The process of a config's `diffusion`, respaced, and with another clipping where one is given."""
+        """The process of a config's section `diffusion`, respaced. `clipping` overrides the config's."""
         schedule = make_schedule(diffusion.schedule, diffusion.steps, respacing)
         return cls(schedule, diffusion.predicts, diffusion.variance, clipping or diffusion.clipping)
 
@@ -129,7 +129,7 @@ class Process:
         t: jax.Array,  # [B]
         noise: jax.Array,  # [B, H, W, C]
     ) -> jax.Array:  # [B, H, W, C]
-        """One ancestral step t -> t-1, mean + sigma_t noise (Ho et al. 2020, algorithm 2). The last adds none."""
+        """One ancestral step t -> t-1, mean + sigma_t noise (Ho et al. 2020, algorithm 2). The last step adds none."""
         mean = self.posterior_mean(prediction.x0, x_t, t)
         return mean + (t != 0)[:, None, None, None] * jnp.exp(0.5 * prediction.log_variance) * noise
 
@@ -142,7 +142,7 @@ class Process:
         return _at(np.sqrt(a_prev), t) * prediction.x0 + _at(np.sqrt(1 - a_prev), t) * prediction.eps
 
     def ddim_inversion_step(self, prediction: Prediction, t: jax.Array) -> jax.Array:  # [B, H, W, C]
-        """One DDIM step backwards in denoising, t -> t+1 (Song et al. 2021, section 4.3 and eq. 14).
+        """One DDIM inversion step t -> t+1 (Song et al. 2021, section 4.3 and eq. 14).
 
         x_{t+1} = sqrt(a_{t+1}) x0 + sqrt(1 - a_{t+1}) eps, with a = 0 after the last step.
         """
@@ -150,7 +150,7 @@ class Process:
         return _at(np.sqrt(a_next), t) * prediction.x0 + _at(np.sqrt(1 - a_next), t) * prediction.eps
 
     def _log_variance(self, output: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Splits off a learned variance; the fixed ones come from the schedule.
+        """Splits off a learned variance. A fixed variance comes from the schedule.
 
         log sigma_t^2 = v log beta_t + (1 - v) log posterior variance, v in [0, 1] (Nichol and Dhariwal 2021, eq. 15).
         """
@@ -166,7 +166,7 @@ class Process:
 
 def guide(
     conditional: jax.Array,  # [B, H, W, C] network output with the class
-    null: jax.Array,  # [B, H, W, C] network output without
+    null: jax.Array,  # [B, H, W, C] network output without it
     strength: float | jax.Array,
 ) -> jax.Array:  # [B, H, W, C]
     """Classifier-free guidance: (1 + w) f(x, t, y) - w f(x, t, null) (Ho & Salimans 2022, eq. 6)."""
@@ -176,7 +176,7 @@ def guide(
 def sample(
     process: Process,
     denoise: Denoiser,
-    x: jax.Array,  # [B, H, W, C] at step `steps` - 1, or one that counts as being there
+    x: jax.Array,  # [B, H, W, C] at step `steps` - 1, or treated as such
     steps: int | None = None,
 ) -> jax.Array:  # [B, H, W, C]
     """x0 by deterministic DDIM steps t = steps-1..0 (Song et al. 2021, eq. 12 with sigma_t = 0); None: all steps."""
@@ -188,7 +188,7 @@ def walked_back(
     process: Process, denoise: Denoiser, x: jax.Array, steps: int,
     advance: Callable[[Prediction, jax.Array, jax.Array], jax.Array],  # prediction, x_t, t [B] -> x at t - 1
 ) -> jax.Array:  # [B, H, W, C]
-    """x after the reverse steps t = steps-1..0 that `advance` makes of each prediction."""
+    """x after the reverse steps t = steps-1..0. `advance` computes each step from the prediction."""
 
     def step(x, t):
         t = jnp.full(x.shape[:1], t)

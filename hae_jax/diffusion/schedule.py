@@ -11,7 +11,7 @@ import numpy as np
 
 from hae_jax.errors import UserError
 
-DAE_NOISE = 0.4  # 0.2 of intensities in [0, 1], which are [-1, 1] here
+DAE_NOISE = 0.4  # 0.2 for intensities in [0, 1]; here they are in [-1, 1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Schedule:
 
     Attributes:
       betas: variances of the forward steps.
-      timesteps: for each step, the step of the original process, which is what the network sees.
+      timesteps: for each step, the step of the original process. The network is called with it.
     """
 
     betas: np.ndarray
@@ -54,7 +54,7 @@ class Schedule:
 
     @property
     def posterior_log_variance(self) -> np.ndarray:
-        """Its logarithm, with the second step's value at the first, where the variance is 0."""
+        """Its logarithm. The first step has the second step's value, because its variance is 0."""
         variance = self.posterior_variance
         return np.log(np.append(variance[1] if self.steps > 1 else self.betas[0], variance[1:]))
 
@@ -70,21 +70,21 @@ class Schedule:
 
     @property
     def large_variance(self) -> np.ndarray:
-        """Variance fixed large: beta, but the posterior's second value at the first step."""
+        """The variance "fixed_large": beta, but the posterior's second value at the first step."""
         return np.append(self.posterior_variance[1] if self.steps > 1 else self.betas[0], self.betas[1:])
 
 
 def make_schedule(name: str = "linear", steps: int = 1000, respacing: str = "") -> Schedule:
-    """Builds a schedule, respaced on request.
+    """Builds a schedule and respaces it.
 
     Linear: beta from 1e-4 to 0.02, both times 1000 / T. Cosine: a_t = cos^2((t / T + 0.008) / 1.008 pi / 2).
 
     Args:
       name: "linear" (Ho et al. 2020, scaled to the number of steps), "cosine" (Nichol & Dhariwal 2021, eq. 17), or
-        "single": one step, after which noise has `DAE_NOISE` times the slice's own scale (Kascenas et al. 2022).
-      steps: T of the original process, that the network was trained with.
-      respacing: "" for every step; "20" or "10,15,20" for that many steps in each of as many equal sections;
-        "ddimN" for N steps at a fixed stride.
+        "single": one step, with noise of `DAE_NOISE` times the slice's own scale (Kascenas et al. 2022).
+      steps: T of the original process, with which the network was trained.
+      respacing: "" keeps every step; "20" keeps 20 steps; "10,15,20" keeps 10, 15 and 20 steps in three equal
+        sections; "ddimN" keeps N steps at a fixed stride.
 
     Raises:
       UserError: for an unknown name or a respacing that does not fit.
@@ -107,7 +107,7 @@ def make_schedule(name: str = "linear", steps: int = 1000, respacing: str = "") 
     else:
         raise UserError(f"diffusion.schedule is {name!r}: choose linear, cosine or single")
     kept = retained_timesteps(steps, respacing) if respacing else np.arange(steps)
-    # Also without respacing, as the published code does: it changes the last bits.
+    # Computed also without respacing, as in the published code. It changes the last bits.
     kept_alpha_bar = np.cumprod(1 - betas)[kept]
     return Schedule(1 - kept_alpha_bar / np.append(1.0, kept_alpha_bar[:-1]), kept)
 
@@ -116,7 +116,7 @@ def retained_timesteps(steps: int, respacing: str) -> np.ndarray:  # [kept] int6
     """The steps of the original process that a respacing keeps (see `make_schedule`).
 
     Raises:
-      UserError: where the respacing cannot be met.
+      UserError: the respacing does not fit the number of steps.
     """
     if respacing.startswith("ddim"):
         wanted = _counts(respacing.removeprefix("ddim"), respacing)[0]
@@ -131,7 +131,7 @@ def retained_timesteps(steps: int, respacing: str) -> np.ndarray:  # [kept] int6
         if size < count:
             raise UserError(f"translation.respacing is {respacing!r}: a section of {size} steps cannot give {count}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # Accumulated, not multiplied: which side of a half a position falls on must be the published code's.
+        # Positions are accumulated, not multiplied, so that they are rounded as in the published code.
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))

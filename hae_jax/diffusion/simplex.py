@@ -1,27 +1,27 @@
-"""OpenSimplex noise in three dimensions (Kurt Spencer, 2014): the scalar field that simplex noise is made of.
+"""OpenSimplex noise in three dimensions (Kurt Spencer, 2014): the scalar field of one octave of simplex noise.
 
-Its lattice, cubes stretched along their diagonal, is the face-centred cubic one. Half a turn about (1, 1, 1) brings
-it onto D3, the integer points of even sum, where the nearest lattice point is a matter of rounding, and the few others
-that reach a position follow from the order of its coordinates. The value is the sum over all points within reach.
+The lattice consists of cubes stretched along their diagonal. It is the face-centred cubic lattice. Half a turn about
+(1, 1, 1) maps it to D3, the integer points with an even sum. There, rounding finds the nearest lattice point, and the
+order of the coordinates gives the few others within reach. The value is the sum over all points within reach.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Lattice points that can lie within sqrt(2), the kernel's reach, of a position, relative to the nearest one: by axes in
-# order of the position's distance from the nearest point along them, signed toward the position. For distances
-# a >= b >= c, a point v is within reach if |v|^2 - 2 v.(a, b, c) + a^2 + b^2 + c^2 < 2; since a + b <= 1 around the
-# nearest point, no other v fulfils this.
+# Lattice points that can be within sqrt(2), the kernel's reach, of a position, relative to the nearest lattice point.
+# The axes point from the nearest point toward the position. They are ordered by the distances a >= b >= c along them.
+# A point v is within reach if |v|^2 - 2 v.(a, b, c) + a^2 + b^2 + c^2 < 2. Around the nearest point a + b <= 1, so no
+# other v fulfils this.
 _WITHIN_REACH = ((0, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, -1, 0), (1, 0, -1), (0, 1, -1), (2, 0, 0))
 
 _TURN = np.full((3, 3), 2 / 3) - np.eye(3)  # half a turn about (1, 1, 1), its own inverse
-_PERIOD = 6  # a shift by it along any axis takes the lattice to itself
+_PERIOD = 6  # a shift by it along any axis maps the lattice to itself
 _NORM = 103  # brings values to about [-1, 1]
 
 
 def _gradients() -> np.ndarray:  # [24, 3]
-    """Toward a rhombicuboctahedron's vertices, in the order that fixes which permutation gives which field."""
+    """Directions to the vertices of a rhombicuboctahedron. A permutation gives another field if their order changes."""
     signs = np.array([(x, y, z) for z in (1, -1) for y in (1, -1) for x in (-1, 1)])
     return (signs[:, None] * (4 + 7 * np.eye(3))).reshape(24, 3)
 
@@ -32,9 +32,9 @@ def open_simplex(
 ) -> jax.Array:  # [...] float32
     """OpenSimplex noise at positions in units of the lattice, in about [-1, 1]; zero at the lattice points.
 
-    Exact to float32 rounding however far from the origin, and continuous with its first three derivatives. The
-    original program picks points by cases and leaves out one at the kernel's rim on 1% of positions: there it differs
-    from the sum by about 1e-4 at most, and jumps.
+    It is exact to float32 rounding at any distance from the origin. It and its first three derivatives are continuous.
+    The original program omits one point at the kernel's rim at 1% of positions. There it differs from the sum by about
+    1e-4 at most, and is not continuous.
     """
     gradients = jnp.asarray(_gradients() @ _TURN / _NORM, jnp.float32)[permutation % 24]  # [256, 3]
     nearest, offset = _nearest_lattice_point(position)
@@ -45,7 +45,7 @@ def open_simplex(
         distance = offset - step
         kernel = jnp.maximum(2 - jnp.square(distance).sum(0), 0) ** 4
         entry = _hash(permutation, nearest + step)
-        # Axis by axis: a gather of numbers is fused with what follows, one of vectors is not (7 times slower on a CPU).
+        # Axis by axis: XLA fuses a gather of numbers, but not a gather of vectors (7 times slower on a CPU).
         value += kernel * sum(gradients[:, axis][entry] * distance[axis] for axis in range(3))
     return value
 
@@ -53,10 +53,10 @@ def open_simplex(
 def _nearest_lattice_point(position: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The nearest point of D3, [3, ...] int32, and the position relative to it, [3, ...] float32, both turned.
 
-    Rounds, and where that gives an odd sum, rounds the coordinate farthest from an integer the other way (Conway &
-    Sloane 1982, "Fast quantizing and decoding algorithms for lattice quantizers and codes", algorithm 2).
+    Rounds all coordinates. If their sum is odd, rounds the one farthest from an integer the other way (Conway & Sloane
+    1982, "Fast quantizing and decoding algorithms for lattice quantizers and codes", algorithm 2).
     """
-    periods = jnp.floor(position / _PERIOD)  # are set aside as integers, so that large coordinates lose no digits
+    periods = jnp.floor(position / _PERIOD)  # kept as integers, so that large coordinates lose no digits
     x, y, z = position - _PERIOD * periods
     turned = (2 * (x + y + z) - 3 * jnp.stack([x, y, z])) / 3
     rounded = jnp.round(turned)
@@ -76,6 +76,6 @@ def _descending_rank(values: jax.Array) -> jax.Array:  # [3, ...] -> [3, ...] of
 
 
 def _hash(permutation: jax.Array, point: jax.Array) -> jax.Array:  # [3, ...] int32 -> [...] in 0..255
-    """Which entry of the permutation a lattice point's gradient comes from."""
+    """The entry of the permutation that selects the gradient of a lattice point."""
     x, y, z = point.sum(0) // 2 - point  # coordinates in the stretched cubes
     return (permutation[(permutation[x & 255] + y) & 255] + z) & 255

@@ -1,1 +1,1 @@
-"""The phantom: made-up subjects on real anatomy, for whoever has no data yet."""
+"""The phantom: subjects with template anatomy and drawn lesions, for users without data."""

@@ -1,7 +1,6 @@
-"""Phantom, last stage: a folder of subjects in the BraTS 2021 layout, made in parallel, resumable, with its provenance.
+"""Phantom, last stage: makes a folder of subjects in the BraTS 2021 layout, in parallel, resumable, with provenance.
 
-The phantom is what the program runs on as long as the user has no data: real anatomy, drawn lesions. It goes into
-`hae_jax.data.cases` like any other BraTS folder.
+Users without data run the program on this folder. `hae_jax.data.cases` reads it like any other BraTS folder.
 """
 
 import concurrent.futures
@@ -47,12 +46,12 @@ _README = """\
 subjects. Every metric measured on this folder is a **phantom metric** and must be reported as such. It says nothing
 about patients.
 
-The anatomy is the MNI ICBM152 2009 nonlinear symmetric template (T1, grey- and white-matter maps) that the nilearn
-package carries, warped differently for each subject; contrasts, harmless bright spots (not labelled), lesions, bias
-field and noise are computed.
+The anatomy is the MNI ICBM152 2009 nonlinear symmetric template (T1, grey- and white-matter maps) of the nilearn
+package. It is warped differently for each subject. Contrasts, harmless bright spots (not labelled), lesions, bias field
+and noise are computed.
 
 Made by HAE-JAX's `tools/make_phantom.py` with kind {kind}, seed {seed}, lesion share {lesion_share} and size {size}
-(voxels of {voxel:.3g} mm). `{manifest}` records settings, versions and what was planned for each subject.
+(voxels of {voxel:.3g} mm). `{manifest}` records settings, versions and the planned lesions of each subject.
 {notice}
 
 ## Notice of the MNI ICBM152 template
@@ -73,7 +72,7 @@ _CONTENT = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a subject's bytes depend on, apart from its index."""
+    """All that a subject depends on, except its index."""
 
     seed: int
     lesion_share: float
@@ -91,7 +90,7 @@ def modalities_of(kind: str) -> tuple[str, ...]:
 
 
 def has_lesion(index: int, share: float) -> bool:
-    """Spreads lesions evenly: of any first n subjects, ceil(n share) have one, however many subjects follow."""
+    """Whether a subject has a lesion. Of the first n subjects, ceil(n share) have one, for each n."""
     return math.ceil(round((index + 1) * share, 9)) > math.ceil(round(index * share, 9))
 
 
@@ -99,10 +98,10 @@ def make_phantom(
     output: str | os.PathLike, *, subjects: int = 24, lesion_share: float = 0.75, seed: int = 0, size: float = 1.0,
     workers: int = 2, progress: bool = True, kind: str = "tumour",
 ) -> Path:
-    """Makes `subjects` subjects in the folder `output` and returns its path; what is already there is not made again.
+    """Makes `subjects` subjects in the folder `output` and returns its path. Finished subjects are not made again.
 
-    The same seed, share and size give the same files, byte for byte; a subject does not depend on how many others there
-    are or on the number of workers. Each subject appears whole or not at all.
+    The same seed, share and size give the same files, byte for byte. A subject depends neither on the number of
+    subjects nor on the number of workers. Each subject is written whole or not at all.
 
     Args:
       lesion_share: share of subjects with a lesion, 0 to 1.
@@ -112,7 +111,7 @@ def make_phantom(
         are as dark as fluid).
 
     Raises:
-      UserError: an argument out of range, or `output` holds something else or a phantom with other settings.
+      UserError: an argument is out of range, or `output` holds something else or a phantom with other settings.
     """
     _check(subjects, lesion_share, seed, size, workers, kind)
     output, settings = Path(output), Settings(seed, float(lesion_share), float(size), kind)
@@ -142,7 +141,7 @@ def _check(subjects: int, lesion_share: float, seed: int, size: float, workers: 
 
 
 def _claim(output: Path, settings: Settings, subjects: int) -> None:
-    """Makes `output` a phantom folder with these settings, or finds that it is one already."""
+    """Makes `output` a phantom folder with these settings, if it is not one already."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder for the phantom")
     if (output / MANIFEST).exists():
@@ -175,7 +174,7 @@ def _compare(output: Path, settings: Settings, subjects: int) -> None:
 
 def _manifest(settings: Settings, subjects: int, *, complete: bool) -> dict[str, Any]:
     return {
-        "what": "phantom: real anatomy (MNI ICBM152), drawn lesions; every figure from it is a phantom figure",
+        "what": "phantom: real anatomy (MNI ICBM152), drawn lesions; every metric from it is a phantom metric",
         "generator": GENERATOR,
         "settings": asdict(settings),
         "subjects": subjects,
@@ -202,7 +201,7 @@ def _readme(settings: Settings, subjects: int) -> str:
 
 
 def _each(settings: Settings, output: Path, indices: list[int], workers: int):
-    """Makes the subjects, yielding once for each that is finished."""
+    """Makes the subjects. Yields once for each finished subject."""
     if workers <= 1:
         for index in indices:
             yield write_subject(settings, output, index)
@@ -229,7 +228,7 @@ def write_subject(settings: Settings, output: Path, index: int) -> None:
 
 
 def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    """Compressed lightly (noise hardly shrinks), without time and file name: the bytes depend on the data alone."""
+    """Writes no time and no file name: the bytes depend on the data alone. Level 1, since noise hardly shrinks."""
     image = nib.Nifti1Image(data, affine)
     image.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

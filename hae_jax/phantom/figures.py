@@ -1,4 +1,4 @@
-"""What a phantom looks like, and how far one intensity threshold gets: the baseline that any method has to beat."""
+"""A picture of a phantom, and the Dice of the best intensity threshold, a baseline for every method."""
 
 import os
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ _BINS, _TOP = 1500, 3.0  # thresholds tried: multiples of 0.002 of the volume's 
 class ThresholdScore:
     """Volume Dice of intensity thresholds over the cases with a lesion.
 
-    names, volumes_ml, common_dice, own_dice: one entry per case. common_threshold: the one that is best for the mean
-    over all cases; own: each case's best, which needs its segmentation and is an upper bound.
+    names, volumes_ml, common_dice, own_dice: one entry per case. common_threshold: the threshold with the best mean
+    over all cases. own_dice: at the best threshold of each case. It needs the segmentation and is an upper bound.
     """
 
     names: tuple[str, ...]
@@ -33,9 +33,9 @@ def best_threshold(folder: str | os.PathLike, modality: str = "flair", dark: boo
     """Scores thresholds on a modality / (99th percentile of its positive voxels) against any lesion label.
 
     Args:
-      folder: of cases.
-      modality: that is thresholded.
-      dark: whether what lies below the threshold is called lesion, rather than what lies above.
+      folder: folder of cases.
+      modality: modality to threshold.
+      dark: True: voxels below the threshold are lesion; False: voxels above it.
 
     Raises:
       UserError: no cases in `folder`, or none with a lesion.
@@ -57,7 +57,7 @@ def best_threshold(folder: str | os.PathLike, modality: str = "flair", dark: boo
 def _dice_curve(image: np.ndarray, mask: np.ndarray, dark: bool) -> np.ndarray:
     """Dice of (image >= threshold) for all thresholds [bins], from the histograms inside and outside the lesion.
 
-    For dark lesions of (image < threshold), among positive voxels.
+    For dark lesions: of (image < threshold), among positive voxels.
     """
     positive = image > 0
     value = np.clip(image[positive] / np.percentile(image[positive], 99), 0, _TOP * (1 - 1e-6))
@@ -74,8 +74,8 @@ def draw_phantom(
 ) -> Path:
     """Draws up to `subjects` subjects, one per row: the modalities on one axial slice, then the outlined lesion.
 
-    The slice is the one with most lesion, in a healthy subject the middle one. The last row is the first healthy
-    subject, where there is one.
+    The slice is the one with the largest lesion area, or the middle one in a healthy subject. The last row is the first
+    healthy subject, if there is one.
 
     Raises:
       UserError: no cases in `folder`.

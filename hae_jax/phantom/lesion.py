@@ -1,7 +1,7 @@
-"""Phantom, second stage: which lesions a subject has, how they push the brain aside, and where they lie in it.
+"""Phantom, second stage: the lesions of a subject, and how they displace the brain.
 
-`plan_lesions` draws the plan from (seed, subject) alone. `mass_effect` bends the warp before the tissue maps are
-sampled; `draw_lesion` then grows core and oedema, or `draw_stroke` an old infarct, through those maps.
+`plan_lesions` plans them from seed and subject alone. `mass_effect` bends the warp before the tissue maps are sampled.
+In these maps, `draw_lesion` then grows core and oedema of a tumour, and `draw_stroke` grows an old infarct.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from skimage.graph import MCP_Geometric
 from hae_jax.phantom.warp import Grid, Warp, find_position, load_template, smooth_noise, upsample
 
 NECROSIS, OEDEMA, ENHANCING = 1, 2, 4  # BraTS labels; 1 is also the core that does not enhance
-VOLUME_ML = (0.5, 15.0, 120.0)  # of all tumours of a subject; log-uniform up to and beyond the middle value
-SMALL_SHARE = 0.12  # of subjects below the middle value
+VOLUME_ML = (0.5, 15.0, 120.0)  # of all tumours of a subject; log-uniform below and above the middle value
+SMALL_SHARE = 0.12  # share of subjects below the middle value
 KINDS = {  # share of subjects, core's share of the volume
     "ring": (0.50, (0.25, 0.50)),  # enhancing rim around necrosis
     "solid": (0.16, (0.20, 0.45)),  # enhancing throughout
@@ -25,8 +25,8 @@ KINDS = {  # share of subjects, core's share of the volume
 PHANTOMS = ("tumour", "stroke")  # kinds of phantom: four modalities and tumours, or T1 alone and old infarcts
 STROKE_ML = (0.5, 100.0)  # all infarcts of a subject; log-uniform
 STROKE = 1  # label
-_STEP = np.array([0.6180339887498949, 0.4142135623730951])  # irrational, so that a sequence of fractions fills [0, 1)
-_TRAVEL_COST = {"wm": 1.0, "gm": 4.0, "fluid": 15.0}  # oedema creeps along white matter and stops at fluid
+_STEP = np.array([0.6180339887498949, 0.4142135623730951])  # irrational, so that fractions of the multiples fill [0, 1)
+_TRAVEL_COST = {"wm": 1.0, "gm": 4.0, "fluid": 15.0}  # oedema spreads along white matter and stops at fluid
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Focus:
 
     @property
     def core_radius(self) -> float:
-        """Of the sphere with the core's volume, mm."""
+        """Radius of the sphere with the core's volume, mm."""
         return _radius(self.core_ml)
 
     @property
     def mass_radius(self) -> float:
-        """Of the sphere whose expansion the brain feels: the core, and a third of the oedema around it, mm."""
+        """Radius of the sphere that displaces the brain, mm. Its volume is the core and a third of the oedema."""
         return _radius(self.core_ml + 0.33 * (self.volume_ml - self.core_ml))
 
 
@@ -66,10 +66,10 @@ class Lesion:
 
 
 def plan_lesions(seed: int, index: int, phantom: str = "tumour") -> tuple[Focus, ...]:
-    """The lesions of subject `index`, a function of its arguments.
+    """The lesions of subject `index`. They depend on the arguments alone.
 
-    Volumes and kinds follow low-discrepancy sequences over the subjects, so that any twenty in a row hold small and
-    large lesions and every kind.
+    Volumes and kinds follow low-discrepancy sequences over the subjects, so that twenty consecutive subjects have
+    small and large lesions and every kind.
     """
     rng = np.random.default_rng((seed, index, 1))
     offset = np.random.default_rng((seed, 0)).random(2)
@@ -88,7 +88,7 @@ def plan_lesions(seed: int, index: int, phantom: str = "tumour") -> tuple[Focus,
 
 
 def _plan_strokes(rng: np.random.Generator, total: float) -> tuple[Focus, ...]:
-    """One to three infarcts anywhere in the cerebrum, cortex included; they take tissue away and push nothing."""
+    """One to three infarcts anywhere in the cerebrum, cortex included. They replace tissue and displace none."""
     shares = np.append(1.0, rng.uniform(0.05, 0.4, int(rng.choice(3, p=(0.65, 0.25, 0.1))) if total > 2 else 0))
     template, foci = load_template(), []
     place = np.argwhere((template.wm + template.gm > 0.8) & (template.depth > 5))[::7] - template.centre
@@ -118,7 +118,7 @@ def _plan_focus(rng: np.random.Generator, kind: str, volume: float, others: list
 
 
 def _radius(volume_ml: float) -> float:
-    """Of the sphere with this volume, mm."""
+    """Radius of the sphere with this volume, mm."""
     return (volume_ml * 1000 * 3 / (4 * np.pi)) ** (1 / 3)
 
 
@@ -149,11 +149,11 @@ def _choose_centre(rng: np.random.Generator, radius: float, others: list[Focus])
 def mass_effect(
     warp: Warp, grid: Grid, skull: np.ndarray, foci: tuple[Focus, ...],
 ) -> tuple[Warp, list[np.ndarray]]:
-    """Bends `warp` so that tissue gives way to each tumour; returns it with the tumours' positions in the subject (mm).
+    """Bends `warp` so that each tumour displaces tissue. Returns it with the tumours' positions in the subject (mm).
 
-    Position p shows what lay at c + (p - c) (1 - push exp(-(r / 1.9 R)^2)), r the distance from the centre c and R the
-    mass radius: at r = R tissue has moved by 0.38 to 0.53 R. The skull does not give way: the push fades with `skull`,
-    the distance [x, y, z] to it in mm.
+    The tissue at position p comes from c + (p - c) (1 - push exp(-(r / 1.9 R)^2)), with the distance r from the centre
+    c and the mass radius R. At r = R tissue has moved by 0.38 to 0.53 R. The skull is not displaced: the push decreases
+    toward it. `skull` is the distance [x, y, z] to it in mm.
     """
     centres = []
     for focus in foci:
@@ -170,7 +170,7 @@ def mass_effect(
 
 
 def _ellipsoid(focus: Focus, offset: np.ndarray) -> np.ndarray:
-    """Offsets [3, ...] in the tumour's own axes, scaled so that its unit of length is alike in all directions."""
+    """Offsets [3, ...] in the tumour's own axes, scaled so that the tumour's ellipsoid becomes a sphere."""
     axes = np.array(focus.axes) / np.prod(focus.axes) ** (1 / 3)
     matrix = Rotation.from_euler("xyz", focus.rotation, degrees=True).as_matrix() / axes[:, None]
     return np.tensordot(matrix.astype(np.float32), offset, axes=1)
@@ -224,7 +224,7 @@ def draw_stroke(
 def _core_coordinate(
     rng: np.random.Generator, grid: Grid, focus: Focus, centre: np.ndarray, fluid: np.ndarray,
 ) -> np.ndarray:
-    """Distance from the centre [x, y, z] in core radii, made irregular: lobes by bent space, frays by added noise."""
+    """Distance from the centre [x, y, z] in core radii. Bent space makes lobes, added noise makes frayed edges."""
     radius = focus.core_radius
     offset = grid.positions() - centre.astype(np.float32)[:, None, None, None]
     for spacing, amplitude in ((1.3, 0.42), (0.6, 0.16)):
@@ -237,7 +237,7 @@ def _core_coordinate(
 
 
 def _smallest(value: np.ndarray, allowed: np.ndarray, volume_ml: float, voxel: float) -> np.ndarray:
-    """The mask of the `volume_ml` of allowed voxels that have the smallest finite values; at least one voxel."""
+    """Mask of the allowed voxels with the smallest finite values, up to `volume_ml`; at least one voxel."""
     candidates = np.flatnonzero(allowed.ravel() & np.isfinite(value.ravel()))
     count = min(max(1, round(volume_ml * 1000 / voxel**3)), len(candidates))
     chosen = candidates[np.argsort(value.ravel()[candidates], kind="stable")[:count]]
@@ -249,9 +249,9 @@ def _smallest(value: np.ndarray, allowed: np.ndarray, volume_ml: float, voxel: f
 def _travel(
     rng: np.random.Generator, grid: Grid, core: np.ndarray, tissue: np.ndarray, allowed: np.ndarray,
 ) -> np.ndarray:
-    """Cost of the cheapest path from the core, [x, y, z], mm of white matter; infinite where it cannot come.
+    """Cost of the cheapest path from the core, [x, y, z], mm of white matter; infinite where no path leads.
 
-    Found on a lattice of 2 mm (the paths are smooth), then interpolated.
+    It is computed on a lattice of 2 mm, since paths are smooth, and then interpolated.
     """
     stride = max(1, round(2 / grid.voxel))
     lattice = (slice(None, None, stride),) * 3
@@ -272,7 +272,7 @@ def _travel(
 
 
 def _necrosis(rng: np.random.Generator, grid: Grid, focus: Focus, core: np.ndarray) -> np.ndarray:
-    """The dead part of an enhancing core: what lies deeper than a rim of varying thickness, and a few pockets in it."""
+    """The necrosis of an enhancing core: the part inside a rim of varying thickness, and a few pockets in the rim."""
     if focus.kind == "solid":
         return np.zeros_like(core)
     depth = ndimage.distance_transform_edt(core) * grid.voxel

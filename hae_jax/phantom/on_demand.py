@@ -1,4 +1,4 @@
-"""The phantom on demand: what makes the program run where there is no data yet. Used by training and translation."""
+"""Makes the phantom if a command needs it and it does not exist. Used by training and translation."""
 
 import logging
 from pathlib import Path
@@ -11,11 +11,11 @@ from hae_jax.files import finish_replacing
 from hae_jax.phantom.cohort import make_phantom
 
 _LOG = logging.getLogger(__name__)
-_TRAINING, _VALIDATION = 2, 6  # subjects of a phantom that methods are compared on
+_TRAINING, _VALIDATION = 2, 6  # subjects of a phantom for comparing methods
 
 
 def new_phantom(data: ml_collections.ConfigDict, seed: int, subjects: int) -> None:
-    """Points the config's `data` to a phantom like its own, of another seed and with this many test subjects.
+    """Sets the config's `data` to a phantom of the same kind, with another seed and this many test subjects.
 
     Raises:
       UserError: if the data are not a phantom's, or there is no test subject.
@@ -32,16 +32,16 @@ def new_phantom(data: ml_collections.ConfigDict, seed: int, subjects: int) -> No
 
 
 def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
-    """Makes and prepares the phantom if the config asks for one and the prepared dataset is not there yet.
+    """Makes and prepares the phantom if the config has one and the prepared dataset does not exist.
 
-    Where `data.phantom` is None or `data.root` exists, nothing is done.
+    If `data.phantom` is None or `data.root` exists, nothing is done.
 
     Args:
       data: the config's `data`.
-      image_size: side of the prepared slices, pixels; the network's.
+      image_size: side of the network's slices, pixels.
 
     Raises:
-      UserError: for settings that do not fit, or when something else lies where the phantom should go.
+      UserError: settings do not fit, or the phantom's folder holds something else.
     """
     phantom, root = data.phantom, Path(data.root)
     if phantom is None or root.exists() or finish_replacing(root):

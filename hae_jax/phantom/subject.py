@@ -1,6 +1,6 @@
-"""Phantom, third stage: one subject from (seed, index): tissue, harmless spots, tumours, and the scanner's part.
+"""Phantom, third stage: one subject from seed and index: tissue, harmless spots, lesions, effects of the scanner.
 
-All four contrasts are mixed from the same maps, so that a voxel is one thing in all of them.
+All four contrasts are computed from the same maps, so a voxel has the same tissue in all of them.
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ NECROSIS_LOOK = (0.75, 0.30, 0.29, 0.92)
 COLD_LOOK = (1.12, 0.40, 0.41, 0.88)  # a core that does not enhance
 ENHANCING_LOOK = (1.05, 0.50, 1.20, 0.70)
 STROKE_LOOK = (0.20, 0.27, 0.28, 0.94)  # a cavity full of fluid
-SCAR_LOOK = (1.15, 0.52, 0.53, 0.85)  # around it
+SCAR_LOOK = (1.15, 0.52, 0.53, 0.85)  # around the cavity
 T1 = MODALITIES.index("t1")
 FULL_SCALE = 1000.0  # int16 units of intensity 1, before the per-volume gain
 
@@ -70,7 +70,7 @@ class Head:
 def make_subject(seed: int, index: int, *, lesion: bool, size: float = 1.0, kind: str = "tumour") -> Subject:
     """Subject `index` of the phantom with this seed; a pure function of its arguments.
 
-    With and without `lesion` it is the same head with the same harmless spots.
+    The head and its harmless spots are the same with and without `lesion`.
 
     Args:
       kind: "tumour", four modalities with the labels 1, 2 and 4; "stroke", T1 with the label 1.
@@ -108,17 +108,17 @@ def _in_volume(box: np.ndarray, grid: Grid) -> np.ndarray:
 def _anatomy(rng: np.random.Generator, grid: Grid, template: Template, warp: Warp) -> Head:
     """Samples the template's maps and sharpens the tissues.
 
-    The template averages many brains, so its probabilities are smooth; raising them to a power and adding noise to
-    their logarithms gives back the crispness of one brain.
+    The template is an average of many brains, so its probabilities are smooth. They are raised to a power, and noise is
+    added to their logarithms. The result is as sharp as a single brain.
     """
     depth = template.sample(template.depth, warp.q)
-    ragged = 1.4 + 0.5 * smooth_noise(rng, grid, 25) + 0.35 * smooth_noise(rng, grid, 7)  # stripping is never even
+    ragged = 1.4 + 0.5 * smooth_noise(rng, grid, 25) + 0.35 * smooth_noise(rng, grid, 7)  # skull-stripping is uneven
     inside = ndimage.binary_opening(depth > np.clip(ragged, 0.3, 3.0))
     q = warp.q[:, inside]
     gm, wm, detail, ventricle = (template.sample(m, q) for m in (template.gm, template.wm, template.detail,
                                                                  template.ventricle))
     fluid = np.clip(1 - gm - wm, 0, 1)
-    # The rim of an averaged mask is fluid all around; a stripped brain shows fluid there in patches only.
+    # The whole rim of the averaged mask is fluid. A stripped brain has only patches of fluid there.
     fluid *= np.clip((depth[inside] - 1.5) / 3 + 0.35 * smooth_noise(rng, grid, 10)[inside], 0.05, 1)
     logit = 2.2 * np.log(np.stack([fluid, gm, wm]) + 0.02)
     logit[0] += 0.5 * smooth_noise(rng, grid, 3)[inside] + 0.4 * smooth_noise(rng, grid, 7)[inside]
@@ -149,12 +149,12 @@ def _blend(images: np.ndarray, look: Iterable[Any], weight: np.ndarray) -> None:
 def _add_spots(
     rng: np.random.Generator, grid: Grid, template: Template, warp: Warp, head: Head, images: np.ndarray,
 ) -> None:
-    """What age leaves in every brain, bright on flair and no tumour: periventricular caps, small white-matter foci.
+    """Adds changes of age, bright on flair and harmless: periventricular caps, small white-matter foci.
 
-    The load varies from subject to subject, from hardly any to plenty.
+    Their load varies between subjects, from low to high.
     """
     wm = head.tissue[2]
-    horns = 0.35 + 0.65 * expit((np.abs(head.front + 2) - 22) / 4)  # caps sit on the frontal and occipital horns
+    horns = 0.35 + 0.65 * expit((np.abs(head.front + 2) - 22) / 4)  # caps are at the frontal and occipital horns
     reach, peak = np.float32(rng.uniform(2.0, 5.0)), np.float32(rng.uniform(0.5, 1.1))
     caps = peak * np.exp(-head.ventricle / reach) * horns * (1 + 0.5 * smooth_noise(rng, grid, 9))
     _blend(images, SPOT, np.clip(caps, 0, 0.9) * wm)
@@ -172,7 +172,7 @@ def _add_spots(
 
 
 def _add_vessels(rng: np.random.Generator, grid: Grid, head: Head, images: np.ndarray) -> None:
-    """Contrast agent also brightens vessels on t1ce: curves, where two random fields vanish, near the surface."""
+    """Brightens vessels on t1ce, as contrast agent does: curves near the surface, where two random fields vanish."""
     distance = np.square(smooth_noise(rng, grid, 16)) + np.square(smooth_noise(rng, grid, 16))
     weight = 0.8 * np.exp(-distance / np.float32(0.012)) * np.clip(1.6 - head.depth / 12, 0, 1) * head.inside
     images[2] += (1.05 - images[2]) * weight
@@ -209,7 +209,7 @@ def _paint_stroke(rng: np.random.Generator, grid: Grid, lesion: Lesion, images: 
 
 
 def _scan(rng: np.random.Generator, grid: Grid, inside: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """The scanner's part: bias field of 6%, Rician noise, gain; [M, x, y, z] int16.
+    """Effects of the scanner: bias field of 6%, Rician noise, gain; [M, x, y, z] int16.
 
     The background is exactly 0, the brain at least 1.
     """

@@ -1,8 +1,7 @@
 """Phantom, first stage: the template, the voxel grid, and the smooth random warp of one subject.
 
-Lengths are millimetres throughout, so that a subject made on a coarser grid is the same head with bigger voxels. Both
-the template and the grid run left, posterior, superior with their origin in the middle of the brain; the template is
-flipped once on loading.
+All lengths are millimetres, so a subject on a coarser grid is the same head with larger voxels. The axes of template
+and grid point left, posterior and superior. Their origin is the middle of the brain. Loading flips the template.
 """
 
 import functools
@@ -15,7 +14,7 @@ from scipy.interpolate import BSpline
 from scipy.spatial.transform import Rotation
 
 FULL_SHAPE = (240, 240, 155)  # a BraTS volume at 1 mm
-_HALF_WIDTH = (84.0, 104.0, 77.5)  # no warped brain reaches beyond this box; the rest of the volume is never computed
+_HALF_WIDTH = (84.0, 104.0, 77.5)  # every warped brain is in this box; the rest of the volume is not computed
 _VENTRICLES = (0, -2, 9)  # mm in the template, between the two lateral ventricles
 _UNIT_STD = (151 / 315) ** 1.5  # of a 3-D cubic B-spline with unit normal coefficients, over positions
 
@@ -48,8 +47,8 @@ class Template:
 
 @functools.lru_cache(maxsize=1)
 def load_template() -> Template:
-    """Reads the maps out of the installed nilearn package (no download); about two seconds, once per process."""
-    from nilearn import datasets  # its import takes two seconds, which `--help` need not wait for
+    """Reads the maps of the installed nilearn package (no download). It takes about two seconds, once per process."""
+    from nilearn import datasets  # its import takes two seconds, and `--help` does not need it
 
     loaders = (datasets.load_mni152_template, datasets.load_mni152_gm_template, datasets.load_mni152_wm_template,
                datasets.load_mni152_brain_mask)
@@ -67,8 +66,7 @@ def load_template() -> Template:
 def _closed_depth(mask: np.ndarray, radius: float) -> np.ndarray:
     """Depth in the morphological closing of `mask` by a ball of `radius`, in voxels, float32.
 
-    Both from distances: the points deeper than `radius` in the dilated mask are its closing, and the excess is how deep
-    they lie in that.
+    The points deeper than `radius` in the dilated mask are the closing. Their excess over `radius` is the depth in it.
     """
     margin = int(radius) + 1
     dilated = ndimage.distance_transform_edt(~np.pad(mask, margin)) <= radius
@@ -77,7 +75,7 @@ def _closed_depth(mask: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _distance_outside(mask: np.ndarray, reach: int) -> np.ndarray:
-    """Distance to `mask` in voxels, float32; beyond `reach` only known to be at least that."""
+    """Distance to `mask` in voxels, float32. Beyond `reach` it is a lower bound."""
     box = ndimage.find_objects(mask.astype(np.int8))[0]
     box = tuple(slice(max(0, s.start - reach), s.stop + reach) for s in box)
     distance = np.full(mask.shape, reach, np.float32)
@@ -86,13 +84,13 @@ def _distance_outside(mask: np.ndarray, reach: int) -> np.ndarray:
 
 
 def upsample(values: np.ndarray, step: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Trilinear values at every voxel of `shape` from those at every `step`-th one (`array[::step, ...]`), float32."""
+    """Trilinear interpolation to `shape` from the values at every `step`-th voxel (`array[::step, ...]`), float32."""
     index = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) / step for n in shape), indexing="ij"))
     return ndimage.map_coordinates(values, index, order=1, mode="nearest", output=np.float32)
 
 
 def _lateral_ventricles(tissue: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """The bodies of deep fluid centred within 20 mm of the middle of the ventricles (cisterns and fissures are not)."""
+    """Components of deep fluid centred within 20 mm of the ventricles' middle, which excludes cisterns and fissures."""
     components, count = ndimage.label(ndimage.binary_opening((tissue < 0.5) & (depth > 15)))
     labels = np.arange(1, count + 1)
     centres = np.array(ndimage.center_of_mass(components > 0, components, labels)) - (np.array(tissue.shape) - 1) / 2
@@ -191,9 +189,9 @@ def random_warp(rng: np.random.Generator, grid: Grid) -> Warp:
 
 
 def find_position(warp: Warp, grid: Grid, target: np.ndarray) -> np.ndarray:
-    """The subject position (mm, [3]) that the warp takes from the template position `target` [3], to about 0.1 mm."""
+    """The subject position (mm, [3]) that the warp maps to the template position `target` [3], to about 0.1 mm."""
     position = np.linalg.solve(warp.linear, np.asarray(target, float))
-    for _ in range(8):  # the warp is close to linear, so this contracts
+    for _ in range(8):  # the warp is close to linear, so this converges
         index = [(p - a[0]) / grid.voxel for p, a in zip(position, grid.axes, strict=True)]
         here = [ndimage.map_coordinates(q, np.array(index)[:, None], order=1, mode="nearest")[0] for q in warp.q]
         position = position - np.linalg.solve(warp.linear, np.array(here) - target)

@@ -37,8 +37,8 @@ _FREE_FIELDS = ("translation.", "evaluation.", "data.root", "data.workers", "dat
 _FREE_NAMES = tuple(f"model.{name}" for name in FORM_FIELDS)
 # Field of the state -> its item; the other fields make up the item "progress".
 _ITEMS = {"params": "params", "ema": "ema", "opt_state": "optimizer"}
-# Orbax divides the writing of an array among the devices that hold copies of it. Smaller parts than this number of bytes
-# take longer to cut out than to write: on eight devices, a save would stop the training for ten times as long.
+# Orbax divides the writing of an array among the devices that hold copies of it. Parts that are smaller than this
+# number of bytes take longer to cut out than to write. On eight devices, they would make a save ten times as slow.
 _SMALLEST_PART = 1 << 20
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART), override=True)

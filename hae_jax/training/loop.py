@@ -178,16 +178,18 @@ def _begin(run: Run, checkpoints: Checkpoints, guard: Guard, latest: int | None)
     """Builds the state and the step, restores the state, and runs the loop."""
     training = run.config.training
     graph, _ = abstract_network(run.network)
-    state, shardings = sharded_initial_state(run.mesh, run.network, run.optimizer, len(training.ema_rates),
-                                             run.config.seed, remembered_timesteps(run.config))
+    shardings = shardings_of(run.mesh, run.abstract)
     step = make_train_step(run.mesh, shardings, graph, run.network, run.process, run.optimizer,
                            step_settings(run.config))
     # Source of the state: 1. the newest intact checkpoint of this workdir; 2. exported weights; 3. the seed.
     if latest is not None:
         _say(f"resuming {run.workdir} at step {latest}")
-        state = checkpoints.restore(latest, state, shardings)
-    elif training.initial_weights is not None:
-        state = _with_initial_weights(run, state, shardings)
+        state = checkpoints.restore(latest, run.abstract, shardings)
+    else:
+        state, _ = sharded_initial_state(run.mesh, run.network, run.optimizer, len(training.ema_rates),
+                                         run.config.seed, remembered_timesteps(run.config))
+        if training.initial_weights is not None:
+            state = _with_initial_weights(run, state, shardings)
     start = int(state.step)
     report = Report(run.workdir, run.config, run.network, run.mesh, start, sampler=_sampler(run, graph),
                     validation=_validation(run, graph, shardings), localization=_localization(run, graph, shardings))

@@ -1,5 +1,6 @@
 """The training state: parameters, optimiser, EMA weights, step. Its shapes are built first, then its sharded arrays."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -115,6 +116,12 @@ def make_optimizer(training: Any) -> optax.GradientTransformation:
 
 def abstract_network(config: UNetConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """The network's structure and the shapes of its parameters, without allocating any."""
+    graph, state = _abstract_network(config)
+    return graph, jax.tree.map(lambda shape: shape, state)  # a copy, since a merged network changes its Variables
+
+
+@functools.lru_cache(maxsize=4)  # the start of a training needs it several times
+def _abstract_network(config: UNetConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: make_network(config, nnx.Rngs(0))))
 
 
