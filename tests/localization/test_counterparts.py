@@ -74,7 +74,8 @@ def test_a_denoiser_that_knows_the_answer_is_followed(method):
         a = jnp.asarray(make_schedule("linear", 100).alpha_bar, jnp.float32)[t][:, None, None, None]
         return (x - jnp.sqrt(a) * answer) / jnp.sqrt(1 - a)
 
-    found = method(Denoisers(eps, lambda x, t: (eps(x, t), eps(x, t))), X0, KEYS)
+    denoisers = Denoisers(eps, lambda x, t: (eps(x, t), eps(x, t)))
+    found = jax.jit(lambda x0: method(denoisers, x0, KEYS))(X0)
     np.testing.assert_allclose(found.healthy, answer[..., [0, 3]], atol=1e-4)
     np.testing.assert_allclose(found.map, jnp.square(answer - X0)[..., [0, 3]].mean(-1), atol=1e-3)
 
@@ -125,7 +126,7 @@ def test_memory_does_not_grow_with_the_steps(method):
 
 
 def test_only_the_noise_is_random():
-    run = lambda method, keys: np.asarray(method(DENOISERS, X0, keys).map)
+    run = lambda method, keys: np.asarray(jax.jit(lambda keys: method(DENOISERS, X0, keys).map)(keys))
     others = jax.random.split(jax.random.key(9), 4)
     np.testing.assert_array_equal(run(METHODS[0], KEYS), run(METHODS[0], others))
     for method in METHODS[2:]:
