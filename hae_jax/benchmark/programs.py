@@ -22,7 +22,6 @@ from hae_jax.errors import UserError
 from hae_jax.localization import forward_process
 from hae_jax.localization.forward_process import ForwardSettings
 from hae_jax.model import VARIANTS, UNet, UNetConfig
-from hae_jax.model.config import DEFAULT_CHANNEL_MULT
 from hae_jax.model.flops import count_flops, countable, forward_flops, training_flops
 from hae_jax.ops.forms import compiler_options
 from hae_jax.training.mesh import batch_sharding, replicated, shard_batch
@@ -75,26 +74,10 @@ class Settings:
 
 
 def with_model(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
-    """A copy of the config with changed fields of the network.
-
-    With another image_size, attention stays at the same sizes in pixels.
-
-    Raises:
-      UserError: the network has no level of these sizes then.
-    """
+    """A copy of the config with changed fields of the network."""
     config = config.copy_and_resolve_references()
-    size = config.model.image_size
     for name, value in fields.items():
         config.model[name] = value
-    if "image_size" in fields and "attention_resolutions" not in fields:
-        wanted = [rate * fields["image_size"] / size for rate in config.model.attention_resolutions]
-        widths = config.model.channel_mult or DEFAULT_CHANNEL_MULT.get(fields["image_size"], range(32))
-        if any(rate >= 1 and rate not in [2**level for level in range(len(widths))] for rate in wanted):
-            sizes = " and ".join(str(size // rate) for rate in config.model.attention_resolutions)
-            raise UserError(f"--image-size {fields['image_size']}: no level of the network is of {sizes} px then, "
-                            "where it has attention; give --config.model.image_size, attention_resolutions and "
-                            "channel_mult")
-        config.model.attention_resolutions = tuple(int(rate) for rate in wanted if rate >= 1)
     return config
 
 

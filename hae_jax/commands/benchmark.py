@@ -28,7 +28,7 @@ examples:
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
   python tools/benchmark.py --config configs/brats_v2c.py --config.model.attention=cudnn    # another form of attention
-  python tools/benchmark.py --input --config configs/brats_v2c.py    # is the loader fast enough for the training step?
+  python tools/benchmark.py --config configs/brats_v2c.py --part train,input --baseline none # loader and step
   python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others"""
 
 
@@ -38,20 +38,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--part", type=_names, metavar="A,B", help="parts to measure: train, forward, translate, "
         "input, blocks; default: "
         f"{','.join(_PARTS)}")
-    add("--input", action="store_const", dest="part", const=("train", "input"), help="compare the loader with the "
-        "training step; the same as --part train,input")
     add("--variant", type=_names, metavar="A,B", help="variants to measure: fpdm, hae, hae_lite, hae_v2, hae_v2c; "
         "default: the config's")
     add("--baseline", type=_names, metavar="A,B", help="baselines to compare with. naive: a direct "
         "implementation; attention, convolution, translation: only this part is naive; torch: the same network in "
-        "PyTorch (train and forward; pip install torch); none. Default: naive; with --input none")
+        "PyTorch (train and forward; pip install torch); none. Default: naive")
     add("--batch", type=int, metavar="N", help="batch size over all devices; default: 8")
     add("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: a small network, "
         f"configs/default.py with {', '.join(_SMALL)}")
-    add("--image-size", type=int, metavar="PX", help="size of the slices; attention stays at the same sizes in pixels")
-    add("--model-channels", type=int, metavar="N", help="base width of the network")
-    add("--dtype", choices=("float32", "bfloat16"), help="type of computation; default: the config's")
-    add("--remat", choices=("none", "block", "full"), help="recomputation in the backward pass; default: the config's")
     add("--steps", type=int, metavar="N", help="steps of a translation; default: 4 of 600")
     add("--repeats", type=int, metavar="N", help="number of turns; default: 5")
     add("--devices", choices=("one", "cores"), help="one device, or all devices (on a CPU, its cores); default: "
@@ -82,14 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported after parsing: --help needs no JAX.
     import jax
 
-    from hae_jax.benchmark.programs import Settings, with_model
+    from hae_jax.benchmark.programs import Settings
     from hae_jax.benchmark.run import benchmark
     from hae_jax.commands.devices import use_all_cores
     from hae_jax.training.mesh import make_mesh
 
-    fields = {name: getattr(arguments, name) for name in ("image_size", "model_channels", "dtype", "remat")}
-    config = with_model(config, **{name: value for name, value in fields.items() if value is not None})
-    baselines = arguments.baseline or (("none",) if parts == ("train", "input") else ("naive",))
+    baselines = arguments.baseline or ("naive",)
     settings = Settings(
         parts, arguments.variant or (config.model.variant,), tuple(name for name in baselines if name != "none"), batch,
         **{name: value for name in ("steps", "repeats") if (value := getattr(arguments, name)) is not None})

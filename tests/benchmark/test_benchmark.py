@@ -12,7 +12,6 @@ from hae_jax.benchmark.results import Result, Row
 from hae_jax.benchmark.run import benchmark
 from hae_jax.commands.benchmark import main
 from hae_jax.configs import default
-from hae_jax.errors import UserError
 from hae_jax.training.dry_run import activation_bytes
 from hae_jax.training.mesh import make_mesh
 from hae_jax.training.state import network_config
@@ -78,8 +77,7 @@ def test_the_backward_pass_keeps_less_than_half_of_what_the_naive_one_keeps(tiny
 
 @pytest.mark.parametrize(("arguments", "parts", "baselines"), [
     ([], ("train", "forward", "translate", "input"), ("naive",)),
-    (["--input"], ("train", "input"), ()),
-    (["--input", "--baseline", "attention"], ("train", "input"), ("attention",)),
+    (["--part", "train,input", "--baseline", "attention"], ("train", "input"), ("attention",)),
     (["--part", "blocks"], ("blocks",), ("naive",)),
     (["--baseline", "none"], ("train", "forward", "translate", "input"), ()),
 ])
@@ -96,20 +94,6 @@ def test_blocks_are_a_part(tiny, monkeypatch):
     monkeypatch.setattr(run, "measure_blocks", lambda batch, dtype, repeats, mesh, say: [row] * batch)
     settings = Settings(("blocks",), ("fpdm",), ("naive",), batch=2, steps=1, repeats=1)
     assert benchmark(tiny, settings, make_mesh(devices=jax.devices()[:1]), str).rows == [row, row]
-
-
-def test_attention_keeps_its_size_in_pixels():
-    config = default.get_config()
-    assert with_model(config, image_size=64).model.attention_resolutions == (2, 4, 8)
-    assert with_model(config, image_size=256).model.attention_resolutions == (8, 16, 32)
-    assert with_model(config, image_size=16).model.attention_resolutions == (1, 2)
-    assert config.model.image_size == 128
-    for size in (96, 100):
-        with pytest.raises(UserError, match=f"--image-size {size}: no level of the network is of 32 and 16 and 8 px"):
-            with_model(config, image_size=size)
-    config.model.channel_mult = (1, 2, 2)  # too few levels for the same sizes in a larger image
-    with pytest.raises(UserError, match="--image-size 256: no level"):
-        with_model(config, image_size=256)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

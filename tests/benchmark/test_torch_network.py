@@ -221,7 +221,8 @@ def flags(monkeypatch):
     """Command-line flags of a benchmark of the smallest network."""
     monkeypatch.setattr("hae_jax.benchmark.measure._PEAK_SIZES", {"cpu": 64})
     monkeypatch.setattr("hae_jax.benchmark.measure._COPIED", (64, 64))
-    return ["--config", default.__file__, "--variant", "fpdm", "--image-size", "16", "--model-channels", "32",
+    return ["--config", default.__file__, "--variant", "fpdm", "--config.model.image_size=16",
+            "--config.model.model_channels=32",
             "--config.model.channel_mult=(1,)", "--config.model.num_res_blocks=1",
             "--config.model.attention_resolutions=()", "--devices", "one", "--batch", "2", "--repeats", "2",
             "--baseline", "torch"]
