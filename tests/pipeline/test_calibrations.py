@@ -93,7 +93,7 @@ def _threshold(**changes):
     ("hae", _published(diff_max=[0.1]), "1 values for 2 modalities"),
     ("hae", _published(diff_max=[0.1, -0.1]), "negative"),
     ("hae", _published(threshold=10**400), "too large"),
-    ("ddib", _threshold(threshold=float("nan")), "NaN is no number"),
+    ("ddib", _threshold(threshold=float("nan")), "NaN is not a JSON number"),
     ("ddib", _threshold(slice_threshold=None), "slice_threshold has the wrong kind"),
     ("ddib", _threshold(lesion_slices=-1), "lesion_slices has the wrong kind"),
     ("ddib", _threshold(rule="best"), "rule has the wrong kind"),

@@ -52,7 +52,7 @@ def test_the_folder_is_taken_as_it_is(trained, tmp_path, capsys):
     run, made = trained
     metrics_of(tmp_path, run.identity["sha256"])
     command.main(["--to", str(tmp_path / "shared"), "--license", "cc-by-4.0", "--results", str(tmp_path)])
-    assert "read README.md" in capsys.readouterr().out
+    assert "complete its model card, README.md" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == [
         "README.md", "calibration.json", "config.json", "model.safetensors"]
     found = load_run(tmp_path / "shared")
