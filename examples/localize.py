@@ -48,7 +48,7 @@ from hae_jax.phantom.cohort import make_phantom
 # docs/data.md.
 
 # %%
-folder = make_phantom(tempfile.mkdtemp() + "/phantom", subjects=4, size=0.12, workers=1, progress=False)
+folder = make_phantom(tempfile.mkdtemp() + "/phantom", subjects=4, size=0.1, workers=1, progress=False)
 cases = [read_case(files) for files in find_cases(folder)]
 case = cases[0]
 print(case.name, case.volumes.shape, "X, Y, Z and flair, t1, t1ce, t2")

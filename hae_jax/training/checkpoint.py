@@ -6,6 +6,7 @@ names, such as "input_blocks/1/0/in_conv/kernel". Orbax writes into a temporary 
 checksums are written before that, so every checkpoint has them. Damaged checkpoints are renamed, never deleted.
 """
 
+import functools
 import json
 import logging
 import math
@@ -40,8 +41,6 @@ _ITEMS = {"params": "params", "ema": "ema", "opt_state": "optimizer"}
 # Orbax divides the writing of an array among the devices that hold copies of it. Parts that are smaller than this
 # number of bytes take longer to cut out than to write. On eight devices, they would make a save ten times as slow.
 _SMALLEST_PART = 1 << 20
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART), override=True)
 # Files that Orbax completes when it commits a checkpoint. They hold dates, which are not used.
 _COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -239,11 +238,18 @@ def checkpoint_bytes(state: TrainState) -> int:
 
 
 def _manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    _set_up_orbax()
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options))
+
+
+@functools.cache
+def _set_up_orbax() -> None:
     # Orbax logs each save, and the traceback of every error that it also raises.
     absl = logging.getLogger("absl")
     absl.setLevel(logging.WARNING)
     absl.addFilter(_not_of_orbax)
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options))
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
