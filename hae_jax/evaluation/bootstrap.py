@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 RESAMPLES = 5000
 _INTERVAL = (0.025, 0.975)
@@ -46,6 +45,8 @@ def with_interval(
     Returns:
       "mean" (None where the statistic is NaN), "low", "high" (None of fewer than two patients, too).
     """
+    from scipy import stats  # slow to import, and needed only where there is ground truth
+
     values = [np.asarray(sample) for sample in samples]
     found = float(statistic(*values, axis=-1)) if len(values[0]) else np.nan
     low = high = np.nan

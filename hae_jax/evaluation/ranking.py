@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import sparse
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from hae_jax.evaluation.bootstrap import numbers, share, with_interval
 
@@ -65,6 +64,8 @@ def ranking(
     histogram: np.ndarray,  # [2, bins] of `score_histogram`
 ) -> tuple[float | None, float | None]:
     """AUROC and AUPRC of all pixels in a histogram; None if all or none of them are lesion."""
+    from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import, and not always needed
+
     if not histogram.any(axis=1).all():
         return None, None
     truth, score = np.nonzero(histogram)

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.isotonic import IsotonicRegression
 
 from hae_jax.data.slices import SlicedCase
 from hae_jax.errors import UserError
@@ -73,20 +72,26 @@ def is_curves(value: Any) -> bool:
     return isinstance(value, dict) and all(rising(value.get(name)) for name in ("pixel", "slice"))
 
 
+def _isotonic(**limits: Any) -> Any:
+    from sklearn.isotonic import IsotonicRegression  # slow to import, and only calibration needs it
+
+    return IsotonicRegression(**limits)
+
+
 def _pixel_curve(shares: rules.Shares) -> dict[str, list[float]]:
     levels = shares.levels
     u, h = (-np.diff(above, prepend=1, append=0) for above in (shares.lesion_slices, shares.healthy_slices))
     at = np.concatenate([levels[:1], (levels[1:] + levels[:-1]) / 2, levels[-1:]])
     mass = u + h
     lesion = np.divide(u, mass, out=np.zeros_like(u), where=mass > 0)
-    g = IsotonicRegression(y_min=1e-12, y_max=1).fit_transform(at, lesion, sample_weight=np.maximum(mass, 1e-12))
+    g = _isotonic(y_min=1e-12, y_max=1).fit_transform(at, lesion, sample_weight=np.maximum(mass, 1e-12))
     return _curve(at, np.clip(1 - (1 - shares.lesion_share) * (1 - g) / g, 0, 1))
 
 
 def _slice_curve(scores: np.ndarray, labels: np.ndarray) -> dict[str, list[float]]:
     """The curve Q. Its distance from 0 and 1 is at least that of the rule of succession for this number of slices."""
     least = 1 / (len(labels) + 2)
-    fitted = IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(scores, labels.astype(float))
+    fitted = _isotonic(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(scores, labels.astype(float))
     return _curve(fitted.X_thresholds_, fitted.y_thresholds_)
 
 

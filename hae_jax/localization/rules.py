@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from hae_jax.errors import UserError
 from hae_jax.evaluation.metrics import dice
@@ -78,6 +77,8 @@ def slice_threshold(scores: np.ndarray, labels: np.ndarray) -> tuple[float, int]
 
 def slice_auc(scores: np.ndarray, labels: np.ndarray) -> float:  # [S], [S]
     """Area under the ROC curve of anomaly scores; NaN if all slices are of one class."""
+    from sklearn.metrics import roc_auc_score  # slow to import, and only calibration needs it
+
     lesion = np.asarray(labels) > 0
     return float(roc_auc_score(lesion, scores)) if lesion.any() and not lesion.all() else float("nan")
 

@@ -90,7 +90,7 @@ def test_a_batch_that_cannot_be_cut_names_the_next_that_can():
 
 
 def test_every_mesh_of_eight_devices_gives_the_same_losses_and_holds_what_the_rules_promise(tiny_config, tmp_path):
-    tiny_config.training.steps = 5
+    tiny_config.training.steps = 3
     tiny_config.model.variant = "fpdm"  # as small as possible, since it is compiled four times
     tiny_config.model.channel_mult = (1,)
     tiny_config.model.attention_resolutions = ()
@@ -99,7 +99,7 @@ def test_every_mesh_of_eight_devices_gives_the_same_losses_and_holds_what_the_ru
     assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
     runs = {name: json.loads((tmp_path / name / "held.json").read_text()) for name in ("1x1", "8x1", "4x2", "1x8")}
     expected = losses(tmp_path / "1x1")
-    assert len(expected) == 5
+    assert len(expected) == 3
     for name, run in runs.items():
         np.testing.assert_allclose(losses(tmp_path / name), expected, rtol=1e-5, err_msg=name)
         assert run["held"] == run["promised"], name
