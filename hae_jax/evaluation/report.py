@@ -96,7 +96,7 @@ def case_result(
 def write_cases(path: str | os.PathLike, cases: Sequence[CaseResult]) -> None:
     """Writes one row per case under a header line. Unknown values are empty cells."""
     with files.written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(field.name for field in dataclasses.fields(CaseResult))
         writer.writerows([_cell(value) for value in dataclasses.astuple(case)] for case in cases)
 
@@ -210,7 +210,7 @@ def write_comparison(
     rows = [ComparedMethod(*row) for row in rows]
     with files.written_whole(Path(folder) / f"{name}.csv") as temporary, \
             temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["method", "settings", "labels", *_COMPARED, "passes_per_slice", "seconds_per_slice",
                          "phantom"])
         for row in rows:

@@ -110,6 +110,6 @@ def _write_case(folder: Path, results: Path, files: CaseFiles) -> None:
 
 def _write_order(path: Path, ranked: list[_Ranked]) -> None:
     with open(path, "w", newline="") as stream:
-        writer = csv.writer(stream)
+        writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["case", "sureness", "lesion_ml"])
         writer.writerows([found.case.name, f"{found.sureness:.4f}", f"{found.lesion_ml:.3f}"] for found in ranked)
