@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Python's garbage collection at its end would take seconds, and the system frees the memory anyway."""
+    """Skips garbage collection at exit. It would take seconds, and the system frees the memory anyway."""
     gc.freeze()
 
 

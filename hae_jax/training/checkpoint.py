@@ -39,7 +39,8 @@ _FREE_NAMES = tuple(f"model.{name}" for name in FORM_FIELDS)
 # Field of the state -> its item; the other fields make up the item "progress".
 _ITEMS = {"params": "params", "ema": "ema", "opt_state": "optimizer"}
 # Orbax divides the writing of an array among the devices that hold copies of it. Parts that are smaller than this
-# number of bytes take longer to cut out than to write. On eight devices, they would make a save ten times as slow.
+# number of bytes take longer to cut out than to write. On eight devices, a save stopped the training for ten times as
+# long with them.
 _SMALLEST_PART = 1 << 20
 # Files that Orbax completes when it commits a checkpoint. They hold dates, which are not used.
 _COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
