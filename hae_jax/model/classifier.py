@@ -41,6 +41,7 @@ class Classifier(nnx.Module):
         dropouts = [module for _, module in nnx.iter_modules(self) if isinstance(module, Dropout)]
         for i, dropout in enumerate(dropouts):
             dropout.layer = i
+        self._dropouts = len(dropouts)
 
     def __call__(
         self,
@@ -50,7 +51,8 @@ class Classifier(nnx.Module):
     ) -> jax.Array:  # [B, num_classes] float32
         """The logits of the classes; `rngs` is the randomness of a training step."""
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels))
-        cond, h = Conditioning(emb, None, rngs), x.astype(self.config.dtype)
+        keys = None if rngs is None else rngs.of_layers(self._dropouts)
+        cond, h = Conditioning(emb, None, keys), x.astype(self.config.dtype)
         for block in (*self.input_blocks, self.middle_block):
             h = run_block(block, (h,), cond, (), self.config.remat != "none")
         return self.head(self.head_norm(h, silu=True).mean((1, 2)))

@@ -16,7 +16,7 @@ from hae_jax.model.layers import (
     Conditioning,
     Dropout,
     HeadDropout,
-    Randomness,
+    LayerKeys,
     ResBlock,
     conv,
     group_norm,
@@ -48,7 +48,7 @@ class MultiHeadAttention(nnx.Module):
     def __call__(
         self,
         tokens: jax.Array,  # [B, N, C]
-        randomness: Randomness | None,
+        randomness: LayerKeys | None,
         blocked: jax.Array | None,  # [N, N] bool
         *,
         is_sparse: bool,
@@ -72,19 +72,17 @@ class MultiHeadAttention(nnx.Module):
         trained_mask = sparse.trained_mask_per_scale if per_scale else sparse.trained_mask_joint
         return sparse.attend(q, k, v, trained_mask(count, self._pattern_key(randomness)), drop)
 
-    def _drop(self, randomness: Randomness | None) -> HeadDropout | None:
+    def _drop(self, randomness: LayerKeys | None) -> HeadDropout | None:
         """Dropout of attention weights; None without dropout."""
         if randomness is None or not self.dropout.rate:
             return None
-        of_head = lambda key, head: jax.random.fold_in(jax.random.fold_in(key, self.dropout.layer), head)
-        of_heads = jax.vmap(jax.vmap(of_head, (None, 0)), (0, None))
-        return HeadDropout(of_heads(randomness.samples, jnp.arange(HYBRID_HEADS)), self.dropout.rate)
+        return HeadDropout(randomness.heads[self.dropout.layer], self.dropout.rate)
 
-    def _pattern_key(self, randomness: Randomness | None) -> jax.Array:
+    def _pattern_key(self, randomness: LayerKeys | None) -> jax.Array:
         """The key of this attention's pattern: that of the step if patterns are redrawn, else that of the seed."""
-        redraws = self.config.sparse_redraw
-        key = randomness.shared if redraws and randomness is not None else jax.random.key(self.config.sparse_seed)
-        return jax.random.fold_in(key, self.dropout.layer)
+        if self.config.sparse_redraw and randomness is not None:
+            return randomness.shared[self.dropout.layer]
+        return jax.random.fold_in(jax.random.key(self.config.sparse_seed), self.dropout.layer)
 
 
 class MLP(nnx.Module):
@@ -95,7 +93,7 @@ class MLP(nnx.Module):
         self.fc2 = linear(hidden, channels, rngs, dtype=config.dtype)
         self.dropout1, self.dropout2 = Dropout(config.dropout), Dropout(config.dropout)
 
-    def __call__(self, x: jax.Array, randomness: Randomness | None) -> jax.Array:  # [B, N, C] -> [B, N, C]
+    def __call__(self, x: jax.Array, randomness: LayerKeys | None) -> jax.Array:  # [B, N, C] -> [B, N, C]
         h = self.dropout1(jax.nn.gelu(self.fc1(x), approximate=False), randomness)
         return self.dropout2(self.fc2(h), randomness)
 

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from hae_jax.model.config import NORM_GROUPS, UNetConfig
+from hae_jax.model.config import HYBRID_HEADS, NORM_GROUPS, UNetConfig
+from hae_jax.ops import threefry
 from hae_jax.ops.convolution import conv2d
 from hae_jax.ops.forms import convolution_form
 from hae_jax.ops.group_norm import GroupNorm
@@ -31,13 +32,29 @@ class Randomness(NamedTuple):
         samples = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
         return cls(samples, shared)
 
+    def of_layers(self, count: int) -> "LayerKeys":
+        """Derives the keys of all layers at once, since a hash per layer would make programs slow to compile."""
+        numbered = jax.vmap(jax.random.fold_in, (None, 0))  # a key for each number
+        layers, heads = jnp.arange(count), jnp.arange(HYBRID_HEADS)
+        samples = jax.vmap(numbered, (0, None), 1)(self.samples, layers)
+        return LayerKeys(samples, jax.vmap(jax.vmap(numbered, (0, None)), (0, None))(samples, heads),
+                         numbered(self.shared, layers))
+
+
+class LayerKeys(NamedTuple):
+    """`Randomness` of each layer of a network."""
+
+    samples: jax.Array  # [layers, B] keys
+    heads: jax.Array  # [layers, B, HYBRID_HEADS] keys
+    shared: jax.Array  # [layers] keys
+
 
 class Conditioning(NamedTuple):
     """The inputs of each block besides the features."""
 
     emb: jax.Array  # [B, E] float32, time plus class
     context: Any = None  # conditioning.Context, or None without class context
-    randomness: Randomness | None = None  # None: no dropout
+    randomness: LayerKeys | None = None  # None: no dropout
     sparse_masks: tuple[jax.Array, ...] | None = None  # [N, N] bool each, True is blocked; None: the config's pattern
 
 
@@ -145,11 +162,11 @@ class Dropout(nnx.Module):
     def __call__(
         self,
         x: jax.Array,  # [B, ...]
-        randomness: Randomness | None,
+        randomness: LayerKeys | None,
     ) -> jax.Array:
         if randomness is None or self.rate == 0:
             return x
-        return dropped(x, jax.vmap(lambda key: jax.random.fold_in(key, self.layer))(randomness.samples), self.rate)
+        return dropped(x, randomness.samples[self.layer], self.rate)
 
 
 class HeadDropout(NamedTuple):
@@ -181,18 +198,12 @@ def kept(
     rate: float,
     shape: tuple[int, ...],
 ) -> tuple[jax.Array, float]:  # [*B, *shape] bool, and the share of values that are kept
-    """The values that dropout keeps. Each value uses sixteen random bits, so one word is drawn for two values.
+    """The values that dropout keeps. The rate is rounded to 2^-16.
 
-    Random words are the most expensive part of dropout. The rate is rounded to 2^-16.
+    Each value uses sixteen random bits, so one word is drawn for two values.
     """
     *others, last = shape
-
-    def draw(key):
-        return jax.random.bits(key, (*others, -(-last // 2)), jnp.uint32)
-
-    for _ in range(keys.ndim):
-        draw = jax.vmap(draw)
-    words, bound = draw(keys), max(1, round((1 - rate) * 2**16))
+    words, bound = threefry.words(keys, (*others, -(-last // 2))), max(1, round((1 - rate) * 2**16))
     halves = (words & 0xFFFF) < bound, (words >> 16) < bound
     halves = jax.lax.optimization_barrier(halves)  # else fusion would draw each word twice
     return jnp.concatenate(halves, axis=-1)[..., :last], bound / 2**16

@@ -58,6 +58,7 @@ class UNet(nnx.Module):
         dropouts = [module for _, module in nnx.iter_modules(self) if isinstance(module, Dropout)]
         for i, dropout in enumerate(dropouts):
             dropout.layer = i
+        self._dropouts = len(dropouts)
         self.parameter_paths = tuple(path for path, _ in walk(self))
 
     def __call__(
@@ -113,8 +114,9 @@ class UNet(nnx.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels))
         if isinstance(rngs, nnx.Rngs):
             rngs = Randomness.from_rngs(rngs, x.shape[0])
+        keys = None if rngs is None else rngs.of_layers(self._dropouts)
         if self.config.num_classes is None or (null is True and context_rule(self.config) != "keep"):
-            return Conditioning(emb, None, rngs)
+            return Conditioning(emb, None, keys)
         if y is None:
             if null is not True:
                 raise ValueError("the network has classes: give the labels y, or null=True")
@@ -125,7 +127,7 @@ class UNet(nnx.Module):
         # In a null pass, c is constant. Without a barrier, XLA would spend minutes on constant folding.
         c = jax.lax.optimization_barrier(c)
         context = class_context(c, null_rows, self.config) if context_seen is None else Context(c, context_seen)
-        return Conditioning(emb + c, context, rngs)
+        return Conditioning(emb + c, context, keys)
 
     def _check_input(self, x: jax.Array) -> None:
         channels, rate = self.config.in_channels, 2 ** (len(self.config.widths) - 1)

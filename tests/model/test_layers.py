@@ -10,7 +10,17 @@ from scipy import signal
 
 from hae_jax.model import UNet, UNetConfig
 from hae_jax.model.hybrid import MultiHeadAttention
-from hae_jax.model.layers import Downsample, Dropout, Randomness, Upsample, group_norm, kept, layer_norm, pool
+from hae_jax.model.layers import (
+    Downsample,
+    Dropout,
+    LayerKeys,
+    Randomness,
+    Upsample,
+    group_norm,
+    kept,
+    layer_norm,
+    pool,
+)
 from hae_jax.torch_interop.weights import torch_state
 
 CONFIG = UNetConfig(**SMALL)
@@ -60,8 +70,8 @@ def test_norms_keep_small_variances_beside_large_means(make):
     assert_close(norm(x), centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5), 1e-2)
 
 
-def randomness(samples: int, seed: int = 0) -> Randomness:
-    return Randomness.from_rngs(nnx.Rngs(dropout=seed), samples)
+def randomness(samples: int, seed: int = 0) -> LayerKeys:
+    return Randomness.from_rngs(nnx.Rngs(dropout=seed), samples).of_layers(2)
 
 
 def test_dropout_rate_and_mean():
@@ -89,14 +99,14 @@ def test_dropout_differs_between_samples_layers_and_steps():
 def test_a_samples_dropout_does_not_depend_on_its_company():
     x, keys = jnp.ones((5, 100)), randomness(5)
     together = Dropout(0.5)(x, keys)
-    alone = Dropout(0.5)(x[3:4], Randomness(keys.samples[3:4], keys.shared))
+    alone = Dropout(0.5)(x[3:4], keys._replace(samples=keys.samples[:, 3:4]))
     np.testing.assert_array_equal(alone[0], together[3])
 
 
 @pytest.mark.parametrize("channels", [1, 7, 8])
 def test_numbers_are_kept_independently_of_each_other(channels):
     """Two values share a random word. The masks of a sample's channels must nevertheless be independent."""
-    keep, share = kept(randomness(1).samples, 0.3, (20000, channels))
+    keep, share = kept(randomness(1).samples[0], 0.3, (20000, channels))
     assert keep.shape == (1, 20000, channels)
     assert share == pytest.approx(0.7, abs=2**-17)
     x = np.asarray(keep[0], float)

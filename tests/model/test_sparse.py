@@ -92,7 +92,7 @@ def test_a_ragged_last_block_sees_and_gives_nothing_of_its_filling():
 
 def test_dropout_of_weights_differs_by_head_and_is_the_same_in_both_forms():
     attention = MultiHeadAttention(8, UNetConfig(**SMALL, dropout=0.5), nnx.Rngs(0))
-    keys = Randomness(jax.random.split(KEY, 2), KEY)
+    keys = Randomness(jax.random.split(KEY, 2), KEY).of_layers(1)
     ones = jnp.ones((2, 3, 8, 16))
     drop = attention._drop(keys)
     masks = [np.asarray(drop(ones, jnp.asarray(head))) for head in range(3)]
@@ -155,7 +155,7 @@ def influence(*, shared: jax.Array | None = None, blocked: np.ndarray | None = N
               **fields) -> np.ndarray:  # [N, N] bool
     """Whether a token (column) changes the attention of another token (row)."""
     attention = MultiHeadAttention(8, UNetConfig(**SMALL, **fields), nnx.Rngs(0))
-    randomness = None if shared is None else Randomness(jax.random.split(KEY, 1), shared)
+    randomness = None if shared is None else Randomness(jax.random.split(KEY, 1), shared).of_layers(1)
     tokens = jax.random.normal(KEY, (TOKENS, 8))
     f = lambda tokens: attention(tokens[None], randomness, blocked, is_sparse=is_sparse)[0].sum(-1)
     return (np.abs(jax.jit(jax.jacrev(f))(tokens)).max(-1) > 0) & ~np.eye(TOKENS, dtype=bool)

@@ -216,8 +216,10 @@ def _output_gradient_points(
     form: _Filtering,
 ) -> jax.Array:  # [n n, B, h, w, D]
     """A g A^T of the m x m outputs g."""
-    m = form.m
-    return jnp.tensordot(_both_axes(form.A), jnp.stack([g[:, i::m, j::m] for i in range(m) for j in range(m)]), 1)
+    batch, height, width, channels = g.shape
+    m, h, w = form.m, height // form.m, width // form.m
+    outputs = g.reshape(batch, h, m, w, m, channels).transpose(2, 4, 0, 1, 3, 5)
+    return jnp.tensordot(_both_axes(form.A), outputs.reshape(m * m, batch, h, w, channels), 1)
 
 
 def _both_axes(matrix: np.ndarray) -> np.ndarray:
