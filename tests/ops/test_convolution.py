@@ -1,6 +1,7 @@
 """`conv2d` against `jax.lax`: each form for CPUs, and JAX's transformations of it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -139,3 +140,16 @@ def test_a_cpu_s_program_has_the_form_for_its_shape(shape, kernel, left):
 
     assert convolutions("winograd") == left
     assert convolutions("xla") == 3
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_in_a_loop_have_the_axes_that_cpus_compute_fast(stride):
+    """In a loop, XLA computes convolutions with other orders of axes many times slower."""
+    xs, kernel = inputs((8, 8), 20, 24, batch=2)[0][:, None], inputs((8, 8), 20, 24)[1]
+
+    def gradients(xs, kernel):
+        return lax.map(lambda x: value_and_gradients(conv2d, x, kernel, stride)[1:], xs)
+
+    orders = re.findall(r"dim_labels=(\S+?),", jax.jit(gradients).lower(xs, kernel).compile().as_text())
+    assert orders
+    assert set(orders) == {"b01f_01io->b01f"}

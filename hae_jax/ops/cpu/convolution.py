@@ -8,7 +8,9 @@ XLA's convolution is mostly about as fast as a matrix product, but its gradient 
   tiles of 2x2 outputs from 16 px and 128 channels on, but not for the gradient for the kernel;
 - at most 16 channels on one side: the gradient for the kernel as one product with the patches of that side,
   and the gradient for the input likewise where the output has so few;
-- all other cases: XLA's convolution.
+- all other cases: XLA's convolution. Its gradients are written as convolutions with axes in the order NHWC, HWIO, with
+  explicit transpositions. XLA does the same on its own, except inside loops (gradients that are accumulated, guidance
+  by a classifier at each step), where other orders are computed by a loop over single numbers.
 
 All forms give the same results up to float32 rounding. bfloat16 is computed in float32 and rounded at the end.
 """
@@ -17,6 +19,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from hae_jax.ops import direct
 from hae_jax.ops.cpu import winograd
@@ -67,8 +70,11 @@ def _input_gradient(x, kernel, g, stride, padding):
         turned = kernel[::-1, ::-1].swapaxes(2, 3)
         patches = jnp.concatenate(_shifted(g, kernel.shape, 1, kernel.shape[0] - 1 - padding), -1)
         return patches @ turned.reshape(-1, kernel.shape[2])
-    transpose = jax.linear_transpose(lambda x: direct.convolve(x, kernel, stride, padding), x)
-    return transpose(g)[0]
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    before = [k - 1 - padding for k in kernel.shape[:2]]
+    after = [n + k - 2 - (m - 1) * stride - b
+             for n, m, k, b in zip(x.shape[1:3], g.shape[1:3], kernel.shape[:2], before, strict=True)]
+    return _convolve(g, turned, list(zip(before, after, strict=True)), lhs_dilation=(stride, stride))
 
 
 def _kernel_gradient(x, kernel, g, stride, padding):
@@ -85,7 +91,16 @@ def _kernel_gradient(x, kernel, g, stride, padding):
         return turned.transpose(1, 2, 0, 3)[::-1, ::-1]
     if _is_pointwise(kernel, stride, padding):
         return jnp.einsum("bhwc,bhwd->cd", x, g).reshape(shape)
-    return jax.linear_transpose(lambda k: direct.convolve(x, k, stride, padding), kernel)(g)[0]
+    # Channels take the place of the batch, and the batch is summed over like input channels.
+    after = [k + (m - 1) * stride - n - padding
+             for n, m, k in zip(x.shape[1:3], g.shape[1:3], shape[:2], strict=True)]
+    gradient = _convolve(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), [(padding, a) for a in after],
+                         rhs_dilation=(stride, stride))
+    return gradient.transpose(1, 2, 0, 3)
+
+
+def _convolve(x, kernel, padding, **dilation):
+    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **dilation)
 
 
 def _float32(*arrays):
