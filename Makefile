@@ -14,8 +14,9 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/pyright --pythonpath $(BIN)/python & types=$$!; \
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal && \
+	{ wait $$types || { echo "pyright found errors, see above"; exit 1; }; }
 
 # Executes the notebook anew, after a change of examples/localize.py or of what it shows.
 notebook: .venv/installed-dev

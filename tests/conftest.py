@@ -15,8 +15,10 @@ import pytest
 
 from hae_jax.console import show_messages
 
-# The networks in tests run for a fraction of a second, so fast compilation is more important than fast code.
-_QUICK = "--xla_backend_optimization_level=0"
+# The networks in tests run for a fraction of a second, so fast compilation is more important than fast code. The test
+# processes occupy all cores, so one thread for each program takes the least processor time.
+_QUICK = ("--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+          " --xla_cpu_multi_thread_eigen=false")
 if jax.__version_info__ < (0, 11):  # later versions of XLA do not have this option
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}"  # read when JAX initialises its devices

@@ -26,6 +26,7 @@ def installed(tmp_path_factory):
     (folder / "empty").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "JAX_PLATFORMS": "cpu",
                    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    del environment["XLA_FLAGS"]  # as for a user; with the flags of the tests, translation would take longer
 
     def run(code):
         return subprocess.run([sys.executable, "-c", code], cwd=folder / "empty", env=environment, check=True,

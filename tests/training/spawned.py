@@ -6,6 +6,7 @@ The processes are forked from a server that has imported the modules, since impo
 import atexit
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import sys
@@ -62,6 +63,8 @@ def _run(output: Path, settings: Mapping, environment: Mapping[str, str], functi
     with output.open("wb", buffering=0) as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
+    gc.freeze()  # as in conftest.py
+    gc.set_threshold(100_000, 50, 100)
     os.environ.update(environment)
     for name, value in settings.items():
         jax.config.update(name, value)

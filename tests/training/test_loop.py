@@ -43,12 +43,8 @@ def finished(one_level_settings, tmp_path_factory):
     return workdir
 
 
-def test_one_device_gives_the_losses_of_four(one_level_config, tmp_path, finished):
-    train(one_level_config, tmp_path, jax.devices()[:1])
-    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-5)
-
-
 def test_sharded_parameters_and_accumulated_parts_give_the_same_losses(one_level_config, tmp_path, finished):
+    """The same as with four devices that hold all parameters each and a batch that is computed at once."""
     one_level_config.training.mesh = (1, -1)
     one_level_config.training.accumulation = 4
     train(one_level_config, tmp_path, jax.devices()[:2])
