@@ -66,11 +66,10 @@ def _input_gradient(x, kernel, g, stride, padding):
         return jnp.einsum("bhwd,cd->bhwc", g, kernel[0, 0])
     if _winograd_wins(x, kernel, stride, padding):
         return winograd.input_gradient(kernel, g, padding)
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
     if kernel.shape[3] <= _FEW_CHANNELS and _is_unit_square(kernel, stride, padding):
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
         patches = jnp.concatenate(_shifted(g, kernel.shape, 1, kernel.shape[0] - 1 - padding), -1)
         return patches @ turned.reshape(-1, kernel.shape[2])
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
     before = [k - 1 - padding for k in kernel.shape[:2]]
     after = [n + k - 2 - (m - 1) * stride - b
              for n, m, k, b in zip(x.shape[1:3], g.shape[1:3], kernel.shape[:2], before, strict=True)]
