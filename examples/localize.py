@@ -20,8 +20,8 @@
 #
 # **Research use only. Not a medical device; not for diagnosis or treatment.**
 #
-# Install with `pip install hae-jax jupyterlab ipywidgets`, then open this notebook. `localize.py` is the same notebook
-# as a script (`jupytext --sync localize.ipynb` synchronises both).
+# In a clone of the repository, run `pip install . jupyterlab ipywidgets`. Then open this notebook. `localize.py` is the
+# same notebook as a script (`jupytext --sync localize.ipynb` synchronises both).
 
 # %%
 import dataclasses

@@ -28,26 +28,26 @@ def _model() -> ml_collections.ConfigDict:
     model.image_size = 128  # pixels
     model.in_channels = 4  # flair, t1, t1ce, t2
     model.out_channels = config_dict.placeholder(int)  # None: in_channels, doubled for a learned variance
-    model.model_channels = 128
+    model.model_channels = 128  # base width; embeddings are 4 times as wide
     model.num_res_blocks = 2  # per level
     model.attention_resolutions = (4, 8, 16)  # downsampling rates: 32, 16 and 8 px of 128
     model.dropout = 0.1
     model.channel_mult = config_dict.placeholder(tuple)  # widths of the levels; None: the standard for image_size
-    model.conv_resample = True
+    model.conv_resample = True  # learned convolutions in down- and upsampling
     model.num_classes = config_dict.placeholder(int)  # None: unconditional
     model.num_classes = 2  # healthy, lesion
     model.num_heads = 4
     model.num_head_channels = -1  # -1: num_heads decides
     model.num_heads_upsample = -1  # -1: num_heads
-    model.use_scale_shift_norm = True
-    model.resblock_updown = False
-    model.use_hae = True
-    model.bottleneck_ratio = 0.25
-    model.memory_optimization = True
-    model.zero_threshold = 1e-6
+    model.use_scale_shift_norm = True  # the embedding scales and shifts the second norm; False: it is added
+    model.resblock_updown = False  # resampling by ResBlocks
+    model.use_hae = True  # hybrid CNN and transformer blocks; False: a plain U-Net
+    model.bottleneck_ratio = 0.25  # hidden width of the bottleneck MLP as a share of its channels
+    model.memory_optimization = True  # hae_v2c: skip the class context if it is zero for the whole batch
+    model.zero_threshold = 1e-6  # a class embedding counts as zero if no entry exceeds this
     model.null_context = "batch"  # when null rows see a context: batch (as published), sample, keep
     model.sparse_pattern = "blocks"  # blocks (this project's), trained (the published one) or dense
-    model.sparse_seed = 0
+    model.sparse_seed = 0  # seed of the sparse pattern
     model.sparse_redraw = False  # draw the sparse pattern anew at each training step
     model.remat = "none"  # what the backward pass recomputes to save memory: none, block or full
     model.dtype = "float32"  # type of computation: float32 or bfloat16; parameters are always float32
@@ -65,7 +65,8 @@ def _diffusion() -> ml_collections.ConfigDict:
     diffusion.predicts = "eps"  # output of the network: eps or x0
     diffusion.variance = "fixed_large"  # fixed_large, fixed_small or learned_range (doubles the output channels)
     diffusion.noise = "gaussian"  # gaussian, simplex (AnoDDPM), or coarse (denoising autoencoder)
-    diffusion.clipping = "static"  # of the predicted x0: static ([-1, 1]), dynamic or none
+    # Clipping of the predicted x0 in sample grids: static ([-1, 1]), dynamic (0.99-quantile) or none.
+    diffusion.clipping = "static"
     return diffusion
 
 
@@ -94,7 +95,7 @@ def _training() -> ml_collections.ConfigDict:
     training.batch_size = 28  # global, over all devices
     training.accumulation = 1  # parts of a batch, processed one after the other; must divide batch_size
     training.learning_rate = 1e-4  # of AdamW
-    training.weight_decay = 0.0
+    training.weight_decay = 0.0  # of AdamW
     training.warmup_steps = 0  # linear warm-up from 0
     training.anneal = "none"  # of the learning rate, to 0 at training.steps: none, linear or cosine
     training.clip_norm = config_dict.placeholder(float)  # largest norm of the gradient; None: no clipping
@@ -143,13 +144,14 @@ def _translation() -> ml_collections.ConfigDict:
     translation.rectify = "after"  # residual: positive part after the mean over timesteps; ablations: before, never
     translation.smoothing = 0.7  # residual: standard deviation of the Gaussian on the map, pixels; 0: none
     translation.forward_steps = 600  # hae: number of forward steps, counted in steps of diffusion.steps
-    translation.respacing = ""  # "": every step; "100": the whole schedule respaced to 100 steps; not for residual
+    # "": every step; "100": the whole schedule respaced to 100 steps. Not for residual, dae and threshold.
+    translation.respacing = ""
     translation.guidance = 2.0  # guidance strength w
     translation.reference = "healthy"  # hae: reference of the guided prediction: healthy (published), null (paper)
     translation.inversion = "published"  # hae: published (off by one level) or exact (for few steps)
     translation.d_reverse = True  # hae: walk by DDIM inversion; False: new noise at each step
-    translation.modality = (0, 3)  # channels of the map, here flair and t2; not for residual
-    translation.clipping = "static"  # of the predicted x0: static, dynamic or none
+    translation.modality = (0, 3)  # channels of the map, here flair and t2; not for residual and threshold
+    translation.clipping = "static"  # of the predicted x0 in translation: static, dynamic or none
     translation.maps = "mse"  # hae: mse; ablations: gradient (rescaled by its weight at t), gradient_unscaled
     translation.t_e_ratio = 1.0  # hae, ablation: end of the average, relative to the step with the largest diff
     translation.last_step_only = False  # hae, ablation: use only that step instead of the average up to it

@@ -30,7 +30,7 @@ DEFINITIONS = {
     "shares": "slices: number of slices; healthy: share of healthy slices (in 'all_slices' an empty mask scores 1 "
               "there); called_lesion: share of slices that are called lesion slices",
     "upper_bound": "mean Dice of the lesion slices at the best single threshold on the map, chosen with the ground "
-                   "truth of the same slices; no rule for a single threshold can exceed it",
+                   "truth of the same slices; without filters, no rule for a single threshold can exceed it",
     "above_threshold": "difference of Dice between the method and the intensity threshold on the same slices or "
                        "volumes, with its paired 95% interval over patients",
 }

@@ -233,7 +233,7 @@ def _comparison_page(rows: Sequence[ComparedMethod], phantom: bool) -> str:
     return "\n".join([
         f"# {'PHANTOM metrics' if phantom else 'Metrics'} of {_extent(rows)}", "", *lines, "",
         "Threshold from: the labels of the validation slices that the rule for the threshold has seen. Best single "
-        "threshold: chosen with the ground truth of the same slices, so no rule for one threshold can exceed it. "
+        "threshold: chosen with the ground truth of the same slices, and applied without filters. "
         "All-slice Dice: an empty mask without a lesion scores 1, so it increases with the share of healthy slices. "
         "Volume Dice and HD95: means over the cases with a lesion, HD95 without those whose mask is empty. Lesion "
         "F1: a lesion is found if the mask touches it. Brackets: 95% interval, bootstrap over patients.", "",

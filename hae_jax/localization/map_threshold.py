@@ -213,7 +213,7 @@ class MapThresholdMethod:
             return rules.Threshold(float(scores[labels].max()))
         if self.rule == "healthy_fpr":
             return rules.healthy_fpr(samples, self.healthy_fpr)
-        return rules.mixture(samples) if self.rule == "mixture" else rules.best_dice(samples)
+        return {"mixture": rules.mixture, "dice": rules.best_dice}[self.rule](samples)
 
     def read_calibration(self, fields: Any) -> MapThreshold:
         """The thresholds that a JSON object holds.
