@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs one level; exits with 1 if a case failed."""
     arguments, others = _parser().parse_known_args(argv)
     # Imported after parsing: --help needs no JAX.
-    from hae_jax.pipeline.bids import RESULTS, write_derivatives, write_group_table
+    from hae_jax.pipeline.bids import RESULTS, check_derivatives_folder, write_derivatives, write_group_table
 
     if arguments.analysis_level == "group":
         if others:
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.commands import translate
 
     subjects = _subjects(arguments.bids_dir, arguments.participant_label)
+    check_derivatives_folder(arguments.output_dir, arguments.bids_dir)
     results = arguments.output_dir / RESULTS / (subjects[0].name if len(arguments.participant_label) == 1 else "")
     # The input is a folder of links to the subjects: derivatives/ and sourcedata/ hold images that are no cases.
     with tempfile.TemporaryDirectory() as links:

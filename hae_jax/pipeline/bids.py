@@ -17,7 +17,7 @@ from hae_jax import __version__
 from hae_jax.data.cases import CaseFiles, find_cases
 from hae_jax.data.splits import patient_of
 from hae_jax.errors import UserError
-from hae_jax.files import decoded, read_content, write_json, written_whole
+from hae_jax.files import decoded, read_content, read_json, write_json, written_whole
 from hae_jax.localization.probability import MEANINGS
 from hae_jax.pipeline.results_folder import read_manifest
 from hae_jax.provenance import RESEARCH_USE
@@ -78,6 +78,22 @@ def write_derivatives(results: str | Path, output: str | Path) -> list[Path]:
             if file.ending.endswith("_mask"):
                 masks.append(target)
     return masks
+
+
+def check_derivatives_folder(output: str | Path, source: str | Path | None) -> None:
+    """Refuses folders in which derivatives would mix with raw data.
+
+    Raises:
+      UserError: it is the folder of the cases, or a BIDS dataset of raw data.
+    """
+    path = Path(output) / _DESCRIPTION
+    try:
+        raw = path.exists() and read_json(path)["DatasetType"] != "derivative"
+    except (UserError, KeyError, TypeError):
+        raw = True  # the default of BIDS
+    if raw or (source is not None and os.path.realpath(output) == os.path.realpath(source)):
+        raise UserError(f"{output}: holds raw data; give another folder for the derivatives, such as "
+                        f"{Path(output) / 'derivatives' / 'hae'}")
 
 
 def write_group_table(output: str | Path) -> Path:
@@ -195,7 +211,7 @@ def _link_name(root: Path, raw: Iterable[Path]) -> str:
 
 def _describe(output: Path, raw: Iterable[Path], folders: list[Path]) -> None:
     """Writes the general files of a BIDS dataset. Without BIDS datasets in `raw`, `folders` give the source."""
-    sources = sorted(raw) or [Path(os.path.commonpath(folders))] * bool(folders)
+    sources = sorted(raw) or ([Path(os.path.commonpath(folders))] if folders else [])
     links = {_link_name(root, raw): os.path.relpath(root, output.resolve()) for root in sorted(raw)}
     write_json(output / _DESCRIPTION, {
         "Name": "Lesions found by HAE-JAX", "BIDSVersion": _VERSION, "DatasetType": "derivative",

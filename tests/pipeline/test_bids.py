@@ -109,6 +109,11 @@ def test_mistakes_are_one_line(app, dataset, tmp_path, capsys):
     assert app(dataset, tmp_path / "out", "group") == 2
     assert "run the level participant first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    described = (dataset / "dataset_description.json").read_bytes()
+    for folder in (dataset, dataset.parent / "raw" / "derivatives" / ".."):
+        assert app(dataset, folder, "participant") == 2
+        assert "holds raw data; give another folder for the derivatives" in capsys.readouterr().err
+    assert (dataset / "dataset_description.json").read_bytes() == described
 
 
 @pytest.mark.parametrize(("name", "stem"), [
@@ -143,6 +148,14 @@ def test_what_other_settings_left_goes_away(tmp_path):
     assert sorted(path.name for path in mask.parent.iterdir()) == [
         f"sub-p1_space-orig_{rest}" for rest in ("desc-hae_anomalymap.json", "desc-hae_anomalymap.nii.gz",
                                                  "label-L_desc-hae_mask.json", "label-L_desc-hae_mask.nii.gz")]
+
+
+def test_derivatives_of_a_run_without_finished_cases(tmp_path):
+    (tmp_path / "a").mkdir()
+    manifest = {"cases": {}, "config": {"data": {"modalities": ["t1"]}}}
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    assert write_derivatives(tmp_path / "a", tmp_path / "out") == []
+    assert read_json(tmp_path / "out" / "dataset_description.json")["SourceDatasets"] == []
 
 
 def test_no_run_no_derivatives(tmp_path):
