@@ -19,7 +19,7 @@ def tiny_store(tmp_path_factory):
         masks[::2, 4:8, 4:8] = 1
         images[::2, 4:8, 4:8] += 1
         writer.add(f"case_{i}", split, CaseSlices(images, masks, np.arange(count), (16, 16, count)), np.eye(4))
-    writer.finish({})
+    writer.finish({"modalities": ["flair", "t1", "t1ce", "t2"]})
     return root
 
 

@@ -17,7 +17,7 @@ from hae_jax.errors import UserError
 
 _PRESETS = Path(configs.__file__).parent
 DEFAULTS = str(_PRESETS / "default.py")
-_SEEDS = 2**63
+_SEEDS = 2**32  # JAX's keys and the noise use 32 bits
 CONFIG_HELP = ("configuration file, or name of a preset such as brats_v2c; --config.FIELD=VALUE sets a single field, "
                "such as --config.seed=1; None unsets a field that may be None (configs/default.py explains all fields)")
 
@@ -72,7 +72,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"data.modalities is {tuple(names)}: write --config.data.modalities=\"({parts})\"")
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
-        raise UserError(f"seed is {seed}: give a whole number from 0 to 2^63 - 1")
+        raise UserError(f"seed is {seed}: give a whole number from 0 to 2^32 - 1")
 
 
 def fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]:

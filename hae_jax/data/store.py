@@ -12,11 +12,12 @@ A shard of about 128 MiB is one file, and each slice is one inner chunk of it. S
 slice is one small read. `prepare` writes stores, `batches` reads them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +157,10 @@ class SplitReader:
         indices = np.asarray(indices, np.int64)
         if np.any((indices < 0) | (indices >= self._length)):
             raise IndexError(f"{self.folder}: index outside 0..{self._length - 1}")
-        try:
+        with self._readable():
             pending = [self._arrays[name][indices].read() for name in ("images", "masks")]  # reads both at once
             image, mask = [future.result() for future in pending]
-            label, case, position = (self.rows[name][indices] for name in ROW_ARRAYS)
-        except (ValueError, OSError) as error:  # from TensorStore, for a failed checksum or an unreadable file
-            raise UserError(f"{self.folder}: a slice cannot be read; look for damage with "
-                            f"tools/prepare_data.py --verify {self.folder.parent}") from error
+        label, case, position = (self.rows[name][indices] for name in ROW_ARRAYS)
         return {"image": image, "mask": mask, "label": label, "case": case, "slice": position}
 
     @functools.cached_property
@@ -170,7 +168,16 @@ class SplitReader:
         """`labels`, `cases` and `slices` of the whole split, [N] int32 each; small enough to stay in memory."""
         if self._length == 0:
             return {name: np.zeros(0, np.int32) for name in ROW_ARRAYS}
-        return {name: _open_array(self.folder / name).read().result() for name in ROW_ARRAYS}
+        with self._readable():
+            return {name: _open_array(self.folder / name).read().result() for name in ROW_ARRAYS}
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:  # from TensorStore, for a failed checksum or an unreadable file
+            raise UserError(f"{self.folder}: a slice cannot be read; look for damage with "
+                            f"tools/prepare_data.py --verify {self.folder.parent}") from error
 
     @functools.cached_property
     def _arrays(self) -> dict[str, ts.TensorStore]:

@@ -17,7 +17,7 @@ class ReadAhead:
     """The batches of the remaining steps.
 
     Attributes:
-      error: why there are no more, if reading has failed; `next` gives two more batches from then on.
+      error: why there are no more, if reading has failed; after it, two more batches are available.
     """
 
     def __init__(self, read: Callable[[], Batch], count: int):

@@ -133,7 +133,7 @@ class Checkpoints:
 
         Args:
           like: a state of the same network, of which only the shapes are used.
-          shardings: where each leaf shall lie.
+          shardings: the sharding of each leaf.
 
         Raises:
           UserError: if the checkpoint lacks arrays of the state.
@@ -188,7 +188,7 @@ def load_network(
     Args:
       workdir: the folder that `train.py --workdir` wrote.
       ema: the EMA weights (of the first rate) instead of the last ones.
-      forms: how the network shall be computed (`model.config.FORM_FIELDS`), instead of as in training.
+      forms: how the network is computed (`model.config.FORM_FIELDS`), instead of as in training.
 
     Raises:
       UserError: if there is no checkpoint that is not damaged.

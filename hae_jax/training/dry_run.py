@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,7 +137,7 @@ def _data_lines(config: ml_collections.ConfigDict, network: UNetConfig) -> list[
     try:
         store = open_store(config.data.root)
     except UserError as error:
-        if config.data.phantom is not None:
+        if config.data.phantom is not None and not Path(config.data.root).exists():
             return [f"data: {config.data.root} does not exist; training would make a phantom of "
                     f"{config.data.phantom.subjects} subjects first"]
         return [f"data: {error}"]

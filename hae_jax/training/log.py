@@ -104,7 +104,7 @@ def window_means(window: Window) -> dict[str, float]:
 
 
 def import_wandb(project: str) -> ModuleType:
-    """Imports the wandb package, which only runs with `training.wandb` need.
+    """Imports the wandb package. It is needed only for `training.wandb`.
 
     Raises:
       UserError: it is not installed.

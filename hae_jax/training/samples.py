@@ -25,7 +25,7 @@ def make_sampler(
     """Compiles `sampler(params, seed, strength) -> [R, H, W, C]`: R rows, two for each class, from the same noise.
 
     Args:
-      noise: "gaussian" or "simplex", as in training.
+      noise: `diffusion.noise`, as in training.
     """
 
     def sampler(params: nnx.State, seed: jax.Array, strength: jax.Array) -> jax.Array:

@@ -77,7 +77,7 @@ class Validation:
           reader: the validation split, not empty.
           slices: see `fixed_samples`.
           batch_size: rows computed at once over all devices, which must divide it; does not change the result.
-          noise: "gaussian" or "simplex", as in training.
+          noise: `diffusion.noise`, as in training.
           scaling: of the slices, as in training.
         """
         self._mesh, self._reader, self._scaling = mesh, reader, scaling

@@ -142,6 +142,13 @@ def test_flipped_bit_does_not_pass_for_data(written):
         reader.read(range(8, 16))
 
 
+def test_damaged_labels_are_named(written):
+    path = written[0] / "train/labels/c.0"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(UserError, match="--verify"):
+        open_store(written[0]).split("train").rows  # noqa: B018
+
+
 def test_opening_what_is_no_store(written, tmp_path):
     root = written[0]
     with pytest.raises(UserError, match=r"prepare_data\.py"):

@@ -1,6 +1,7 @@
 """The dry run: correct values, a message about missing data, no files written."""
 
 import jax
+import ml_collections
 import pytest
 
 from hae_jax.errors import UserError
@@ -65,6 +66,14 @@ def test_data_that_are_missing_or_do_not_fit_are_named(tiny_config, monkeypatch,
     monkeypatch.setattr("hae_jax.training.dry_run.activation_bytes", lambda network, rows: 1)
     tiny_config[section][field] = value
     assert any(said in line for line in describe(tiny_config, jax.devices()[:1]))
+
+
+def test_a_damaged_phantom_is_not_called_absent(tiny_config, monkeypatch, tmp_path):
+    monkeypatch.setattr("hae_jax.training.dry_run.activation_bytes", lambda network, rows: 1)
+    with tiny_config.unlocked():
+        tiny_config.data.phantom = ml_collections.ConfigDict({"subjects": 3})
+    tiny_config.data.root = str(tmp_path)
+    assert any("no prepared dataset here" in line for line in describe(tiny_config, jax.devices()[:1]))
 
 
 def test_settings_that_do_not_fit_are_refused(tiny_config):

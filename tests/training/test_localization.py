@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hae_jax.data.store import open_store
+from hae_jax.data.slices import CaseSlices
+from hae_jax.data.store import StoreWriter, open_store
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
@@ -62,6 +63,18 @@ def test_a_network_that_finds_lesions(settings):
 def test_the_measures_do_not_depend_on_the_devices(settings):
     one, two = (measured(settings, -0.2, devices) for devices in (1, 2))
     assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_slices_of_unknown_size_are_measured_without_filters(settings, tmp_path):
+    """Slices that were prepared for the PyTorch code have no affine."""
+    reader, writer = open_store(settings.data.root).split("val"), StoreWriter(tmp_path)
+    rows = reader.read(np.arange(6))
+    writer.add("case", "val", CaseSlices(rows["image"], rows["mask"], rows["slice"], None), None)
+    writer.finish({})
+    wanted = measured(settings, -0.2)
+    settings.data.root = str(tmp_path)
+    settings.translation.update({"across_mm": 2.0, "smallest_ml": 0.1})
+    assert measured(settings, -0.2) == pytest.approx(wanted)
 
 
 def test_a_network_that_finds_nothing(settings):
