@@ -238,7 +238,7 @@ def read_content(path: str | os.PathLike) -> bytes:
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for its other end
-            raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; remove it")
+            raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; a file is needed")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

@@ -9,6 +9,7 @@ import ml_collections
 
 from hae_jax.configs import default
 from hae_jax.errors import UserError
+from hae_jax.localization.calibration import PRESETS
 from hae_jax.localization.methods import Method, make_method
 from hae_jax.pipeline.cache_key import calibration_key, weights_hash
 from hae_jax.pipeline.calibrations import fits, load_calibration, newest_for_other_data
@@ -41,8 +42,15 @@ class TrainedRun(NamedTuple):
         return make_method(self.config)
 
     def calibration(self) -> Any | None:
-        """The calibration that came with the weights, or the newest one of this run with the same settings."""
-        method = self.method
+        """The calibration of `translation.calibration`, else that which came with the weights, else the newest one of
+        this run with the same settings.
+
+        Raises:
+          UserError: that of `translation.calibration` does not exist, is damaged, or belongs to another method or rule.
+        """
+        method, name = self.method, self.config.translation.calibration
+        if name is not None:
+            return PRESETS[name] if name in PRESETS else load_calibration(method, name)
         wanted = calibration_key(self.config, None, method, self.identity)
         for find in (lambda: self.folder / CALIBRATION,
                      lambda: newest_for_other_data(method, self.folder / "calibrations", wanted)):
@@ -53,23 +61,28 @@ class TrainedRun(NamedTuple):
         return None
 
 
-def load_run(run: str | Path, settings: Mapping[str, Any] | None = None, *, ema: bool = True) -> TrainedRun:
+def load_run(run: str | Path, settings: Mapping[str, Any] | None = None) -> TrainedRun:
     """Loads a trained network.
 
     Args:
       run: run folder of `train.py`, folder of exported weights, or name of shipped weights ("phantom").
-      settings: fields of `config.translation` to change.
-      ema: load the EMA weights; False: the parameters of the last step.
+      settings: fields of `config.translation` to change. With ema=False, the parameters of the last step are loaded
+        instead of the EMA weights.
 
     Raises:
-      UserError: there is no network, it is damaged, or a setting does not exist.
+      UserError: there is no network, it is damaged, or a setting does not exist or has the wrong type.
     """
-    network = load_trained(run, ema=ema)
+    network = load_trained(run)
     config = completed_config(network.config)
     for name, value in (settings or {}).items():
         if name not in config.translation:
             raise UserError(f"translation.{name}: no such setting; see configs/default.py for the fields")
-        config.translation[name] = value
+        try:
+            config.translation[name] = value
+        except TypeError as error:
+            raise UserError(f"translation.{name} is {value!r}: {error}") from error
+    if not config.translation.ema:
+        network = load_trained(run, ema=False)
     identity = {**network.identity, "sha256": weights_hash(network.model, config)}
     return TrainedRun(network.model, config, identity, trained_folder(run))
 

@@ -131,6 +131,18 @@ def pixel_uncertainty(
     return _value(curves["slice"], scores)[:, None, None] * np.sqrt(variance)
 
 
+def check_probability(calibration: Any) -> None:
+    """Refuses calibrations without curves.
+
+    Raises:
+      UserError: it has none.
+    """
+    if getattr(calibration, "probability", None) is None:
+        raise UserError("calibration: has no probability curves. It is a published preset, has the rule quantile, was "
+                        "made from one class of slices, or is older than version 0.2.0; calibrate again on "
+                        "validation slices of both classes, or leave save_probability out")
+
+
 def volumes(case: SlicedCase, method: Any, results: Any, masks: Any, calibration: Any) -> Volumes:
     """A case's probability and, where the method draws noise several times (`residual`), its uncertainty.
 
@@ -143,11 +155,8 @@ def volumes(case: SlicedCase, method: Any, results: Any, masks: Any, calibration
     Raises:
       UserError: the calibration has no curves.
     """
-    curves = getattr(calibration, "probability", None)
-    if curves is None:
-        raise UserError("calibration: has no probability curves. It is a published preset, has the rule quantile, was "
-                        "made from one class of slices, or is older than version 0.2.0; calibrate again on "
-                        "validation slices of both classes, or leave save_probability out")
+    check_probability(calibration)
+    curves = calibration.probability
     maps, spread = np.asarray(masks.map, np.float64), getattr(results, "spread", None)
     draws = getattr(getattr(method, "settings", None), "draws", 1)
     probability = pixel_probability(curves, maps, masks.score) * case.heads

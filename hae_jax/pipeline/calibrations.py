@@ -155,8 +155,9 @@ def newest_for_other_data(method: Method, folder: Path, key: Mapping[str, Any]) 
       UserError: if there is none.
     """
     for path in sorted(folder.glob(f"{method.name}_*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if fits(load_calibration(method, path), key):
-            return path
+        with contextlib.suppress(UserError):  # of another rule, or damaged
+            if fits(load_calibration(method, path), key):
+                return path
     fitting = _fitting_presets(method, key)
     raise UserError(
         f"calibration: a calibration is needed. data.root ({key['data']['root']}) has no prepared dataset "
@@ -225,7 +226,7 @@ def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[
         return None
     published = method.name == "hae" and method.rule == "quantile"
     of_published = name in PRESETS or _is_published(Path(name))
-    if of_published != published and (name in PRESETS or Path(name).is_file()):
+    if of_published is not None and of_published != published:
         of_this = "--method hae and its own rule" if of_published else "another method or rule"
         raise UserError(f"--calibration {name}: is for {of_this}, but this run has the method {method.name} with "
                         f"the rule {method.rule}; leave it out, or give one of this method")
@@ -233,7 +234,9 @@ def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[
     if published and found.modality != tuple(config.translation.modality):
         raise UserError(f"--calibration {name}: was made for the modalities {found.modality}, but translation.modality "
                         f"is {tuple(config.translation.modality)}")
-    for field, value in found.made_with.get("settings", found.made_with).items():
+    made = dict(found.made_with.get("settings", found.made_with))
+    made.pop("rule", None)  # another rule is refused before
+    for field, value in made.items():
         if field in config.translation and json.dumps(value) != json.dumps(config.translation[field]):
             _LOG.info("calibration: %s was made with %s %s, but this run has %s; the threshold may not fit", name,
                       field, value, config.translation[field])
@@ -252,10 +255,12 @@ def _from_file(name: str, method: Method) -> Calibration:
         raise UserError(f"--calibration {what}; give another{presets}, or leave --calibration out") from error
 
 
-def _is_published(path: Path) -> bool:
-    """Whether a file has the published form of a calibration. True if unreadable; `load_calibration` raises then."""
+def _is_published(path: Path) -> bool | None:
+    """Whether a file has the published form of a calibration. None if it is no calibration at all."""
     try:
         fields = read_json(path)
     except UserError:
-        return True
-    return not isinstance(fields, dict) or "method" not in fields
+        return None
+    if not isinstance(fields, dict) or not {"method", "diff_max"} & fields.keys():
+        return None
+    return "method" not in fields

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from hae_jax.files import one_at_a_time, remove_leftovers
 from hae_jax.localization.batched import IntensityReader, SliceTranslator
 from hae_jax.localization.methods import IntensityThreshold, make_method
+from hae_jax.localization.probability import check_probability
 from hae_jax.pipeline import checks
 from hae_jax.pipeline.cache_key import calibration_key, run_key
 from hae_jax.pipeline.calibrations import available, calibrated, writable
@@ -85,6 +86,8 @@ def translate(
             if calibration is None:
                 assert store is not None  # else `available` has found a calibration
                 calibration = calibrated(translator, method, store, kept, key, config.data.scaling)
+            if config.translation.save_probability:
+                check_probability(calibration)
             localizer, beside = CalibratedMethod(method, calibration), None
             if baseline is not None and store is not None:
                 beside = CalibratedMethod(baseline, calibrated(

@@ -8,6 +8,7 @@ import pytest
 from run_helpers import read_json, read_volume
 from scipy.stats import norm
 
+from hae_jax.errors import UserError
 from hae_jax.localization import probability, rules
 from hae_jax.localization.calibration import MapThreshold, from_json
 from hae_jax.localization.probability import pixel_probability, pixel_uncertainty
@@ -110,8 +111,8 @@ def test_files_of_a_run(run, config, three_cases):
     assert (done.output / "a_probability.nii.gz").exists()
 
 
-def test_a_calibration_without_probabilities_is_said(run, config, three_cases):
+def test_a_calibration_without_probabilities_is_said(run, config, three_cases, tmp_path):
     config.translation.update({"method": "hae", "save_probability": True})
-    done = run(three_cases)
-    assert all("has no probability curves" in reason for reason in done.failed.values())
-    assert set(done.failed) == {"a", "b", "c"}
+    with pytest.raises(UserError, match="has no probability curves"):
+        run(three_cases, output=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.nii.gz"))  # before the cases are translated

@@ -11,6 +11,7 @@ from hae_jax.errors import UserError
 from hae_jax.localization.batched import IntensityReader
 from hae_jax.localization.methods import IntensityThreshold, make_method
 from hae_jax.pipeline.calibrations import (
+    available,
     calibrated,
     kept_file,
     load_calibration,
@@ -62,6 +63,8 @@ def test_the_file_is_known_before_it_is_made(method, prepared, tmp_path):
     assert not list(tmp_path.iterdir())
     calibrated(IntensityReader(method.intensity), method, store, tmp_path, MADE_WITH)
     assert path.is_file()
+    other = tmp_path / "threshold_of_another_rule.json"
+    other.write_text(json.dumps(json.loads(path.read_text()) | {"rule": "mixture"}))
     assert newest_for_other_data(method, tmp_path, MADE_WITH | {"data": {"root": "gone"}}) == path
 
 
@@ -72,6 +75,34 @@ def test_a_shipped_network_has_its_calibration(name):
     assert (made.rule, made.labels) == ("healthy_fpr", "image labels")
     assert made.probability
     assert made.slice_scores
+
+
+@pytest.mark.parametrize("content", ['{"metho', '{"a": 1}'])
+def test_a_file_of_the_user_that_is_no_calibration_is_named(content, tmp_path):
+    config, path = default.get_config(), tmp_path / "given.json"
+    config.translation.calibration = str(path)
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"--calibration .*given\.json: .*give another, or leave --calibration out"):
+        available(config, None, make_method(config), {}, tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"is a folder; a file is needed; give another"):
+        available(config, None, make_method(config), {}, tmp_path)
+
+
+def test_a_given_calibration_with_the_same_settings_is_used_without_a_warning(tmp_path, caplog):
+    run = load_run("phantom")
+    run.config.translation.calibration = str(run.folder / "calibration.json")
+    with caplog.at_level("INFO", "hae_jax"):
+        found = available(run.config, None, run.method, run.identity, tmp_path)
+    assert found.method == "residual"
+    assert not caplog.records
+    assert load_run("phantom", {"calibration": run.config.translation.calibration}).calibration() == found
+
+
+def test_settings_of_a_run_that_cannot_be():
+    with pytest.raises(UserError, match=r"translation\.guidance is 'strong'"):
+        load_run("phantom", {"guidance": "strong"})
 
 
 def _published(**changes):
