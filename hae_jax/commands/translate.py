@@ -89,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
     check_fields(overrides)
-    if arguments.input == "":
-        raise UserError("--input is empty; give a folder of cases, or leave --input out")
+    for name in ("config", "checkpoint", "classifier", "input", "output"):
+        if getattr(arguments, name) == "":  # as with a variable of the shell that is not set
+            raise UserError(f"--{name} is empty; give a value, or leave --{name} out")
     if arguments.cases is not None:
         if arguments.input is not None:
             raise UserError("--input and --cases: give one of them")
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.commands.devices import use_all_cores, use_compilation_cache
     from hae_jax.commands.runs import chosen_network, with_classifier
     from hae_jax.phantom.on_demand import ensure_phantom
-    from hae_jax.pipeline.bids import RESULTS, write_derivatives
+    from hae_jax.pipeline.bids import RESULTS, check_derivatives_folder, write_derivatives
     from hae_jax.pipeline.translate import translate
     from hae_jax.training.mesh import make_mesh
     from hae_jax.training.weights import CALIBRATION
@@ -113,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = chosen_network(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
     config = network.config
     if arguments.classifier:
+        if config.translation.method != "classifier":
+            raise UserError(f"--classifier {arguments.classifier}: the method is {config.translation.method}; add "
+                            "--method classifier, or leave --classifier out")
         network = with_classifier(network, arguments.classifier)
     calibrated = config.translation.calibration or (network.folder / CALIBRATION).is_file()
     if not (arguments.input and calibrated):  # else no prepared data are needed
@@ -122,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             *([arguments.method] if arguments.method else [])]
     bids = arguments.layout == "bids"
     output = Path(arguments.output or network.results / "_".join([*name, *(["bids"] if bids else [])]))
+    if bids:
+        check_derivatives_folder(output, arguments.input)
     report = translate(network.model, network.identity, config, make_mesh(), source=arguments.input,
                        output=output / RESULTS if bids else output, overwrite=arguments.overwrite,
                        shard=arguments.shard, num_shards=arguments.num_shards,

@@ -47,10 +47,10 @@ def covered_share(
 
 
 def refuse_head_mask(path: Path, mask: np.ndarray, volumes: np.ndarray) -> None:
-    """Refuses to learn from a mask that covers the head; arguments as above.
+    """Refuses to learn from a mask that covers the head.
 
     Raises:
-      UserError: it does.
+      UserError: it covers nearly the whole head.
     """
     share = covered_share(mask, volumes)
     if share >= IMPOSSIBLE_SHARE:
@@ -67,8 +67,8 @@ def _doubtful_labels(path: Path, values: np.ndarray) -> list[CaseWarning]:
     if len(labels) > 1 and not KNOWN_LABELS.issuperset(labels.tolist()):
         more = ", ..." if len(labels) > _SHOWN else ""
         shown = ", ".join(f"{label:g}" for label in labels[:_SHOWN])
-        return [CaseWarning("{}: holds {} labels ({}{}), no convention for lesions that is known; all of them count as "
-                      "lesion", path, len(labels), shown, more)]
+        return [CaseWarning("{}: has {} labels ({}{}), which is no known convention; all of them count as lesion",
+                            path, len(labels), shown, more)]
     return []
 
 

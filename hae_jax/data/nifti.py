@@ -103,8 +103,8 @@ def header_warnings(grid: Grid) -> list[CaseWarning]:
     spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)
     if not _plausible(spacing):
         found.append(CaseWarning(
-            "its voxels are {}, which is no image of a head; millilitres and millimetres of the results are wrong if "
-            "that is; correct the voxel size in the header", _mm(spacing)))
+            "its voxels are {}, which is implausible for a head; if the header is wrong, all results in ml and mm are "
+            "wrong; correct the voxel size in the header", _mm(spacing)))
     zooms = np.array(grid.header.get_zooms()[:3], float) * _UNITS[int(grid.header["xyzt_units"]) & 7][1]
     if grid.header["sform_code"] != 0 and not np.allclose(spacing, zooms, rtol=SIZES_AGREE, atol=0):
         found.append(CaseWarning(
@@ -263,8 +263,8 @@ def _reading(path: Path) -> Iterator[None]:
         with _quiet():
             yield
     except MemoryError as error:
-        raise UserError(f"{path}: does not fit in memory; if its header tells a wrong size, copy or download it "
-                        "again") from error
+        raise UserError(f"{path}: does not fit in memory; if the size in its header is wrong, copy or download "
+                        "it again") from error
     except PermissionError as error:
         raise UserError(f"{path}: no permission to read it; change its permissions") from error
     except _UNREADABLE as error:

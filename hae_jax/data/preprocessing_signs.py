@@ -36,7 +36,7 @@ def _skull(covered: np.ndarray, voxel: np.ndarray) -> list[CaseWarning]:
         return [CaseWarning("does not look skull-stripped: only {:.0%} of the voxels are 0, where the background of a "
                       f"skull-stripped image is 0; {_DO}", zeros)]
     if litres > BRAIN_LITRES:
-        return [CaseWarning("does not look skull-stripped: what is not 0 has {:.1f} litres, and a brain has 1 to 2; "
+        return [CaseWarning("does not look skull-stripped: its voxels above 0 have {:.1f} litres; a brain has 1 to 2; "
                       f"{_DO}", litres)]
     return []
 

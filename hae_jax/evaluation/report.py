@@ -24,15 +24,15 @@ class CaseResult:
     Attributes:
       case: its name.
       volume_ml: predicted lesion volume in millilitres.
-      true_volume_ml: the segmentation's volume. Without a segmentation it is None, as all that needs one: dice, iou,
-        hd95_mm, lesions, lesions_found, false_lesions, best_dice, best_threshold.
+      true_volume_ml: the segmentation's volume. Without a segmentation it is None, as are the values that need one:
+        dice, iou, hd95_mm, lesions, lesions_found, false_lesions, best_dice, best_threshold.
       dice: volume Dice; 1 where both are empty.
       iou: volume IoU; 1 where both are empty.
       slices: number of slices that were translated.
       lesion_slices: how many of them are flagged, that is, called lesion slices.
       anomaly_score: the highest of its slices; the higher, the more certain is a lesion. None without slices.
       seconds: time that the case took, reading, masks and writing included; counted from when the case before was done.
-        Slices of one batch are done together, so of several small cases in it one has the time of all.
+        If a batch holds several small cases, its whole time counts for one of them.
       hd95_mm: 95th percentile Hausdorff distance; None where mask or segmentation is empty.
       lesions: connected components of the segmentation in 3-D.
       lesions_found: how many of them the mask touches.

@@ -61,7 +61,7 @@ class PhysicalFilters:
 
     Attributes:
       across_mm: standard deviation of a Gaussian across the slices of a map; 0: none.
-      head_erosion_mm: depth below the head's outline in the slice at which lesions begin to be looked for; 0: at it.
+      head_erosion_mm: width of the margin inside the head's outline in which no lesions are searched; 0: none.
       median_mm: edge of the cube over which a mask's median (the majority) is taken; 0: none.
       smallest_ml: connected components below this volume are taken out; 0 keeps all.
 
@@ -90,7 +90,7 @@ class PhysicalFilters:
     def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
         """Smooths maps across slices, since an anomaly in a single slice is mostly noise.
 
-        The median comes later: that of a mask is the mask of the median map.
+        The median is applied to masks. The result is the same as for maps.
         """
         if not self.across_mm or grid.positions is None or len(maps) < 2:
             return maps
@@ -119,7 +119,7 @@ class PhysicalFilters:
 
     def _spacing(self, grid: SliceGrid) -> tuple[float, float, float]:
         if grid.spacing is None:
-            raise UserError("translation.filters is 'mm', but the prepared data do not tell the size of their pixels; "
+            raise UserError("translation.filters is 'mm', but the pixel size of the prepared data is not known; "
                             "prepare them from NIfTI files, or set translation.filters to 'pixels'")
         return grid.spacing
 

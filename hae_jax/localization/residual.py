@@ -51,8 +51,8 @@ class ResidualSettings:
       modality: channels in the residual.
       weights: weight of each of these channels: positive if lesions are bright in it, negative if they are dark.
       smoothing: standard deviation of the Gaussian that smooths the map, in pixels; 0: no smoothing.
-      rectify: where the sign of the residual goes: the positive part is taken "after" all means; as ablations "before"
-        the mean over timesteps, or "never", the mean absolute residual.
+      rectify: when the positive part is taken: "after" all means. Ablations: "before" the mean over timesteps;
+        "never": the mean absolute residual.
 
     Raises:
       UserError: for values that cannot be.

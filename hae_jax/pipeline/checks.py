@@ -49,7 +49,12 @@ def find_inputs(config: ml_collections.ConfigDict, source: str | Path | None) ->
     if source is None:
         store = _store(config)
         return Inputs(store, *_test_cases(store, config))
-    store = _store(config) if (Path(config.data.root) / MANIFEST).is_file() else None
+    store = None
+    if (Path(config.data.root) / MANIFEST).is_file():
+        try:
+            store = _store(config)
+        except UserError as error:  # needed only if there is no calibration
+            _LOG.info("data.root is not used: %s", error)
     return Inputs(store, find_cases(source, config.data.modalities), {})
 
 

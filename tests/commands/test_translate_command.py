@@ -70,6 +70,19 @@ def test_without_a_checkpoint_one_line_says_what_to_do(capsys):
     assert "train.py --config configs/phantom_reference.py --workdir runs/phantom_reference" in lines[0]
 
 
+@pytest.mark.parametrize("name", ["config", "checkpoint", "classifier", "input", "output"])
+def test_an_empty_argument_is_refused(name, capsys):
+    """As with a variable of the shell that is not set. The shipped network must not take the place of the user's."""
+    assert _exit([f"--{name}", ""], capsys) == (2, [f"error: --{name} is empty; give a value, or leave --{name} out"])
+
+
+def test_a_classifier_without_its_method_is_refused(calls, capsys):
+    _train("a", default.get_config().to_dict())
+    status, (line,) = _exit(["--checkpoint", "runs/a", "--classifier", "runs/b"], capsys)
+    assert status == 2
+    assert "--classifier runs/b: the method is residual; add --method classifier" in line
+
+
 def test_a_folder_without_checkpoint_is_named(capsys):
     status, lines = _exit(["--checkpoint", "runs/nothing"], capsys)
     assert (status, len(lines)) == (2, 1)

@@ -43,7 +43,7 @@ def labelled(*labels):
 @pytest.mark.parametrize(("values", "says"), [
     (labelled(1, 2, 4), None),
     (labelled(1, 3), None),
-    (labelled(2, 41, 77), r"a: holds 4 labels \(1, 2, 41, 77\), no convention"),
+    (labelled(2, 41, 77), r"a: has 4 labels \(1, 2, 41, 77\), which is no known convention"),
     (labelled(0.2, 0.8), r"a: 0.33 % of its voxels are no whole numbers"),
     ((HEAD[..., 0] > 0) * 1.0 * (np.arange(10) < 6)[:, None, None], r"a: covers 62 % of the head"),
     (np.repeat(SPOT[:, :, 2:3], 6, -1), r"a: marks a lesion in all 4 slices \(100 %\), 6 % of the head"),

@@ -53,7 +53,7 @@ def test_a_unit_that_cannot_be_is_refused(tmp_path, unit):
 def test_voxel_sizes_that_no_head_has_are_said(tmp_path):
     nib.save(image(affine=np.diag([1e-3, 1e-3, 1e-3, 1])), tmp_path / "a.nii")
     (warning,) = header_warnings(read_volume(tmp_path / "a.nii")[1])
-    assert "0.001 x 0.001 x 0.001 mm, which is no image of a head" in warning
+    assert "0.001 x 0.001 x 0.001 mm, which is implausible for a head" in warning
 
 
 def test_two_voxel_sizes_are_said(tmp_path):

@@ -39,7 +39,7 @@ def test_one_raw_image_among_stripped_ones_is_enough():
 
 def test_a_head_with_its_scalp():
     (sign,) = signs(ball(90), ball(90))  # 3.1 litres, with zeros around, as after defacing
-    assert "what is not 0 has 3.1 litres" in sign
+    assert "its voxels above 0 have 3.1 litres" in sign
 
 
 def test_images_beside_each_other():

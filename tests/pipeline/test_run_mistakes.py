@@ -16,6 +16,7 @@ from run_helpers import read_json
 
 from hae_jax.errors import UserError
 from hae_jax.pipeline import per_case, results_folder
+from hae_jax.pipeline.checks import find_inputs
 
 
 @pytest.mark.parametrize("damaged", ["a.json", "a.npz"])
@@ -241,3 +242,12 @@ def test_a_moved_source_says_what_to_do(run, prepared, config, tmp_path):
     config.data.root = str(store)
     with pytest.raises(UserError, match=r"prepared from were not found .*--input FOLDER"):
         run()
+
+
+def test_prepared_data_that_do_not_fit_are_not_used_for_other_cases(config, three_cases):
+    config.model.image_size = 32
+    store, cases, _ = find_inputs(config, three_cases)
+    assert store is None
+    assert len(cases) == 3
+    with pytest.raises(UserError, match="but the network needs"):
+        find_inputs(config, None)
