@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from hae_jax.data.case_warning import CaseWarning
@@ -38,11 +37,6 @@ class Case:
     grid: Grid  # of the first image on disk; `grid.restore` takes [X, Y, Z] back to its axes
     mask: np.ndarray | None  # [X, Y, Z] bool, True for any lesion label; None without a segmentation
     warnings: tuple[CaseWarning, ...] = ()  # one line each, without the case's name
-
-    @property
-    def header(self) -> nib.Nifti1Header:
-        """The header of the first image on disk, reduced to 3-D. Results are written with it."""
-        return self.grid.header
 
 
 def read_case(files: CaseFiles) -> Case:

@@ -32,7 +32,6 @@ from hae_jax.training.state import (
     remembered_timesteps,
     shardings_of,
 )
-from hae_jax.training.step import step_settings
 
 _REMAT_PRIMITIVES = ("remat", "remat2", "checkpoint")  # the name differs between versions of JAX
 
@@ -49,7 +48,6 @@ def describe(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | 
     Raises:
       UserError: settings do not fit together or to the devices.
     """
-    step_settings(config)
     check_settings(config)
     network, mesh = network_config(config.to_dict()), make_mesh(config.training.mesh, devices)
     check_batch_size(config.training.batch_size, config.training.accumulation, mesh, "training.batch_size")

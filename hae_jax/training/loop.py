@@ -163,7 +163,8 @@ def _checked_store(config: ml_collections.ConfigDict, network: UNetConfig) -> St
         if len(store.split(split)) == 0:
             off = ", or set training.validate_every and training.localization_every to 0" if split == "val" else ""
             raise UserError(f"{config.data.root}: its {split} split is empty; prepare it with another split{off}")
-    shape = store.split("train").read(0)["image"].shape
+    train = store.split("train")
+    shape = train.read(0)["image"].shape
     expected = (network.image_size, network.image_size, network.in_channels)
     if shape != expected:
         raise UserError(f"data.root: {config.data.root} has slices of {shape}, but the network needs {expected}; set "
@@ -172,7 +173,7 @@ def _checked_store(config: ml_collections.ConfigDict, network: UNetConfig) -> St
         raise UserError(f"data.root: {config.data.root} has the channels {', '.join(store.modalities)}, but "
                         f"data.modalities is {', '.join(config.data.modalities)}; set data.modalities in the order of "
                         "the data")
-    if network.num_classes is not None and (labels := store.split("train").rows["labels"]).max() >= network.num_classes:
+    if network.num_classes is not None and (labels := train.rows["labels"]).max() >= network.num_classes:
         raise UserError(f"data.root: {config.data.root} has label {labels.max()}, but the network has "
                         f"model.num_classes {network.num_classes}")
     return store

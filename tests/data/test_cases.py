@@ -39,7 +39,7 @@ def test_channels_are_in_order_and_values_raw(folder):
     assert case.warnings == ()
     segmentation = nib.load(folder / NAME / f"{NAME}_seg.nii.gz")
     np.testing.assert_array_equal(case.mask, np.asarray(segmentation.dataobj) > 0)
-    assert case.header.get_data_shape() == case.mask.shape
+    assert case.grid.header.get_data_shape() == case.mask.shape
 
 
 @pytest.mark.parametrize(("file", "breakage", "says"), [
@@ -151,7 +151,7 @@ def test_a_case_is_the_same_in_any_orientation(folder, axes):
     case = read_case(find_cases(folder)[0])
     on_disk = nib.load(folder / NAME / f"{NAME}_flair.nii.gz")
     assert case.grid.axes == axes
-    assert case.grid.shape == case.header.get_data_shape() == on_disk.shape
+    assert case.grid.shape == case.grid.header.get_data_shape() == on_disk.shape
     np.testing.assert_array_equal(case.grid.affine, on_disk.affine)
     np.testing.assert_array_equal(case.grid.restore(case.volumes[..., 0]), np.asarray(on_disk.dataobj))
     np.testing.assert_array_equal(case.mask, expected.mask)
@@ -176,9 +176,9 @@ def test_trailing_single_axes_are_dropped_and_the_grid_kept(folder):
         nib.save(type(image)(np.asarray(image.dataobj)[..., None, None], image.affine, image.header), path)
     case = read_case(find_cases(folder)[0])
     np.testing.assert_array_equal(case.volumes, expected.volumes)
-    assert case.header.get_data_shape() == case.grid.shape == expected.grid.shape
+    assert case.grid.header.get_data_shape() == case.grid.shape == expected.grid.shape
     for field in ("qform_code", "sform_code", "quatern_b", "qoffset_y", "srow_x", "srow_y", "srow_z", "xyzt_units"):
-        np.testing.assert_array_equal(case.header[field], expected.header[field])
+        np.testing.assert_array_equal(case.grid.header[field], expected.grid.header[field])
 
 
 def test_a_header_without_orientation_is_accepted_and_said(tmp_path):

@@ -124,7 +124,7 @@ def test_every_layout(tmp_path, write):
     offsets = [1] if write in ONE else [0, 1, 2, 3]
     assert values(healthy) == [10 + k for k in offsets]
     assert values(ill) == [20 + k for k in offsets]
-    assert ill.header.get_data_shape() == ill.grid.shape == SHAPE
+    assert ill.grid.header.get_data_shape() == ill.grid.shape == SHAPE
     assert all(path.is_file() for path in second.paths)
     assert second.paths[-1] == second.segmentation
     assert first.folder.is_dir()
