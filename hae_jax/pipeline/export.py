@@ -97,7 +97,7 @@ def _card(run: TrainedRun, calibration: Any, license_id: str, metrics: Mapping[s
                 *(["metrics: [dice]"] if metrics else []), "---", "",
                 f"# {config.model.variant}, {config.model.image_size} px, {', '.join(config.data.modalities)}", "",
                 "A class-conditional diffusion U-Net that finds lesions in brain MRI, for HAE-JAX.", "",
-                RESEARCH_USE, "", "## Use", "", "    pip install hae-jax",
+                RESEARCH_USE, "", "## Use", "", "In a clone of HAE-JAX:", "", "    pip install .",
                 "    hae-translate --checkpoint THIS_FOLDER --input CASES --output RESULTS", "",
                 "or `hae_jax.Localizer.load(\"THIS_FOLDER\")(volume, affine)` in Python.", "",
                 "## Training data", "", *_training(config), "", "## Training", ""]

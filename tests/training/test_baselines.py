@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from hae_jax.commands import runs
 from hae_jax.data.batches import train_batches
@@ -40,7 +41,7 @@ def test_a_classifier_learns_and_guides(classifier_config, tmp_path):
     assert "validation_loss_null" not in last
     found = load_trained(tmp_path / "run")
     assert isinstance(found.model, Classifier)
-    logits = np.asarray(found.model(np.zeros((3, 16, 16, 4), np.float32), np.zeros(3, np.int32)))
+    logits = np.asarray(nnx.jit(found.model)(np.zeros((3, 16, 16, 4), np.float32), np.zeros(3, np.int32)))
     assert logits.shape == (3, 2)
 
     config = runs.trained_config(found.config, [])
