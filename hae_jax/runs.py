@@ -9,10 +9,9 @@ import ml_collections
 
 from hae_jax.configs import default
 from hae_jax.errors import UserError
-from hae_jax.localization.calibration import PRESETS
 from hae_jax.localization.methods import Method, make_method
 from hae_jax.pipeline.cache_key import calibration_key, weights_hash
-from hae_jax.pipeline.calibrations import fits, load_calibration, newest_for_other_data
+from hae_jax.pipeline.calibrations import fits, given, load_calibration, newest_for_other_data
 from hae_jax.training.weights import CALIBRATION, SHIPPED, load_trained, trained_folder
 
 
@@ -46,11 +45,11 @@ class TrainedRun(NamedTuple):
         this run with the same settings.
 
         Raises:
-          UserError: that of `translation.calibration` does not exist, is damaged, or belongs to another method or rule.
+          UserError: that of `translation.calibration` does not fit (`calibrations.given`).
         """
-        method, name = self.method, self.config.translation.calibration
-        if name is not None:
-            return PRESETS[name] if name in PRESETS else load_calibration(method, name)
+        method = self.method
+        if (found := given(self.config, method, self.identity)) is not None:
+            return found
         wanted = calibration_key(self.config, None, method, self.identity)
         for find in (lambda: self.folder / CALIBRATION,
                      lambda: newest_for_other_data(method, self.folder / "calibrations", wanted)):

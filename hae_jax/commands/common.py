@@ -5,6 +5,7 @@ import difflib
 import errno
 import functools
 import io
+import itertools
 import os
 import re
 import select
@@ -38,9 +39,25 @@ class CommandParser(argparse.ArgumentParser):
     That is `translate.py` in a clone and `hae-translate` after `pip install`.
     """
 
-    def __init__(self, description: str, epilog: str):
+    def __init__(self, description: str, epilog: str, may_be_empty: Sequence[str] = ()):
+        self._may_be_empty = may_be_empty  # options for which an empty value has a meaning
         super().__init__(description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in argparse.
+
+        Raises:
+          UserError: a value is empty, as an unset variable of the shell gives it. A default must not take its place.
+        """
+        args = sys.argv[1:] if args is None else args
+        for before, value in itertools.pairwise(["", *args]):
+            name, equals, rest = value.partition("=") if value.startswith("--") else (before, "", value)
+            is_empty = not rest and (equals or not value)
+            if is_empty and name not in self._may_be_empty and not name.startswith("--config."):
+                raise UserError(f"{name if name.startswith('-') else 'an argument'} is empty; give a value, or leave "
+                                "it out")
+        return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
         """The text of --help. In the help of an installed command, names of scripts are replaced."""

@@ -23,7 +23,7 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(_DESCRIPTION, _EPILOG)
+    parser = CommandParser(_DESCRIPTION, _EPILOG, may_be_empty=("--methods",))
     parser.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}; default: the config of the checkpoint, or "
                         f"{DEMO_CONFIG}")
     parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN", help="run folder of "

@@ -89,9 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, overrides = _parser().parse_known_args(argv)
     check_overrides(overrides)
     check_fields(overrides)
-    for name in ("config", "checkpoint", "classifier", "input", "output"):
-        if getattr(arguments, name) == "":  # as with a variable of the shell that is not set
-            raise UserError(f"--{name} is empty; give a value, or leave --{name} out")
     if arguments.cases is not None:
         if arguments.input is not None:
             raise UserError("--input and --cases: give one of them")

@@ -124,6 +124,16 @@ class Store:
         names = self.manifest.get("modalities")
         return None if names is None else tuple(names)
 
+    def check_modalities(self, wanted: Sequence[str]) -> None:
+        """Refuses other channels, or another order of them, than `data.modalities`.
+
+        Raises:
+          UserError: the dataset names its channels, and they differ.
+        """
+        if self.modalities not in (None, tuple(wanted)):
+            raise UserError(f"{self.root}: its channels are {', '.join(self.modalities or ())}, but data.modalities is "
+                            f"{', '.join(wanted)}; give --config.data.modalities in the dataset's order")
+
     @property
     def cases(self) -> list[dict[str, Any]]:
         """Per case: name, patient (if given), split, shape, affine, slices, lesion_slices. Batches hold its indices."""

@@ -3,7 +3,6 @@
 `translate.py` gives the same results for folders of NIfTI files, since both call the same functions for a case.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ from hae_jax.localization import probability
 from hae_jax.localization.batched import IntensityReader, Slice, SliceTranslator
 from hae_jax.localization.calibration import Calibration, MapThreshold
 from hae_jax.localization.forward_process import Denoisers, GivenDenoisers
-from hae_jax.localization.map_threshold import NO_FILTERS, Masks, ValidationSlice, stacked
+from hae_jax.localization.map_threshold import Masks, ValidationSlice, stacked, without_mm
 from hae_jax.localization.methods import Method
 from hae_jax.localization.residual import Residual, ResidualSettings
 
@@ -221,7 +220,7 @@ class Localizer:
             pixels = self._pixel_spacing(spacing, slices.shape[1:3])
             known += [ValidationSlice(int(labels[i]), truth[k] > 0.5, np.any(images[k], axis=-1), float(heights[i]),
                                       patient, patient, k, pixels) for k, i in enumerate(own)]
-        method = self._without_mm(spacing)
+        method: Method = self.method if spacing is not None else without_mm(self.method)
         self.calibration = method.calibrate(zip(translated, known, strict=True), {})
         return self.calibration
 
@@ -254,7 +253,8 @@ class Localizer:
         results = stacked(self._translated(inputs, images, name))
         heads, shape = np.any(images, axis=-1), slices.shape[1:3]
         grid = SliceGrid(np.arange(len(slices)), self._pixel_spacing(spacing, shape))
-        masks: Masks = self._without_mm(spacing).masks(results, self.calibration, heads, grid)
+        method = self.method if spacing is not None else without_mm(self.method)
+        masks: Masks = method.masks(results, self.calibration, heads, grid)
         everywhere = slices.any(axis=-1)
         index, healthy = np.arange(len(slices)), self.method.healthy(results)
 
@@ -310,9 +310,6 @@ class Localizer:
             return None
         x, y, z = spacing
         return x * shape[0] / self._image_size, y * shape[1] / self._image_size, z
-
-    def _without_mm(self, spacing: tuple[float, float, float] | None) -> Method:
-        return self.method if spacing is not None else dataclasses.replace(self.method, filters=NO_FILTERS)
 
 
 def numpy_denoisers(denoise: Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]) -> Denoisers:

@@ -148,6 +148,11 @@ class ValidationSlice(NamedTuple):
     spacing: tuple[float, float, float] | None = None  # mm between pixels and slices; None if it is not known
 
 
+def without_mm(method: Any) -> Any:
+    """The method without filters in mm, for slices of unknown pixel size. Filters in pixels stay."""
+    return dataclasses.replace(method, filters=NO_FILTERS) if isinstance(method.filters, PhysicalFilters) else method
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapThresholdMethod:
     """Base class of methods with a threshold on their maps. Results have a field `map`, [H, W] for one slice.

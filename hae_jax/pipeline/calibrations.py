@@ -57,7 +57,7 @@ def available(
       UserError: if the user's calibration does not fit, or there is neither a calibration nor validation data.
     """
     key = calibration_key(config, store, method, identity)
-    found = _users(config, method, identity) or _shipped(shipped, method, key)
+    found = given(config, method, identity) or _shipped(shipped, method, key)
     if found is not None:
         return found
     if store is None:
@@ -165,6 +165,36 @@ def newest_for_other_data(method: Method, folder: Path, key: Mapping[str, Any]) 
         f"or give a calibration.json{f' or a preset ({fitting})' if fitting else ''} with --calibration")
 
 
+def given(config: ml_collections.ConfigDict, method: Method, identity: Mapping[str, Any]) -> Any | None:
+    """The calibration of `translation.calibration`; None where that is None. Differences from the run are logged.
+
+    Raises:
+      UserError: it does not exist, is damaged, or belongs to another method, rule or choice of channels.
+    """
+    name = config.translation.calibration
+    if name is None:
+        return None
+    published = method.name == "hae" and method.rule == "quantile"
+    of_published = name in PRESETS or _is_published(Path(name))
+    if of_published is not None and of_published != published:
+        of_this = "--method hae and its own rule" if of_published else "another method or rule"
+        raise UserError(f"--calibration {name}: is for {of_this}, but this run has the method {method.name} with "
+                        f"the rule {method.rule}; leave it out, or give one of this method")
+    found = PRESETS[name] if name in PRESETS else _from_file(name, method)
+    if published and found.modality != tuple(config.translation.modality):
+        raise UserError(f"--calibration {name}: was made for the modalities {found.modality}, but translation.modality "
+                        f"is {tuple(config.translation.modality)}")
+    made = dict(found.made_with.get("settings", found.made_with))
+    made.pop("rule", None)  # another rule is refused before
+    for field, value in made.items():
+        if field in config.translation and json.dumps(value) != json.dumps(config.translation[field]):
+            _LOG.info("calibration: %s was made with %s %s, but this run has %s; the threshold may not fit", name,
+                      field, value, config.translation[field])
+    if found.made_with.get("checkpoint", {}).get("sha256") not in (None, identity.get("sha256")):
+        _LOG.info("calibration: %s belongs to another network; the threshold may not fit", name)
+    return found
+
+
 def fits(calibration: Any, key: Mapping[str, Any]) -> bool:
     """Whether a calibration was made with this network and these settings, on any data."""
     found, wanted = ({name: value for name, value in own.items() if name != "data"}
@@ -216,32 +246,6 @@ def _shipped(path: str | Path | None, method: Method, key: Mapping[str, Any]) ->
     if not fits(found, key):
         return None
     _LOG.info("calibration: using %s, which came with the weights", path)
-    return found
-
-
-def _users(config: ml_collections.ConfigDict, method: Method, identity: Mapping[str, Any]) -> Any | None:
-    """The calibration that the user gives. Differences between it and the run are logged."""
-    name = config.translation.calibration
-    if name is None:
-        return None
-    published = method.name == "hae" and method.rule == "quantile"
-    of_published = name in PRESETS or _is_published(Path(name))
-    if of_published is not None and of_published != published:
-        of_this = "--method hae and its own rule" if of_published else "another method or rule"
-        raise UserError(f"--calibration {name}: is for {of_this}, but this run has the method {method.name} with "
-                        f"the rule {method.rule}; leave it out, or give one of this method")
-    found = PRESETS[name] if name in PRESETS else _from_file(name, method)
-    if published and found.modality != tuple(config.translation.modality):
-        raise UserError(f"--calibration {name}: was made for the modalities {found.modality}, but translation.modality "
-                        f"is {tuple(config.translation.modality)}")
-    made = dict(found.made_with.get("settings", found.made_with))
-    made.pop("rule", None)  # another rule is refused before
-    for field, value in made.items():
-        if field in config.translation and json.dumps(value) != json.dumps(config.translation[field]):
-            _LOG.info("calibration: %s was made with %s %s, but this run has %s; the threshold may not fit", name,
-                      field, value, config.translation[field])
-    if found.made_with.get("checkpoint", {}).get("sha256") not in (None, identity.get("sha256")):
-        _LOG.info("calibration: %s belongs to another network; the threshold may not fit", name)
     return found
 
 

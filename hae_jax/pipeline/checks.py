@@ -136,9 +136,7 @@ def _store(config: ml_collections.ConfigDict) -> Store:
         raise UserError(f"{store.root}: its slices are {found} (H, W, channels), but the network needs "
                         f"{[size, size, config.model.in_channels]}; give the data that it was trained on with "
                         "--config.data.root")
-    if store.modalities not in (None, tuple(config.data.modalities)):
-        raise UserError(f"{store.root}: its channels are {', '.join(store.modalities)}, but data.modalities "
-                        f"is {', '.join(config.data.modalities)}; give --config.data.modalities in the store's order")
+    store.check_modalities(config.data.modalities)
     return store
 
 

@@ -144,6 +144,10 @@ def _data_lines(config: ml_collections.ConfigDict, network: UNetConfig) -> list[
     if shape is not None and shape != wanted:
         lines.append(f"  its slices are {shape}, but the network needs {wanted}: set model.image_size and "
                      "model.in_channels, or prepare the data again")
+    try:
+        store.check_modalities(config.data.modalities)
+    except UserError as error:
+        lines.append(f"  {error}")
     images, slices = config.training.steps * config.training.batch_size, store.manifest["splits"]["train"]["slices"]
     if slices:
         lines.append(f"  {config.training.steps:,} steps of {config.training.batch_size} images are "

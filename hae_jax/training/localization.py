@@ -4,7 +4,6 @@ The training loss does not show how well a network finds lesions: networks with 
 here need image labels only. If the dataset has ground truth, the true Dice is added.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import Store
 from hae_jax.localization.forward_process import network_denoisers
-from hae_jax.localization.map_threshold import NO_FILTERS, ValidationSlice
+from hae_jax.localization.map_threshold import ValidationSlice, without_mm
 from hae_jax.localization.measures import measure
 from hae_jax.localization.methods import residual_method
 from hae_jax.localization.residual import Residual, ResidualMap
@@ -52,8 +51,8 @@ class Localization:
         """
         self._mesh, self._store, self._scaling = mesh, store, config.data.scaling
         self._method = residual_method(config)
-        if any(case["affine"] is None for case in store.cases):  # the size of its pixels is not known
-            self._method = dataclasses.replace(self._method, filters=NO_FILTERS)
+        if any(case["affine"] is None for case in store.cases):  # slices that were prepared for the PyTorch code
+            self._method = without_mm(self._method)
         self._reader = store.split("val")
         count = min(config.training.localization_slices, len(self._reader))
         self._rows = ((np.arange(count) + 0.5) * len(self._reader) / count).astype(int)

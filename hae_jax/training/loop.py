@@ -169,10 +169,7 @@ def _checked_store(config: ml_collections.ConfigDict, network: UNetConfig) -> St
     if shape != expected:
         raise UserError(f"data.root: {config.data.root} has slices of {shape}, but the network needs {expected}; set "
                         "model.image_size and model.in_channels, or prepare the data with another --image-size")
-    if store.modalities not in (None, tuple(config.data.modalities)):
-        raise UserError(f"data.root: {config.data.root} has the channels {', '.join(store.modalities)}, but "
-                        f"data.modalities is {', '.join(config.data.modalities)}; set data.modalities in the order of "
-                        "the data")
+    store.check_modalities(config.data.modalities)
     if network.num_classes is not None and (labels := train.rows["labels"]).max() >= network.num_classes:
         raise UserError(f"data.root: {config.data.root} has label {labels.max()}, but the network has "
                         f"model.num_classes {network.num_classes}")

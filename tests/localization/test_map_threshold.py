@@ -6,7 +6,9 @@ from scipy import ndimage
 
 from hae_jax.data.slices import SliceGrid
 from hae_jax.errors import UserError
-from hae_jax.localization.map_threshold import PhysicalFilters
+from hae_jax.localization.map_threshold import NO_FILTERS, PhysicalFilters, without_mm
+from hae_jax.localization.methods import IntensityThreshold
+from hae_jax.localization.published import PixelFilters
 
 
 def test_filters_in_mm_mean_the_same_at_every_resolution():
@@ -57,3 +59,9 @@ def test_unknown_spacing_is_said():
         PhysicalFilters(smallest_ml=0.1).masks(np.ones((1, 4, 4), bool), SliceGrid())
     with pytest.raises(UserError, match=r"translation\.smallest_ml is -1"):
         PhysicalFilters(smallest_ml=-1)
+
+
+def test_without_the_size_of_pixels_only_filters_in_mm_are_left_out():
+    method, pixels = (IntensityThreshold(filters=f) for f in (PhysicalFilters(smallest_ml=1.0), PixelFilters(True)))
+    assert without_mm(method).filters == NO_FILTERS
+    assert without_mm(pixels) is pixels

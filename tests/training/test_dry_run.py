@@ -60,6 +60,7 @@ def test_activations_grow_with_the_batch_and_shrink_by_recomputing(one_level_con
 
 @pytest.mark.parametrize(("section", "field", "value", "said"), [
     ("data", "root", "/nowhere/data", "/nowhere/data: no prepared dataset here"),
+    ("data", "modalities", ("t1", "flair", "t1ce", "t2"), "its channels are flair, t1, t1ce, t2, but data.modalities"),
     ("model", "image_size", 8, "its slices are [16, 16, 4], but the network needs [8, 8, 4]"),
 ])
 def test_data_that_are_missing_or_do_not_fit_are_named(tiny_config, monkeypatch, section, field, value, said):

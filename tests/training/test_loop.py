@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ("model.image_size", 32, r"has slices of \(16, 16, 4\)"),
     ("model.variant", "hae_v3", r"model\.variant"),
     ("data.root", "/nowhere", r"/nowhere"),
-    ("data.modalities", ("t1", "b", "c", "d"), r"has the channels flair, t1, t1ce, t2, but data\.modalities is t1, b"),
+    ("data.modalities", ("t1", "b", "c", "d"), r"channels are flair, t1, t1ce, t2, but data\.modalities is t1, b"),
     ("data.modalities", ("t1",), r"data\.modalities names 1 channels \(t1\), but model\.in_channels is 4; change"),
 ])
 def test_bad_settings_are_named_before_anything_is_written(tiny_config, tmp_path, field, value, message):
