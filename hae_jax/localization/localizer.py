@@ -3,7 +3,7 @@
 `translate.py` gives the same results for folders of NIfTI files, since both call the same functions for a case.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,18 +210,18 @@ class Localizer:
                              ("masks", range(count) if masks is None else masks)):
             if len(values) != count:
                 raise UserError(f"{what}: {len(values)} for {count} slices; give one for each slice")
-        known, translated = [], []
+        known, rows = [], []
         for patient in dict.fromkeys(patients):
             own = [i for i, other in enumerate(patients) if other == patient]
             images, inputs = self._inputs(slices[own], intensity_scales(slices[own]))
-            translated += self._translated(inputs, images, patient)
+            rows += _rows(inputs, images, patient)
             truth = np.zeros(images.shape[:3]) if masks is None else resize(np.asarray(masks, np.float32)[own],
                                                                             self._image_size)
             pixels = self._pixel_spacing(spacing, slices.shape[1:3])
             known += [ValidationSlice(int(labels[i]), truth[k] > 0.5, np.any(images[k], axis=-1), float(heights[i]),
                                       patient, patient, k, pixels) for k, i in enumerate(own)]
         method: Method = self.method if spacing is not None else without_mm(self.method)
-        self.calibration = method.calibrate(zip(translated, known, strict=True), {})
+        self.calibration = method.calibrate(zip(self._translated(rows), known, strict=True), {})
         return self.calibration
 
     def _of_volume(self, volumes: np.ndarray, affine: np.ndarray, name: str) -> Localized:
@@ -232,7 +232,7 @@ class Localizer:
         grid = Grid(volumes.shape[:3], affine, nib.Nifti1Header())
         turned = np.stack([grid.reorient(volume) for volume in np.moveaxis(volumes, -1, 0)], axis=-1)
         case = sliced(Case(name, turned, grid.reoriented_affine, grid, None), self._image_size, self._scaling)
-        results = stacked(self._translated(case.inputs, case.slices.images, name, case.slices.index))
+        results = stacked(self._translated(_rows(case.inputs, case.slices.images, name, case.slices.index)))
         masks = self.method.masks(results, self.calibration, case.heads, case.slice_grid)
         mask, anomaly = (grid.restore(values) for values in (case.mask_volume(masks.mask), case.volume(masks.map)))
         healthy = self.method.healthy(results)
@@ -250,7 +250,7 @@ class Localizer:
     def _of_slices(self, slices: np.ndarray, spacing: tuple[float, float, float] | None, name: str) -> Localized:
         scales = intensity_scales(slices)
         images, inputs = self._inputs(slices, scales)
-        results = stacked(self._translated(inputs, images, name))
+        results = stacked(self._translated(_rows(inputs, images, name)))
         heads, shape = np.any(images, axis=-1), slices.shape[1:3]
         grid = SliceGrid(np.arange(len(slices)), self._pixel_spacing(spacing, shape))
         method = self.method if spacing is not None else without_mm(self.method)
@@ -294,13 +294,8 @@ class Localizer:
         images = resize(images, self._image_size).transpose(0, 2, 3, 1)
         return images, to_model_range(images, self._scaling)
 
-    def _translated(
-        self, inputs: np.ndarray, images: np.ndarray, name: str, index: np.ndarray | None = None
-    ) -> list[NamedTuple]:
-        positions = range(len(inputs)) if index is None else index
-        return [result for _, result in self._translator(
-            Slice(image, name, int(position), intensity)
-            for image, intensity, position in zip(inputs, images, positions, strict=True))]
+    def _translated(self, rows: Iterable[Slice]) -> list[NamedTuple]:
+        return [result for _, result in self._translator(rows)]
 
     def _pixel_spacing(
         self, spacing: tuple[float, float, float] | None, shape: tuple[int, int]
@@ -310,6 +305,18 @@ class Localizer:
             return None
         x, y, z = spacing
         return x * shape[0] / self._image_size, y * shape[1] / self._image_size, z
+
+
+def _rows(
+    inputs: np.ndarray,  # [S, h, w, C] in the range of the network's input
+    images: np.ndarray,  # [S, h, w, C] normalised
+    name: str,
+    index: Iterable[int] | None = None,  # [S] positions in the volume; None: 0, 1, ...
+) -> list[Slice]:
+    """The slices of one case or patient, as the translator takes them."""
+    positions = range(len(inputs)) if index is None else index
+    return [Slice(image, name, int(position), intensity)
+            for image, intensity, position in zip(inputs, images, positions, strict=True)]
 
 
 def numpy_denoisers(denoise: Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]) -> Denoisers:

@@ -96,12 +96,13 @@ def standard_normal() -> nnx.Initializer:
 
 
 def _initializer(on_host: Callable, traced: Callable) -> nnx.Initializer:
-    """Draws on the host if the key is concrete, since compiling a draw for hundreds of shapes takes minutes."""
+    """Draws on the host if the key is concrete. JAX would compile the draw, and even jnp.asarray, for each shape."""
 
     def draw(key, shape, dtype=jnp.float32):
         if isinstance(key, Tracer):
             return traced(key, shape, dtype)
-        return jnp.asarray(on_host(np.random.default_rng(np.asarray(jax.random.key_data(key))), shape), dtype)
+        drawn = on_host(np.random.default_rng(np.asarray(jax.random.key_data(key))), shape)
+        return jax.device_put(drawn.astype(dtype))
 
     return draw
 

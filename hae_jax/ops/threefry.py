@@ -1,5 +1,6 @@
 """Random words by the hash Threefry-2x32 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", SC)."""
 
+import functools
 import math
 
 import jax
@@ -9,6 +10,7 @@ _ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 _PARITY = 0x1BD11BDA  # of the key schedule
 
 
+@functools.partial(jax.jit, static_argnames="shape")  # traced once for each shape
 def words(
     keys: jax.Array,  # [*B] keys
     shape: tuple[int, ...],  # of one key's words, fewer than 2^32

@@ -8,7 +8,7 @@ table converts paths to PyTorch's names, and one rule converts the layouts.
 import re
 from collections.abc import Mapping
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -81,8 +81,9 @@ def load_torch_state(model: nnx.Module, state_dict: Mapping[str, np.ndarray]) ->
         raise UserError(f"state dict does not fit the network ({len(problems)} entries differ; check the variant and "
                         f"sizes): {'; '.join(problems)}")
     for name, (path, param) in params.items():
-        # jnp.array copies. On a CPU, asarray would share the memory of the caller's array.
-        param.set_value(jnp.array(_from_torch(path, np.asarray(state_dict[name])), jnp.float32))
+        # np.array copies, since JAX may share the array's memory. jnp.array would compile a copy for each shape.
+        value = np.array(_from_torch(path, np.asarray(state_dict[name])), np.float32, order="C")
+        param.set_value(jax.device_put(value))
 
 
 def _name(path: str) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -37,7 +36,7 @@ def _draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         z /= np.sqrt(np.prod(leaf.shape[:-1]))
     elif "embedding" not in name:
         z = 0.1 * z + ("scale" in name)
-    return jnp.asarray(z)
+    return jax.device_put(z.astype(np.float32))  # jnp.asarray would compile a copy for each shape
 
 
 def inputs(config: UNetConfig, batch: int, size: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
