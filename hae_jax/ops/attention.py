@@ -26,11 +26,13 @@ def attention(
     return _forward(q, k, v, by_rows)[0]
 
 
+@functools.partial(jax.jit, static_argnums=3)  # traced once for each shape
 def _forward(q, k, v, by_rows):
     out, lse = cpu.forward(_forward_block, q, k, v) if by_rows else _forward_block(q, k, v)
     return (out, lse), (q, k, v, out, lse)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(by_rows, residuals, cotangents):
     """FlashAttention's backward pass (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
 

@@ -53,6 +53,7 @@ def group_norm(
     return _forward(x, gain, offset, groups, epsilon, silu, dtype)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))  # traced once for each shape
 def _forward(x, gain, offset, groups, epsilon, silu, dtype):
     mean, variance = _moments(x, groups)
     mean, factor = _to_channels(mean, x), _to_channels(jax.lax.rsqrt(variance + epsilon), x)
@@ -60,6 +61,7 @@ def _forward(x, gain, offset, groups, epsilon, silu, dtype):
     return (jax.nn.silu(z) if silu else z).astype(dtype), (x, gain, offset, mean, factor)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _backward(groups, epsilon, silu, dtype, residuals, dy):
     """With n the normalised input and dn = gain dz: dx = (dn - <dn> - n <dn n>) / std, means over the group."""
     x, gain, offset, mean, factor = residuals

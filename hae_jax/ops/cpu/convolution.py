@@ -31,6 +31,7 @@ _SMALLEST = 16  # outputs along the shorter side; with fewer, the transformation
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3))  # traced once for each shape
 def conv2d(
     x: jax.Array,  # [B, H, W, C]
     kernel: jax.Array,  # [kh, kw, C, D], dtype of x
@@ -52,6 +53,7 @@ def _forward(x, kernel, stride, padding):
     return conv2d(x, kernel, stride, padding), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(stride, padding, inputs, g):
     dtype, (x, kernel, g) = inputs[0].dtype, _float32(*inputs, g)
     gradients = _input_gradient(x, kernel, g, stride, padding), _kernel_gradient(x, kernel, g, stride, padding)
