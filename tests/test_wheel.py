@@ -50,7 +50,8 @@ def test_the_shipped_network_on_a_phantom(installed):
     installed("from hae_jax.commands.make_phantom import main\n"
               "main(['--output', 'cases', '--subjects', '1', '--size', '0.1', '--workers', '1'])")
     said = installed("from hae_jax.commands.translate import main\n"
-                     "main(['--checkpoint', 'phantom', '--input', 'cases', '--output', 'results'])")
+                     "main(['--checkpoint', 'phantom', '--input', 'cases', '--output', 'results', "
+                     "'--config.translation.batch_size=8'])")
     assert "came with the weights" in said
     assert "PHANTOM metrics from 1 case," in said
     found = json.loads(installed("print(open('results/metrics.json').read())"))

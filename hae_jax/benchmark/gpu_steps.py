@@ -391,9 +391,9 @@ def _translation_dice(case: Any, report: Report) -> float:
         return forward_process(process, network_denoisers(nnx.merge(graph, state)), x0,
                                step_noise(keys, x0.shape[1:]), settings).map[..., 0]
 
-    masks = []
+    run, masks = jax.jit(translate), []
     for device in (jax.devices()[0], jax.devices("cpu")[0]):
-        maps = np.asarray(jax.jit(translate)(*jax.device_put((state, x0, np.uint32(0)), device)))
+        maps = np.asarray(run(*jax.device_put((state, x0, np.uint32(0)), device)))
         masks.append(maps >= np.quantile(maps, 0.9, axis=(1, 2), keepdims=True))
     return float(2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum()))
 

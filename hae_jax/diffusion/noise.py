@@ -5,6 +5,8 @@ Noise", CVPR Workshops; Kascenas et al. 2022, "Denoising Autoencoders for Unsupe
 MIDL.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,7 @@ def gaussian(
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "frequency", "octaves", "persistence"))  # slow to trace
 def simplex(
     keys: jax.Array,  # [B] keys, one per sample
     shape: tuple[int, ...],  # (H, W, C) of one sample

@@ -198,4 +198,9 @@ def walked_back(
 
 
 def _at(values: np.ndarray, t: jax.Array) -> jax.Array:  # [T] float64, [B] -> [B, 1, 1, 1] float32
-    return jnp.asarray(values, jnp.float32)[t][:, None, None, None]
+    return _entries(values.astype(np.float32), t)
+
+
+@jax.jit  # traced once for each shape
+def _entries(values: jax.Array, t: jax.Array) -> jax.Array:
+    return values[t][:, None, None, None]

@@ -21,14 +21,14 @@ COARSE_BINS = BINS // _FINE
 def score_histogram(
     hits: np.ndarray,  # [N] bool
     scores: np.ndarray,  # [N] float
-) -> np.ndarray:  # [2, bins] int64: healthy pixels and lesion pixels
-    """The histogram of scores.
+) -> sparse.csr_array:  # [2, bins] int64: healthy pixels and lesion pixels
+    """The histogram of scores. Most of its bins are empty.
 
     Raises:
       ValueError: if a score is not finite.
     """
-    found = np.bincount(score_bins(scores) + np.where(hits, BINS, 0), minlength=2 * BINS)
-    return found.reshape(2, BINS)
+    used, counts = np.unique(score_bins(scores) + np.where(hits, BINS, 0), return_counts=True)
+    return sparse.coo_array((counts, np.divmod(used, BINS)), shape=(2, BINS)).tocsr()
 
 
 def score_bins(
@@ -61,15 +61,15 @@ def dice_by_threshold(
 
 
 def ranking(
-    histogram: np.ndarray,  # [2, bins] of `score_histogram`
+    histogram: sparse.csr_array,  # [2, bins] of `score_histogram`
 ) -> tuple[float | None, float | None]:
     """AUROC and AUPRC of all pixels in a histogram; None if all or none of them are lesion."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import, and not always needed
 
-    if not histogram.any(axis=1).all():
+    if not histogram.sum(axis=1).all():
         return None, None
-    truth, score = np.nonzero(histogram)
-    weight = histogram[truth, score]
+    found = histogram.tocoo()
+    (truth, score), weight = found.coords, found.data
     return (float(roc_auc_score(truth, score, sample_weight=weight)),
             float(average_precision_score(truth, score, sample_weight=weight)))
 
@@ -103,17 +103,15 @@ def _precision(
 
 
 def coarse(
-    histogram: np.ndarray,  # [..., bins] of `score_histogram`
-) -> sparse.csr_array:  # [product of the rest, bins / 16]
+    histogram: sparse.csr_array,  # [2, bins] of `score_histogram`
+) -> sparse.csr_array:  # [2, bins / 16]
     """A coarser histogram, small enough to keep one per patient."""
-    used = np.flatnonzero(histogram)
-    rows, columns = np.divmod(used // _FINE, COARSE_BINS)
-    return sparse.coo_array((histogram.reshape(-1)[used], (rows, columns)),
-                            shape=(histogram.size // BINS, COARSE_BINS)).tocsr()
+    fine = histogram.tocoo()
+    return sparse.coo_array((fine.data, (fine.coords[0], fine.coords[1] // _FINE)), shape=(2, COARSE_BINS)).tocsr()
 
 
 def rankings(
-    histogram: np.ndarray,  # [2, bins] of all patients
+    histogram: sparse.csr_array,  # [2, bins] of all patients
     cases: Sequence[sparse.csr_array],  # [2, bins / 16] of each, `coarse`
     patients: Sequence[str],  # of each case
     seed: int = 0,
@@ -124,12 +122,13 @@ def rankings(
     patients is corrected bin by bin, also in draws. Otherwise, the error would be larger than the interval of many
     patients.
     """
-    used = np.flatnonzero(histogram.any(axis=0))
+    used = np.unique(histogram.indices)
     columns, inverse = np.unique(used // _FINE, return_inverse=True)
     drawn_from = np.zeros((len(set(patients)), 2 * len(columns)), np.int64)
     for number, case in zip(numbers(patients), cases, strict=True):
         drawn_from[number] += case[:, columns].toarray().reshape(-1)
-    fine = np.bincount(inverse, histogram[1, used] * _precision(histogram[:, used]))
+    fine_histogram = histogram[:, used].toarray()
+    fine = np.bincount(inverse, fine_histogram[1] * _precision(fine_histogram))
     rough_histogram = coarse(histogram)[:, columns].toarray()
     rough = rough_histogram[1] * _precision(rough_histogram)
     correction = np.divide(fine, rough, out=np.ones_like(rough), where=rough > 0)

@@ -57,7 +57,8 @@ class SliceSums:
         self._counts.append(np.stack([metrics.counts(mask, truth), metrics.counts(mask_all, truth)]))
         self._labels.append(np.stack([metrics.as_bool(lesion), sick]))
         for total, own in zip(self._scores, scores, strict=True):
-            total += own
+            used = own.tocoo()
+            total[used.coords] += used.data
         self._coarse.append(sparse.vstack([ranking.coarse(own) for own in scores]).tocsr())
         for own, true, inside in zip(map[sick], truth[sick], foreground[sick], strict=True):
             self._dice += ranking.dice_by_threshold(own[inside], true[inside], np.count_nonzero(true))
@@ -114,7 +115,8 @@ class SliceSums:
         seed: int,
     ) -> dict[str, dict[str, Any]]:
         kept = _with_slices(cases)
-        return ranking.rankings(scores, [coarse[k] for k in kept], [self._patients[k] for k in kept], seed)
+        patients = [self._patients[k] for k in kept]
+        return ranking.rankings(sparse.csr_array(scores), [coarse[k] for k in kept], patients, seed)
 
 
 def _with_slices(cases: Sequence[np.ndarray]) -> list[int]:

@@ -81,10 +81,9 @@ def masks_dice(method: MapThresholdMethod, results: Sequence[tuple[Any, Validati
 def _with_ground_truth(lesion: list[rules.Sample], thresholds: dict[str, float]) -> tuple[float, ...]:
     if not any(sample.truth.any() for sample in lesion):
         return (math.nan,) * 4
-    curve, histogram = np.zeros(ranking.COARSE_BINS), np.zeros((2, ranking.BINS), np.int64)
+    curve = np.zeros(ranking.COARSE_BINS)
     for sample in lesion:
         curve += ranking.dice_by_threshold(sample.values, sample.truth, np.count_nonzero(sample.truth))
-        histogram += ranking.score_histogram(sample.truth, sample.values)
 
     def mean_dice(rule: str) -> float:
         if rule not in thresholds:
@@ -92,6 +91,7 @@ def _with_ground_truth(lesion: list[rules.Sample], thresholds: dict[str, float])
         return float(np.mean([dice((sample.values >= thresholds[rule])[None], sample.truth[None])[0]
                               for sample in lesion]))
 
-    auprc = ranking.ranking(histogram)[1]
+    auprc = ranking.ranking(ranking.score_histogram(*(
+        np.concatenate(part) for part in zip(*((sample.truth, sample.values) for sample in lesion), strict=True))))[1]
     return (math.nan if auprc is None else auprc, float(curve.max() / len(lesion)), mean_dice("mixture"),
             mean_dice("fpr"))
