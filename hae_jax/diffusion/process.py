@@ -202,5 +202,5 @@ def _at(values: np.ndarray, t: jax.Array) -> jax.Array:  # [T] float64, [B] -> [
 
 
 @jax.jit  # traced once for each shape
-def _entries(values: jax.Array, t: jax.Array) -> jax.Array:
+def _entries(values: jax.Array, t: jax.Array) -> jax.Array:  # [T], [B] -> [B, 1, 1, 1]
     return values[t][:, None, None, None]

@@ -98,6 +98,7 @@ class Localizer:
         method: Method | None = None,
         seed: int = 0,
         batch_size: int = 32,
+        max_memory_gb: float | None = None,
     ):
         """Makes a localizer from any network. For a trained run, use `load`.
 
@@ -113,6 +114,7 @@ class Localizer:
           method: another method than `residual`; `process` and `settings` are then ignored.
           seed: seed of the noise.
           batch_size: slices per batch.
+          max_memory_gb: use the largest batch that needs at most this memory, instead of `batch_size`.
         """
         # Any: only a method with a network can be called, and only one without has `intensity`.
         chosen: Any = method or Residual(process, settings or ResidualSettings())
@@ -126,7 +128,7 @@ class Localizer:
         conditional = getattr(getattr(model, "config", None), "num_classes", 2) is not None
         mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
         self._translator = SliceTranslator(model, chosen, batch_size=batch_size, seed=seed, mesh=mesh,
-                                           conditional=conditional)
+                                           conditional=conditional, max_memory_gb=max_memory_gb)
 
     @classmethod
     def load(cls, run: str | Path, **settings: Any) -> "Localizer":
@@ -146,7 +148,8 @@ class Localizer:
         process = Process.of(config.diffusion)
         return cls(loaded.model, process, loaded.calibration(), image_size=config.model.image_size,
                    channels=config.model.in_channels, scaling=config.data.scaling, method=loaded.method,
-                   seed=config.seed, batch_size=config.translation.batch_size)
+                   seed=config.seed, batch_size=config.translation.batch_size,
+                   max_memory_gb=config.translation.max_memory_gb)
 
     def __call__(
         self,

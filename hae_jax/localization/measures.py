@@ -91,7 +91,7 @@ def _with_ground_truth(lesion: list[rules.Sample], thresholds: dict[str, float])
         return float(np.mean([dice((sample.values >= thresholds[rule])[None], sample.truth[None])[0]
                               for sample in lesion]))
 
-    auprc = ranking.ranking(ranking.score_histogram(*(
-        np.concatenate(part) for part in zip(*((sample.truth, sample.values) for sample in lesion), strict=True))))[1]
+    truth, values = (np.concatenate(parts) for parts in zip(*((s.truth, s.values) for s in lesion), strict=True))
+    auprc = ranking.ranking(ranking.score_histogram(truth, values))[1]
     return (math.nan if auprc is None else auprc, float(curve.max() / len(lesion)), mean_dice("mixture"),
             mean_dice("fpr"))

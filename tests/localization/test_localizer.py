@@ -1,5 +1,6 @@
 """The localizer gives the same results for arrays as `translate.py` for files, for any orientation and network."""
 
+import contextlib
 import doctest
 
 import jax.numpy as jnp
@@ -160,6 +161,21 @@ def test_calibration_arrays_that_do_not_fit_are_named(toy_network):
     localizer = Localizer(toy_network(0), PROCESS, image_size=16, channels=4)
     with pytest.raises(UserError, match="labels: 2 for 4 slices"):
         localizer.calibrate(np.ones((4, 4, 4, 4)), [0, 1])
+
+
+def test_the_batch_can_be_chosen_by_memory(toy_network):
+    localizer = Localizer(toy_network(0), PROCESS, image_size=16, channels=4, max_memory_gb=1e-6)
+    with pytest.raises(UserError, match="--max-memory 1e-06: a batch of 1 slices"):
+        localizer.calibrate(np.ones((4, 4, 4, 4)), [0, 1, 0, 1])
+
+
+def test_calibration_translates_the_slices_of_all_patients_together(toy_network, monkeypatch):
+    localizer, sizes = Localizer(toy_network(0), PROCESS, image_size=16, channels=4, batch_size=4), []
+    start = localizer._translator._start
+    monkeypatch.setattr(localizer._translator, "_start", lambda batch: sizes.append(len(batch)) or start(batch))
+    with contextlib.suppress(UserError):  # too few slices for a threshold
+        localizer.calibrate(np.ones((4, 4, 4, 4)), [0, 1, 0, 1], patients=["a", "a", "b", "c"])
+    assert sizes == [4]
 
 
 def test_the_package_has_a_public_face():
