@@ -7,7 +7,7 @@ import ml_collections
 
 from hae_jax.data.prepare import prepare
 from hae_jax.errors import UserError
-from hae_jax.files import finish_replacing
+from hae_jax.files import finish_replacing, one_at_a_time
 from hae_jax.phantom.cohort import make_phantom
 
 _LOG = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def new_phantom(data: ml_collections.ConfigDict, seed: int, subjects: int) -> No
 def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
     """Makes and prepares the phantom if the config has one and the prepared dataset does not exist.
 
-    If `data.phantom` is None or `data.root` exists, nothing is done.
+    If `data.phantom` is None or `data.root` exists, nothing is done. If another process is making it, this one waits.
 
     Args:
       data: the config's `data`.
@@ -46,9 +46,19 @@ def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
     phantom, root = data.phantom, Path(data.root)
     if phantom is None or root.exists() or finish_replacing(root):
         return
-    _LOG.info("%s does not exist: making a phantom of %d subjects in %s", root, phantom.subjects, phantom.cases)
+    cases = Path(phantom.cases)
+    cases.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(cases.with_name(f".{cases.name}.lock"),
+                       lambda: _LOG.info("waiting for the process that makes the phantom %s", cases)):
+        if not root.exists():
+            _make(data, image_size)
+
+
+def _make(data: ml_collections.ConfigDict, image_size: int) -> None:
+    phantom = data.phantom
+    _LOG.info("%s does not exist: making a phantom of %d subjects in %s", data.root, phantom.subjects, phantom.cases)
     make_phantom(phantom.cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,
                  size=phantom.size, workers=phantom.workers, kind=phantom.get("kind", "tumour"))
-    report = prepare(phantom.cases, root, image_size=image_size, train_fraction=phantom.train_fraction,
+    report = prepare(phantom.cases, data.root, image_size=image_size, train_fraction=phantom.train_fraction,
                      val_fraction=phantom.val_fraction, workers=phantom.workers, modalities=data.modalities)
     _LOG.info("\n".join(report.lines()))

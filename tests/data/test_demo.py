@@ -1,5 +1,7 @@
 """The phantom on demand."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from hae_jax.configs import phantom
@@ -24,6 +26,23 @@ def test_makes_what_is_absent_and_nothing_twice(data, monkeypatch, capsys):
     assert "making a phantom of 3 subjects" in capsys.readouterr().out
     monkeypatch.setattr(demo, "make_phantom", lambda *_, **__: pytest.fail("made again"))
     demo.ensure_phantom(data, 16)
+
+
+def test_a_second_command_waits_for_the_first(data, monkeypatch):
+    made, make, second = [], demo.make_phantom, []
+
+    def making(*args, **kwargs):
+        made.append(args)
+        if not second:
+            second.append(pool.submit(demo.ensure_phantom, data, 16))
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(demo, "make_phantom", making)
+    with ThreadPoolExecutor(1) as pool:
+        demo.ensure_phantom(data, 16)
+    second[0].result()
+    assert len(made) == 1
+    assert open_store(data.root).manifest["splits"]["test"]["cases"] == 1
 
 
 def test_real_data_are_not_replaced(data, monkeypatch):
