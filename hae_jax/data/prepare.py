@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import functools
 import logging
-import multiprocessing
 import os
 import struct
 import time
@@ -16,8 +15,6 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ from hae_jax.data.splits import SPLITS, split_patients
 from hae_jax.data.store import MANIFEST, StoreWriter
 from hae_jax.errors import UserError
 from hae_jax.files import finish_replacing, folder_written_whole
+from hae_jax.processes import in_order
 from hae_jax.provenance import record
 
 _LOG = logging.getLogger(__name__)
@@ -154,7 +152,7 @@ def _write(
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, str]]]:
     todo = [(split, item) for split in SPLITS for item in sorted(plan.split[split], key=lambda item: item.name)]
     writer, skipped, warnings, added = StoreWriter(root), {}, collections.defaultdict(dict), 0
-    loaded = _in_order(functools.partial(_attempt, plan.load), [item for _, item in todo], workers)
+    loaded = in_order(functools.partial(_attempt, plan.load), [item for _, item in todo], workers)
     for (split, item), result in tqdm(zip(todo, loaded, strict=True), "preparing", len(todo), unit="case"):
         try:
             if isinstance(result, str):
@@ -296,28 +294,6 @@ def _attempt(load: Callable[[Any], Any], item: Any) -> Any:
         return load(item)
     except UserError as error:
         return str(error)
-
-
-def _in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Like `map`, in parallel processes. To save memory, at most two results per worker wait to be read."""
-    if workers == 1:
-        yield from map(function, items)
-        return
-    # Processes are spawned and not forked, since TensorStore's threads in this process do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = collections.deque()
-        try:
-            for item in items:
-                if len(waiting) == 2 * workers:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(function, item))
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(f"one of {workers} worker processes was killed, most likely for want of memory; use fewer "
-                            "--workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _must_replace(output: Path, overwrite: bool) -> bool:

@@ -3,10 +3,9 @@
 Users without data run the program on this folder. `hae_jax.data.cases` reads it like any other BraTS folder.
 """
 
-import concurrent.futures
+import functools
 import gzip
 import math
-import multiprocessing
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole, read_json, remove_leftovers, write_json, written_whole
 from hae_jax.phantom.lesion import PHANTOMS, plan_lesions
 from hae_jax.phantom.subject import make_subject
+from hae_jax.processes import in_order
 
 MANIFEST = "phantom.json"
 GENERATOR = 1  # raise it whenever the same seed gives other bytes than before, so that folders are not mixed
@@ -111,7 +111,8 @@ def make_phantom(
         are as dark as fluid).
 
     Raises:
-      UserError: an argument is out of range, or `output` holds something else or a phantom with other settings.
+      UserError: an argument is out of range, `output` holds something else or a phantom with other settings, or a
+        worker process was killed.
     """
     _check(subjects, lesion_share, seed, size, workers, kind)
     output, settings = Path(output), Settings(seed, float(lesion_share), float(size), kind)
@@ -119,7 +120,8 @@ def make_phantom(
     missing = [i for i in range(subjects) if not (output / case_name(i)).is_dir()]
     with tqdm(total=subjects, initial=subjects - len(missing), desc="phantom", unit="subject",
               disable=not progress) as bar:
-        for _ in _each(settings, output, missing, min(workers, len(missing))):
+        write = functools.partial(write_subject, settings, output)
+        for _ in in_order(write, missing, min(workers, len(missing))):
             bar.update()
     write_json(output / MANIFEST, _manifest(settings, subjects, complete=True))
     return output
@@ -198,22 +200,6 @@ def _readme(settings: Settings, subjects: int) -> str:
     return _README.format(subjects=subjects, lesions=lesions, voxel=1 / settings.size, manifest=MANIFEST,
                           content=_CONTENT[settings.kind], mni=MNI_NOTICE, notice=provenance.RESEARCH_USE,
                           **asdict(settings))
-
-
-def _each(settings: Settings, output: Path, indices: list[int], workers: int):
-    """Makes the subjects. Yields once for each finished subject."""
-    if workers <= 1:
-        for index in indices:
-            yield write_subject(settings, output, index)
-        return
-    context = multiprocessing.get_context("spawn")  # forking a process that runs JAX's threads can hang
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(write_subject, settings, output, index) for index in indices]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def write_subject(settings: Settings, output: Path, index: int) -> None:
