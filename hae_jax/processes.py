@@ -27,7 +27,7 @@ def in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int)
         return
     # Processes are spawned and not forked, since the threads of JAX and TensorStore do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         waiting = collections.deque()
         try:
             for item in items:
@@ -43,8 +43,11 @@ def in_order(function: Callable[[Any], Any], items: Sequence[Any], workers: int)
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Ends this worker as soon as its parent is gone. A killed parent cannot end its workers, which wait forever."""
+def end_with_parent(*_: Any) -> None:
+    """Ends this worker as soon as its parent is gone. A killed parent cannot end its workers, which wait forever.
+
+    Call it in the worker. The arguments have no effect.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None  # this process is a worker
 

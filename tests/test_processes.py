@@ -12,12 +12,23 @@ import pytest
 from hae_jax.errors import UserError
 from hae_jax.processes import in_order
 
-_PARENT = """
-import os, signal
+_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from hae_jax.data.batches import train_batches
+from hae_jax.data.slices import CaseSlices
+from hae_jax.data.store import StoreWriter, open_store
 from hae_jax.processes import in_order
 
+def batches(folder):
+    writer, zeros = StoreWriter(folder), np.zeros((9, 4, 4, 1), np.float32)
+    writer.add("a", "train", CaseSlices(zeros, zeros[..., 0], np.arange(9, dtype=np.int32), None), None)
+    writer.finish({})
+    return train_batches(open_store(folder).split("train"), batch_size=2, seed=0, workers=2)
+
 if __name__ == "__main__":
-    for _ in in_order(int, ["0", "1"], 2):
+    for _ in PARALLEL:
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -32,14 +43,15 @@ def test_a_killed_worker_is_an_error():
         list(in_order(os._exit, [1, 1], 2))
 
 
-def test_workers_end_with_a_killed_parent(tmp_path):
+@pytest.mark.parametrize("parallel", ["in_order(int, ['0', '1'], 2)", "batches(Path(sys.argv[1]))"])
+def test_workers_end_with_a_killed_parent(tmp_path, parallel):
     script = tmp_path / "parent.py"
-    script.write_text(_PARENT)
+    script.write_text(_SCRIPT.replace("PARALLEL", parallel))
     reader, writer = os.pipe()  # the workers inherit the end for writing as their output
-    parent = subprocess.run([sys.executable, script], stdout=writer,
+    killed = subprocess.run([sys.executable, script, tmp_path / "store"], stdout=writer,
                             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
     os.close(writer)
-    assert parent.returncode == -signal.SIGKILL
+    assert killed.returncode == -signal.SIGKILL
     ended, _, _ = select.select([reader], [], [], 60)  # readable when no process holds the other end
     assert ended
     assert os.read(reader, 1) == b""

@@ -21,6 +21,7 @@ from absl import flags
 from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import SplitReader
 from hae_jax.errors import UserError
+from hae_jax.processes import end_with_parent
 
 
 def train_batches(
@@ -133,7 +134,8 @@ class _Workers:
         self._workers = workers
         _start_quiet_tracker()
         with self._deaths():
-            self._iterator = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+            self._iterator = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers),
+                                                      worker_init_fn=end_with_parent))
 
     def __iter__(self) -> "_Workers":
         return self

@@ -187,7 +187,7 @@ def test_a_worker_s_death_is_one_line(reader, monkeypatch, error, says):
         raise error
         yield
 
-    monkeypatch.setattr(batches_module.grain.IterDataset, "mp_prefetch", lambda *_: died())
+    monkeypatch.setattr(batches_module.grain.IterDataset, "mp_prefetch", lambda *_, **__: died())
     with pytest.raises(UserError, match=rf"one of 2 data workers .*{says}.*set data\.workers=0"):
         next(train_batches(reader, batch_size=6, seed=3, workers=2))
     error = RuntimeError("ours")
