@@ -191,17 +191,17 @@ def _run(step, output, work, end, rehearse, results, done, log) -> None:
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                start_new_session=True, cwd=Path(__file__).resolve().parents[2], env=environment)
-    earlier, before = len(results["figures"]), ""
-    while True:
-        late = time.monotonic() - start > limit
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0 if late else _POLL)
-        if (text := figures.read_text() if figures.exists() else "") != before:
-            results["figures"][earlier:], before = _figures(step.name, text, results), text
-            _write(output, results)
-        if late or process.returncode is not None:
-            break
-    _end(process)
+    earlier, before, late = len(results["figures"]), "", False
+    try:
+        while process.returncode is None and not late:
+            late = time.monotonic() - start > limit
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0 if late else _POLL)
+            if (text := figures.read_text() if figures.exists() else "") != before:
+                results["figures"][earlier:], before = _figures(step.name, text, results), text
+                _write(output, results)
+    finally:
+        _end(process)
     done["seconds"] = round(time.monotonic() - start, 1)
     done["status"] = (f"stopped after {limit:.0f} s" if late else "finished" if process.returncode == 0
                       else f"failed: {_last_line(output / LOG)}")

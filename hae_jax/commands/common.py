@@ -9,7 +9,9 @@ import itertools
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -101,6 +103,13 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(_fail(f"error: {as_called(message)}", 2))
 
     return wrapped
+
+
+def stop_when_told() -> None:
+    """Makes SIGTERM act as Ctrl-C, so that no half-written file and no process remains. Schedulers send it
+    before they kill."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _outside(error: Exception) -> str | None:

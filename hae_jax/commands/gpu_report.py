@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import entry_point, stop_when_told
 from hae_jax.errors import UserError
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not arguments.output:
         raise UserError("--output is missing; give the folder for the results")
+    stop_when_told()
     from hae_jax.benchmark.gpu_report import STEPS, gpu_report
 
     names = arguments.steps.split(",") if arguments.steps else [step.name for step in STEPS]

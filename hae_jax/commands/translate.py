@@ -2,13 +2,18 @@
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import CASES_HELP, CommandParser, check_fields, checked_table, entry_point
+from hae_jax.commands.common import (
+    CASES_HELP,
+    CommandParser,
+    check_fields,
+    checked_table,
+    entry_point,
+    stop_when_told,
+)
 from hae_jax.commands.config import CONFIG_HELP
 from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 from hae_jax.errors import UserError
@@ -71,12 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stop_when_told() -> None:
-    """Makes SIGTERM act as Ctrl-C, so that no half-written file remains. Schedulers send it before they kill."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 def _name(source: Path) -> str:
     """The name for results: that of the folder, or of the table of cases without its ending."""
     name = os.path.basename(os.path.realpath(source))
@@ -105,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.training.mesh import make_mesh
     from hae_jax.training.weights import CALIBRATION
 
-    _stop_when_told()
+    stop_when_told()
     use_all_cores()
     use_compilation_cache()
     network = chosen_network(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -57,6 +58,18 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     assert "m/s" in said[-1]
     assert "NO" in said[-1]
     assert "failed: ValueError: broken" in said[-1]
+
+
+def test_an_interrupted_report_ends_its_step(tmp_path):
+    code = f"""import os, signal, time
+with open({str(tmp_path / "pid")!r}, "w") as file:
+    file.write(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(60)"""
+    with pytest.raises(KeyboardInterrupt):
+        gpu_report(tmp_path / "report", 60, steps=[step("interrupts", code)])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_steps_that_no_time_is_left_for_are_named(tmp_path):
