@@ -107,16 +107,20 @@ class StoreWriter:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """An opened prepared dataset."""
+    """An opened prepared dataset.
+
+    root: its folder. manifest: the contents of its manifest. version: identifies the manifest's file.
+    """
 
     root: Path
     manifest: dict[str, Any]
+    version: tuple[int, ...]
 
     def split(self, name: str) -> "SplitReader":
         """The slices of "train", "val" or "test". May have length 0."""
         if name not in SPLITS:
             raise UserError(f"split {name!r}: unknown; choose one of {', '.join(SPLITS)}")
-        return SplitReader(self.root / name, self.manifest["splits"][name]["slices"])
+        return SplitReader(self.root / name, self.manifest["splits"][name]["slices"], self.version)
 
     @property
     def modalities(self) -> tuple[str, ...] | None:
@@ -141,17 +145,23 @@ class Store:
 
 
 class SplitReader:
-    """Random access to the slices of one split. It is thread-safe. A pickled copy opens its files again."""
+    """Random access to the slices of one split. It is thread-safe. A pickled copy opens its files again.
 
-    def __init__(self, folder: Path, length: int):
+    Args:
+      folder: the folder of the split.
+      length: its number of slices.
+      version: `Store.version`.
+    """
+
+    def __init__(self, folder: Path, length: int, version: tuple[int, ...]):
         self.folder = Path(folder)
-        self._length = length
+        self._length, self._version = length, version
 
     def __len__(self) -> int:
         return self._length
 
     def __reduce__(self):
-        return SplitReader, (self.folder, self._length)
+        return SplitReader, (self.folder, self._length, self._version)
 
     def read(self, indices: int | Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Reads one slice (an int) or several at once.
@@ -162,7 +172,7 @@ class SplitReader:
 
         Raises:
           IndexError: an index is outside 0 .. len - 1.
-          UserError: a file is damaged or missing.
+          UserError: a file is damaged, or the dataset was replaced or removed after it was opened.
         """
         indices = np.asarray(indices, np.int64)
         if np.any((indices < 0) | (indices >= self._length)):
@@ -183,11 +193,18 @@ class SplitReader:
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
+        failed = None
         try:
             yield
         except (ValueError, OSError) as error:  # from TensorStore, for a failed checksum or an unreadable file
+            failed = error
+        # TensorStore reads missing files as zeros, and the files of another dataset without an error.
+        if _version(self.folder.parent) != self._version:
+            raise UserError(f"{self.folder.parent}: the dataset was replaced or removed while it was in use; run the "
+                            "command again") from failed
+        if failed is not None:
             raise UserError(f"{self.folder}: a slice cannot be read; look for damage with "
-                            f"tools/prepare_data.py --verify {self.folder.parent}") from error
+                            f"tools/prepare_data.py --verify {self.folder.parent}") from failed
 
     @functools.cached_property
     def _arrays(self) -> dict[str, ts.TensorStore]:
@@ -201,13 +218,14 @@ def open_store(root: str | Path) -> Store:
       UserError: `root` is not a prepared dataset, is damaged, or was written in another format version.
     """
     root = Path(root)
+    version = _version(root)
     manifest = _read_manifest(root)
     for name, facts in manifest["files"].items():
         path = root / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise UserError(f"{path}: missing or of another size than when written; make the dataset again with "
                             "tools/prepare_data.py --overwrite")
-    return Store(root, manifest)
+    return Store(root, manifest, version)
 
 
 def verify_store(root: str | Path) -> list[str]:
@@ -229,6 +247,15 @@ def verify_store(root: str | Path) -> list[str]:
         elif _sha256(present[name]) != facts["sha256"]:
             problems.append(f"{name}: changed since it was written")
     return problems
+
+
+def _version(root: Path) -> tuple[int, ...]:
+    """Identifies the manifest's file as long as it is not written again; empty if there is none."""
+    try:
+        found = (root / MANIFEST).stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

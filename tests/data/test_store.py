@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,23 @@ def test_damaged_labels_are_named(written):
     path.write_bytes(path.read_bytes()[::-1])
     with pytest.raises(UserError, match="--verify"):
         open_store(written[0]).split("train").rows  # noqa: B018
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_dataset_replaced_or_removed_in_use_is_an_error(written, replaced):
+    root, parts = written
+    reader = open_store(root).split("train")
+    copy = pickle.loads(pickle.dumps(reader))
+    assert reader.read(0)["image"].any()
+    shutil.rmtree(root)
+    if replaced:
+        root.mkdir()
+        writer = StoreWriter(root)
+        writer.add("other", "train", parts["val"][0], None)
+        writer.finish({})
+    for own in (reader, copy):
+        with pytest.raises(UserError, match="the dataset was replaced or removed"):
+            own.read([1, 2])
 
 
 def test_opening_what_is_no_store(written, tmp_path):
