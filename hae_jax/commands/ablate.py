@@ -9,7 +9,7 @@ from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 _DESCRIPTION = """\
 Measure the effect of each setting of the method residual on slices of the validation split. Writes ablation.md and
 ablation.json. The first row has the settings of the config. Each further row changes one of them. Test subjects are not
-used."""
+used. --config.translation.FIELD=VALUE changes a setting for all rows (configs/default.py explains all fields)."""
 _EPILOG = """\
 examples:
   python tools/ablate.py --checkpoint runs/a

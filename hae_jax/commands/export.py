@@ -16,8 +16,8 @@ examples:
 
 --to writes model.safetensors, config.json, calibration.json and README.md (the model card). translate.py --checkpoint
 and Localizer.load accept this folder. Upload it with: hf upload NAME shared/my-network
---nnunet writes imagesTr, labelsTr, dataset.json and sure_cases.csv (the surest cases first). It needs results that were
-made with --save-probability. Research use only; not a medical device."""
+--nnunet writes imagesTr, labelsTr, dataset.json and sure_cases.csv (the most certain cases first). It needs results
+that were made with --save-probability. Research use only; not a medical device."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
                         "the Hub abbreviates it (default: %(default)s)")
     parser.add_argument("--half", action="store_true", help="with --to: store the weights in half precision; the "
                         "calibration is left out, because it belongs to the full-precision weights")
-    parser.add_argument("--cases", type=int, metavar="N", help="with --nnunet: only the N surest cases (default: all)")
+    parser.add_argument("--cases", type=int, metavar="N",
+                        help="with --nnunet: only the N most certain cases (default: all)")
     return parser
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from hae_jax.pipeline.nnunet import ORDER, export_nnunet
 
         names = export_nnunet(arguments.results, arguments.nnunet, arguments.cases)
-        print(f"{len(names)} cases in {arguments.nnunet}, the surest first in {ORDER}: {', '.join(names[:5])}"
+        print(f"{len(names)} cases in {arguments.nnunet}, the most certain first in {ORDER}: {', '.join(names[:5])}"
               f"{', ...' if len(names) > 5 else ''}")
         return
     from hae_jax.pipeline.export import export_network

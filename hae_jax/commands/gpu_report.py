@@ -11,8 +11,9 @@ from hae_jax.errors import UserError
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _DESCRIPTION = """\
-Measure this project on a machine with a GPU. The steps are correctness, training, translation, attention, a profile,
-and in the remaining time the training of the phantom's reference network. Each step is a process with its own time
+Measure this project on a machine with a GPU. The steps are facts (device), numbers (correctness), training, torch (the
+same step in PyTorch), translation, blocks (attention, noise), profile, and in the remaining time reference (training of
+the phantom's reference network). Each step is a process with its own time
 limit. If a step fails or times out, the next steps still run. Every value is written to FOLDER/results.json as soon as
 it is measured."""
 _EPILOG = """\
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--seconds", type=float, default=480, metavar="N", help="time limit of all steps together; default: 480")
     add("--output", metavar="FOLDER", help="folder for results.json, log.txt, and the reference network with its log")
-    add("--steps", metavar="A,B", help="run only these steps; default: all")
+    add("--steps", metavar="A,B", help="run only these steps, by their names above; default: all")
     add("--rehearse", action="store_true", help="run all steps with small sizes, on any device")
     add("--publish", metavar="RESULTS", help="add a report's results.json to docs/benchmarks and exit")
     add("--requirements", nargs="?", const="", metavar="WHEELS", help="list the packages that a GPU machine with JAX "

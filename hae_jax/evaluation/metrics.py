@@ -22,6 +22,7 @@ DEFINITIONS = {
            "scores 1",
     "precision": "share of the mask's pixels that are lesion, pooled over the pixels of all slices",
     "recall": "share of the lesion's pixels that are in the mask, pooled over the pixels of all slices",
+    "foreground": "pixels of the head: the mean of all channels is above -0.95 in the network's range of [-1, 1]",
     "auroc": "area under the ROC curve of the anomaly map, pooled over the foreground pixels of all slices; values "
              "that differ by less than 0.05 % may count as equal",
     "auprc": "average precision of the anomaly map, pooled over the foreground pixels of all slices; values that "

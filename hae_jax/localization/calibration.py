@@ -67,7 +67,7 @@ class MapThreshold:
         parts = [f"rule {self.rule} ({self.labels}): threshold {self.threshold:.4g}"]
         if self.expected_dice is not None:
             interval = f" [{self.interval[0]:.3f}, {self.interval[1]:.3f}]" if self.interval else ""
-            parts.append(f"expected lesion-slice Dice {self.expected_dice:.3f}{interval}")
+            parts.append(f"expected Dice {self.expected_dice:.3f}{interval}")
         if self.lesion_share is not None:
             parts.append(f"share of lesion pixels {self.lesion_share:.4f}")
         if self.slice_auc is not None:

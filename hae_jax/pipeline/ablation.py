@@ -136,7 +136,7 @@ def _blocks(total: int, wanted: int) -> np.ndarray:  # [n] rising
 
 def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[_Row], slices: int) -> None:
     """Writes the tables. It is called after each row, so that a stopped run keeps its results."""
-    head = ["settings", "passes", *_HEADS.values(), "lesion-slice Dice, masks", "seconds per slice"]
+    head = ["settings", "passes", *_HEADS.values(), "Dice of the final masks in lesion slices", "seconds per slice"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     lines += [[row.name, str(row.passes), *(f"{value:.3f}" for value in (*row.values, row.masks_dice, row.seconds))]
               for row in rows]
@@ -144,9 +144,10 @@ def _write(output: Path, config: ml_collections.ConfigDict, rows: Sequence[_Row]
     page = [f"# {'PHANTOM metrics' if phantom else 'Metrics'} of {slices} validation slices", "",
             *(f"| {' | '.join('-' if cell == 'nan' else cell for cell in line)} |" for line in lines), "",
             "Expected Dice, lesion share, slice AUC and slice accuracy come from image labels alone, the other columns "
-            "from ground truth. Lesion-slice Dice is measured before the filters of masks. In the column masks it is "
-            "measured after them, with the rule and the slice labels of the settings. Components are cut at the ends "
-            f"of blocks of {_BLOCK} slices.", "", provenance.RESEARCH_USE, ""]
+            "from ground truth. Lesion-slice AUPRC counts all head pixels. Lesion-slice Dice is measured before the "
+            "filters of masks. The final masks have passed the filters and are empty in slices that are called "
+            "healthy. Thresholds are chosen on the same slices. Components are cut at the ends of blocks of "
+            f"{_BLOCK} slices.", "", provenance.RESEARCH_USE, ""]
     with files.written_whole(output / "ablation.md") as temporary:
         temporary.write_text("\n".join(page), encoding="utf-8")
     files.write_json(output / "ablation.json", {

@@ -35,10 +35,10 @@ def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = N
     Args:
       results: folder of a finished run with `save_probability`.
       folder: the dataset, such as nnUNet_raw/Dataset501_Lesion; not there yet or empty.
-      cases: how many of the surest ones to take; None: all.
+      cases: how many of the most certain ones to take; None: all.
 
     Returns:
-      The names of the cases, the surest first.
+      The names of the cases, the most certain first.
 
     Raises:
       UserError: the run is not finished or has no probabilities, an image is not there any more, or the folder is not

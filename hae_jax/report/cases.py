@@ -24,7 +24,7 @@ from hae_jax.report.kinds import are_slices
 from hae_jax.report.privacy import Privacy
 from hae_jax.report.results import Thresholds, read_json
 
-_LOOSE = 1.25  # both thresholds are multiplied and divided by it to measure how uncertain the volume is
+_LOOSE = 1.25  # both thresholds are multiplied and divided by it to measure the threshold sensitivity
 _SPECK_ML = 1.0  # added to the volumes, so that tiny lesions count little
 _MASK_BIT, _TRUTH_BIT = 1, 2
 _SHOWN_MAP = 2.0  # the upper end of the map's colours, in units of the threshold
@@ -137,7 +137,7 @@ def _read_result(case: ReadCase, path: Path, what: str) -> None:
         case.healthy[what.split()[-1]] = values
 
 
-def uncertainty(case: ReadCase, thresholds: Thresholds) -> float | None:
+def threshold_sensitivity(case: ReadCase, thresholds: Thresholds) -> float | None:
     """How much the lesion volume depends on the thresholds, from 0 to 1; None if each slice has its own threshold.
 
     (V- - V+) / (V- + V+ + 1 ml): V- is the volume of the map above both thresholds divided by 1.25, V+ above both
@@ -165,9 +165,9 @@ def _voxel_ml(grid: Grid) -> float:
 
 def entry(case: ReadCase, folder: Path, name: str, thresholds: Thresholds, privacy: Privacy) -> dict[str, Any]:
     """The values of a case for the page's table, charts and contact sheet, ready for JSON."""
-    facts, found = case.facts, uncertainty(case, thresholds)
+    facts, found = case.facts, threshold_sensitivity(case, thresholds)
     return {
-        "uncertainty": None if found is None else round(found, 4),
+        "threshold_sensitivity": None if found is None else round(found, 4),
         "warnings": [privacy.text(warning) for warning in case.warnings],
         "index": facts.get("slice", []),
         "score": [float(f"{score:.4g}") for score in facts.get("anomaly_score", [])],

@@ -207,7 +207,7 @@ def test_pseudo_healthy_beside_and_in_turn(visit, written):
 
 def test_sorting_and_filtering(visit, written):
     page = visit(written)
-    assert page.locator("th[aria-sort=descending]").get_attribute("data-key") == "uncertainty"
+    assert page.locator("th[aria-sort=descending]").get_attribute("data-key") == "threshold_sensitivity"
     page.get_by_role("button", name="Anomaly score").click()
     by_score = _names(page)
     assert by_score[0] == "a"

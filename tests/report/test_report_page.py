@@ -187,7 +187,7 @@ def test_results_without_scores_are_shown_too(results):
     shutil.rmtree(results / "slices")
     entry = _data(write_report(results))["cases"][0]
     assert entry["score"] == []
-    assert entry["uncertainty"] is None
+    assert entry["threshold_sensitivity"] is None
     assert entry["warnings"] == ["a.json is missing"]
 
 
@@ -218,7 +218,7 @@ def test_the_command_prints_the_page(results, tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_uncertainty_is_what_lies_between_looser_and_stricter_thresholds():
+def test_threshold_sensitivity_is_what_lies_between_looser_and_stricter_thresholds():
     class Grid:
         affine = np.diag([10.0, 10, 10, 1])  # 1 ml
 
@@ -226,10 +226,11 @@ def test_uncertainty_is_what_lies_between_looser_and_stricter_thresholds():
     anomaly[0, :3], anomaly[1, :2], anomaly[2] = 0.6, 0.42, 0.31  # 3, 2 and 4 voxels in each slice
     case = cases.ReadCase({"slice": [0, 1], "anomaly_score": [0.9, 0.45]}, Grid(), map=anomaly)
     # Lower thresholds: above 0.32 in both slices, 10 ml. Higher thresholds: above 0.5 in the first slice only, 3 ml.
-    assert cases.uncertainty(case, Thresholds(0.4, 0.4)) == pytest.approx((10 - 3) / (10 + 3 + 1))
-    assert cases.uncertainty(case, Thresholds(0.4, 0.4, gated=False)) == pytest.approx((10 - 6) / (10 + 6 + 1))
-    assert cases.uncertainty(case, Thresholds(None, 0.4)) is None
-    assert cases.uncertainty(cases.ReadCase(case.facts, Grid(), map=np.zeros((4, 4, 2))), Thresholds(0.4, 0.4)) == 0
+    measure = cases.threshold_sensitivity
+    assert measure(case, Thresholds(0.4, 0.4)) == pytest.approx((10 - 3) / (10 + 3 + 1))
+    assert measure(case, Thresholds(0.4, 0.4, gated=False)) == pytest.approx((10 - 6) / (10 + 6 + 1))
+    assert measure(case, Thresholds(None, 0.4)) is None
+    assert measure(cases.ReadCase(case.facts, Grid(), map=np.zeros((4, 4, 2))), Thresholds(0.4, 0.4)) == 0
 
 
 def test_sheets_hold_every_slice_once(monkeypatch):

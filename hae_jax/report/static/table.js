@@ -2,12 +2,12 @@
 // The table of cases and the contact sheet, which shows the same cases in the same order.
 
 const PAGE_ROWS = 50;
-const UNCERTAINTY = "How much the lesion volume depends on the threshold, from 0 (not at all) to 1: (V- - V+) / (V- + V+ + 1 ml). "
+const THRESHOLD_SENSITIVITY = "How much the lesion volume depends on the threshold, from 0 (not at all) to 1: (V- - V+) / (V- + V+ + 1 ml). "
   + "V- is the volume of the map above 0.8 times the thresholds of pixels and slices, V+ the volume above 1.25 times. "
   + "Missing if each slice has a threshold of its own.";
 const COLUMNS = [
   { key: "name", title: "Case", text: true },
-  { key: "uncertainty", title: "Uncertainty", digits: 2, definition: UNCERTAINTY },
+  { key: "threshold_sensitivity", title: "Threshold sensitivity", digits: 2, definition: THRESHOLD_SENSITIVITY },
   { key: "volume_ml", title: "Volume, ml", digits: 1, definition: "Volume of the lesion mask in millilitres." },
   { key: "true_volume_ml", title: "Ground truth, ml", digits: 1, definition: "Volume of the ground truth in millilitres." },
   { key: "dice", title: "Volume Dice", digits: 2, definition: "Volume Dice of mask and ground truth; 1 if both are empty." },
@@ -15,7 +15,7 @@ const COLUMNS = [
   { key: "anomaly_score", title: "Anomaly score", digits: 3, definition: "The highest anomaly score of the case's slices. High scores mean a lesion." },
   { key: "warnings", title: "Warnings", list: true },
 ];
-const order = { key: "uncertainty", down: true, text: "", page: 0, rows: PAGE_ROWS };
+const order = { key: "threshold_sensitivity", down: true, text: "", page: 0, rows: PAGE_ROWS };
 
 function columns() {
   return COLUMNS.filter((own) => own.text || own.list || report.cases.some((entry) => entry[own.key] !== null && entry[own.key] !== undefined));
@@ -129,7 +129,7 @@ function thumbnail(entry) {
 }
 
 function startTable() {
-  if (!report.cases.some((entry) => entry.uncertainty !== null)) order.key = "anomaly_score";
+  if (!report.cases.some((entry) => entry.threshold_sensitivity !== null)) order.key = "anomaly_score";
   drawHead();
   drawTable();
   drawThumbnails();
