@@ -105,6 +105,12 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def source_name(source: str | os.PathLike) -> str:
+    """The name for the results of a source: that of the folder, or of the table of cases without its ending."""
+    name = os.path.basename(os.path.realpath(source))
+    return name[:-4] if name.lower().endswith(".csv") else name
+
+
 def stop_when_told() -> None:
     """Makes SIGTERM act as Ctrl-C, so that no half-written file and no process remains. Schedulers send it
     before they kill."""

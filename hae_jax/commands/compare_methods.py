@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from hae_jax.commands.common import CommandParser, check_fields, entry_point
+from hae_jax.commands.common import CommandParser, check_fields, entry_point, source_name
 from hae_jax.commands.config import CONFIG_HELP
 from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
 from hae_jax.errors import UserError
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dae", metavar="RUN", help="run of configs/dae.py, for the method dae")
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases with segmentations; default: the test split "
                         "of the config's data")
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: RUN/comparison")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: a folder RUN/comparison...")
     parser.add_argument("--phantom-seed", type=int, metavar="N", help="compare on a new phantom of this seed, made in "
                         "data/ with the settings of the training phantom; methods without a calibration are "
                         "calibrated on its validation subjects")
@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _name(arguments: argparse.Namespace) -> str:
-    return "comparison" if arguments.phantom_seed is None else f"comparison_seed_{arguments.phantom_seed}"
+    parts = ["comparison", *([source_name(arguments.input)] if arguments.input else []),
+             *([f"seed_{arguments.phantom_seed}"] if arguments.phantom_seed is not None else [])]
+    return "_".join(parts)
 
 
 def _counts(text: str) -> list[int]:

@@ -1,7 +1,6 @@
 """`translate.py`: finds lesions in cases with a trained network."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from hae_jax.commands.common import (
     check_fields,
     checked_table,
     entry_point,
+    source_name,
     stop_when_told,
 )
 from hae_jax.commands.config import CONFIG_HELP
@@ -76,12 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _name(source: Path) -> str:
-    """The name for results: that of the folder, or of the table of cases without its ending."""
-    name = os.path.basename(os.path.realpath(source))
-    return name[:-4] if name.lower().endswith(".csv") else name
-
-
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, loads the network, translates; exits with 1 if a case of this job failed."""
@@ -118,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (arguments.input and calibrated):  # else no prepared data are needed
         ensure_phantom(config.data, config.model.image_size)
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
-    name = ["translation", *([_name(Path(arguments.input))] if arguments.input else []),
+    name = ["translation", *([source_name(arguments.input)] if arguments.input else []),
             *([arguments.method] if arguments.method else [])]
     bids = arguments.layout == "bids"
     output = Path(arguments.output or network.results / "_".join([*name, *(["bids"] if bids else [])]))

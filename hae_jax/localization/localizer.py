@@ -199,7 +199,7 @@ class Localizer:
             all slices belong to one patient.
           heights: position of each slice in its head, from 0 (bottom) to 1 (top); None: healthy and lesion slices are
             not matched by height.
-          masks: ground truth, only for the rule "dice".
+          masks: ground truth, only for the rule "dice"; pixels above 0.5 are lesion.
           spacing: (x, y, z) mm between pixels and slices of the input; None: filters in mm are skipped.
 
         Raises:
@@ -216,10 +216,14 @@ class Localizer:
         known, rows = [], []
         for patient in dict.fromkeys(patients):
             own = [i for i, other in enumerate(patients) if other == patient]
-            images, inputs = self._inputs(slices[own], intensity_scales(slices[own]))
+            try:
+                scales = intensity_scales(slices[own])
+            except ValueError as error:
+                raise UserError(f"slices of {patient}: {error}; give images with positive intensities") from error
+            images, inputs = self._inputs(slices[own], scales)
             rows += _rows(inputs, images, patient)
-            truth = np.zeros(images.shape[:3]) if masks is None else resize(np.asarray(masks, np.float32)[own],
-                                                                            self._image_size)
+            truth = np.zeros(images.shape[:3]) if masks is None else resize(
+                (np.asarray(masks)[own] > 0.5).astype(np.float32), self._image_size)
             pixels = self._pixel_spacing(spacing, slices.shape[1:3])
             known += [ValidationSlice(int(labels[i]), truth[k] > 0.5, np.any(images[k], axis=-1), float(heights[i]),
                                       patient, patient, k, pixels) for k, i in enumerate(own)]

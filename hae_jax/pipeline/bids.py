@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hae_jax import __version__
-from hae_jax.data.cases import CaseFiles, find_cases
+from hae_jax.data.cases import CaseFiles
 from hae_jax.data.splits import patient_of
 from hae_jax.errors import UserError
 from hae_jax.files import decoded, read_content, read_json, write_json, written_whole
 from hae_jax.localization.probability import MEANINGS
 from hae_jax.pipeline.results_folder import read_manifest
 from hae_jax.provenance import RESEARCH_USE
+from hae_jax.report.cases import translated_files
 
 RESULTS = Path("sourcedata") / "hae-jax"  # in a folder of derivatives: the results that they come from
 GROUP_TABLE = "group_lesions.tsv"
@@ -62,13 +63,12 @@ def write_derivatives(results: str | Path, output: str | Path) -> list[Path]:
     manifest = read_manifest(results)
     finished = {name: facts for name, facts in manifest["cases"].items() if f"{name}_mask.nii.gz" in facts["files"]}
     stems = _stems(finished)
-    sources = _sources(finished, tuple(manifest["config"]["data"]["modalities"]))
     raw = {root for name in finished if (root := _bids_root(Path(finished[name]["folder"])))}
     _describe(output, raw, [Path(facts["folder"]) for facts in finished.values()])
     masks = []
     for name, facts in finished.items():
         folder = output / _folder(stems[name])
-        wanted, images = dict(_derivatives(name, facts["files"])), _uris(sources.get(name), raw)
+        wanted, images = dict(_derivatives(name, facts["files"])), _uris(translated_files(results, name), raw)
         common = {"SpatialReference": images[0] if images else "orig", "Sources": images}
         _remove_stale(folder, stems[name], {file.ending for file in wanted.values()})
         for path, file in wanted.items():
@@ -135,10 +135,13 @@ def _entities(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _stems(cases: Iterable[str]) -> dict[str, str]:
-    """The common beginning of the file names of each case. It has `space-orig` if the case's name gives no space."""
+    """The common beginning of the file names of each case. It has `space-orig` if the case's name gives no space.
+
+    The derivatives have entities `label` and `desc` of their own, so those of the case's name are left out.
+    """
     stems: dict[str, str] = {}
     for name in cases:
-        parts = dict(_entities(name))
+        parts = {key: value for key, value in _entities(name) if key not in ("label", "desc")}
         parts.setdefault("space", "orig")
         stem = "_".join(f"{key}-{value}" for key, value in parts.items())
         if twin := next((other for other, its in stems.items() if its == stem), None):
@@ -179,17 +182,6 @@ def _derivatives(name: str, files: Iterable[str]) -> Iterator[tuple[str, _File]]
                 "without a lesion."})
 
 
-def _sources(cases: Mapping[str, Any], modalities: tuple[str, ...]) -> dict[str, CaseFiles]:
-    """The files that the cases were read from, if they still exist."""
-    found: dict[str, CaseFiles] = {}
-    for folder in dict.fromkeys(facts["folder"] for facts in cases.values()):
-        try:
-            found |= {case.name: case for case in find_cases(folder, modalities) if case.name in cases}
-        except UserError:
-            continue
-    return found
-
-
 def _bids_root(folder: Path) -> Path | None:
     """The root of the BIDS dataset that contains a case; None outside of one."""
     return next((parent for parent in (folder, *folder.parents) if (parent / _DESCRIPTION).is_file()), None)
@@ -199,7 +191,7 @@ def _uris(case: CaseFiles | None, raw: Iterable[Path]) -> list[str]:
     """The URIs of the case's images: BIDS URIs, or file URIs outside of a BIDS dataset."""
     found = []
     for image in () if case is None else case.images:
-        path = image.path.resolve()
+        path = image.path
         root = next((root for root in raw if path.is_relative_to(root)), None)
         found.append(path.as_uri() if root is None else f"bids:{_link_name(root, raw)}:{path.relative_to(root)}")
     return list(dict.fromkeys(found))
@@ -232,7 +224,10 @@ def _remove_stale(folder: Path, stem: str, endings: set[str]) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
+    if target.exists() and target.samefile(source):
+        return
     with written_whole(target) as temporary:
+        temporary.unlink()  # a link cannot replace a file
         try:
             os.link(source, temporary)
         except OSError:  # another disk, or a file system without hard links

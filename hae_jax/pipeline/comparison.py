@@ -152,7 +152,8 @@ def _measured(
             _LOG.info("calibration: %s is for %s only; %s uses its own", config.translation.calibration,
                       config.translation.method, entry.title)
         done = translate(entry.network.model, entry.network.identity, own, mesh, output=output / entry.folder,
-                         source=source, calibrations=entry.network.calibrations, shipped=entry.network.shipped)
+                         source=source, calibrations=entry.network.calibrations, shipped=entry.network.shipped,
+                         only_source=True)
         if done.failed:
             name, reason = next(iter(done.failed.items()))
             raise UserError(f"{output / entry.folder}: {len(done.failed)} cases failed, the first, {name}: {reason}; a "

@@ -44,7 +44,8 @@ def export_network(
       folder: the folder to write, which must be new or empty.
       license_id: licence of the weights in the Hub's notation, such as "apache-2.0".
       results: results of `translate.py` with this network, whose metrics are added to the card; None: no metrics.
-      half: write weights of a run in half precision. Its calibration does not fit them and is left out.
+      half: write the weights in half precision. If they are not yet, the calibration does not fit them and is left
+        out.
 
     Returns:
       Lines for the user.
@@ -57,17 +58,19 @@ def export_network(
     said = []
     try:
         with folder_written_whole(folder) as temporary:
-            if (run.folder / WEIGHTS).is_file():
+            exported = (run.folder / WEIGHTS).is_file()
+            rounded = half and not (exported and read_json(run.folder / CONFIG).get("parameters") is None)
+            if exported and not rounded:
                 for name in (WEIGHTS, CONFIG):
                     shutil.copyfile(run.folder / name, temporary / name)
             else:
                 config = json.loads(json.dumps(run.config.to_dict()))
                 write_weights(temporary, run.model, config, run.identity["step"],
                               parameters=None if half else run.identity["parameters"])
-            calibration = None if half else run.calibration()
+            calibration = None if rounded else run.calibration()
             if calibration is None:
                 said.append("the folder has no calibration: " + (
-                    "half precision changes the weights" if half else "this network has none with its settings")
+                    "half precision changes the weights" if rounded else "this network has none with its settings")
                     + "; users must calibrate on validation slices, or give a calibration with --calibration")
             else:
                 write_json(temporary / CALIBRATION, dataclasses.asdict(calibration))

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from hae_jax.data.cases import CaseFiles, find_cases, read_case
-from hae_jax.data.nifti import write_volume
+from hae_jax.data.cases import CaseFiles, read_case
+from hae_jax.data.nifti import read_volume, write_volume
 from hae_jax.errors import UserError
 from hae_jax.files import folder_written_whole, write_json
 from hae_jax.pipeline.results_folder import read_manifest
 from hae_jax.provenance import RESEARCH_USE
+from hae_jax.report.cases import translated_files
 
 ORDER = "sure_cases.csv"
 _ML = 1000.0  # mm^3
@@ -49,7 +50,7 @@ def export_nnunet(results: str | Path, folder: str | Path, cases: int | None = N
     modalities = tuple(manifest["config"]["data"]["modalities"])
     if cases is not None and cases < 1:
         raise UserError(f"--cases {cases}: give at least 1, or leave it out to take all")
-    ranked = sorted((_ranked(results, case) for case in _cases(results, manifest, modalities)),
+    ranked = sorted((_ranked(results, case) for case in _cases(results, manifest)),
                     key=lambda found: -found.sureness)[:cases]
     try:
         with folder_written_whole(folder) as temporary:
@@ -77,20 +78,23 @@ def _manifest(results: Path) -> dict[str, Any]:
     return {**found, "cases": finished}
 
 
-def _cases(results: Path, manifest: Mapping[str, Any], modalities: tuple[str, ...]) -> list[CaseFiles]:
-    found: dict[str, CaseFiles] = {}
-    for folder in dict.fromkeys(facts["folder"] for facts in manifest["cases"].values()):
-        found |= {case.name: case for case in find_cases(folder, modalities)}
-    if lost := [name for name in manifest["cases"] if name not in found]:
-        raise UserError(f"{manifest['cases'][lost[0]]['folder']}: the images of {lost[0]} no longer exist")
-    return [found[name] for name in manifest["cases"]]
+def _cases(results: Path, manifest: Mapping[str, Any]) -> list[CaseFiles]:
+    found = []
+    for name in manifest["cases"]:
+        case = translated_files(results, name)
+        if case is None:
+            raise UserError(f"{results}: slices/{name}.json is missing or damaged; run translate.py again with "
+                            "--overwrite")
+        if lost := [image.path for image in case.images if not image.path.is_file()]:
+            raise UserError(f"{lost[0]}: no longer exists, so {name} cannot be exported")
+        found.append(case)
+    return found
 
 
 def _ranked(results: Path, case: CaseFiles) -> _Ranked:
-    image: Any = nib.load(results / f"{case.name}_probability.nii.gz")
-    mask_image: Any = nib.load(results / f"{case.name}_mask.nii.gz")
-    ml = abs(np.linalg.det(image.affine[:3, :3])) / _ML
-    probability, mask = image.get_fdata(dtype=np.float32), np.asanyarray(mask_image.dataobj) > 0
+    probability, grid = read_volume(results / f"{case.name}_probability.nii.gz")
+    mask = read_volume(results / f"{case.name}_mask.nii.gz")[0] > 0
+    ml = abs(np.linalg.det(grid.affine[:3, :3])) / _ML
     inside, expected, volume = (ml * float(values.sum(dtype=np.float64))
                                 for values in (probability[mask], probability, mask))
     return _Ranked(case, (2 * inside + 1) / (volume + expected + 1), volume)

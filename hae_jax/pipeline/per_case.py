@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -213,15 +214,20 @@ def _volumes(
 def _slices(files: CaseFiles, case: SlicedCase, masks: Masks) -> dict[str, Any]:
     """Facts for the report page that no other file holds: the case's files, its warnings, and scores of its slices."""
     return {
-        "images": [{"modality": image.modality, "path": str(image.path.resolve()), "volume": image.volume,
+        "images": [{"modality": image.modality, "path": _absolute(image.path), "volume": image.volume,
                     "volumes": image.volumes} for image in files.images],
-        "segmentation": None if files.segmentation is None else str(files.segmentation.resolve()),
+        "segmentation": None if files.segmentation is None else _absolute(files.segmentation),
         "warnings": case.warnings,
         "slice": case.slices.index.tolist(),
         "anomaly_score": masks.score.tolist(),
         "lesion": masks.lesion.tolist(),
         "truth": None if case.slice_truth is None else case.slice_truth.any(axis=(1, 2)).tolist(),
     }
+
+
+def _absolute(path: Path) -> str:
+    """The path with an absolute folder without links. A file that is a link keeps its own name."""
+    return str(path.parent.resolve() / path.name)
 
 
 def _measured(work: CaseWork, case: SlicedCase, masks: Masks, row: CaseResult) -> Measured | None:

@@ -57,9 +57,14 @@ class ResultsFolder:
       cases: cases of all shards.
     """
 
-    def __init__(self, path: Path, key: dict[str, Any], cases: Sequence[CaseFiles]):
-        """Takes a folder that exists."""
+    def __init__(self, path: Path, key: dict[str, Any], cases: Sequence[CaseFiles], only_cases: bool = False):
+        """Takes a folder that exists.
+
+        Args:
+          only_cases: leave other cases with the same key, of earlier runs, out of the tables.
+        """
         self.path, self.key, self.cases = path, key, list(cases)
+        self._only_cases = only_cases
         self._begun: dict[str, Record] = {}  # by the case's name; these records have no files yet
         (path / RECORDS).mkdir(exist_ok=True)
         if not (path / CASES).exists():
@@ -173,9 +178,10 @@ class ResultsFolder:
                 return done
 
     def records(self) -> dict[str, Record]:
-        """The records with this key by case name, of this run's cases and of other runs' cases."""
+        """The records with this key by case name, of this run's cases and, without `only_cases`, of other runs'."""
         own = {case.name for case in self.cases}
-        others = {name: self._whole_record(name) for name in self._names() if name not in own}
+        others = {} if self._only_cases else {
+            name: self._whole_record(name) for name in self._names() if name not in own}
         return {case.name: record for case in self.cases if (record := self._record(case))} | {
             name: record for name, record in others.items()
             if record is not None and record.row is not None and record.run_key == cache_key.digest(self.key)}

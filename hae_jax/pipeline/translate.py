@@ -38,6 +38,7 @@ def translate(
     num_shards: int = 1,
     calibrations: str | Path | None = None,
     shipped: str | Path | None = None,
+    only_source: bool = False,
 ) -> Summary:
     """Calibrates a method on the validation slices and translates cases.
 
@@ -58,6 +59,7 @@ def translate(
       calibrations: folder in which calibrations are stored between runs; None, or a read-only folder: `output`.
       shipped: the file of a calibration beside the weights, used if it was made with this network, method and settings;
         it need not exist.
+      only_source: leave cases that earlier runs have added to `output` with the same settings out of the tables.
 
     Raises:
       UserError: settings or data do not fit.
@@ -71,7 +73,8 @@ def translate(
     calibration = available(config, store, method, identity, kept, shipped)
     key = calibration_key(config, store, method, identity)
     baseline = IntensityThreshold.of(config) if method.network and inputs.validates_lesions else None
-    results = ResultsFolder(output, run_key(config, identity, calibration or key, baseline is not None), cases)
+    results = ResultsFolder(output, run_key(config, identity, calibration or key, baseline is not None), cases,
+                            only_cases=only_source)
     with one_at_a_time(results.lock(shard, num_shards), lambda: _LOG.info(
             "%s: another run uses this folder; waiting until it ends", output)):
         for folder in (output, output / RECORDS, output / SLICES, kept):
@@ -103,7 +106,10 @@ def translate(
                           any(map(checks.of_phantom, cases)), start)
         done = results.summary(context, unfinished)
         if config.evaluation.report:
-            write_report(output)
+            # Shards that end together would delete each other's pictures.
+            with one_at_a_time(output / RECORDS / ".report.lock", lambda: _LOG.info(
+                    "%s: another shard writes the report; waiting until it ends", output)):
+                write_report(output)
         return done
 
 

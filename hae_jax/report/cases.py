@@ -105,18 +105,30 @@ def read(folder: Path, name: str) -> ReadCase:
     return case
 
 
-def _read_images(case: ReadCase, name: str) -> None:
-    facts = case.facts
+def translated_files(folder: Path, name: str) -> CaseFiles | None:
+    """The files that a case was translated from; None if slices/<case>.json is missing or damaged."""
     try:
-        images = tuple(ImageFile(image["modality"], Path(image["path"]), image["volume"], image["volumes"])
-                       for image in facts["images"])
-        truth = facts["segmentation"]
-        found = read_case(CaseFiles(name, images, None if truth is None else Path(truth)))
+        return _files(_facts(folder, name, []), name)
+    except KeyError:
+        return None
+
+
+def _files(facts: dict[str, Any], name: str) -> CaseFiles:
+    images = tuple(ImageFile(image["modality"], Path(image["path"]), image["volume"], image["volumes"])
+                   for image in facts["images"])
+    truth = facts["segmentation"]
+    return CaseFiles(name, images, None if truth is None else Path(truth))
+
+
+def _read_images(case: ReadCase, name: str) -> None:
+    try:
+        files = _files(case.facts, name)
+        found = read_case(files)
     except (KeyError, TypeError, UserError, OSError, MemoryError) as error:
         case.warnings.append(f"the images are not shown: {error}")
         return
     case.grid, case.truth = found.grid, found.mask
-    case.images = {image.modality: found.volumes[..., c] for c, image in enumerate(images)}
+    case.images = {image.modality: found.volumes[..., c] for c, image in enumerate(files.images)}
 
 
 def _read_result(case: ReadCase, path: Path, what: str) -> None:

@@ -19,7 +19,7 @@ from hae_jax.localization.calibration import MapThreshold
 from hae_jax.localization.forward_process import Denoisers
 from hae_jax.localization.localizer import Localizer, numpy_denoisers
 from hae_jax.localization.methods import make_method
-from hae_jax.localization.residual import ResidualSettings
+from hae_jax.localization.residual import Residual, ResidualSettings
 from hae_jax.pipeline.calibrations import load_calibration
 from hae_jax.pipeline.translate import translate
 
@@ -161,6 +161,19 @@ def test_calibration_arrays_that_do_not_fit_are_named(toy_network):
     localizer = Localizer(toy_network(0), PROCESS, image_size=16, channels=4)
     with pytest.raises(UserError, match="labels: 2 for 4 slices"):
         localizer.calibrate(np.ones((4, 4, 4, 4)), [0, 1])
+    images = np.ones((4, 4, 4, 4))
+    images[2:, ..., 1] = 0
+    with pytest.raises(UserError, match="slices of b: channel 1 has no positive voxel"):
+        localizer.calibrate(images, [0, 1, 0, 1], patients=["a", "a", "b", "b"])
+
+
+def test_every_label_of_a_mask_is_lesion(slices):
+    images, truth = slices
+    eps = predicts(-0.4)
+    localizer = Localizer(Denoisers(eps, lambda x, t: (eps(x, t), eps(x, t))), PROCESS,
+                          method=Residual(PROCESS, SETTINGS, rule="dice"), image_size=16, channels=2)
+    made = [localizer.calibrate(images, truth.any((1, 2)), masks=label * truth.astype(np.uint8)) for label in (1, 4)]
+    assert made[0] == made[1]
 
 
 def test_the_batch_can_be_chosen_by_memory(toy_network):

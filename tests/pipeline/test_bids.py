@@ -70,7 +70,7 @@ def test_derivatives_of_a_dataset(app, dataset, tmp_path):
     stem = output / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_space-orig"
     mask = Path(f"{stem}_label-L_desc-hae_mask.nii.gz")
     plain = output / RESULTS / "sub-01_ses-1_mask.nii.gz"
-    assert (read_volume(mask) == read_volume(plain)).all()
+    assert mask.samefile(plain)
     facts = read_json(Path(f"{stem}_label-L_desc-hae_mask.json"))
     assert facts["Type"] == "Lesion"
     assert "bids:raw:sub-01/ses-1/anat/sub-01_ses-1_ce-gadolinium_T1w.nii.gz" in facts["Sources"]
@@ -86,6 +86,9 @@ def test_derivatives_of_a_dataset(app, dataset, tmp_path):
     found = validated(output)
     assert [(issue["code"], issue.get("subCode"), issue.get("location")) for issue in found["error"]] == []
     assert {issue["code"] for issue in found["warning"]} <= {"TOO_FEW_AUTHORS"}  # of our description
+
+    assert app(dataset, output, "participant") == 0
+    assert not [path for path in output.rglob(".*") if path.name != ".bidsignore" and RESULTS.name not in path.parts]
 
     command.main([str(dataset), str(output), "group"])
     with open(output / GROUP_TABLE, newline="") as stream:
@@ -118,6 +121,7 @@ def test_mistakes_are_one_line(app, dataset, tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "stem"), [
     ("sub-r001s001_ses-1_space-MNI152NLin2009aSym", "sub-r001s001_ses-1_space-MNI152NLin2009aSym"),
+    ("sub-01_space-T1w_desc-brain", "sub-01_space-T1w"),
     ("sub-02_run-2", "sub-02_run-2_space-orig"), ("BraTS-GLI-00005-001", "sub-BraTSGLI00005_ses-001_space-orig"),
     ("patient 7_a", "sub-patient7a_space-orig")])
 def test_names(name, stem):

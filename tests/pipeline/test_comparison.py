@@ -228,3 +228,15 @@ def test_a_comparison_needs_truth_and_all_cases(network, short, mesh_of, tmp_pat
     (tmp_path / "in" / "b" / "b_t2.nii.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 cases failed, the first, b: .*b_t2"):
         compare(entries, short, mesh_of(1), output=tmp_path / "out", source=tmp_path / "in")
+
+
+def test_cases_of_an_earlier_comparison_are_not_counted(network, short, mesh_of, tmp_path, case_writer):
+    for folder, names in (("in", "ab"), ("other", "c")):
+        for i, name in enumerate(names):
+            case_writer(tmp_path / folder, name, seed=i)
+    for source in ("in", "other"):
+        compare(method_entries(["threshold"], network), short, mesh_of(1), output=tmp_path / "out",
+                source=tmp_path / source)
+    assert [row["case"] for row in _rows(tmp_path / "out" / "threshold" / "cases.csv")] == ["c"]
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["entries"][0]["results"]["volumes"]["dice"]["cases"] == 1

@@ -3,14 +3,16 @@
 import csv
 import dataclasses
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
 from flax import nnx
-from run_helpers import read_json, read_volume
+from run_helpers import AFFINE, read_json, read_volume
 
 from hae_jax import Localizer
 from hae_jax.commands import export as command
+from hae_jax.data.cases import MODALITIES
 from hae_jax.errors import UserError
 from hae_jax.files import write_json
 from hae_jax.localization.calibration import MapThreshold
@@ -89,8 +91,20 @@ def test_mistakes_leave_nothing(trained, tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
 
 
-def test_shipped_weights_are_copied(tmp_path):
-    assert export.export_network("phantom", tmp_path / "shared") == []
+def test_exported_weights_can_be_exported_in_half_precision(trained, tmp_path, monkeypatch):
+    export.export_network("a", tmp_path / "full")
+    monkeypatch.setattr(export, "load_run", load_run)
+    assert export.export_network(tmp_path / "full", tmp_path / "same") == []
+    (said,) = export.export_network(tmp_path / "full", tmp_path / "half", half=True)
+    assert "half precision changes the weights" in said
+    full, same, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "same", "half"))
+    assert same == full
+    assert half < 0.6 * full
+
+
+@pytest.mark.parametrize("half", [False, True])  # they are in half precision
+def test_shipped_weights_are_copied(tmp_path, half):
+    assert export.export_network("phantom", tmp_path / "shared", half=half) == []
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "shared" / name).read_bytes() == (SHIPPED / "phantom" / name).read_bytes()
     assert read_json(tmp_path / "shared" / "calibration.json") == read_json(SHIPPED / "phantom" / "calibration.json")
@@ -125,6 +139,31 @@ def test_masks_become_a_dataset_of_nnunet(run, config, three_cases, tmp_path):
             image = SimpleITK.ReadImage(path)
             for look in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
                 assert getattr(image, look)() == getattr(label, look)()
+
+
+def test_the_translated_files_are_exported(run, config, three_cases, tmp_path):
+    """The names of cases come from a table, and one case has its affine in metres."""
+    config.translation.update({"method": "residual", "save_probability": True})
+    rows = [["case", "patient", *MODALITIES]]
+    for name, unit, scale in (("mm", "mm", 1.0), ("metres", "meter", 1e-3)):
+        paths = [tmp_path / f"{name}{i}.nii.gz" for i in range(4)]
+        for path, modality in zip(paths, MODALITIES, strict=True):
+            volume = read_volume(three_cases / "a" / f"a_{modality}.nii.gz")
+            image = nib.Nifti1Image(volume, np.diag([scale, scale, scale, 1]) @ AFFINE)
+            image.header.set_xyzt_units(unit)
+            nib.save(image, path)
+        rows.append([name, name, *map(str, paths)])
+    (tmp_path / "cases.csv").write_text("".join(f"{','.join(row)}\n" for row in rows))
+    done = run(tmp_path / "cases.csv")
+    assert sorted(export_nnunet(done.output, tmp_path / "set")) == ["metres", "mm"]
+    with open(tmp_path / "set" / ORDER, newline="") as stream:
+        found = {row["case"]: row for row in csv.DictReader(stream)}
+    # The noise of the two cases differs, and so do their masks a little.
+    assert float(found["mm"]["sureness"]) == pytest.approx(float(found["metres"]["sureness"]), abs=0.1)
+    assert 0 < float(found["mm"]["lesion_ml"]) == pytest.approx(float(found["metres"]["lesion_ml"]), rel=0.5)
+    (tmp_path / "mm0.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"mm0\.nii\.gz: no longer exists, so mm cannot be exported"):
+        export_nnunet(done.output, tmp_path / "set2")
 
 
 def test_what_a_dataset_needs_is_said(run, config, three_cases, tmp_path):
