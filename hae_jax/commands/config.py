@@ -62,10 +62,16 @@ def overridden(
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
+    usual = fields(default.get_config())
     for name, value in fields(config).items():
-        numbers = value if isinstance(value, list | tuple) else [value]
+        several = isinstance(value, list | tuple)
+        numbers = value if several else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name} is {value}: it must be finite")
+        if several and name in usual:
+            kinds, what = _elements(usual[name])
+            if any(isinstance(element, bool) or not isinstance(element, kinds) for element in value):
+                raise UserError(f"{name} is {value}: give {what}")
     names = config.get("data", {}).get("modalities", ())
     if any("," in name for name in names):  # flair,t1 without quotes is one name
         parts = ",".join(repr(part.strip()) for name in names for part in name.split(","))
@@ -73,6 +79,15 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
         raise UserError(f"seed is {seed}: give a whole number from 0 to 2^32 - 1")
+
+
+def _elements(usual: Sequence[Any] | None) -> tuple[type | tuple[type, ...], str]:
+    """The types of a tuple's elements, by the default of its field, and what they are called."""
+    if usual and isinstance(usual[0], str):
+        return str, "names in quotes"
+    if usual and all(isinstance(element, int) for element in usual):
+        return int, "whole numbers"
+    return (int, float), "numbers"
 
 
 def fields(config: ml_collections.ConfigDict, above: str = "") -> dict[str, Any]:

@@ -73,6 +73,10 @@ def _import(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print("\n".join([*torch_run.network_lines(config), *lines]))
     run, source = arguments.output, arguments.config or f"{arguments.output}/config.py"
     print(f"to translate: {as_called('python translate.py')} {shlex.join(['--checkpoint', run])} --input FOLDER")
+    if len(config.data.modalities) != config.model.in_channels:
+        print("to continue its training: import again with --config and the network's channels in "
+              "--config.data.modalities")
+        return
     same = shlex.join(["--config", source, *overrides, "--workdir", run])
     print(f"to continue: {as_called('python train.py')} {same}"
           + (f" --config.training.steps=N (above {weights.step})" if weights.step >= config.training.steps else ""))

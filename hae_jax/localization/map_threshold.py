@@ -107,8 +107,9 @@ class PhysicalFilters:
         positions = np.arange(len(masks)) if positions is None else positions
         stack = in_volume(masks, positions)
         if self.median_mm:
-            size = tuple(2 * round((self.median_mm / step - 1) / 2) + 1 if self.median_mm > step else 1
-                         for step in (spacing[2], *spacing[:2]))
+            # The nearest odd number of voxels. Of two equally near ones, the smaller, but not 1, which does nothing.
+            edges = (self.median_mm / step for step in (spacing[2], *spacing[:2]))
+            size = tuple(max(3, 2 * math.ceil(edge / 2) - 1) if edge >= 2 else 1 for edge in edges)
             stack = ndimage.median_filter(stack.astype(np.uint8), size=size, mode="mirror") > 0
         if self.smallest_ml:
             labels = ndimage.label(stack, structure=IN_SPACE)[0]

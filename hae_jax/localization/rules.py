@@ -192,6 +192,7 @@ class Shares(NamedTuple):
 
 def shares(samples: Sequence[Sample]) -> Shares:
     """U, H and pi of validation slices of both classes, for `probability`, which uses the mixture model as well."""
+    require_both(samples)
     levels = np.unique(_levels(samples))
     counts = _Counts.of(samples, levels)
     u, h = counts.shares()
@@ -240,6 +241,8 @@ class _Counts(NamedTuple):
 def _levels(samples: Sequence[Sample]) -> np.ndarray:  # [V] ascending
     """Candidate thresholds: quantiles of all values, evenly spaced in the logarithm of the share above them."""
     values = np.concatenate([s.values for s in samples])
+    if not values.size:
+        raise UserError("validation slices: no head pixels remain; lower translation.head_erosion_mm")
     shares = np.geomspace(0.9, max(1 / values.size, 1e-6), _CANDIDATES)
     return np.quantile(values, 1 - shares)
 
@@ -268,8 +271,12 @@ def _bin(height: float) -> int:
 
 
 def require_both(samples: Sequence[Sample]) -> None:
-    """Raises a UserError unless there are slices with and without a lesion."""
+    """Raises a UserError unless there are slices with and without a lesion, both with head pixels."""
     lesion = sum(s.label > 0 for s in samples)
     if not 0 < lesion < len(samples):
         raise UserError(f"validation slices: {len(samples) - lesion} healthy and {lesion} with a lesion; the rule "
                         "needs both kinds: put cases with both into the validation split")
+    for label, kind in ((0, "healthy slices"), (1, "lesion slices")):
+        if not any(s.values.size for s in samples if (s.label > 0) == label):
+            raise UserError(f"validation slices: no head pixels remain in the {kind}; lower "
+                            "translation.head_erosion_mm")

@@ -127,6 +127,21 @@ def make_phantom(
     return output
 
 
+def check_phantom(
+    folder: str | os.PathLike, *, subjects: int, lesion_share: float, seed: int, size: float, kind: str
+) -> None:
+    """Compares the phantom in a folder with the settings of `make_phantom`. A folder without a phantom passes.
+
+    Raises:
+      UserError: the phantom was made with other settings.
+    """
+    if (Path(folder) / MANIFEST).exists():
+        there = _compare(Path(folder), Settings(seed, float(lesion_share), float(size), kind), subjects)
+        if there < subjects:
+            raise UserError(f"{folder}: holds a phantom of {there} subjects instead of {subjects}; give another "
+                            "folder or the same number, or remove it and the dataset that was prepared from it")
+
+
 def _check(subjects: int, lesion_share: float, seed: int, size: float, workers: int, kind: str) -> None:
     if kind not in PHANTOMS:
         raise UserError(f"kind={kind!r}: not a kind of phantom; choose {' or '.join(PHANTOMS)}")
@@ -157,7 +172,8 @@ def _claim(output: Path, settings: Settings, subjects: int) -> None:
     write_json(output / MANIFEST, _manifest(settings, subjects, complete=False))
 
 
-def _compare(output: Path, settings: Settings, subjects: int) -> None:
+def _compare(output: Path, settings: Settings, subjects: int) -> int:
+    """Raises a UserError if a phantom has other settings or more subjects. Returns its number of subjects."""
     try:
         found = read_json(output / MANIFEST)
         there = {**found["settings"], "generator": found["generator"]}
@@ -172,6 +188,7 @@ def _compare(output: Path, settings: Settings, subjects: int) -> None:
     if count > subjects:
         raise UserError(f"{output}: holds a phantom of {count} subjects, more than the {subjects} asked for; "
                         f"give another folder or ask for at least {count}")
+    return count
 
 
 def _manifest(settings: Settings, subjects: int, *, complete: bool) -> dict[str, Any]:

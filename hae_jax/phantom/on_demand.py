@@ -8,7 +8,7 @@ import ml_collections
 from hae_jax.data.prepare import prepare
 from hae_jax.errors import UserError
 from hae_jax.files import finish_replacing, one_at_a_time
-from hae_jax.phantom.cohort import make_phantom
+from hae_jax.phantom.cohort import check_phantom, make_phantom
 
 _LOG = logging.getLogger(__name__)
 _TRAINING, _VALIDATION = 2, 6  # subjects of a phantom for comparing methods
@@ -34,19 +34,23 @@ def new_phantom(data: ml_collections.ConfigDict, seed: int, subjects: int) -> No
 def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
     """Makes and prepares the phantom if the config has one and the prepared dataset does not exist.
 
-    If `data.phantom` is None or `data.root` exists, nothing is done. If another process is making it, this one waits.
+    If `data.phantom` is None or `data.root` exists, nothing is made. If another process is making it, this one waits.
 
     Args:
       data: the config's `data`.
       image_size: side of the network's slices, pixels.
 
     Raises:
-      UserError: settings do not fit, or the phantom's folder holds something else.
+      UserError: settings do not fit, or the phantom's folder holds something else or a phantom with other settings.
     """
     phantom, root = data.phantom, Path(data.root)
-    if phantom is None or root.exists() or finish_replacing(root):
+    if phantom is None:
         return
-    cases = Path(phantom.cases)
+    cases, kind = Path(phantom.cases), phantom.get("kind", "tumour")
+    if root.exists() or finish_replacing(root):
+        check_phantom(cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,
+                      size=phantom.size, kind=kind)
+        return
     cases.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(cases.with_name(f".{cases.name}.lock"),
                        lambda: _LOG.info("waiting for the process that makes the phantom %s", cases)):

@@ -64,6 +64,9 @@ def joined(
 
 def once(work: Callable[[], None]) -> None:
     """Runs `work` in process 0 while the others wait, such as making data on a shared disk."""
+    if jax.process_count() > 1:
+        # Connects the processes. While they connect, a process does not wait for long.
+        multihost_utils.sync_global_devices("before once")
     if jax.process_index() == 0:
         work()
     if jax.process_count() > 1:

@@ -47,7 +47,7 @@ from hae_jax.training.state import (
 from hae_jax.training.step import make_train_step, step_settings
 from hae_jax.training.validation import Validation
 from hae_jax.training.watch import Report
-from hae_jax.training.weights import load_trained
+from hae_jax.training.weights import BEST, CONFIG, WEIGHTS, load_trained
 
 _LOG = logging.getLogger(__name__)
 _SIGNAL, _NO_DATA = 1, 2  # reasons for a process to stop all processes; the largest is used
@@ -102,15 +102,28 @@ def train(
             contextlib.closing(Checkpoints(run.workdir, config.training.keep)) as checkpoints:
         latest = checkpoints.recover()
         if latest is not None:
-            check_same_run(run.workdir, checkpoints.config(latest), run.tree)
+            earlier = checkpoints.config(latest)
+            check_same_run(run.workdir, earlier, run.tree)
+            if config.training.anneal != "none" and earlier["training"]["steps"] != config.training.steps:
+                _say(f"training.steps was {earlier['training']['steps']}: the learning rate is now annealed towards "
+                     f"step {config.training.steps}, so it changes at once")
         if (latest or 0) >= config.training.steps:
             _say(f"{workdir}: already trained for {latest} steps")
             return
         check_workdir(run.workdir, checkpoint_bytes(run.abstract), config.training.keep)
         if jax.process_index() == 0:
+            if latest is None:
+                _remove_results(run.workdir)
             write_json(run.workdir / "config.json", run.tree)
             write_json(run.workdir / "run.json", record() | {"devices": [str(d) for d in run.mesh.devices.flat]})
         _begin(run, checkpoints, guard, latest)
+
+
+def _remove_results(workdir: Path) -> None:
+    """Removes what a run that had no checkpoint yet has left, since this run may have another config."""
+    for path in (workdir / BEST / CONFIG, workdir / BEST / WEIGHTS, workdir / "wandb_id",
+                 *(workdir / "samples").glob("step_*.png")):
+        path.unlink(missing_ok=True)
 
 
 def sharding_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> str:

@@ -46,11 +46,14 @@ class Profiler:
           steps: last step of the run.
 
         Raises:
-          UserError: the span is not within the remaining steps.
+          UserError: the span is not within the steps of the run.
         """
-        if span is not None and not start < span.first <= span.last <= steps:
-            raise UserError(f"--profile {span.first}:{span.last}: only steps {start + 1} to {steps} remain; "
-                            "choose among these")
+        if span is not None and not 0 < span.first <= span.last <= steps:
+            raise UserError(f"--profile {span.first}:{span.last}: the run has steps 1 to {steps}; choose among these")
+        if span is not None and span.first <= start:  # the command that started a run also resumes it
+            _LOG.info("--profile %d:%d: the run resumes after step %d, so no profile is recorded", span.first,
+                      span.last, start)
+            span = None
         self.folder = workdir / "profile"
         self._span = span if jax.process_index() == 0 else None
         self._step: jax.profiler.StepTraceAnnotation | None = None

@@ -33,6 +33,14 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     for name in ("validate_every", "localization_every", "sample_every", "warmup_steps"):
         if training[name] < 0:
             raise UserError(f"training.{name} is {training[name]}: it must not be negative")
+    for name in ("learning_rate", "weight_decay"):
+        if training[name] < 0:
+            raise UserError(f"training.{name} is {training[name]}: it must not be negative")
+    if training.clip_norm is not None and not training.clip_norm > 0:
+        raise UserError(f"training.clip_norm is {training.clip_norm}: it must be above 0; None turns clipping off")
+    if training.sample_every and not training.sample_guidance:
+        raise UserError("training.sample_guidance is empty: give at least one number, or set training.sample_every to "
+                        "0")
     if training.validate_every and training.validation_slices < 1:
         raise UserError(f"training.validation_slices is {training.validation_slices}: it must be at least 1, or set "
                         "training.validate_every to 0")

@@ -24,7 +24,7 @@ from hae_jax.training.mesh import replicated
 from hae_jax.training.samples import draw_samples, write_samples
 from hae_jax.training.state import TrainState, abstract_network, learning_rate
 from hae_jax.training.step import state_norms
-from hae_jax.training.weights import write_weights
+from hae_jax.training.weights import BEST, write_weights
 
 # The only fields in which the logs of two equal runs may differ, such as a run and the same run with an interruption.
 TIMING_FIELDS = frozenset({"images_per_second", "model_flops_per_second", "peak_share", "device_memory_gib",
@@ -152,7 +152,7 @@ class Report:
             self._export(done, params)
 
     def _export(self, done: int, params: nnx.State) -> None:
-        write_weights(self._workdir / "best", nnx.merge(self._graph, params), self._config.to_dict(), done)
+        write_weights(self._workdir / BEST, nnx.merge(self._graph, params), self._config.to_dict(), done)
 
     def _state_of(self, done: int, state: TrainState) -> dict[str, float]:
         norms = {name: float(value) for name, value in state_norms(state).items()}

@@ -4,6 +4,7 @@
 the step. Training can be resumed from a run folder, but not from such a folder.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hae_jax.training.checkpoint import Network
 from hae_jax.training.state import abstract_network, network_config
 
 WEIGHTS, CONFIG, CALIBRATION = "model.safetensors", "config.json", "calibration.json"
+BEST = "best"  # in a run folder: the EMA weights with the best localization
 SHIPPED = Path(weights.__file__).parent  # with a folder for each shipped network
 
 
@@ -50,10 +52,12 @@ def write_weights(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # without it, half-written weights do not count as a network
-    (folder / WEIGHTS).unlink(missing_ok=True)
+    new = folder / f".new_{WEIGHTS}"  # the earlier network stays until the new weights are complete
+    new.unlink(missing_ok=True)
     kind = np.float16 if parameters is None else np.float32
-    write_state_dict(folder / WEIGHTS, {name: value.astype(kind) for name, value in torch_state(model).items()})
+    write_state_dict(new, {name: value.astype(kind) for name, value in torch_state(model).items()})
+    (folder / CONFIG).unlink(missing_ok=True)  # weights without it do not count as a network
+    os.replace(new, folder / WEIGHTS)
     write_json(folder / CONFIG, {"step": step, "parameters": parameters, "config": config})
 
 

@@ -66,6 +66,9 @@ def test_an_override_that_does_not_fit_is_refused(override):
 @pytest.mark.parametrize(("override", "says"), [
     ("training.learning_rate=nan", "training.learning_rate is nan: it must be finite"),
     ("training.ema_rates=(0.9,1e999)", r"training.ema_rates is \(0.9, inf\): it must be finite"),
+    ("data.modalities=(1,2)", r"data.modalities is \(1, 2\): give names in quotes"),
+    ("training.mesh=(1.0,-1)", r"training.mesh is \(1.0, -1\): give whole numbers"),
+    ("training.ema_rates=('a',)", r"training.ema_rates is \('a',\): give numbers"),
     ("seed=-1", r"seed is -1: give a whole number from 0 to 2\^32 - 1"),
     (f"seed={2**32}", "seed is 4294967296"),
     ("data.modalities=flair,t1", r"""write --config\.data\.modalities="\('flair','t1'\)\""""),

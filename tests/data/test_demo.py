@@ -6,6 +6,7 @@ import pytest
 
 from hae_jax.configs import phantom
 from hae_jax.data.store import open_store
+from hae_jax.errors import UserError
 from hae_jax.phantom import on_demand as demo
 
 
@@ -26,6 +27,11 @@ def test_makes_what_is_absent_and_nothing_twice(data, monkeypatch, capsys):
     assert "making a phantom of 3 subjects" in capsys.readouterr().out
     monkeypatch.setattr(demo, "make_phantom", lambda *_, **__: pytest.fail("made again"))
     demo.ensure_phantom(data, 16)
+    for field, value, says in (("seed", 7, "seed 1000 instead of 7"), ("subjects", 4, "3 subjects instead of 4")):
+        other = data.copy_and_resolve_references()
+        other.phantom[field] = value
+        with pytest.raises(UserError, match=says):
+            demo.ensure_phantom(other, 16)
 
 
 def test_a_second_command_waits_for_the_first(data, monkeypatch):

@@ -25,6 +25,9 @@ def test_filters_in_mm_mean_the_same_at_every_resolution():
         assert PhysicalFilters(smallest_ml=0.01).masks(ball | speck, grid)[speck].all()
         smooth = PhysicalFilters(median_mm=6.0).masks(ball | speck, grid)
         assert not smooth[speck].any()
+        alone = np.zeros(ball.shape, bool)
+        alone[10, 10, 10] = True
+        assert not PhysicalFilters(median_mm=2 * step).masks(alone, grid).any()
         found.append(smooth.sum() * step * step * 2 / 1000)
         head = ((x - 20) ** 2 + (y - 20) ** 2 < 225)[None]
         eroded = PhysicalFilters(head_erosion_mm=5.0).heads(head, grid)

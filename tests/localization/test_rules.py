@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hae_jax.errors import UserError
-from hae_jax.localization.rules import Sample, anomaly_score, best_dice, healthy_fpr, mixture, slice_threshold
+from hae_jax.localization.rules import Sample, anomaly_score, best_dice, healthy_fpr, mixture, shares, slice_threshold
 
 SHARE = 0.05  # of lesion pixels in a lesion slice
 
@@ -51,6 +51,14 @@ def test_both_classes_are_needed(rule):
     for label in (0, 1):
         with pytest.raises(UserError, match="both kinds"):
             rule([sample for sample in samples() if sample.label == label])
+
+
+@pytest.mark.parametrize("rule", [mixture, lambda s: healthy_fpr(s, 0.01), shares])
+@pytest.mark.parametrize("labels", [(0,), (1,), (0, 1)])
+def test_head_pixels_are_needed(rule, labels):
+    given = [s._replace(values=s.values[:0]) if s.label in labels else s for s in samples()]
+    with pytest.raises(UserError, match=r"no head pixels remain in the .* lower translation\.head_erosion_mm"):
+        rule(given)
 
 
 def test_healthy_fpr_leaves_the_share_above():

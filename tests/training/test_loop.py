@@ -1,5 +1,6 @@
 """The whole loop on a tiny network: devices, accumulation, resuming, written files, stopping."""
 
+import errno
 import itertools
 import json
 
@@ -10,7 +11,7 @@ import pytest
 from hae_jax.diffusion import noise
 from hae_jax.errors import UserError
 from hae_jax.torch_interop.weights import torch_state
-from hae_jax.training import checkpoint, loop
+from hae_jax.training import checkpoint, loop, weights
 from hae_jax.training.loop import train
 from hae_jax.training.weights import export_weights
 
@@ -65,6 +66,34 @@ def test_a_run_begins_with_exported_weights(one_level_config, tmp_path, finished
     config.model.num_res_blocks = 2
     with pytest.raises(UserError, match=r"initial_weights .* its network differs in model\.num_res_blocks; give"):
         train(config, tmp_path / "other")
+
+
+def test_earlier_weights_stay_if_new_ones_cannot_be_written(tmp_path, finished, monkeypatch):
+    export_weights(finished, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, "write_state_dict", full)
+    with pytest.raises(OSError, match="No space"):
+        export_weights(finished, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_without_a_checkpoint_starts_anew(one_level_config, tmp_path, capsys):
+    """The best network of an interrupted run may have had another config. Annealing to another step is announced."""
+    stale = [tmp_path / name for name in ("best/config.json", "best/model.safetensors", "samples/step_0000001.png",
+                                          "wandb_id")]
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("stale")
+    one_level_config.training.update({"steps": 1, "anneal": "linear"})
+    train(one_level_config, tmp_path)
+    assert not any(path.exists() for path in stale)
+    one_level_config.training.steps = 2
+    train(one_level_config, tmp_path)
+    assert "training.steps was 1: the learning rate is now annealed towards step 2" in capsys.readouterr().out
 
 
 def test_bfloat16_computes_nearly_the_same_with_float32_parameters(one_level_config, tmp_path, finished):
@@ -155,6 +184,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ("training.accumulation", 3, r"set it to 12"),
     ("training.steps", 0, r"training\.steps is 0"),
     ("training.p_uncond", 1.5, r"training\.p_uncond"),
+    ("training.learning_rate", -1e-4, r"training\.learning_rate is -0\.0001: it must not be negative"),
+    ("training.clip_norm", 0.0, r"training\.clip_norm is 0\.0: .* None turns clipping off"),
     ("training.ema_rates", (), r"training\.ema_rates"),
     ("training.anneal", "exp", r"training\.anneal"),
     ("model.image_size", 32, r"has slices of \(16, 16, 4\)"),

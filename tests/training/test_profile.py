@@ -17,10 +17,16 @@ def test_nonsense_is_refused(text):
         parse_span(text)
 
 
-@pytest.mark.parametrize("span", [Span(4, 6), Span(5, 9), Span(9, 12)])
+@pytest.mark.parametrize("span", [Span(0, 6), Span(5, 9), Span(9, 12)])
 def test_steps_that_will_not_come_are_refused(tmp_path, span):
-    with pytest.raises(UserError, match="only steps 6 to 8 remain"):
+    with pytest.raises(UserError, match="the run has steps 1 to 8"):
         Profiler(tmp_path, span, start=5, steps=8)
+
+
+def test_a_resumed_run_does_not_repeat_the_profile(tmp_path, capsys):
+    Profiler(tmp_path, Span(2, 3), start=5, steps=8).before(6)
+    assert "resumes after step 5, so no profile is recorded" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def run(profiler, steps):
