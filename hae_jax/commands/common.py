@@ -112,8 +112,10 @@ def source_name(source: str | os.PathLike) -> str:
 
 
 def stop_when_told() -> None:
-    """Makes SIGTERM act as Ctrl-C, so that no half-written file and no process remains. Schedulers send it
-    before they kill."""
+    """Makes SIGTERM act as Ctrl-C, so that no half-written file and no process remains.
+
+    Schedulers send SIGTERM before they kill.
+    """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 

@@ -22,8 +22,8 @@ from hae_jax.localization.calibration import PRESETS
 _DESCRIPTION = """\
 Find lesions in cases with a trained network. Writes for each case a lesion mask and an anomaly map as NIfTI on the grid
 of the input, and a picture. Writes for all cases cases.csv, metrics.json and report.html. Without arguments, the
-command uses the phantom (made if absent) and the shipped weights. Finished cases are skipped. The
-exit status is 1 if a case of this job failed."""
+command uses the phantom (made if absent) and the shipped weights. Finished cases are skipped. The exit status is 1 if a
+case of this job failed."""
 _EPILOG = """\
 examples:
   python translate.py                                            # the phantom's test cases, shipped weights
