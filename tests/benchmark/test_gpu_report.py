@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -60,14 +61,19 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     assert "failed: ValueError: broken" in said[-1]
 
 
-def test_an_interrupted_report_ends_its_step(tmp_path):
+def test_a_terminated_report_ends_its_step(tmp_path):
+    """As the command, the test lets SIGTERM act as Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = f"""import os, signal, time
 with open({str(tmp_path / "pid")!r}, "w") as file:
     file.write(str(os.getpid()))
-os.kill(os.getppid(), signal.SIGINT)
+os.kill(os.getppid(), signal.SIGTERM)
 time.sleep(60)"""
-    with pytest.raises(KeyboardInterrupt):
-        gpu_report(tmp_path / "report", 60, steps=[step("interrupts", code)])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu_report(tmp_path / "report", 60, steps=[step("terminates", code)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 

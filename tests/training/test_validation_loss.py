@@ -80,7 +80,7 @@ class Rows(SplitReader):
     """A split with synthetic labels."""
 
     def __init__(self, length):
-        super().__init__("", length)
+        super().__init__("", length, ())
 
     @property
     def rows(self):
