@@ -22,7 +22,7 @@ DEFINITIONS = {
            "scores 1",
     "precision": "share of the mask's pixels that are lesion, pooled over the pixels of all slices",
     "recall": "share of the lesion's pixels that are in the mask, pooled over the pixels of all slices",
-    "foreground": "pixels of the head: the mean of all channels is above -0.95 in the network's range of [-1, 1]",
+    "foreground": "pixels whose mean of all channels is above -0.95 in the network's range of [-1, 1]",
     "auroc": "area under the ROC curve of the anomaly map, pooled over the foreground pixels of all slices; values "
              "that differ by less than 0.05 % may count as equal",
     "auprc": "average precision of the anomaly map, pooled over the foreground pixels of all slices; values that "
@@ -56,7 +56,7 @@ def iou(
 def foreground(
     images: np.ndarray,  # [S, H, W, C] in [-1, 1]
 ) -> np.ndarray:  # [S, H, W] bool
-    """Pixels of the head, over which AUROC and AUPRC are computed: the mean of all input channels is above -0.95."""
+    """The pixels over which AUROC and AUPRC are computed: the mean of all input channels is above -0.95."""
     return images.mean(axis=-1) > -0.95
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -46,10 +47,9 @@ def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
     phantom, root = data.phantom, Path(data.root)
     if phantom is None:
         return
-    cases, kind = Path(phantom.cases), phantom.get("kind", "tumour")
+    cases = Path(phantom.cases)
     if root.exists() or finish_replacing(root):
-        check_phantom(cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,
-                      size=phantom.size, kind=kind)
+        check_phantom(cases, **_settings(phantom))
         return
     cases.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(cases.with_name(f".{cases.name}.lock"),
@@ -58,11 +58,16 @@ def ensure_phantom(data: ml_collections.ConfigDict, image_size: int) -> None:
             _make(data, image_size)
 
 
+def _settings(phantom: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `make_phantom` that the files depend on."""
+    return {name: phantom[name] for name in ("subjects", "lesion_share", "seed", "size")} | {
+        "kind": phantom.get("kind", "tumour")}
+
+
 def _make(data: ml_collections.ConfigDict, image_size: int) -> None:
     phantom = data.phantom
     _LOG.info("%s does not exist: making a phantom of %d subjects in %s", data.root, phantom.subjects, phantom.cases)
-    make_phantom(phantom.cases, subjects=phantom.subjects, lesion_share=phantom.lesion_share, seed=phantom.seed,
-                 size=phantom.size, workers=phantom.workers, kind=phantom.get("kind", "tumour"))
+    make_phantom(phantom.cases, workers=phantom.workers, **_settings(phantom))
     report = prepare(phantom.cases, data.root, image_size=image_size, train_fraction=phantom.train_fraction,
                      val_fraction=phantom.val_fraction, workers=phantom.workers, modalities=data.modalities)
     _LOG.info("\n".join(report.lines()))
