@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from hae_jax.commands.config import read_config
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.localization.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
-from hae_jax.model import UNet, UNetConfig
+from hae_jax.model import UNet
 from hae_jax.provenance import versions
 from hae_jax.torch_interop.weights import load_torch_state, torch_state
 from hae_jax.training.mesh import make_mesh
@@ -132,54 +133,49 @@ def numbers(report: Report) -> None:
 
 def training(report: Report) -> None:
     """The training step at several batch sizes; at the first one, also the naive form and cuDNN's attention."""
-    config, mesh, first = report.config(), _one_device(), None
-    peak = report.found("facts", "bfloat16 matrix product")
-    for batch in report.batches:
-        step = TrainingStep(config, mesh, batch)
+    config, mesh, (batch, *larger) = report.config(), _one_device(), report.batches
+    step = TrainingStep(config, mesh, batch)
+    ours, memory = _ready(step, mesh)
+    _add_training(report, step, ours, memory)
+    report.add(f"batch {batch}, compile time", ours.seconds, "s")
+    sizes = {str(size): (TrainingStep(config, mesh, size, step), PLAIN) for size in larger}
+    pieces = naive.pieces_of(naive.NAIVE, network_config(config.to_dict()), translation=False)
+    forms = {"naive": (step, Form(naive.NAIVE, pieces))}
+    if jax.default_backend() == "gpu":
+        forms["attention cudnn"] = TrainingStep(with_model(config, attention="cudnn"), mesh, batch, step), PLAIN
+    # The largest batch comes last, since a step that runs out of memory may lose the state.
+    others = dict([*sizes.items()][:-1]) | forms | dict([*sizes.items()][-1:])
+    compiled = _compiled_together({name: functools.partial(program.lower, form)
+                                   for name, (program, form) in others.items()})
+    for name, (other, _) in others.items():
         try:
-            compiled, memory = _ready(step, mesh)
-            seconds = float(np.median(_timed(report, [(step, compiled)])[0]))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            report.add(f"batch {batch}, fits", 0)
-            break
-        report.add(f"batch {batch}", batch / seconds, "images/s", seconds=seconds)
-        if peak:
-            report.add(f"batch {batch}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
-        report.add(f"batch {batch}, peak memory", memory / 1e9, "GB")
-        report.add(f"batch {batch}, compile time", compiled.seconds, "s")
-        first = first or (step, compiled, memory)
-    if first:
-        _against_naive(report, network_config(config.to_dict()), mesh, *first)
-        if jax.default_backend() == "gpu":
-            _against_cudnn(report, config, mesh, *first)
+            program = compiled[name].result()
+            memory = _peak(other, program, mesh)
+            if other.images != batch:
+                _add_training(report, other, program, memory)
+                continue
+            turns = _timed(report, [(step, ours), (other, program)])
+        except _NOT_RUN as error:
+            report.add(f"batch {other.images}{'' if name.isdigit() else f', {name}'}, runs", 0, error=str(error)[:500])
+            continue
+        report.add(f"batch {batch}, {name} over ours, time", np.median(turns[1] / turns[0]), "x", turns=turns.tolist())
+        report.add(f"batch {batch}, {name} over ours, planned memory", _planned(program) / _planned(ours), "x")
 
 
-def _against_naive(
-    report: Report, network: UNetConfig, mesh: Mesh, step: TrainingStep, ours: Compiled, ours_memory: int
-) -> None:
-    form = Form(naive.NAIVE, naive.pieces_of(naive.NAIVE, network, translation=False))
-    other, other_memory = _ready(step, mesh, form)
-    turns = _timed(report, [(step, ours), (step, other)])
-    batch = report.batches[0]
-    report.add(f"batch {batch}, naive over ours, time", np.median(turns[1] / turns[0]), "x", turns=turns.tolist())
-    report.add(f"batch {batch}, naive over ours, memory", other_memory / ours_memory, "x")
+def _add_training(report: Report, step: TrainingStep, compiled: Compiled, memory: int) -> None:
+    seconds = float(np.median(_timed(report, [(step, compiled)])[0]))
+    report.add(f"batch {step.images}", step.images / seconds, "images/s", seconds=seconds)
+    if peak := report.found("facts", "bfloat16 matrix product"):
+        report.add(f"batch {step.images}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
+    report.add(f"batch {step.images}, peak memory", memory / 1e9, "GB")
 
 
-def _against_cudnn(
-    report: Report, config: ml_collections.ConfigDict, mesh: Mesh, step: TrainingStep, ours: Compiled, ours_memory: int
-) -> None:
-    batch = report.batches[0]
-    other = TrainingStep(with_model(config, attention="cudnn"), mesh, batch)
-    try:
-        compiled, memory = _ready(other, mesh)
-        turns = _timed(report, [(step, ours), (other, compiled)])
-    except _NOT_RUN:
-        report.add(f"batch {batch}, attention cudnn, runs", 0)
-        return
-    report.add(f"batch {batch}, attention cudnn over auto, time", np.median(turns[1] / turns[0]), "x")
-    report.add(f"batch {batch}, attention cudnn over auto, memory", memory / ours_memory, "x")
+def _compiled_together(programs: dict[str, Callable[[], jax.stages.Lowered]]) -> dict[str, Future[Compiled]]:
+    """Compiles programs at the same time, since a GPU machine has many cores. Their times say nothing."""
+    with ThreadPoolExecutor() as pool:
+        traced = {name: lower() for name, lower in programs.items()}
+        return {name: pool.submit(compile_program, lambda lowered=lowered: lowered, 1)
+                for name, lowered in traced.items()}
 
 
 def pytorch(report: Report) -> None:
@@ -206,17 +202,23 @@ def pytorch(report: Report) -> None:
 
 
 def translation(report: Report) -> None:
-    """The published forward process: exact steps of the whole schedule."""
+    """The published forward process: exact steps of the whole schedule. At the best batch size, as many as fit."""
     config, mesh = report.config(), _one_device()
     steps = 4 if report.rehearse else config.translation.forward_steps
     speeds = {batch: report.found("training", f"batch {batch}") or 0 for batch in report.batches}
+    per_step = 0.0
     for batch in dict.fromkeys((report.batches[0], max(speeds, key=speeds.__getitem__))):
-        program = TranslationOfBatch(config, mesh, batch, steps)
+        # The second program is compiled as long as the first one. Some of its slices' steps are left out if need be.
+        count = steps
+        if per_step:
+            count = max(1, min(steps, int((report.end - time.monotonic()) / 3 / (per_step * batch))))
+        program = TranslationOfBatch(config, mesh, batch, count)
         compiled, memory = _ready(program, mesh, call=False)
         start = time.perf_counter()
         program.call(compiled.executable)
-        report.add(f"{steps} steps, batch {batch}", (time.perf_counter() - start) / batch, "s/slice",
-                   compile_seconds=compiled.seconds, memory=memory)
+        per_step = (time.perf_counter() - start) / batch / count
+        report.add(f"{steps} steps, batch {batch}" + (f" (from {count} steps)" if count < steps else ""),
+                   steps * per_step, "s/slice", compile_seconds=compiled.seconds, memory=memory)
 
 
 def attention_and_noise(report: Report) -> None:
@@ -241,11 +243,11 @@ def attention_and_noise(report: Report) -> None:
 
 
 def profile(report: Report) -> None:
-    """The ten kernels of a training step that take longest."""
+    """The ten kernels of a training step that take longest, and the profile as a file for XProf."""
     mesh = _one_device()
     step = TrainingStep(report.config(), mesh, report.batches[0])
     compiled, _ = _ready(step, mesh)
-    found = longest_kernels(lambda: step.call(compiled.executable))
+    found = longest_kernels(lambda: step.call(compiled.executable), keep=report.output / "profile.xplane.pb.gz")
     for rank, (name, seconds, share) in enumerate(found, 1):
         report.add(f"{rank}. {name[:80]}", 100 * share, "%", seconds=seconds)
 
@@ -319,15 +321,25 @@ def _one_device() -> Mesh:
     return make_mesh(devices=jax.devices()[:1])
 
 
-def _ready(program: Program, mesh: Mesh, form: Form = PLAIN, *, call: bool = True) -> tuple[Compiled, int]:
-    """Compiles a program. Its peak memory in bytes is measured at the first call, or else taken from XLA's plan."""
-    compiled = compile_program(functools.partial(program.lower, form), 1)
+def _ready(program: Program, mesh: Mesh, *, call: bool = True) -> tuple[Compiled, int]:
+    """Compiles a program, and gives its peak memory in bytes: see `_peak`, or without a call XLA's plan."""
+    compiled = compile_program(functools.partial(program.lower, PLAIN), 1)
+    if call:
+        return compiled, _peak(program, compiled, mesh)
     program.place()
-    used = peak_of_first_call(mesh.devices.flat[0], lambda: program.call(compiled.executable),
-                              compiled.arguments) if call else None
-    peak = used or compiled.memory
-    assert peak is not None  # XLA plans the memory of CPUs and GPUs
-    return compiled, peak
+    return compiled, _planned(compiled)
+
+
+def _peak(program: Program, compiled: Compiled, mesh: Mesh) -> int:
+    """The peak memory in bytes of the first call, or else of XLA's plan."""
+    program.place()
+    return peak_of_first_call(mesh.devices.flat[0], lambda: program.call(compiled.executable),
+                              compiled.arguments) or _planned(compiled)
+
+
+def _planned(compiled: Compiled) -> int:
+    assert compiled.memory is not None  # XLA plans the memory of CPUs and GPUs
+    return compiled.memory
 
 
 def _timed(report: Report, programs: Sequence[tuple[Program, Compiled]]) -> np.ndarray:  # [programs, turns] seconds
@@ -446,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     time.monotonic() + arguments.seconds, arguments.rehearse)
     if arguments.step in ("torch", "reference"):  # PyTorch or the started training needs GPU memory
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # for the largest batch; JAX's default is 0.75
     device = jax.devices()[0]
     report.write({"machine": {"device": device.device_kind, "platform": device.platform, "driver": _driver(),
                               "cores": os.cpu_count(), "versions": versions()}})

@@ -1,6 +1,7 @@
 """Measurement of programs: time in turns with other programs, memory, kernels, and the device's peak."""
 
 import collections
+import gzip
 import math
 import tempfile
 import time
@@ -115,8 +116,15 @@ def peak_of_first_call(device: jax.Device, call: Callable[[], Any], arguments: i
     return peak - before["bytes_in_use"] + arguments if peak > before["peak_bytes_in_use"] else None
 
 
-def longest_kernels(call: Callable[[], Any], count: int = 10) -> list[tuple[str, float, float]]:
+def longest_kernels(
+    call: Callable[[], Any], count: int = 10, keep: Path | None = None
+) -> list[tuple[str, float, float]]:
     """Profiles one call.
+
+    Args:
+      call: function that is called once.
+      count: number of kernels.
+      keep: file for the profile, `.xplane.pb.gz`. XProf and TensorBoard read it once it is decompressed.
 
     Returns:
       Name, seconds on all devices together and share of all kernels' time, of those that take longest.
@@ -127,6 +135,8 @@ def longest_kernels(call: Callable[[], Any], count: int = 10) -> list[tuple[str,
         with jax.profiler.trace(folder, profiler_options=options):
             call()
         (path,) = Path(folder).rglob("*.xplane.pb")
+        if keep:
+            keep.write_bytes(gzip.compress(path.read_bytes()))
         total: dict[str, float] = collections.defaultdict(float)
         for name, time_ in _own_times(path):
             total[name] += time_
@@ -141,8 +151,11 @@ def _own_times(path: Path) -> Iterator[tuple[str, float]]:
     planes = list(profile.planes)
     for plane in [plane for plane in planes if plane.name.startswith("/device:")] or planes:
         for line in plane.lines:
-            yield from _own_times_of_line((event.start_ns, event.duration_ns, name) for event in line.events
-                                          if (name := dict(event.stats).get("hlo_op")))
+            # Kernels of a CUDA graph have no operation; their own names are used.
+            on_gpu = plane.name.startswith("/device:GPU") and line.name.startswith("Stream")
+            yield from _own_times_of_line(
+                (event.start_ns, event.duration_ns, name) for event in line.events
+                if (name := dict(event.stats).get("hlo_op") or (event.name if on_gpu else None)))
 
 
 def _own_times_of_line(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:

@@ -116,14 +116,23 @@ class Program(Protocol):
 
 
 class TrainingStep:
-    """The step of `hae_jax.training`, with optimiser and EMA weights."""
+    """The step of `hae_jax.training`, with optimiser and EMA weights.
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, batch: int):
+    Args:
+      config: of the network and its training.
+      mesh: devices.
+      batch: images.
+      sharing: a step with the same network, whose state this one uses instead of a second one.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, batch: int,
+                 sharing: "TrainingStep | None" = None):
         self.images = batch
         self._config, self._mesh, self._network = config, mesh, network_config(config.to_dict())
         self._optimizer = make_optimizer(config.training)
         self._averages = len(config.training.ema_rates)
         self._history = remembered_timesteps(config)
+        self._owner = sharing._owner if sharing else self
 
     def lower(self, form: Form = PLAIN) -> jax.stages.Lowered:
         network = form.of(self._network)
@@ -137,11 +146,11 @@ class TrainingStep:
         return self.images * training_flops(form.of(self._network))
 
     def place(self) -> None:
-        jax.block_until_ready((self._state, self._inputs))
+        jax.block_until_ready((self._owner._state, self._inputs))
 
     def call(self, executable: jax.stages.Compiled) -> None:
-        self._state, metrics = executable(self._state, self._inputs)
-        jax.block_until_ready((self._state, metrics))
+        self._owner._state, metrics = executable(self._owner._state, self._inputs)
+        jax.block_until_ready((self._owner._state, metrics))
 
     @functools.cached_property
     def _state(self) -> Any:
