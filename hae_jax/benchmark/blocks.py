@@ -83,8 +83,7 @@ def _rows(block: Block, gradients: bool, repeats: int, mesh: Mesh, say: Callable
     say(f"blocks: {name}")
     programs = [compile_program(lambda f=f: jax.jit(with_gradients(f) if gradients else f).lower(*arguments),
                                 sharing_memory(mesh)) for f in forms]
-    turns = in_turns([lambda p=program: jax.block_until_ready(p.executable(*arguments)) for program in programs],
-                     repeats)
+    turns = in_turns([lambda p=program: p.executable(*arguments) for program in programs], repeats)
     flops = [(TRAINING_FACTOR if gradients else 1) * count_flops(f, *arguments) for f in forms]
     times = [float(np.median(turn / turns[0])) for turn in turns]
     first = programs[0].memory

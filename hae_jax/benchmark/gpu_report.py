@@ -2,7 +2,7 @@
 
 Each step runs in a separate process (`gpu_steps`) with its own time limit. If a step fails or exceeds its limit, the
 next one runs nevertheless. A step writes each metric as soon as it is measured. This process collects the metrics and
-rewrites `results.json`.
+rewrites `results.json`. A step that measures no time may run beside the next one.
 """
 
 import contextlib
@@ -41,23 +41,24 @@ class Step:
       limit: time limit in seconds.
       about: short description.
       command: command that runs it, without the arguments of `gpu_steps`. None: the step of this name.
+      beside: whether the next step starts at the same time.
     """
 
     name: str
     limit: float
     about: str
     command: tuple[str, ...] | None = None
+    beside: bool = False
 
 
 # In order of importance. Limits are for an H100 or H200. The last step uses the remaining time.
 STEPS = (
     Step("facts", 60, "device, matrix products, copies"),
-    Step("numbers", 150, "golden values, bfloat16, translation, resume"),
-    Step("training", 300, "training step of the full network"),
-    Step("torch", 150, "the same step in PyTorch"),
+    Step("numbers", 300, "golden values, bfloat16, translation, resume", beside=True),
+    Step("training", 340, "training step of the full network, and the kernels that take longest"),
+    Step("torch", 130, "the same step in PyTorch"),
     Step("translation", 150, "600 steps of the forward process"),
     Step("blocks", 90, "attention implementations, simplex noise"),
-    Step("profile", 90, "the kernels that take longest"),
     Step("reference", 3600, "training of the phantom's reference network"),
 )
 
@@ -86,16 +87,23 @@ def gpu_report(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder")
     output.mkdir(parents=True, exist_ok=True)
+    (output / LOG).unlink(missing_ok=True)
     end = time.monotonic() + seconds
     results = {**record(), "seconds": seconds, "rehearsal": rehearse, "machine": {}, "steps": [], "figures": []}
-    with tempfile.TemporaryDirectory() as work, (output / LOG).open("w") as log:
+    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as open_steps:
+        waiting: list[_Running] = []
         for step in steps:
             say(f"{step.name}: {step.about}")
-            done = {"step": step.name, "status": "running", "seconds": 0.0}
-            results["steps"].append(done)
-            _run(step, output, Path(work), end, rehearse, results, done, log)
-            _write(output, results)
-            say(f"  {done['status']}, {done['seconds']:.0f} s")
+            waiting.append(open_steps.enter_context(_Running(step, output, Path(work), end, rehearse, results)))
+            if step.beside and step is not steps[-1]:
+                continue
+            while any(running.running for running in waiting):
+                time.sleep(_POLL)
+                for running in waiting:
+                    running.poll()
+            for done in (running.done for running in waiting):
+                say(f"  {done['step']}: {done['status']}, {done['seconds']:.0f} s")
+            waiting.clear()
     say(f"\n{table(results)}")
     return results
 
@@ -172,43 +180,75 @@ def _verdict(figure: dict[str, Any]) -> str:
     return ""
 
 
-def _run(step, output, work, end, rehearse, results, done, log) -> None:
-    """Runs one step until it ends or exceeds its limit, and collects its metrics meanwhile."""
-    allowed = step.limit * (_REHEARSAL_FACTOR if rehearse else 1)
-    start, limit = time.monotonic(), min(allowed, end - time.monotonic())
-    if limit < _LEAST:
-        done["status"] = "not begun, no time left"
-        return
-    figures = work / f"{step.name}.jsonl"
-    command = step.command or (sys.executable, "-m", "hae_jax.benchmark.gpu_steps")
-    command = [*command, step.name, "--figures", str(figures), "--earlier", str(output / RESULTS), "--output",
-               str(output), "--seconds", f"{limit - _GRACE:.0f}", *(["--rehearse"] if rehearse else [])]
-    log.write(f"== {step.name}\n")
-    log.flush()
-    _write(output, results)
-    # Steps share the compilation cache, since the steps "torch" and "profile" use the training step again.
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
-                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                               start_new_session=True, cwd=Path(__file__).resolve().parents[2], env=environment)
-    earlier, before, late = len(results["figures"]), "", False
-    try:
-        while process.returncode is None and not late:
-            late = time.monotonic() - start > limit
+class _Running:
+    """A step's process. It is ended when the context is left."""
+
+    def __init__(self, step: Step, output: Path, work: Path, end: float, rehearse: bool, results: dict[str, Any]):
+        self.done = {"step": step.name, "status": "running", "seconds": 0.0}
+        self._output, self._results = output, results
+        self._log, self._figures, self._text = work / f"{step.name}.log", work / f"{step.name}.jsonl", ""
+        self._start = time.monotonic()
+        self._limit = min(step.limit * (_REHEARSAL_FACTOR if rehearse else 1), end - self._start)
+        results["steps"].append(self.done)
+        write_json(output / RESULTS, results)
+        if self._limit < _LEAST:
+            self.done["status"] = "not begun, no time left"
+            return
+        command = step.command or (sys.executable, "-m", "hae_jax.benchmark.gpu_steps")
+        command = [*command, step.name, "--figures", str(self._figures), "--earlier", str(output / RESULTS),
+                   "--output", str(output), "--seconds", f"{self._limit - _GRACE:.0f}",
+                   *(["--rehearse"] if rehearse else [])]
+        # Steps share the compilation cache, since "torch" and "translation" use programs that "training" compiles.
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                cwd=Path(__file__).resolve().parents[2], env=environment)
+
+    def __enter__(self) -> "_Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.running:
+            self._end("stopped with the report")
+
+    @property
+    def running(self) -> bool:
+        """Whether the step is neither finished nor ended."""
+        return self.done["status"] == "running"
+
+    def poll(self) -> None:
+        """Collects the metrics so far. Ends the step if it is late."""
+        if not self.running:
+            return
+        code, taken = self._process.poll(), time.monotonic() - self._start
+        self.done["seconds"] = round(taken, 1)
+        if (text := self._figures.read_text() if self._figures.exists() else "") != self._text:
+            self._text = text
+            _add_figures(self.done["step"], text, self._results)
+            write_json(self._output / RESULTS, self._results)
+        if code is not None:
+            self._end("finished" if code == 0 else f"failed: {_last_line(self._log)}")
+        elif taken > self._limit:
+            self._end(f"stopped after {self._limit:.0f} s")
+
+    def _end(self, status: str) -> None:
+        """Ends the step and all processes that it has started, and adds its output to the log."""
+        for number_ in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number_)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0 if late else _POLL)
-            if (text := figures.read_text() if figures.exists() else "") != before:
-                results["figures"][earlier:], before = _figures(step.name, text, results), text
-                _write(output, results)
-    finally:
-        _end(process)
-    done["seconds"] = round(time.monotonic() - start, 1)
-    done["status"] = (f"stopped after {limit:.0f} s" if late else "finished" if process.returncode == 0
-                      else f"failed: {_last_line(output / LOG)}")
+                self._process.wait(_GRACE)
+                break
+        self.done["status"] = status
+        write_json(self._output / RESULTS, self._results)
+        with (self._output / LOG).open("a") as log:
+            log.write(f"== {self.done['step']}\n{self._log.read_text(errors='replace')}")
 
 
-def _figures(step: str, text: str, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A step's metrics. Facts about the machine are added to `results`. Incomplete lines are ignored."""
+def _add_figures(step: str, text: str, results: dict[str, Any]) -> None:
+    """Replaces a step's metrics, and adds facts about the machine. Incomplete lines are ignored."""
     found = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
@@ -217,23 +257,11 @@ def _figures(step: str, text: str, results: dict[str, Any]) -> list[dict[str, An
                 results["machine"] = entry["machine"]
             else:
                 found.append({"step": step, **entry})
-    return found
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a step and all processes that it has started."""
-    for number_ in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number_)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
-            return
+    order = [done["step"] for done in results["steps"]]
+    others = [figure for figure in results["figures"] if figure["step"] != step]
+    results["figures"] = sorted(others + found, key=lambda figure: order.index(figure["step"]))
 
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it printed nothing"
-
-
-def _write(output: Path, results: dict[str, Any]) -> None:
-    write_json(output / RESULTS, results)

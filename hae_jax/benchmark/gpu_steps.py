@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ _FULL, _REFERENCE = "configs/brats_v2c.py", "configs/phantom_reference.py"
 _SMALL = {"variant": "fpdm", "image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,),
           "attention_resolutions": ()}
 _NOT_RUN = (RuntimeError, ValueError, NotImplementedError)  # errors of a kernel that this device does not have
+_COMPILING = 0.75  # share of the step's time for compilation
 _SAVING = 45.0  # seconds reserved to save and export the reference network; 20 in a rehearsal
 
 
@@ -123,33 +124,42 @@ def numbers(report: Report) -> None:
         report.add(f"{name}, float32, outputs", outputs, "of the maximum", at_most=1e-4)
         report.add(f"{name}, float32, gradient norms", gradients, "of the norm", at_most=1e-4)
     case = read_case(folder, "fpdm_tiny" if report.rehearse else "hae_v2c_brats")
-    exact, rounded = case.output("cond").astype(np.float64), _golden_output(case, "bfloat16")
-    report.add("bfloat16 against float32, relative L2", float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact)),
-               at_most=2e-2)
+    exact = case.output("cond").astype(np.float64)
+    for form in ("xla", "cudnn") if jax.default_backend() == "gpu" else ("auto",):
+        rounded = _golden_output(case, dtype="bfloat16", attention=form)
+        report.add(f"bfloat16 against float32, attention {form}, relative L2",
+                   float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact)), at_most=2e-2)
     case = read_case(folder, "fpdm_tiny" if report.rehearse else "hae_v2c_tiny")
     report.add("translation, masks against the CPU's", _translation_dice(case, report), "Dice", at_least=0.99)
     report.add("resume, 3 + 3 steps against 6, largest difference", _resume_difference(), at_most=0)
 
 
 def training(report: Report) -> None:
-    """The training step at several batch sizes; at the first one, also the naive form and cuDNN's attention."""
+    """The training step at several batch sizes; at the first one, also its longest kernels, the naive form and cuDNN.
+
+    The whole profile becomes a file. All programs are compiled before the first one is timed, also those of the step
+    "translation", which then finds them in the cache.
+    """
     config, mesh, (batch, *larger) = report.config(), _one_device(), report.batches
     step = TrainingStep(config, mesh, batch)
-    ours, memory = _ready(step, mesh)
-    _add_training(report, step, ours, memory)
-    report.add(f"batch {batch}, compile time", ours.seconds, "s")
-    sizes = {str(size): (TrainingStep(config, mesh, size, step), PLAIN) for size in larger}
     pieces = naive.pieces_of(naive.NAIVE, network_config(config.to_dict()), translation=False)
+    sizes = {str(size): (TrainingStep(config, mesh, size, step), PLAIN) for size in larger}
     forms = {"naive": (step, Form(naive.NAIVE, pieces))}
     if jax.default_backend() == "gpu":
         forms["attention cudnn"] = TrainingStep(with_model(config, attention="cudnn"), mesh, batch, step), PLAIN
     # The largest batch comes last, since a step that runs out of memory may lose the state.
     others = dict([*sizes.items()][:-1]) | forms | dict([*sizes.items()][-1:])
-    compiled = _compiled_together({name: functools.partial(program.lower, form)
-                                   for name, (program, form) in others.items()})
-    for name, (other, _) in others.items():
+    compiled = _compiled_together(report, [
+        (step, PLAIN), *others.values(), *((program, PLAIN) for program in _translations(report, config, mesh))])
+    ours, *programs = compiled[:1 + len(others)]
+    ours = ours.result()
+    _add_training(report, step, ours, _peak(step, ours, mesh))
+    longest = longest_kernels(lambda: step.call(ours.executable), keep=report.output / "profile.xplane.pb.gz")
+    for rank, (name, seconds, share) in enumerate(longest, 1):
+        report.add(f"kernel {rank}, {name[:80]}", 100 * share, "%", seconds=seconds)
+    for (name, (other, _)), future in zip(others.items(), programs, strict=True):
         try:
-            program = compiled[name].result()
+            program = future.result()
             memory = _peak(other, program, mesh)
             if other.images != batch:
                 _add_training(report, other, program, memory)
@@ -170,12 +180,18 @@ def _add_training(report: Report, step: TrainingStep, compiled: Compiled, memory
     report.add(f"batch {step.images}, peak memory", memory / 1e9, "GB")
 
 
-def _compiled_together(programs: dict[str, Callable[[], jax.stages.Lowered]]) -> dict[str, Future[Compiled]]:
-    """Compiles programs at the same time, since a GPU machine has many cores. Their times say nothing."""
-    with ThreadPoolExecutor() as pool:
-        traced = {name: lower() for name, lower in programs.items()}
-        return {name: pool.submit(compile_program, lambda lowered=lowered: lowered, 1)
-                for name, lowered in traced.items()}
+def _compiled_together(report: Report, programs: Sequence[tuple[Program, Form]]) -> list[Future[Compiled]]:
+    """Compiles programs at the same time, since a GPU machine has many cores, and waits for most of the step's time."""
+    start, pool = time.monotonic(), ThreadPoolExecutor(len(programs))
+    futures = []
+    for program, form in programs:
+        lowered = program.lower(form)
+        futures.append(pool.submit(compile_program, lambda lowered=lowered: lowered, 1))
+    _, late = wait(futures, _COMPILING * (report.end - start))
+    name = f"compilation of {len(programs)} programs at the same time" + (f", without {len(late)}" if late else "")
+    report.add(name, time.monotonic() - start, "s",
+               each=[f.result().seconds for f in futures if f.done() and not f.exception()])
+    return futures
 
 
 def pytorch(report: Report) -> None:
@@ -202,23 +218,19 @@ def pytorch(report: Report) -> None:
 
 
 def translation(report: Report) -> None:
-    """The published forward process: exact steps of the whole schedule. At the best batch size, as many as fit."""
+    """The published forward process: exact steps of the whole schedule, at two batch sizes."""
     config, mesh = report.config(), _one_device()
-    steps = 4 if report.rehearse else config.translation.forward_steps
-    speeds = {batch: report.found("training", f"batch {batch}") or 0 for batch in report.batches}
-    per_step = 0.0
-    for batch in dict.fromkeys((report.batches[0], max(speeds, key=speeds.__getitem__))):
-        # The second program is compiled as long as the first one. Some of its slices' steps are left out if need be.
-        count = steps
-        if per_step:
-            count = max(1, min(steps, int((report.end - time.monotonic()) / 3 / (per_step * batch))))
-        program = TranslationOfBatch(config, mesh, batch, count)
+    for program in _translations(report, config, mesh):
         compiled, memory = _ready(program, mesh, call=False)
         start = time.perf_counter()
-        program.call(compiled.executable)
-        per_step = (time.perf_counter() - start) / batch / count
-        report.add(f"{steps} steps, batch {batch}" + (f" (from {count} steps)" if count < steps else ""),
-                   steps * per_step, "s/slice", compile_seconds=compiled.seconds, memory=memory)
+        jax.block_until_ready(program.call(compiled.executable))
+        seconds = (time.perf_counter() - start) / program.images
+        report.add(f"{program.steps} steps, batch {program.images}", seconds, "s/slice", memory=memory)
+
+
+def _translations(report: Report, config: ml_collections.ConfigDict, mesh: Mesh) -> list[TranslationOfBatch]:
+    steps = 4 if report.rehearse else config.translation.forward_steps
+    return [TranslationOfBatch(config, mesh, batch, steps) for batch in report.batches[:2]]
 
 
 def attention_and_noise(report: Report) -> None:
@@ -231,25 +243,15 @@ def attention_and_noise(report: Report) -> None:
             for name, wrap in (("forward", lambda f: f), ("with gradients", blocks.with_gradients)):
                 program = jax.jit(wrap(block.forms[OURS]))
                 try:
-                    seconds = in_turns([lambda p=program: jax.block_until_ready(p(*arguments))], 3).min()  # noqa: B023
+                    seconds = in_turns([lambda p=program: p(*arguments)], 3).min()  # noqa: B023
                 except _NOT_RUN:
                     report.add(f"{block.name}, {form}, {name}, runs", 0)
                     continue
                 report.add(f"{block.name}, {form}, {name}", 1e3 * seconds, "ms")
     noise = blocks.simplex_noise(batch)
     program, arguments = jax.jit(noise.forms[OURS]), noise.placed(mesh)
-    seconds = in_turns([lambda: program(*arguments).block_until_ready()], 3).min()
+    seconds = in_turns([lambda: program(*arguments)], 3).min()
     report.add(f"{noise.name}, batch {batch}", 1e3 * seconds, "ms")
-
-
-def profile(report: Report) -> None:
-    """The ten kernels of a training step that take longest, and the profile as a file for XProf."""
-    mesh = _one_device()
-    step = TrainingStep(report.config(), mesh, report.batches[0])
-    compiled, _ = _ready(step, mesh)
-    found = longest_kernels(lambda: step.call(compiled.executable), keep=report.output / "profile.xplane.pb.gz")
-    for rank, (name, seconds, share) in enumerate(found, 1):
-        report.add(f"{rank}. {name[:80]}", 100 * share, "%", seconds=seconds)
 
 
 def reference(report: Report) -> None:
@@ -347,8 +349,9 @@ def _timed(report: Report, programs: Sequence[tuple[Program, Compiled]]) -> np.n
                     1 if report.rehearse else 5)
 
 
-def _golden_network(case: Any, dtype: str = "float32") -> tuple[nnx.GraphDef, nnx.State]:
-    model = nnx.eval_shape(lambda: UNet(dataclasses.replace(case.config, dtype=dtype), nnx.Rngs(0)))
+def _golden_network(case: Any, **fields: str) -> tuple[nnx.GraphDef, nnx.State]:
+    config = dataclasses.replace(case.config, **{"dtype": "float32", **fields})
+    model = nnx.eval_shape(lambda: UNet(config, nnx.Rngs(0)))
     load_torch_state(model, case.weights)
     return nnx.split(model)
 
@@ -385,8 +388,8 @@ def _golden_errors(case: Any) -> tuple[float, float]:
 
 
 @jax.default_matmul_precision("highest")
-def _golden_output(case: Any, dtype: str) -> np.ndarray:
-    graph, state = _golden_network(case, dtype)
+def _golden_output(case: Any, **fields: str) -> np.ndarray:
+    graph, state = _golden_network(case, **fields)
     return np.asarray(jax.jit(_golden_forward(graph, case))(state, *case.modes()["cond"]), np.float64)
 
 
@@ -440,7 +443,7 @@ def _driver() -> str | None:
 
 _STEPS: dict[str, Callable[[Report], None]] = {
     "facts": facts, "numbers": numbers, "training": training, "torch": pytorch, "translation": translation,
-    "blocks": attention_and_noise, "profile": profile, "reference": reference,
+    "blocks": attention_and_noise, "reference": reference,
 }
 
 
@@ -456,9 +459,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     report = Report(arguments.figures, json.loads(arguments.earlier.read_text())["figures"], arguments.output,
                     time.monotonic() + arguments.seconds, arguments.rehearse)
-    if arguments.step in ("torch", "reference"):  # PyTorch or the started training needs GPU memory
+    if arguments.step != "training":  # other processes need GPU memory at the same time
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # for the largest batch; JAX's default is 0.75
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.88")  # for the largest batch; JAX's default is 0.75
     device = jax.devices()[0]
     report.write({"machine": {"device": device.device_kind, "platform": device.platform, "driver": _driver(),
                               "cores": os.cpu_count(), "versions": versions()}})

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hae_jax.training.mesh import replicated
 
-_SHORTEST_TURN = 0.2  # seconds; of shorter calls, several are timed together
+_SHORTEST_TURN = 0.5  # seconds; of shorter calls, several are timed together
 _COPIED = (2**28, 2**25)  # values per device to measure the copy speed; the second on CPUs
 _PEAK_SIZES = {"cpu": 2048}  # size of the square matrices to measure the device's peak; 8192 elsewhere
 
@@ -57,11 +57,16 @@ def sharing_memory(mesh: Mesh) -> int:
 def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> np.ndarray:  # [calls, repeats] seconds
     """Times the calls in turns, `repeats` times, so that the machine's state is the same for all of them.
 
-    Each call is made once before the measurement. Short calls are repeated several times per turn.
+    Each call is made once before the measurement. Short calls are repeated several times per turn. As in a training,
+    they are started one after the other, and only the last one is waited for.
+
+    Args:
+      calls: functions that start work and return its results: JAX arrays, or any object with `block_until_ready`.
+      repeats: number of turns.
     """
     counts = []
     for call in calls:
-        call()
+        jax.block_until_ready(call())
         counts.append(math.ceil(_SHORTEST_TURN / max(_seconds(call, 1), 1e-6)))
     turns = [[_seconds(call, min(count, 1000)) for call, count in zip(calls, counts, strict=True)]
              for _ in range(repeats)]
@@ -70,8 +75,9 @@ def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> np.ndarray:  #
 
 def _seconds(call: Callable[[], Any], count: int) -> float:
     start = time.perf_counter()
-    for _ in range(count):
+    for _ in range(count - 1):
         call()
+    jax.block_until_ready(call())
     return (time.perf_counter() - start) / count
 
 
@@ -80,7 +86,7 @@ def copy_speed(mesh: Mesh, repeats: int = 5) -> float:
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     x = jax.device_put(jnp.ones((mesh.size, _COPIED[mesh.devices.flat[0].platform == "cpu"]), jnp.float32), rows)
     add = jax.jit(lambda x: x + 1, out_shardings=rows)
-    best = in_turns([lambda: add(x).block_until_ready()], repeats).min()
+    best = in_turns([lambda: add(x)], repeats).min()
     return 2 * x.nbytes / float(best)
 
 
@@ -92,7 +98,7 @@ def matmul_peak(mesh: Mesh, dtype: str, repeats: int = 5) -> float:
     left = jax.device_put(jax.random.normal(jax.random.key(0), (mesh.size * size, size), dtype), rows)
     right = jax.device_put(jax.random.normal(jax.random.key(1), (size, size), dtype), replicated(mesh))
     product = jax.jit(jnp.matmul, out_shardings=rows)
-    best = in_turns([lambda: product(left, right).block_until_ready()], repeats).min()
+    best = in_turns([lambda: product(left, right)], repeats).min()
     return 2 * mesh.size * size**3 / float(best)
 
 
@@ -108,7 +114,7 @@ def peak_of_first_call(device: jax.Device, call: Callable[[], Any], arguments: i
       arguments: bytes of its arguments, which are already on the device.
     """
     before = device.memory_stats()
-    call()
+    jax.block_until_ready(call())
     after = device.memory_stats()
     if not before or not after or "peak_bytes_in_use" not in before:
         return None
@@ -133,7 +139,7 @@ def longest_kernels(
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            call()
+            jax.block_until_ready(call())
         (path,) = Path(folder).rglob("*.xplane.pb")
         if keep:
             keep.write_bytes(gzip.compress(path.read_bytes()))
@@ -151,11 +157,13 @@ def _own_times(path: Path) -> Iterator[tuple[str, float]]:
     planes = list(profile.planes)
     for plane in [plane for plane in planes if plane.name.startswith("/device:")] or planes:
         for line in plane.lines:
-            # Kernels of a CUDA graph have no operation; their own names are used.
-            on_gpu = plane.name.startswith("/device:GPU") and line.name.startswith("Stream")
-            yield from _own_times_of_line(
-                (event.start_ns, event.duration_ns, name) for event in line.events
-                if (name := dict(event.stats).get("hlo_op") or (event.name if on_gpu else None)))
+            if plane.name.startswith("/device:GPU"):
+                # Many kernels form one operation (a CUDA graph), and some run at the same time.
+                if line.name.startswith("Stream"):
+                    yield from ((event.name, event.duration_ns / 1e9) for event in line.events)
+                continue
+            yield from _own_times_of_line((event.start_ns, event.duration_ns, name) for event in line.events
+                                          if (name := dict(event.stats).get("hlo_op")))
 
 
 def _own_times_of_line(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:

@@ -111,8 +111,8 @@ class Program(Protocol):
     def place(self) -> None:
         """Puts the arguments on the devices, unless they are there."""
 
-    def call(self, executable: jax.stages.Compiled) -> None:
-        """Runs it once and waits for the results."""
+    def call(self, executable: jax.stages.Compiled) -> Any:
+        """Starts it once. Returns results to wait for."""
 
 
 class TrainingStep:
@@ -148,9 +148,9 @@ class TrainingStep:
     def place(self) -> None:
         jax.block_until_ready((self._owner._state, self._inputs))
 
-    def call(self, executable: jax.stages.Compiled) -> None:
+    def call(self, executable: jax.stages.Compiled) -> Any:
         self._owner._state, metrics = executable(self._owner._state, self._inputs)
-        jax.block_until_ready((self._owner._state, metrics))
+        return metrics  # a program's results are complete at the same time, and the state has thousands of arrays
 
     @functools.cached_property
     def _state(self) -> Any:
@@ -186,8 +186,8 @@ class ForwardPass:
     def place(self) -> None:
         jax.block_until_ready(self._arguments)
 
-    def call(self, executable: jax.stages.Compiled) -> None:
-        jax.block_until_ready(executable(*self._arguments))
+    def call(self, executable: jax.stages.Compiled) -> Any:
+        return executable(*self._arguments)
 
     @functools.cached_property
     def _arguments(self) -> tuple[Any, ...]:
@@ -200,6 +200,7 @@ class TranslationOfBatch(ForwardPass):
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, batch: int, steps: int):
         super().__init__(config, mesh, batch)
+        self.steps = steps
         self._settings = ForwardSettings(
             steps, config.translation.guidance, config.translation.reference, config.translation.d_reverse,
             config.translation.modality)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -64,7 +65,7 @@ class _Entry:
     program: Program
     variant: str
     form: str
-    call: Callable[[], None]  # runs it once and waits for the results
+    call: Callable[[], Any]  # starts it; see `in_turns`
     memory: int | None
     flops: int | None = None  # None for PyTorch, as is `compiled`
     compiled: Compiled | None = None

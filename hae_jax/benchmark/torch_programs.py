@@ -61,9 +61,13 @@ class _Program:
         self.x = x.to(self.device).contiguous(memory_format=layout)  # [B, C, H, W]
         self.y = None if network.num_classes is None else torch.from_numpy(arrays["label"]).long().to(self.device)
 
-    def call(self) -> None:
-        """Runs the program once and waits for the results."""
+    def call(self) -> "_Program":
+        """Starts the program once. Returns itself, to wait for."""
         self._compute()
+        return self
+
+    def block_until_ready(self) -> None:
+        """Waits for the device, as a JAX array's method does."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -76,7 +80,7 @@ class _Program:
             self.call()
             return None
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.call()
+        self.call().block_until_ready()
         return torch.cuda.max_memory_allocated(self.device) - self._held_before
 
     def _compute(self) -> Any:

@@ -11,10 +11,11 @@ from hae_jax.errors import UserError
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _DESCRIPTION = """\
-Measure this project on a machine with a GPU. The steps are facts (device), numbers (correctness), training, torch (the
-same step in PyTorch), translation, blocks (attention, noise), profile, and in the remaining time reference (training of
-the phantom's reference network). Each step is a process with its own time limit. If a step fails or times out, the next
-steps still run. Every value is written to FOLDER/results.json as soon as it is measured."""
+Measure this project on a machine with a GPU. The steps are facts (device), numbers (correctness), training (with its
+longest kernels), torch (the same step in PyTorch), translation, blocks (attention, noise), and in the remaining time
+reference (training of the phantom's reference network). numbers and training run at the same time. Each step is a
+process with its own time limit. If a step fails or times out, the next steps still run. Every value is written to
+FOLDER/results.json as soon as it is measured."""
 _EPILOG = """\
 examples:
   python tools/gpu_report.py --seconds 480 --output results/gpu
