@@ -3,8 +3,8 @@
 It compiles training steps with JAX's CUDA plugin and runs none of them. Install the plugin of the same version as JAX,
 then run this file from the repository's folder:
 
-    pip install --no-deps "jax-cuda12-plugin==$(python -c 'import jax; print(jax.__version__)')" \
-        "jax-cuda12-pjrt==$(python -c 'import jax; print(jax.__version__)')"
+    pip install --no-deps "jax-cuda13-plugin==$(python -c 'import jax; print(jax.__version__)')" \
+        "jax-cuda13-pjrt==$(python -c 'import jax; print(jax.__version__)')"
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python docs/benchmarks/plan_memory.py
 """
 

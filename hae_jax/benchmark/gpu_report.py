@@ -2,7 +2,8 @@
 
 Each step runs in a separate process (`gpu_steps`) with its own time limit. If a step fails or exceeds its limit, the
 next one runs nevertheless. A step writes each metric as soon as it is measured. This process collects the metrics and
-rewrites `results.json`. A step that measures no time may run beside the next one.
+rewrites `results.json`. The steps that compile large programs start at the same time: a training step takes minutes to
+compile for a GPU. Their measurements wait for each other (`gpu_steps.Report.alone`).
 """
 
 import contextlib
@@ -41,6 +42,7 @@ class Step:
       limit: time limit in seconds.
       about: short description.
       command: command that runs it, without the arguments of `gpu_steps`. None: the step of this name.
+      flags: options of XLA for the step.
       beside: whether the next step starts at the same time.
     """
 
@@ -48,6 +50,7 @@ class Step:
     limit: float
     about: str
     command: tuple[str, ...] | None = None
+    flags: str = ""
     beside: bool = False
 
 
@@ -55,10 +58,17 @@ class Step:
 STEPS = (
     Step("facts", 60, "device, matrix products, copies"),
     Step("numbers", 300, "golden values, bfloat16, translation, resume", beside=True),
-    Step("training", 340, "training step of the full network, and the kernels that take longest"),
-    Step("torch", 130, "the same step in PyTorch"),
-    Step("translation", 150, "600 steps of the forward process"),
+    Step("training", 420, "training step of the full network, and the kernels that take longest", beside=True),
+    Step("training-112", 420, "the same with 112 images", beside=True),
+    Step("training-cudnn", 420, "the same with cuDNN's attention", beside=True),
+    Step("training-naive", 420, "the same in the naive form", beside=True),
+    Step("training-options", 420, "the same with XLA's own compiler options", beside=True),
+    Step("translation", 420, "600 steps of the forward process"),
+    Step("torch", 150, "the training step in PyTorch"),
     Step("blocks", 90, "attention implementations, simplex noise"),
+    Step("deterministic", 90, "resume with XLA's deterministic operations", flags="--xla_gpu_deterministic_ops=true"),
+    Step("training-56", 300, "training step with 56 images", beside=True),
+    Step("training-224", 300, "the same with 224 images"),
     Step("reference", 3600, "training of the phantom's reference network"),
 )
 
@@ -137,15 +147,16 @@ def publish(results: str | Path, folder: str | Path) -> list[Path]:
         raise UserError(f"{results}: is a rehearsal; publish a report that was made without --rehearse")
     name = re.sub(r"\W+", "-", found["machine"]["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{name}-{found['created'][:10]}.json", found)
+    write_json(folder / f"{name}-{found['created'][:16].replace(':', '')}.json", found)  # "a-gpu-2026-01-31T2359.json"
     return write_pages(folder)
 
 
 def write_pages(folder: str | Path) -> list[Path]:
     """Writes the pages from the results in their folder."""
     folder, machines = Path(folder), {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-10:], reverse=True):
-        machines.setdefault(path.stem[:-11], []).append((path.stem[-10:], _read(path)))
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-15:], reverse=True):
+        report = _read(path)
+        machines.setdefault(path.stem[:-16], []).append((report["created"][:16].replace("T", " "), report))
     pages = {f"{name}.md": "\n\n".join([f"# {reports[0][1]['machine']['device']}", *(
         f"## {date}, revision {report['git_revision']}\n\n{table(report)}" for date, report in reports)])
         for name, reports in machines.items()}
@@ -189,17 +200,19 @@ class _Running:
         self._log, self._figures, self._text = work / f"{step.name}.log", work / f"{step.name}.jsonl", ""
         self._start = time.monotonic()
         self._limit = min(step.limit * (_REHEARSAL_FACTOR if rehearse else 1), end - self._start)
-        results["steps"].append(self.done)
-        write_json(output / RESULTS, results)
         if self._limit < _LEAST:
             self.done["status"] = "not begun, no time left"
+        results["steps"].append(self.done)
+        write_json(output / RESULTS, results)
+        if not self.running:
             return
         command = step.command or (sys.executable, "-m", "hae_jax.benchmark.gpu_steps")
         command = [*command, step.name, "--figures", str(self._figures), "--earlier", str(output / RESULTS),
                    "--output", str(output), "--seconds", f"{self._limit - _GRACE:.0f}",
                    *(["--rehearse"] if rehearse else [])]
-        # Steps share the compilation cache, since "torch" and "translation" use programs that "training" compiles.
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
+        # Steps share the compilation cache, since "torch" uses the program that "training" compiles.
+        environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {step.flags}".strip(),
+                       "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(

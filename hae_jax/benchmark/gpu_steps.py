@@ -4,7 +4,9 @@ A step adds each metric to a file of JSON lines as soon as it is measured. In a 
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -14,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.localization.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
 from hae_jax.model import UNet
+from hae_jax.ops.forms import compiler_options
 from hae_jax.provenance import versions
 from hae_jax.torch_interop.weights import load_torch_state, torch_state
 from hae_jax.training.mesh import make_mesh
@@ -56,7 +58,7 @@ _FULL, _REFERENCE = "configs/brats_v2c.py", "configs/phantom_reference.py"
 _SMALL = {"variant": "fpdm", "image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,),
           "attention_resolutions": ()}
 _NOT_RUN = (RuntimeError, ValueError, NotImplementedError)  # errors of a kernel that this device does not have
-_COMPILING = 0.75  # share of the step's time for compilation
+_COMPILING = 0.75  # share of a step's time for compilation
 _SAVING = 45.0  # seconds reserved to save and export the reference network; 20 in a rehearsal
 
 
@@ -99,10 +101,42 @@ class Report:
         config = read_config(str(REPOSITORY / _FULL), [])
         return with_model(config, **_SMALL) if self.rehearse else config
 
+    def batch(self, images: int) -> int:
+        """The batch size, or a small one in a rehearsal."""
+        return images // 14 if self.rehearse else images
+
     @property
-    def batches(self) -> tuple[int, ...]:
-        """Batch sizes of the training step; the published one is first."""
-        return (2,) if self.rehearse else (_BATCH, 56, 112, 224)
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return jax.default_backend() == "gpu"
+
+    def compiled(self, program: Program, form: Form = PLAIN, options: dict[str, Any] | None = None) -> Compiled:
+        """Compiles a program while other steps may do the same. The process ends if that takes most of its time.
+
+        XLA (of jax 0.11.2) can compile one large program for a GPU in a process at a time: two wait for each other.
+        """
+        limit = max(1, int(_COMPILING * (self.end - time.monotonic())))
+        print(f"compilation is to end within {limit} s", flush=True)  # the last line in the log if it does not
+        signal.alarm(limit)  # ends the process, also in XLA's code
+        with self._lock(fcntl.LOCK_SH):
+            compiled = compile_program(functools.partial(program.lower, form), 1, options)
+        signal.alarm(0)
+        self.add("compile time, beside other programs", compiled.seconds, "s")
+        return compiled
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Context for measurements: waits until no other step compiles or measures."""
+        return self._lock(fcntl.LOCK_EX)
+
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        """Context for work on the device that is not measured."""
+        return self._lock(fcntl.LOCK_SH)
+
+    @contextlib.contextmanager
+    def _lock(self, kind: int) -> Iterator[None]:
+        with (self.figures.parent / "device.lock").open("w") as file:  # a process that ends releases it
+            fcntl.flock(file, kind)
+            yield
 
 
 def facts(report: Report) -> None:
@@ -114,6 +148,11 @@ def facts(report: Report) -> None:
 
 def numbers(report: Report) -> None:
     """Checks that this device computes correct results."""
+    with report.beside():
+        _check_numbers(report)
+
+
+def _check_numbers(report: Report) -> None:
     sys.path.insert(0, str(REPOSITORY / "tests" / "model"))
     from golden_weights import read_case  # pyright: ignore[reportMissingImports]  the golden cases lie beside the tests
 
@@ -125,73 +164,49 @@ def numbers(report: Report) -> None:
         report.add(f"{name}, float32, gradient norms", gradients, "of the norm", at_most=1e-4)
     case = read_case(folder, "fpdm_tiny" if report.rehearse else "hae_v2c_brats")
     exact = case.output("cond").astype(np.float64)
-    for form in ("xla", "cudnn") if jax.default_backend() == "gpu" else ("auto",):
+    for form in ("xla", "cudnn") if report.on_gpu else ("auto",):
         rounded = _golden_output(case, dtype="bfloat16", attention=form)
         report.add(f"bfloat16 against float32, attention {form}, relative L2",
                    float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact)), at_most=2e-2)
     case = read_case(folder, "fpdm_tiny" if report.rehearse else "hae_v2c_tiny")
     report.add("translation, masks against the CPU's", _translation_dice(case, report), "Dice", at_least=0.99)
-    report.add("resume, 3 + 3 steps against 6, largest difference", _resume_difference(), at_most=0)
+    resume(report, at_most=1e-6)  # some of cuDNN's gradients are sums in an order that varies
 
 
-def training(report: Report) -> None:
-    """The training step at several batch sizes; at the first one, also its longest kernels, the naive form and cuDNN.
+def resume(report: Report, at_most: float = 0) -> None:
+    """Training of 3 + 3 steps against 6."""
+    report.add("resume, 3 + 3 steps against 6, largest difference", _resume_difference(), at_most=at_most)
 
-    The whole profile becomes a file. All programs are compiled before the first one is timed, also those of the step
-    "translation", which then finds them in the cache.
+
+def training(report: Report, variant: str = "") -> None:
+    """The training step, with its longest kernels and the whole profile as a file; or a variant without these.
+
+    Args:
+      report: destination.
+      variant: number of images, "naive", "cudnn", or "options" (XLA's own options instead of this project's).
     """
-    config, mesh, (batch, *larger) = report.config(), _one_device(), report.batches
-    step = TrainingStep(config, mesh, batch)
+    config, mesh = report.config(), _one_device()
+    batch = report.batch(int(variant) if variant.isdigit() else _BATCH)
+    if variant == "cudnn":
+        config = with_model(config, attention="cudnn")
     pieces = naive.pieces_of(naive.NAIVE, network_config(config.to_dict()), translation=False)
-    sizes = {str(size): (TrainingStep(config, mesh, size, step), PLAIN) for size in larger}
-    forms = {"naive": (step, Form(naive.NAIVE, pieces))}
-    if jax.default_backend() == "gpu":
-        forms["attention cudnn"] = TrainingStep(with_model(config, attention="cudnn"), mesh, batch, step), PLAIN
-    # The largest batch comes last, since a step that runs out of memory may lose the state.
-    others = dict([*sizes.items()][:-1]) | forms | dict([*sizes.items()][-1:])
-    compiled = _compiled_together(report, [
-        (step, PLAIN), *others.values(), *((program, PLAIN) for program in _translations(report, config, mesh))])
-    ours, *programs = compiled[:1 + len(others)]
-    ours = ours.result()
-    _add_training(report, step, ours, _peak(step, ours, mesh))
-    longest = longest_kernels(lambda: step.call(ours.executable), keep=report.output / "profile.xplane.pb.gz")
-    for rank, (name, seconds, share) in enumerate(longest, 1):
-        report.add(f"kernel {rank}, {name[:80]}", 100 * share, "%", seconds=seconds)
-    for (name, (other, _)), future in zip(others.items(), programs, strict=True):
-        try:
-            program = future.result()
-            memory = _peak(other, program, mesh)
-            if other.images != batch:
-                _add_training(report, other, program, memory)
-                continue
-            turns = _timed(report, [(step, ours), (other, program)])
-        except _NOT_RUN as error:
-            report.add(f"batch {other.images}{'' if name.isdigit() else f', {name}'}, runs", 0, error=str(error)[:500])
-            continue
-        report.add(f"batch {batch}, {name} over ours, time", np.median(turns[1] / turns[0]), "x", turns=turns.tolist())
-        report.add(f"batch {batch}, {name} over ours, planned memory", _planned(program) / _planned(ours), "x")
-
-
-def _add_training(report: Report, step: TrainingStep, compiled: Compiled, memory: int) -> None:
-    seconds = float(np.median(_timed(report, [(step, compiled)])[0]))
-    report.add(f"batch {step.images}", step.images / seconds, "images/s", seconds=seconds)
-    if peak := report.found("facts", "bfloat16 matrix product"):
-        report.add(f"batch {step.images}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
-    report.add(f"batch {step.images}, peak memory", memory / 1e9, "GB")
-
-
-def _compiled_together(report: Report, programs: Sequence[tuple[Program, Form]]) -> list[Future[Compiled]]:
-    """Compiles programs at the same time, since a GPU machine has many cores, and waits for most of the step's time."""
-    start, pool = time.monotonic(), ThreadPoolExecutor(len(programs))
-    futures = []
-    for program, form in programs:
-        lowered = program.lower(form)
-        futures.append(pool.submit(compile_program, lambda lowered=lowered: lowered, 1))
-    _, late = wait(futures, _COMPILING * (report.end - start))
-    name = f"compilation of {len(programs)} programs at the same time" + (f", without {len(late)}" if late else "")
-    report.add(name, time.monotonic() - start, "s",
-               each=[f.result().seconds for f in futures if f.done() and not f.exception()])
-    return futures
+    form = Form(naive.NAIVE, pieces) if variant == "naive" else PLAIN
+    # Those of this project for GPUs are switches that are off.
+    options = dict.fromkeys(compiler_options(), True) if variant == "options" and report.on_gpu else None
+    step = TrainingStep(config, mesh, batch)
+    compiled = report.compiled(step, form, options)
+    with report.alone():
+        memory = _peak(step, compiled, mesh)
+        seconds = float(np.median(_timed(report, [(step, compiled)])[0]))
+        report.add(f"batch {batch}", batch / seconds, "images/s", seconds=seconds)
+        report.add(f"batch {batch}, peak memory", memory / 1e9, "GB", planned=_planned(compiled))
+        if peak := report.found("facts", "bfloat16 matrix product"):
+            report.add(f"batch {batch}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
+        if variant:
+            return
+        longest = longest_kernels(lambda: step.call(compiled.executable), keep=report.output / "profile.xplane.pb.gz")
+        for rank, (name, seconds, share) in enumerate(longest, 1):
+            report.add(f"kernel {rank}, {name[:80]}", 100 * share, "%", seconds=seconds)
 
 
 def pytorch(report: Report) -> None:
@@ -200,10 +215,11 @@ def pytorch(report: Report) -> None:
 
     from hae_jax.benchmark.torch_programs import Options, TorchTrainingStep, device_for
 
-    config, mesh, batch = report.config(), _one_device(), report.batches[0]
+    config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
     device = device_for(mesh.devices.flat[0].platform, 1)
     step = TrainingStep(config, mesh, batch)
-    ours, memory = _ready(step, mesh)
+    ours = compile_program(step.lower, 1)
+    memory = _peak(step, ours, mesh)
     for name, mode in (("eager", None),) if report.rehearse else (("eager", None), ("torch.compile", "default")):
         theirs = TorchTrainingStep(config, batch, device, Options(compile=mode, channels_last=True))
         theirs_memory = theirs.peak_memory()
@@ -218,26 +234,24 @@ def pytorch(report: Report) -> None:
 
 
 def translation(report: Report) -> None:
-    """The published forward process: exact steps of the whole schedule, at two batch sizes."""
-    config, mesh = report.config(), _one_device()
-    for program in _translations(report, config, mesh):
-        compiled, memory = _ready(program, mesh, call=False)
+    """The published forward process: exact steps of the whole schedule."""
+    config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
+    steps = 4 if report.rehearse else config.translation.forward_steps
+    program = TranslationOfBatch(config, mesh, batch, steps)
+    compiled = report.compiled(program)
+    with report.alone():
+        program.place()
         start = time.perf_counter()
         jax.block_until_ready(program.call(compiled.executable))
-        seconds = (time.perf_counter() - start) / program.images
-        report.add(f"{program.steps} steps, batch {program.images}", seconds, "s/slice", memory=memory)
-
-
-def _translations(report: Report, config: ml_collections.ConfigDict, mesh: Mesh) -> list[TranslationOfBatch]:
-    steps = 4 if report.rehearse else config.translation.forward_steps
-    return [TranslationOfBatch(config, mesh, batch, steps) for batch in report.batches[:2]]
+        seconds = (time.perf_counter() - start) / batch
+    report.add(f"{steps} steps, batch {batch}", seconds, "s/slice", planned=_planned(compiled))
 
 
 def attention_and_noise(report: Report) -> None:
     """Forms of attention at the network's largest sizes, forward and with gradients; simplex noise."""
     batch, mesh = (1 if report.rehearse else _BATCH), _one_device()
     for make in (blocks.attention_block, blocks.smallest_patches):
-        for form in ("xla", "cudnn") if jax.default_backend() == "gpu" else ("xla",):
+        for form in ("xla", "cudnn") if report.on_gpu else ("xla",):
             block = make(batch, "bfloat16", form, small=report.rehearse)
             arguments = block.placed(mesh)
             for name, wrap in (("forward", lambda f: f), ("with gradients", blocks.with_gradients)):
@@ -292,7 +306,8 @@ def _affordable_steps(report: Report, config: ml_collections.ConfigDict, saving:
         return 4
     mesh = _one_device()
     step = TrainingStep(config, mesh, config.training.batch_size)
-    compiled, _ = _ready(step, mesh)
+    compiled = compile_program(step.lower, 1)
+    step.place()
     seconds = float(np.median(_timed(report, [(step, compiled)])))
     left = report.end - saving - time.monotonic() - 2 * compiled.seconds
     return max(100, int(0.9 * left / seconds))
@@ -321,15 +336,6 @@ def _export(report: Report, run: Path) -> None:
 
 def _one_device() -> Mesh:
     return make_mesh(devices=jax.devices()[:1])
-
-
-def _ready(program: Program, mesh: Mesh, *, call: bool = True) -> tuple[Compiled, int]:
-    """Compiles a program, and gives its peak memory in bytes: see `_peak`, or without a call XLA's plan."""
-    compiled = compile_program(functools.partial(program.lower, PLAIN), 1)
-    if call:
-        return compiled, _peak(program, compiled, mesh)
-    program.place()
-    return compiled, _planned(compiled)
 
 
 def _peak(program: Program, compiled: Compiled, mesh: Mesh) -> int:
@@ -442,8 +448,11 @@ def _driver() -> str | None:
 
 
 _STEPS: dict[str, Callable[[Report], None]] = {
-    "facts": facts, "numbers": numbers, "training": training, "torch": pytorch, "translation": translation,
-    "blocks": attention_and_noise, "reference": reference,
+    "facts": facts, "numbers": numbers, "training": training,
+    **{f"training-{variant}": functools.partial(training, variant=variant)
+       for variant in ("56", "112", "224", "naive", "cudnn", "options")},
+    "translation": translation, "torch": pytorch, "blocks": attention_and_noise, "deterministic": resume,
+    "reference": reference,
 }
 
 
@@ -459,9 +468,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     report = Report(arguments.figures, json.loads(arguments.earlier.read_text())["figures"], arguments.output,
                     time.monotonic() + arguments.seconds, arguments.rehearse)
-    if arguments.step != "training":  # other processes need GPU memory at the same time
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.88")  # for the largest batch; JAX's default is 0.75
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # steps share the GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # for the largest batch; JAX's default is 0.75
     device = jax.devices()[0]
     report.write({"machine": {"device": device.device_kind, "platform": device.platform, "driver": _driver(),
                               "cores": os.cpu_count(), "versions": versions()}})

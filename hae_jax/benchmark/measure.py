@@ -30,15 +30,18 @@ class Compiled(NamedTuple):
     arguments: int  # bytes of the arguments on each device
 
 
-def compile_program(lower: Callable[[], jax.stages.Lowered], devices: int) -> Compiled:
+def compile_program(
+    lower: Callable[[], jax.stages.Lowered], devices: int, options: dict[str, Any] | None = None
+) -> Compiled:
     """Traces and compiles a program.
 
     Args:
       lower: function that traces the program.
       devices: number of its devices that share one memory, such as cores of a CPU; else 1.
+      options: of XLA, which replace those of the program.
     """
     start = time.perf_counter()
-    executable = lower().compile()
+    executable = lower().compile(compiler_options=options)
     seconds = time.perf_counter() - start
     plan = executable.memory_analysis()
     if plan is None:

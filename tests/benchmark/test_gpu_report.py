@@ -1,17 +1,22 @@
 """The GPU report: a rehearsal with small sizes, steps that fail or hang, and publishing."""
 
+import dataclasses
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
 import pytest
 
 from hae_jax.benchmark.gpu_report import STEPS, Step, gpu_report, publish, write_pages
+from hae_jax.benchmark.gpu_steps import Report
 from hae_jax.commands.gpu_report import main
 from hae_jax.errors import UserError
 
@@ -42,7 +47,8 @@ def test_the_rehearsal_has_finite_figures_from_every_step(tmp_path, monkeypatch)
             assert figure["value"] <= figure.get("at_most", math.inf), figure
             assert figure["value"] >= figure.get("at_least", -math.inf), figure
     files = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"results.json", "log.txt", "model.safetensors", "config.json", "metrics.jsonl", "samples.png"} == files
+    assert files == {"results.json", "log.txt", "profile.xplane.pb.gz", "model.safetensors", "config.json",
+                     "metrics.jsonl", "samples.png"}
     assert results["machine"]["versions"]["jax"]
     with pytest.raises(UserError, match="rehearsal"):
         publish(tmp_path / "report" / "results.json", tmp_path / "docs")
@@ -59,6 +65,42 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     assert "m/s" in said[-1]
     assert "NO" in said[-1]
     assert "failed: ValueError: broken" in said[-1]
+
+
+def test_steps_beside_each_other_run_at_the_same_time(tmp_path):
+    meets = _WRITES + """
+mine = path + ".here"
+other = path.replace("one.jsonl", "two.jsonl.here") if "one" in path else path.replace("two.jsonl", "one.jsonl.here")
+open(mine, "w").close()
+while not __import__("os").path.exists(other):
+    time.sleep(0.1)
+"""
+    results = gpu_report(tmp_path, 60, steps=[
+        dataclasses.replace(step("one", meets, limit=30), beside=True), step("two", meets, limit=30),
+        dataclasses.replace(step("flags", "import os; assert '--new' in os.environ['XLA_FLAGS']"), flags="--new")])
+    assert [s["status"] for s in results["steps"]] == ["finished"] * 3
+    assert [figure["step"] for figure in results["figures"]] == ["one", "two"]
+
+
+def test_measurements_wait_for_compilations(tmp_path):
+    """A process that compiles keeps measurements waiting until it ends, here by a signal."""
+    def report(folder):
+        return Report(folder / "figures.jsonl", [], folder, time.monotonic() + 60, True)
+
+    code = f"""import sys, time; from pathlib import Path
+from hae_jax.benchmark.gpu_steps import Report
+folder = Path({str(tmp_path)!r})
+with Report(folder / "other.jsonl", [], folder, 0, True).beside():
+    print("compiles", flush=True); time.sleep(60)"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "compiles\n"
+    threading.Timer(1.0, other.kill).start()
+    start = time.monotonic()
+    with report(tmp_path).beside():  # two that do not measure go on
+        assert time.monotonic() - start < 0.9
+    with report(tmp_path).alone():
+        assert time.monotonic() - start > 0.9
+    other.wait()
 
 
 def test_a_terminated_report_ends_its_step(tmp_path):
