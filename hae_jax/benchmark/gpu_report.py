@@ -2,12 +2,13 @@
 
 Each step runs in a separate process (`gpu_steps`) with its own time limit. If a step fails or exceeds its limit, the
 next one runs nevertheless. A step writes each metric as soon as it is measured. This process collects the metrics and
-rewrites `results.json`. The steps that compile large programs start at the same time: a training step takes minutes to
-compile for a GPU. Their measurements wait for each other (`gpu_steps.Report.alone`).
+rewrites `results.json`. The steps of a group start at the same time, since a training step takes minutes to compile for
+a GPU. Their measurements wait for each other (`gpu_steps.Report.alone`).
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -43,7 +44,7 @@ class Step:
       about: short description.
       command: command that runs it, without the arguments of `gpu_steps`. None: the step of this name.
       flags: options of XLA for the step.
-      beside: whether the next step starts at the same time.
+      group: steps next to each other with the same group start at the same time; "" is no group.
     """
 
     name: str
@@ -51,24 +52,24 @@ class Step:
     about: str
     command: tuple[str, ...] | None = None
     flags: str = ""
-    beside: bool = False
+    group: str = ""
 
 
 # In order of importance. Limits are for an H100 or H200. The last step uses the remaining time.
 STEPS = (
     Step("facts", 60, "device, matrix products, copies"),
-    Step("numbers", 300, "golden values, bfloat16, translation, resume", beside=True),
-    Step("training", 420, "training step of the full network, and the kernels that take longest", beside=True),
-    Step("training-112", 420, "the same with 112 images", beside=True),
-    Step("training-cudnn", 420, "the same with cuDNN's attention", beside=True),
-    Step("training-naive", 420, "the same in the naive form", beside=True),
-    Step("training-options", 420, "the same with XLA's own compiler options", beside=True),
-    Step("translation", 420, "600 steps of the forward process"),
+    Step("training", 350, "training step of the full network, and the kernels that take longest", group="first"),
+    Step("training-cudnn", 350, "the training step with cuDNN's attention", group="first"),
+    Step("training-naive", 350, "the training step in the naive form", group="first"),
+    Step("translation", 350, "steps of the forward process", group="first"),
+    Step("numbers", 240, "golden values, bfloat16, translation, resume", group="first"),
     Step("torch", 150, "the training step in PyTorch"),
     Step("blocks", 90, "attention implementations, simplex noise"),
     Step("deterministic", 90, "resume with XLA's deterministic operations", flags="--xla_gpu_deterministic_ops=true"),
-    Step("training-56", 300, "training step with 56 images", beside=True),
-    Step("training-224", 300, "the same with 224 images"),
+    Step("training-112", 400, "the training step with 112 images", group="larger"),
+    Step("training-56", 400, "the training step with 56 images", group="larger"),
+    Step("training-224", 400, "the training step with 224 images", group="larger"),
+    Step("training-options", 600, "the training step with XLA's own compiler options"),
     Step("reference", 3600, "training of the phantom's reference network"),
 )
 
@@ -77,7 +78,7 @@ def gpu_report(
     output: str | Path, seconds: float, *, rehearse: bool = False, steps: Sequence[Step] = STEPS,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Runs the steps one after the other and writes `results.json` and `log.txt`. Steps may write further files.
+    """Runs the steps, group after group, and writes `results.json` and `log.txt`. Steps may write further files.
 
     Args:
       output: folder, made if absent; earlier results in it are replaced.
@@ -101,19 +102,17 @@ def gpu_report(
     end = time.monotonic() + seconds
     results = {**record(), "seconds": seconds, "rehearsal": rehearse, "machine": {}, "steps": [], "figures": []}
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as open_steps:
-        waiting: list[_Running] = []
-        for step in steps:
-            say(f"{step.name}: {step.about}")
-            waiting.append(open_steps.enter_context(_Running(step, output, Path(work), end, rehearse, results)))
-            if step.beside and step is not steps[-1]:
-                continue
-            while any(running.running for running in waiting):
+        for _, group in itertools.groupby(steps, key=lambda step: step.group or step.name):
+            started = []
+            for step in group:
+                say(f"{step.name}: {step.about}")
+                started.append(open_steps.enter_context(_Running(step, output, Path(work), end, rehearse, results)))
+            while any(step.running for step in started):
                 time.sleep(_POLL)
-                for running in waiting:
-                    running.poll()
-            for done in (running.done for running in waiting):
+                for step in started:
+                    step.poll()
+            for done in (step.done for step in started):
                 say(f"  {done['step']}: {done['status']}, {done['seconds']:.0f} s")
-            waiting.clear()
     say(f"\n{table(results)}")
     return results
 
@@ -208,12 +207,13 @@ class _Running:
             return
         command = step.command or (sys.executable, "-m", "hae_jax.benchmark.gpu_steps")
         command = [*command, step.name, "--figures", str(self._figures), "--earlier", str(output / RESULTS),
-                   "--output", str(output), "--seconds", f"{self._limit - _GRACE:.0f}",
+                   "--output", str(output), "--end", f"{self._start + self._limit - _GRACE}",
                    *(["--rehearse"] if rehearse else [])]
-        # Steps share the compilation cache, since "torch" uses the program that "training" compiles.
+        # Steps share a new compilation cache: "torch" uses the program that "training" compiles.
         environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {step.flags}".strip(),
-                       "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        if not rehearse:
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(work / "compiled")
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
@@ -242,7 +242,8 @@ class _Running:
             _add_figures(self.done["step"], text, self._results)
             write_json(self._output / RESULTS, self._results)
         if code is not None:
-            self._end("finished" if code == 0 else f"failed: {_last_line(self._log)}")
+            self._end("finished" if code == 0 else "stopped, its compilation took too long" if code == -signal.SIGALRM
+                      else f"failed: {_last_line(self._log)}")
         elif taken > self._limit:
             self._end(f"stopped after {self._limit:.0f} s")
 

@@ -58,7 +58,8 @@ _FULL, _REFERENCE = "configs/brats_v2c.py", "configs/phantom_reference.py"
 _SMALL = {"variant": "fpdm", "image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,),
           "attention_resolutions": ()}
 _NOT_RUN = (RuntimeError, ValueError, NotImplementedError)  # errors of a kernel that this device does not have
-_COMPILING = 0.75  # share of a step's time for compilation
+_COMPILING, _COMPILING_FIRST = 0.75, 0.9  # share of a step's time for compilation; of the first step's
+_TIMED_STEPS = 60  # steps of a translation that are timed
 _SAVING = 45.0  # seconds reserved to save and export the reference network; 20 in a rehearsal
 
 
@@ -103,7 +104,7 @@ class Report:
 
     def batch(self, images: int) -> int:
         """The batch size, or a small one in a rehearsal."""
-        return images // 14 if self.rehearse else images
+        return 2 if self.rehearse else images
 
     @property
     def on_gpu(self) -> bool:
@@ -111,32 +112,51 @@ class Report:
         return jax.default_backend() == "gpu"
 
     def compiled(self, program: Program, form: Form = PLAIN, options: dict[str, Any] | None = None) -> Compiled:
-        """Compiles a program while other steps may do the same. The process ends if that takes most of its time.
+        """Compiles a program and places its arguments, while other steps may do the same.
 
-        XLA (of jax 0.11.2) can compile one large program for a GPU in a process at a time: two wait for each other.
+        The process ends if that takes most of its time. One process compiles one program: with jax 0.11.2 on an H200,
+        eight compilations in the threads of a process did not end.
         """
-        limit = max(1, int(_COMPILING * (self.end - time.monotonic())))
-        print(f"compilation is to end within {limit} s", flush=True)  # the last line in the log if it does not
-        signal.alarm(limit)  # ends the process, also in XLA's code
-        with self._lock(fcntl.LOCK_SH):
+        limit = (_COMPILING_FIRST if self.is_first else _COMPILING) * (self.end - time.monotonic())
+        signal.alarm(max(1, int(limit)))  # ends the process, also while XLA's code runs
+        with self.beside():
             compiled = compile_program(functools.partial(program.lower, form), 1, options)
+            program.place()
         signal.alarm(0)
         self.add("compile time, beside other programs", compiled.seconds, "s")
         return compiled
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Context for measurements: waits until no other step compiles or measures."""
-        return self._lock(fcntl.LOCK_EX)
-
     def beside(self) -> contextlib.AbstractContextManager[None]:
         """Context for work on the device that is not measured."""
-        return self._lock(fcntl.LOCK_SH)
+        return _lock(self.figures.parent / "device.lock", fcntl.LOCK_SH)
 
     @contextlib.contextmanager
-    def _lock(self, kind: int) -> Iterator[None]:
-        with (self.figures.parent / "device.lock").open("w") as file:  # a process that ends releases it
-            fcntl.flock(file, kind)
+    def alone(self) -> Iterator[None]:
+        """Context for measurements: waits until no other step compiles or measures, and the first step has ended."""
+        with contextlib.ExitStack() as locks:
+            if not self.is_first:
+                locks.enter_context(self.first(fcntl.LOCK_SH))
+            locks.enter_context(_lock(self.figures.parent / "device.lock", fcntl.LOCK_EX))
             yield
+
+    def first(self, kind: int) -> contextlib.AbstractContextManager[None]:
+        """Context of the lock that the most important step of a group holds exclusively."""
+        return _lock(self.figures.parent / "first.lock", kind)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the step that is measured before the others."""
+        return self.figures.stem == "training"
+
+
+@contextlib.contextmanager
+def _lock(path: Path, kind: int) -> Iterator[None]:
+    with path.open("w") as file:  # the end of the process releases it as well
+        fcntl.flock(file, kind)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # processes that were started meanwhile have the file open, too
 
 
 def facts(report: Report) -> None:
@@ -170,7 +190,7 @@ def _check_numbers(report: Report) -> None:
                    float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact)), at_most=2e-2)
     case = read_case(folder, "fpdm_tiny" if report.rehearse else "hae_v2c_tiny")
     report.add("translation, masks against the CPU's", _translation_dice(case, report), "Dice", at_least=0.99)
-    resume(report, at_most=1e-6)  # some of cuDNN's gradients are sums in an order that varies
+    resume(report, at_most=1e-6)  # operations of a GPU may add in an order that varies
 
 
 def resume(report: Report, at_most: float = 0) -> None:
@@ -193,20 +213,27 @@ def training(report: Report, variant: str = "") -> None:
     form = Form(naive.NAIVE, pieces) if variant == "naive" else PLAIN
     # Those of this project for GPUs are switches that are off.
     options = dict.fromkeys(compiler_options(), True) if variant == "options" and report.on_gpu else None
-    step = TrainingStep(config, mesh, batch)
-    compiled = report.compiled(step, form, options)
-    with report.alone():
-        memory = _peak(step, compiled, mesh)
-        seconds = float(np.median(_timed(report, [(step, compiled)])[0]))
-        report.add(f"batch {batch}", batch / seconds, "images/s", seconds=seconds)
-        report.add(f"batch {batch}, peak memory", memory / 1e9, "GB", planned=_planned(compiled))
-        if peak := report.found("facts", "bfloat16 matrix product"):
-            report.add(f"batch {batch}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
-        if variant:
+    step, longest = TrainingStep(config, mesh, batch), []
+    with contextlib.nullcontext() if variant else report.first(fcntl.LOCK_EX):
+        try:
+            compiled = report.compiled(step, form, options)
+            with report.alone():
+                memory = _peak(step, compiled, mesh)
+                seconds = float(np.median(_timed(report, [(step, compiled)])[0]))
+                report.add(f"batch {batch}", batch / seconds, "images/s", seconds=seconds)
+                report.add(f"batch {batch}, peak memory", memory / 1e9, "GB", planned=_planned(compiled))
+                if not variant:
+                    longest = longest_kernels(lambda: step.call(compiled.executable),
+                                              keep=report.output / "profile.xplane.pb.gz")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            report.add(f"batch {batch}, fits", 0)
             return
-        longest = longest_kernels(lambda: step.call(compiled.executable), keep=report.output / "profile.xplane.pb.gz")
-        for rank, (name, seconds, share) in enumerate(longest, 1):
-            report.add(f"kernel {rank}, {name[:80]}", 100 * share, "%", seconds=seconds)
+    for rank, (name, duration, share) in enumerate(longest, 1):
+        report.add(f"kernel {rank}, {name[:80]}", 100 * share, "%", seconds=duration)
+    if peak := report.found("facts", "bfloat16 matrix product"):
+        report.add(f"batch {batch}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
 
 
 def pytorch(report: Report) -> None:
@@ -217,34 +244,39 @@ def pytorch(report: Report) -> None:
 
     config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
     device = device_for(mesh.devices.flat[0].platform, 1)
-    step = TrainingStep(config, mesh, batch)
-    ours = compile_program(step.lower, 1)
-    memory = _peak(step, ours, mesh)
+    step, calls = TrainingStep(config, mesh, batch), []
+    memory = report.found("training", f"batch {batch}, peak memory")
+    if memory:  # the step "training" has compiled ours
+        ours = compile_program(step.lower, 1)
+        step.place()
+        calls = [lambda: step.call(ours.executable)]
+        report.add("time to load our program from the cache", ours.seconds, "s")
     for name, mode in (("eager", None),) if report.rehearse else (("eager", None), ("torch.compile", "default")):
         theirs = TorchTrainingStep(config, batch, device, Options(compile=mode, channels_last=True))
+        theirs.call()  # tries several convolutions, or compiles
         theirs_memory = theirs.peak_memory()
-        turns = in_turns([lambda: step.call(ours.executable), theirs.call], 1 if report.rehearse else 5)
-        report.add(f"{name}, batch {batch}", batch / float(np.median(turns[1])), "images/s")
-        report.add(f"{name} over ours, time", float(np.median(turns[1] / turns[0])), "x", turns=turns.tolist())
-        if theirs_memory:
-            report.add(f"{name} over ours, memory", theirs_memory / memory, "x")
+        turns = in_turns([*calls, theirs.call], 1 if report.rehearse else 5)
+        report.add(f"{name}, batch {batch}", batch / float(np.median(turns[-1])), "images/s")
+        if memory:
+            report.add(f"{name} over ours, time", float(np.median(turns[1] / turns[0])), "x", turns=turns.tolist())
+        if memory and theirs_memory:
+            report.add(f"{name} over ours, memory", theirs_memory / (1e9 * memory), "x")
         del theirs
         if device != "cpu":
             torch.cuda.empty_cache()
 
 
 def translation(report: Report) -> None:
-    """The published forward process: exact steps of the whole schedule."""
+    """The published forward process: some of its steps, which all cost the same."""
     config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
-    steps = 4 if report.rehearse else config.translation.forward_steps
-    program = TranslationOfBatch(config, mesh, batch, steps)
+    steps, timed = config.translation.forward_steps, 4 if report.rehearse else _TIMED_STEPS
+    program = TranslationOfBatch(config, mesh, batch, timed)
     compiled = report.compiled(program)
     with report.alone():
-        program.place()
         start = time.perf_counter()
         jax.block_until_ready(program.call(compiled.executable))
-        seconds = (time.perf_counter() - start) / batch
-    report.add(f"{steps} steps, batch {batch}", seconds, "s/slice", planned=_planned(compiled))
+        seconds = (time.perf_counter() - start) / batch * steps / timed
+    report.add(f"{steps} steps, from {timed}, batch {batch}", seconds, "s/slice", planned=_planned(compiled))
 
 
 def attention_and_noise(report: Report) -> None:
@@ -340,7 +372,6 @@ def _one_device() -> Mesh:
 
 def _peak(program: Program, compiled: Compiled, mesh: Mesh) -> int:
     """The peak memory in bytes of the first call, or else of XLA's plan."""
-    program.place()
     return peak_of_first_call(mesh.devices.flat[0], lambda: program.call(compiled.executable),
                               compiled.arguments) or _planned(compiled)
 
@@ -379,7 +410,7 @@ def _golden_errors(case: Any) -> tuple[float, float]:
         out = forward(state, null, drop)
         return jnp.mean(out * direction), out
 
-    run, outputs = jax.jit(scalar), []
+    run, outputs = jax.jit(scalar, compiler_options=compiler_options()), []
     for mode, (null, drop) in case.modes().items():
         (_, out), gradients = run(state, null, drop)
         outputs.append(np.abs(out - case.output(mode)).max() / np.abs(case.output(mode)).max())
@@ -396,7 +427,8 @@ def _golden_errors(case: Any) -> tuple[float, float]:
 @jax.default_matmul_precision("highest")
 def _golden_output(case: Any, **fields: str) -> np.ndarray:
     graph, state = _golden_network(case, **fields)
-    return np.asarray(jax.jit(_golden_forward(graph, case))(state, *case.modes()["cond"]), np.float64)
+    forward = jax.jit(_golden_forward(graph, case), compiler_options=compiler_options())
+    return np.asarray(forward(state, *case.modes()["cond"]), np.float64)
 
 
 @jax.default_matmul_precision("highest")
@@ -463,11 +495,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figures", type=Path, required=True)
     parser.add_argument("--earlier", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--end", type=float, required=True, help="by time.monotonic")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args(argv)
     report = Report(arguments.figures, json.loads(arguments.earlier.read_text())["figures"], arguments.output,
-                    time.monotonic() + arguments.seconds, arguments.rehearse)
+                    arguments.end, arguments.rehearse)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # steps share the GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # for the largest batch; JAX's default is 0.75
     device = jax.devices()[0]

@@ -122,17 +122,14 @@ class TrainingStep:
       config: of the network and its training.
       mesh: devices.
       batch: images.
-      sharing: a step with the same network, whose state this one uses instead of a second one.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, batch: int,
-                 sharing: "TrainingStep | None" = None):
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, batch: int):
         self.images = batch
         self._config, self._mesh, self._network = config, mesh, network_config(config.to_dict())
         self._optimizer = make_optimizer(config.training)
         self._averages = len(config.training.ema_rates)
         self._history = remembered_timesteps(config)
-        self._owner = sharing._owner if sharing else self
 
     def lower(self, form: Form = PLAIN) -> jax.stages.Lowered:
         network = form.of(self._network)
@@ -146,10 +143,10 @@ class TrainingStep:
         return self.images * training_flops(form.of(self._network))
 
     def place(self) -> None:
-        jax.block_until_ready((self._owner._state, self._inputs))
+        jax.block_until_ready((self._state, self._inputs))
 
     def call(self, executable: jax.stages.Compiled) -> Any:
-        self._owner._state, metrics = executable(self._owner._state, self._inputs)
+        self._state, metrics = executable(self._state, self._inputs)
         return metrics  # a program's results are complete at the same time, and the state has thousands of arrays
 
     @functools.cached_property
@@ -200,7 +197,6 @@ class TranslationOfBatch(ForwardPass):
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, batch: int, steps: int):
         super().__init__(config, mesh, batch)
-        self.steps = steps
         self._settings = ForwardSettings(
             steps, config.translation.guidance, config.translation.reference, config.translation.d_reverse,
             config.translation.modality)

@@ -6,16 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hae_jax.benchmark.gpu_report import STEPS
 from hae_jax.commands.common import entry_point, stop_when_told
 from hae_jax.errors import UserError
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _DESCRIPTION = """\
-Measure this project on a machine with a GPU. The steps are facts (device), numbers (correctness), training (with its
-longest kernels), torch (the same step in PyTorch), translation, blocks (attention, noise), and in the remaining time
-reference (training of the phantom's reference network). numbers and training run at the same time. Each step is a
-process with its own time limit. If a step fails or times out, the next steps still run. Every value is written to
-FOLDER/results.json as soon as it is measured."""
+Measure this project on a machine with a GPU. Each step is a process with its own time limit. If a step fails or times
+out, the next steps still run. Steps that compile large programs start at the same time, and are measured one after the
+other. Every value is written to FOLDER/results.json as soon as it is measured."""
 _EPILOG = """\
 examples:
   python tools/gpu_report.py --seconds 480 --output results/gpu
@@ -31,12 +30,15 @@ _PRESENT = ("jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "scikit-l
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gpu_report.py", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = "steps:\n" + "\n".join(f"  {step.name:18}{step.about}" for step in STEPS)
+    parser = argparse.ArgumentParser(
+        prog="gpu_report.py", description=_DESCRIPTION, epilog=f"{steps}\n\n{_EPILOG}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seconds", type=float, default=480, metavar="N", help="time limit of all steps together; default: 480")
-    add("--output", metavar="FOLDER", help="folder for results.json, log.txt, and the reference network with its log")
-    add("--steps", metavar="A,B", help="run only these steps, by their names above; default: all")
+    add("--output", metavar="FOLDER", help="folder for results.json, log.txt, the profile, and the reference network "
+        "with its log")
+    add("--steps", metavar="A,B", help="run only these steps; default: all of those below")
     add("--rehearse", action="store_true", help="run all steps with small sizes, on any device")
     add("--publish", metavar="RESULTS", help="add a report's results.json to docs/benchmarks and exit")
     add("--requirements", nargs="?", const="", metavar="WHEELS", help="list the packages that a GPU machine with JAX "
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.output:
         raise UserError("--output is missing; give the folder for the results")
     stop_when_told()
-    from hae_jax.benchmark.gpu_report import STEPS, gpu_report
+    from hae_jax.benchmark.gpu_report import gpu_report
 
     names = arguments.steps.split(",") if arguments.steps else [step.name for step in STEPS]
     if unknown := [name for name in names if name not in [step.name for step in STEPS]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hae_jax.benchmark.measure import (
+    _own_times,
     compile_program,
     copy_speed,
     in_turns,
@@ -18,13 +19,24 @@ from hae_jax.benchmark.results import number, render, seconds, size
 from hae_jax.training.mesh import make_mesh
 
 
-def test_calls_take_turns():
-    called = []
-    slow = "a", "b", "c"
-    turns = in_turns([lambda name=name: called.append(name) or jax.block_until_ready(jnp.zeros(1)) for name in slow],
-                     repeats=3)
+def test_calls_take_turns(monkeypatch):
+    called, waited = [], []
+
+    class Result:
+        """A result that notes who waits for it."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def block_until_ready(self):
+            waited.append(self.name)
+
+    monkeypatch.setattr("hae_jax.benchmark.measure._SHORTEST_TURN", 1e-4)
+    turns = in_turns([lambda name=name: called.append(name) or Result(name) for name in ("a", "b", "c")], repeats=3)
     assert turns.shape == (3, 3)
     assert (turns > 0).all()
+    assert "".join(waited) == "aabbcc" + "abc" * 3  # only the last call of a turn is waited for
+    assert len(called) > len(waited)
     changes = [here for before, here in zip([None, *called], called, strict=False) if here != before]
     assert "".join(changes) == "abc" * 4  # once to warm up, then three turns
 
@@ -89,6 +101,17 @@ def test_a_profile_names_the_kernels_that_take_longest():
     assert not found[0][0].startswith("while")  # its time is that of the products in it
     assert found[0][1] >= found[-1][1] > 0
     assert 0.5 < found[0][2] <= sum(share for _, _, share in found) < 1.001
+
+
+def test_a_gpus_kernels_are_counted_by_their_own_names_though_they_overlap(tmp_path):
+    text = """planes { name: "/device:GPU:0"
+      event_metadata { key: 1 value { id: 1 name: "gemm" } } event_metadata { key: 2 value { id: 2 name: "norm" } }
+      lines { name: "Stream #14" events { metadata_id: 1 offset_ps: 0 duration_ps: 3000000 }
+              events { metadata_id: 2 offset_ps: 1000000 duration_ps: 1000000 } }
+      lines { name: "Steps" events { metadata_id: 2 offset_ps: 0 duration_ps: 9000000 } } }"""
+    path = tmp_path / "a.xplane.pb"
+    path.write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(text))
+    assert list(_own_times(path)) == [("gemm", pytest.approx(3e-6)), ("norm", pytest.approx(1e-6))]
 
 
 def test_table_lines_up_and_sets_numbers_right():
