@@ -1,10 +1,11 @@
 """Prints the memory tables of docs/performance.md and docs/training.md, by XLA's plan for an H100, without a GPU.
 
 It compiles training steps with JAX's CUDA plugin and runs none of them. Install the plugin of the same version as JAX,
-then run this file from the repository's folder:
+and cuDNN. Then run this file from the repository's folder. It takes about an hour on two cores.
 
     pip install --no-deps "jax-cuda13-plugin==$(python -c 'import jax; print(jax.__version__)')" \
-        "jax-cuda13-pjrt==$(python -c 'import jax; print(jax.__version__)')"
+        "jax-cuda13-pjrt==$(python -c 'import jax; print(jax.__version__)')" \
+        nvidia-cudnn-cu13 nvidia-cublas nvidia-cuda-nvrtc
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python docs/benchmarks/plan_memory.py
 """
 
