@@ -106,9 +106,12 @@ with Report(Path({str(tmp_path / "other.jsonl")!r}), [], Path(), 0, True).{held}
     with report.beside():  # two that do not measure go on
         assert other.poll() is None
     killed = threading.Event()
-    threading.Timer(1.0, lambda: (killed.set(), other.kill())).start()
+    end = threading.Timer(1.0 if waits else 50.0, lambda: (killed.set(), other.kill()))
+    end.start()
     with report.alone():
         assert killed.is_set() == waits
+    end.cancel()
+    other.kill()
     other.wait()
 
 

@@ -22,9 +22,15 @@ def test_convolution(choice, platform, form):
     assert convolution_form(choice, platform) == form
 
 
-def test_options_are_for_cpus_alone_and_known_to_xla(monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_options_of_a_platform_are_known_to_xla(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     options = compiler_options()
     assert options
+    assert all(name.startswith(f"xla_{platform}_") for name in options)
     jax.jit(jnp.sin).lower(jnp.ones(3)).compile(options)  # raises for unknown options
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def test_other_platforms_have_no_options(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert compiler_options() == {}
