@@ -211,7 +211,7 @@ def training(report: Report, variant: str = "") -> None:
         config = with_model(config, attention="cudnn")
     pieces = naive.pieces_of(naive.NAIVE, network_config(config.to_dict()), translation=False)
     form = Form(naive.NAIVE, pieces) if variant == "naive" else PLAIN
-    # Those of this project for GPUs are switches that are off.
+    # This project's options for GPUs are all False. XLA's own values of them are True.
     options = dict.fromkeys(compiler_options(), True) if variant == "options" and report.on_gpu else None
     step, longest = TrainingStep(config, mesh, batch), []
     with contextlib.nullcontext() if variant else report.first(fcntl.LOCK_EX):
