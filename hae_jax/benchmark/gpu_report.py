@@ -1,15 +1,16 @@
 """The GPU report: all metrics that this project states about a machine, from one command.
 
 Each step runs in a separate process (`gpu_steps`) with its own time limit. If a step fails or exceeds its limit, the
-next one runs nevertheless. A step writes each metric as soon as it is measured. This process collects the metrics and
-rewrites `results.json`. The steps of a group start at the same time, since a training step takes minutes to compile for
-a GPU. Their measurements wait for each other (`gpu_steps.Report.alone`).
+others run nevertheless. A step writes each metric as soon as it is measured. This process collects the metrics and
+rewrites `results.json`. A training step takes minutes to compile for a GPU, on one core. So several steps run at the
+same time, and a step that measures stops the others meanwhile (`gpu_steps.Report.alone`).
 """
 
 import contextlib
 import dataclasses
-import itertools
+import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,15 @@ from hae_jax.provenance import record
 
 RESULTS = "results.json"
 LOG = "log.txt"  # output of the steps
+DEVICE_LOCK = "device.lock"  # held by the step that measures
 _POLL = 1.0  # seconds between two checks of a step
 _GRACE = 5.0  # seconds that a step has to end after SIGTERM
 _REHEARSAL_FACTOR = 4  # for the limits of steps, since a CPU is slower
 _LEAST = 5.0  # seconds; with less time left, a step is not started
+# Seconds between two starts. At the same time, programs would disturb each other when XLA selects the fastest kernels.
+_BETWEEN_STARTS = 12.0
+_FREE_CORES = 2  # for measurements
+WAITING, RUNNING = "waiting", "running"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Step:
       about: short description.
       command: command that runs it, without the arguments of `gpu_steps`. None: the step of this name.
       flags: options of XLA for the step.
-      group: steps next to each other with the same group start at the same time; "" is no group.
+      alone: whether it runs without other steps: after those before it, and before those after it.
     """
 
     name: str
@@ -52,25 +58,26 @@ class Step:
     about: str
     command: tuple[str, ...] | None = None
     flags: str = ""
-    group: str = ""
+    alone: bool = False
 
 
 # In order of importance. Limits are for an H100 or H200. The last step uses the remaining time.
 STEPS = (
-    Step("facts", 60, "device, matrix products, copies"),
-    Step("training", 350, "training step of the full network, and the kernels that take longest", group="first"),
-    Step("training-cudnn", 350, "the training step with cuDNN's attention", group="first"),
-    Step("training-naive", 350, "the training step in the naive form", group="first"),
-    Step("translation", 350, "steps of the forward process", group="first"),
-    Step("numbers", 240, "golden values, bfloat16, translation, resume", group="first"),
-    Step("torch", 150, "the training step in PyTorch"),
-    Step("blocks", 90, "attention implementations, simplex noise"),
-    Step("deterministic", 90, "resume with XLA's deterministic operations", flags="--xla_gpu_deterministic_ops=true"),
-    Step("training-112", 400, "the training step with 112 images", group="larger"),
-    Step("training-56", 400, "the training step with 56 images", group="larger"),
-    Step("training-224", 400, "the training step with 224 images", group="larger"),
-    Step("training-options", 600, "the training step with XLA's own compiler options"),
-    Step("reference", 3600, "training of the phantom's reference network"),
+    Step("facts", 60, "device, matrix products, copies", alone=True),
+    Step("training", 420, "training step of the full network, and the kernels that take longest"),
+    Step("training-cudnn", 420, "the training step with cuDNN's attention"),
+    Step("translation", 420, "steps of the forward process"),
+    Step("training-naive", 420, "the training step in the naive form"),
+    Step("compare", 450, "the training steps above and those in PyTorch, in turns"),
+    Step("numbers", 420, "golden values, bfloat16, translation, resume"),
+    Step("blocks", 420, "attention implementations, simplex noise"),
+    Step("training-112", 420, "the training step with 112 images"),
+    Step("deterministic", 420, "resume with XLA's deterministic operations", flags="--xla_gpu_deterministic_ops=true"),
+    Step("training-56", 420, "the training step with 56 images"),
+    Step("translation-112", 420, "steps of the forward process with 112 images"),
+    Step("training-224", 420, "the training step with 224 images"),
+    Step("training-options", 420, "the training step with XLA's own compiler options"),
+    Step("reference", 3600, "training of the phantom's reference network", alone=True),
 )
 
 
@@ -78,7 +85,7 @@ def gpu_report(
     output: str | Path, seconds: float, *, rehearse: bool = False, steps: Sequence[Step] = STEPS,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Runs the steps, group after group, and writes `results.json` and `log.txt`. Steps may write further files.
+    """Runs the steps and writes `results.json` and `log.txt`. Steps may write further files.
 
     Args:
       output: folder, made if absent; earlier results in it are replaced.
@@ -100,19 +107,31 @@ def gpu_report(
     output.mkdir(parents=True, exist_ok=True)
     (output / LOG).unlink(missing_ok=True)
     end = time.monotonic() + seconds
-    results = {**record(), "seconds": seconds, "rehearsal": rehearse, "machine": {}, "steps": [], "figures": []}
+    results = {**record(), "seconds": seconds, "rehearsal": rehearse, "machine": {}, "figures": [],
+               "steps": [{"step": step.name, "status": WAITING, "seconds": 0.0} for step in steps]}
+    waiting, most = list(zip(steps, results["steps"], strict=True)), max(2, (os.cpu_count() or 1) - _FREE_CORES)
+    running: list[_Running] = []
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as open_steps:
-        for _, group in itertools.groupby(steps, key=lambda step: step.group or step.name):
-            started = []
-            for step in group:
-                say(f"{step.name}: {step.about}")
-                started.append(open_steps.enter_context(_Running(step, output, Path(work), end, rehearse, results)))
-            while any(step.running for step in started):
-                time.sleep(_POLL)
-                for step in started:
-                    step.poll()
-            for done in (step.done for step in started):
-                say(f"  {done['step']}: {done['status']}, {done['seconds']:.0f} s")
+        started = -math.inf
+        while waiting or running:
+            with _device_is_free(Path(work)) as free:
+                if free:
+                    for step in running:
+                        step.resume()  # it may have been stopped by a step that was ended during its measurement
+                    while waiting and _may_start(waiting[0][0], running, most) and (
+                            rehearse or not running or time.monotonic() - started >= _BETWEEN_STARTS):
+                        step, done = waiting.pop(0)
+                        say(f"{step.name}: {step.about}")
+                        step = open_steps.enter_context(
+                            _Running(step, done, output, Path(work), end, rehearse, results))
+                        started = time.monotonic()
+                        running.append(step)
+            time.sleep(_POLL)
+            for step in running:
+                step.poll()
+                if not step.running:
+                    say(f"  {step.done['step']}: {step.done['status']}, {step.done['seconds']:.0f} s")
+            running = [step for step in running if step.running]
     say(f"\n{table(results)}")
     return results
 
@@ -190,26 +209,43 @@ def _verdict(figure: dict[str, Any]) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def _device_is_free(work: Path) -> Iterator[bool]:
+    """Yields whether no step measures. While it yields True, none begins to."""
+    with (work / DEVICE_LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _may_start(step: Step, running: Sequence["_Running"], most: int) -> bool:
+    return not running or (not step.alone and not any(other.alone for other in running) and len(running) < most)
+
+
 class _Running:
     """A step's process. It is ended when the context is left."""
 
-    def __init__(self, step: Step, output: Path, work: Path, end: float, rehearse: bool, results: dict[str, Any]):
-        self.done = {"step": step.name, "status": "running", "seconds": 0.0}
+    def __init__(self, step: Step, done: dict[str, Any], output: Path, work: Path, end: float, rehearse: bool,
+                 results: dict[str, Any]):
+        self.done, self.alone = done, step.alone
+        self.done["status"] = RUNNING
         self._output, self._results = output, results
         self._log, self._figures, self._text = work / f"{step.name}.log", work / f"{step.name}.jsonl", ""
         self._start = time.monotonic()
         self._limit = min(step.limit * (_REHEARSAL_FACTOR if rehearse else 1), end - self._start)
         if self._limit < _LEAST:
             self.done["status"] = "not begun, no time left"
-        results["steps"].append(self.done)
         write_json(output / RESULTS, results)
         if not self.running:
             return
         command = step.command or (sys.executable, "-m", "hae_jax.benchmark.gpu_steps")
-        command = [*command, step.name, "--figures", str(self._figures), "--earlier", str(output / RESULTS),
+        command = [*command, step.name, "--figures", str(self._figures), "--results", str(output / RESULTS),
                    "--output", str(output), "--end", f"{self._start + self._limit - _GRACE}",
                    *(["--rehearse"] if rehearse else [])]
-        # Steps share a new compilation cache: "torch" uses the program that "training" compiles.
+        # Steps share a new compilation cache: "compare" uses the programs that other steps compile.
         environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {step.flags}".strip(),
                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         if not rehearse:
@@ -218,6 +254,8 @@ class _Running:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                 cwd=Path(__file__).resolve().parents[2], env=environment)
+        self._pid_file = work / f"{step.name}.pid"
+        self._pid_file.write_text(str(self._process.pid))
 
     def __enter__(self) -> "_Running":
         return self
@@ -229,7 +267,13 @@ class _Running:
     @property
     def running(self) -> bool:
         """Whether the step is neither finished nor ended."""
-        return self.done["status"] == "running"
+        return self.done["status"] == RUNNING
+
+    def resume(self) -> None:
+        """Lets the step and its processes run on, if they are stopped."""
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(self._process.pid, signal.SIGCONT)
 
     def poll(self) -> None:
         """Collects the metrics so far. Ends the step if it is late."""
@@ -242,16 +286,17 @@ class _Running:
             _add_figures(self.done["step"], text, self._results)
             write_json(self._output / RESULTS, self._results)
         if code is not None:
-            self._end("finished" if code == 0 else "stopped, its compilation took too long" if code == -signal.SIGALRM
-                      else f"failed: {_last_line(self._log)}")
+            self._end("finished" if code == 0 else f"failed: {_last_line(self._log)}")
         elif taken > self._limit:
             self._end(f"stopped after {self._limit:.0f} s")
 
     def _end(self, status: str) -> None:
         """Ends the step and all processes that it has started, and adds its output to the log."""
+        self._pid_file.unlink()
         for number_ in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number_)
+                os.killpg(self._process.pid, signal.SIGCONT)  # a stopped process does not react to SIGTERM
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE)
                 break

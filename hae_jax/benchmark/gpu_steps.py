@@ -28,6 +28,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.benchmark import blocks, naive
+from hae_jax.benchmark.gpu_report import DEVICE_LOCK, RUNNING, WAITING
 from hae_jax.benchmark.loader import made_up_slices
 from hae_jax.benchmark.measure import (
     Compiled,
@@ -58,7 +59,7 @@ _FULL, _REFERENCE = "configs/brats_v2c.py", "configs/phantom_reference.py"
 _SMALL = {"variant": "fpdm", "image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,),
           "attention_resolutions": ()}
 _NOT_RUN = (RuntimeError, ValueError, NotImplementedError)  # errors of a kernel that this device does not have
-_COMPILING, _COMPILING_FIRST = 0.75, 0.9  # share of a step's time for compilation; of the first step's
+_SETTLE = 0.5  # seconds until the device has finished the kernels of steps that were stopped
 _TIMED_STEPS = 60  # steps of a translation that are timed
 _SAVING = 45.0  # seconds reserved to save and export the reference network; 20 in a rehearsal
 
@@ -68,15 +69,15 @@ class Report:
     """The destination of a step's metrics, and the metrics of earlier steps.
 
     Attributes:
-      figures: file of JSON lines.
-      earlier: the figures of the steps before.
+      figures: file of JSON lines, named after the step.
+      results: `results.json`, which contains the metrics of the steps so far.
       output: folder for files.
       end: when the step must be over, by `time.monotonic`.
       rehearse: whether everything is to be small.
     """
 
     figures: Path
-    earlier: list[dict[str, Any]]
+    results: Path
     output: Path
     end: float
     rehearse: bool
@@ -94,8 +95,8 @@ class Report:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def found(self, step: str, name: str) -> float | None:
-        """The value of a metric of an earlier step."""
-        return next((f["value"] for f in self.earlier if (f["step"], f["name"]) == (step, name)), None)
+        """The value of a metric of another step, if it is there."""
+        return next((f["value"] for f in self._results()["figures"] if (f["step"], f["name"]) == (step, name)), None)
 
     def config(self) -> ml_collections.ConfigDict:
         """The config of the full network, or of a small one in a rehearsal."""
@@ -112,51 +113,48 @@ class Report:
         return jax.default_backend() == "gpu"
 
     def compiled(self, program: Program, form: Form = PLAIN, options: dict[str, Any] | None = None) -> Compiled:
-        """Compiles a program and places its arguments, while other steps may do the same.
+        """Compiles a program, while other steps may do the same.
 
-        The process ends if that takes most of its time. One process compiles one program: with jax 0.11.2 on an H200,
-        eight compilations in the threads of a process did not end.
+        One process compiles one program at a time: with jax 0.11.2 on an H200, eight compilations in the threads of a
+        process did not end.
         """
-        limit = (_COMPILING_FIRST if self.is_first else _COMPILING) * (self.end - time.monotonic())
-        signal.alarm(max(1, int(limit)))  # ends the process, also while XLA's code runs
-        with self.beside():
-            compiled = compile_program(functools.partial(program.lower, form), 1, options)
-            program.place()
-        signal.alarm(0)
+        compiled = compile_program(functools.partial(program.lower, form), 1, options)
         self.add("compile time, beside other programs", compiled.seconds, "s")
         return compiled
 
-    def beside(self) -> contextlib.AbstractContextManager[None]:
-        """Context for work on the device that is not measured."""
-        return _lock(self.figures.parent / "device.lock", fcntl.LOCK_SH)
-
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Context for measurements: waits until no other step compiles or measures, and the first step has ended."""
-        with contextlib.ExitStack() as locks:
-            if not self.is_first:
-                locks.enter_context(self.first(fcntl.LOCK_SH))
-            locks.enter_context(_lock(self.figures.parent / "device.lock", fcntl.LOCK_EX))
-            yield
+        """Context for measurements: stops the processes of all other steps. Only one step can be in it."""
+        folder = self.figures.parent
+        with (folder / DEVICE_LOCK).open("w") as lock:  # the end of the process releases the lock as well
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            others = [int(path.read_text()) for path in folder.glob("*.pid") if path.stem != self.figures.stem]
+            try:
+                _send(signal.SIGSTOP, others)
+                time.sleep(_SETTLE)
+                yield
+            finally:
+                _send(signal.SIGCONT, others)
+                fcntl.flock(lock, fcntl.LOCK_UN)  # processes that were started meanwhile have the file open, too
 
-    def first(self, kind: int) -> contextlib.AbstractContextManager[None]:
-        """Context of the lock that the most important step of a group holds exclusively."""
-        return _lock(self.figures.parent / "first.lock", kind)
+    def wait_for(self, *names: str) -> None:
+        """Waits until these steps have ended, if they are part of the report."""
+        while any(done["step"] in names and done["status"] in (WAITING, RUNNING) for done in self._results()["steps"]):
+            time.sleep(1)
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the step that is measured before the others."""
-        return self.figures.stem == "training"
+    def steps_before(self) -> list[str]:
+        """The names of the steps that are listed before this one."""
+        names = [done["step"] for done in self._results()["steps"]]
+        return names[:names.index(self.figures.stem)]
+
+    def _results(self) -> dict[str, Any]:
+        return json.loads(self.results.read_text())
 
 
-@contextlib.contextmanager
-def _lock(path: Path, kind: int) -> Iterator[None]:
-    with path.open("w") as file:  # the end of the process releases it as well
-        fcntl.flock(file, kind)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # processes that were started meanwhile have the file open, too
+def _send(number: signal.Signals, groups: Sequence[int]) -> None:
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):  # the step has ended
+            os.killpg(group, number)
 
 
 def facts(report: Report) -> None:
@@ -168,11 +166,6 @@ def facts(report: Report) -> None:
 
 def numbers(report: Report) -> None:
     """Checks that this device computes correct results."""
-    with report.beside():
-        _check_numbers(report)
-
-
-def _check_numbers(report: Report) -> None:
     sys.path.insert(0, str(REPOSITORY / "tests" / "model"))
     from golden_weights import read_case  # pyright: ignore[reportMissingImports]  the golden cases lie beside the tests
 
@@ -207,72 +200,96 @@ def training(report: Report, variant: str = "") -> None:
     """
     config, mesh = report.config(), _one_device()
     batch = report.batch(int(variant) if variant.isdigit() else _BATCH)
-    if variant == "cudnn":
-        config = with_model(config, attention="cudnn")
-    pieces = naive.pieces_of(naive.NAIVE, network_config(config.to_dict()), translation=False)
-    form = Form(naive.NAIVE, pieces) if variant == "naive" else PLAIN
     # This project's options for GPUs are all False. XLA's own values of them are True.
     options = dict.fromkeys(compiler_options(), True) if variant == "options" and report.on_gpu else None
-    step, longest = TrainingStep(config, mesh, batch), []
-    with contextlib.nullcontext() if variant else report.first(fcntl.LOCK_EX):
+    (step, form), longest = _training_step(config, mesh, batch, variant), []
+    compiled = report.compiled(step, form, options)
+    for last_try in (False, True):
         try:
-            compiled = report.compiled(step, form, options)
             with report.alone():
+                step.place()
                 memory = _peak(step, compiled, mesh)
                 seconds = float(np.median(_timed(report, [(step, compiled)])[0]))
-                report.add(f"batch {batch}", batch / seconds, "images/s", seconds=seconds)
-                report.add(f"batch {batch}, peak memory", memory / 1e9, "GB", planned=_planned(compiled))
                 if not variant:
-                    longest = longest_kernels(lambda: step.call(compiled.executable),
+                    longest = longest_kernels(functools.partial(step.call, compiled.executable),
                                               keep=report.output / "profile.xplane.pb.gz")
+            break
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            report.add(f"batch {batch}, fits", 0)
-            return
-    for rank, (name, duration, share) in enumerate(longest, 1):
-        report.add(f"kernel {rank}, {name[:80]}", 100 * share, "%", seconds=duration)
+            if last_try:
+                report.add(f"batch {batch}, fits", 0)
+                return
+        report.wait_for(*report.steps_before())  # they also take memory
+        step, _ = _training_step(config, mesh, batch, variant)
+    report.add(f"batch {batch}", batch / seconds, "images/s", seconds=seconds)
+    report.add(f"batch {batch}, peak memory", memory / 1e9, "GB", planned=_planned(compiled))
     if peak := report.found("facts", "bfloat16 matrix product"):
         report.add(f"batch {batch}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
+    for rank, (name, duration, share) in enumerate(longest, 1):
+        report.add(f"kernel {rank}, {name[:80]}", 100 * share, "%", seconds=duration)
 
 
-def pytorch(report: Report) -> None:
-    """The training step and the same step in usual PyTorch code, timed in turns: eager and with torch.compile."""
+def _training_step(
+    config: ml_collections.ConfigDict, mesh: Mesh, batch: int, variant: str
+) -> tuple[TrainingStep, Form]:
+    if variant == "cudnn":
+        config = with_model(config, attention="cudnn")
+    pieces = naive.pieces_of(naive.NAIVE, network_config(config.to_dict()), translation=False)
+    return TrainingStep(config, mesh, batch), Form(naive.NAIVE, pieces) if variant == "naive" else PLAIN
+
+
+def compare(report: Report) -> None:
+    """The training step in our forms and in usual PyTorch code, eager and with torch.compile, timed in turns."""
     import torch
 
     from hae_jax.benchmark.torch_programs import Options, TorchTrainingStep, device_for
 
     config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
-    device = device_for(mesh.devices.flat[0].platform, 1)
-    step, calls = TrainingStep(config, mesh, batch), []
-    memory = report.found("training", f"batch {batch}, peak memory")
-    if memory:  # the step "training" has compiled ours
-        ours = compile_program(step.lower, 1)
-        step.place()
-        calls = [lambda: step.call(ours.executable)]
-        report.add("time to load our program from the cache", ours.seconds, "s")
+    step, device = TrainingStep(config, mesh, batch), device_for(mesh.devices.flat[0].platform, 1)
+    calls: dict[str, Callable[[], Any]] = {}
+    memory: dict[str, float] = {}  # GB
     for name, mode in (("eager", None),) if report.rehearse else (("eager", None), ("torch.compile", "default")):
         theirs = TorchTrainingStep(config, batch, device, Options(compile=mode, channels_last=True))
-        theirs.call()  # tries several convolutions, or compiles
-        theirs_memory = theirs.peak_memory()
-        turns = in_turns([*calls, theirs.call], 1 if report.rehearse else 5)
-        report.add(f"{name}, batch {batch}", batch / float(np.median(turns[-1])), "images/s")
-        if memory:
-            report.add(f"{name} over ours, time", float(np.median(turns[1] / turns[0])), "x", turns=turns.tolist())
-        if memory and theirs_memory:
-            report.add(f"{name} over ours, memory", theirs_memory / (1e9 * memory), "x")
-        del theirs
-        if device != "cpu":
-            torch.cuda.empty_cache()
+        try:
+            # The first call of all tries several convolutions for each shape. torch.compile takes a minute or more.
+            with report.alone() if mode is None else contextlib.nullcontext():
+                theirs.call().block_until_ready()
+        except torch.OutOfMemoryError:
+            report.add(f"{name}, fits beside the other programs", 0)
+            continue
+        with report.alone():
+            used = theirs.peak_memory()
+            seconds = float(np.median(in_turns([theirs.call], 1 if report.rehearse else 5)))
+        report.add(f"{name}, batch {batch}", batch / seconds, "images/s", seconds=seconds)
+        calls[f"PyTorch, {name}"], memory[f"PyTorch, {name}"] = theirs.call, (used or 0) / 1e9
+    # Other steps have compiled these programs. The compilation cache contains them.
+    for other, variant in (("training", ""), ("training-cudnn", "cudnn"), ("training-naive", "naive")):
+        report.wait_for(other)
+        if used := report.found(other, f"batch {batch}, peak memory"):
+            program, form = _training_step(config, mesh, batch, variant)
+            compiled = compile_program(functools.partial(program.lower, form), 1)
+            report.add(f"{other}, time to trace it and load it from the cache", compiled.seconds, "s")
+            calls[other], memory[other] = functools.partial(step.call, compiled.executable), used
+    if "training" in calls:
+        with report.alone():
+            step.place()
+            turns = dict(zip(calls, in_turns(list(calls.values()), 1 if report.rehearse else 5), strict=True))
+        for name in calls.keys() - {"training"}:
+            report.add(f"{name} over ours, time", float(np.median(turns[name] / turns["training"])), "x",
+                       turns=[turns[name].tolist(), turns["training"].tolist()])
+            if memory[name]:
+                report.add(f"{name} over ours, memory", memory[name] / memory["training"], "x")
 
 
-def translation(report: Report) -> None:
+def translation(report: Report, images: int = _BATCH) -> None:
     """The published forward process: some of its steps, which all cost the same."""
-    config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
+    config, mesh, batch = report.config(), _one_device(), report.batch(images)
     steps, timed = config.translation.forward_steps, 4 if report.rehearse else _TIMED_STEPS
     program = TranslationOfBatch(config, mesh, batch, timed)
     compiled = report.compiled(program)
     with report.alone():
+        program.place()
         start = time.perf_counter()
         jax.block_until_ready(program.call(compiled.executable))
         seconds = (time.perf_counter() - start) / batch * steps / timed
@@ -281,7 +298,7 @@ def translation(report: Report) -> None:
 
 def attention_and_noise(report: Report) -> None:
     """Forms of attention at the network's largest sizes, forward and with gradients; simplex noise."""
-    batch, mesh = (1 if report.rehearse else _BATCH), _one_device()
+    batch, mesh, calls = (1 if report.rehearse else _BATCH), _one_device(), {}
     for make in (blocks.attention_block, blocks.smallest_patches):
         for form in ("xla", "cudnn") if report.on_gpu else ("xla",):
             block = make(batch, "bfloat16", form, small=report.rehearse)
@@ -289,15 +306,19 @@ def attention_and_noise(report: Report) -> None:
             for name, wrap in (("forward", lambda f: f), ("with gradients", blocks.with_gradients)):
                 program = jax.jit(wrap(block.forms[OURS]))
                 try:
-                    seconds = in_turns([lambda p=program: p(*arguments)], 3).min()  # noqa: B023
+                    jax.block_until_ready(program(*arguments))  # compiles it
                 except _NOT_RUN:
                     report.add(f"{block.name}, {form}, {name}, runs", 0)
                     continue
-                report.add(f"{block.name}, {form}, {name}", 1e3 * seconds, "ms")
+                calls[f"{block.name}, {form}, {name}"] = functools.partial(program, *arguments)
     noise = blocks.simplex_noise(batch)
     program, arguments = jax.jit(noise.forms[OURS]), noise.placed(mesh)
-    seconds = in_turns([lambda: program(*arguments)], 3).min()
-    report.add(f"{noise.name}, batch {batch}", 1e3 * seconds, "ms")
+    jax.block_until_ready(program(*arguments))
+    calls[f"{noise.name}, batch {batch}"] = functools.partial(program, *arguments)
+    with report.alone():
+        turns = in_turns(list(calls.values()), 3)
+    for name, seconds in zip(calls, turns.min(1), strict=True):
+        report.add(name, 1e3 * seconds, "ms")
 
 
 def reference(report: Report) -> None:
@@ -480,11 +501,11 @@ def _driver() -> str | None:
 
 
 _STEPS: dict[str, Callable[[Report], None]] = {
-    "facts": facts, "numbers": numbers, "training": training,
+    "facts": facts, "training": training,
     **{f"training-{variant}": functools.partial(training, variant=variant)
        for variant in ("56", "112", "224", "naive", "cudnn", "options")},
-    "translation": translation, "torch": pytorch, "blocks": attention_and_noise, "deterministic": resume,
-    "reference": reference,
+    "translation": translation, "translation-112": functools.partial(translation, images=112), "compare": compare,
+    "numbers": numbers, "blocks": attention_and_noise, "deterministic": resume, "reference": reference,
 }
 
 
@@ -493,13 +514,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("step", choices=_STEPS)
     parser.add_argument("--figures", type=Path, required=True)
-    parser.add_argument("--earlier", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--end", type=float, required=True, help="by time.monotonic")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args(argv)
-    report = Report(arguments.figures, json.loads(arguments.earlier.read_text())["figures"], arguments.output,
-                    arguments.end, arguments.rehearse)
+    report = Report(arguments.figures, arguments.results, arguments.output, arguments.end, arguments.rehearse)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # steps share the GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # for the largest batch; JAX's default is 0.75
     device = jax.devices()[0]
