@@ -22,6 +22,7 @@ from hae_jax.model.hybrid import MultiHeadAttention
 from hae_jax.ops import group_norm
 from hae_jax.ops.convolution import conv2d
 from hae_jax.ops.forms import attention_form, convolution_form
+from hae_jax.ops.threefry import dropped
 from hae_jax.training.mesh import batch_sharding, make_mesh, replicated
 
 _HEADS = 4  # of the attention block
@@ -205,7 +206,7 @@ def _dropout(batch: int, dtype: str) -> Block:
     size, channels = _SIZES["norm"]
 
     def ours(_, x, seeds):
-        return layers.dropped(x, jax.vmap(jax.random.key)(seeds), _DROPOUT)
+        return dropped(x, jax.vmap(jax.random.key)(seeds), _DROPOUT)
 
     def by_words(_, x, seeds):
         keep = jax.vmap(lambda seed: jax.random.bernoulli(jax.random.key(seed), 1 - _DROPOUT, x.shape[1:]))(seeds)

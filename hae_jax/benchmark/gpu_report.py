@@ -2,8 +2,8 @@
 
 Each step runs in a separate process (`gpu_steps`) with its own time limit. If a step fails or exceeds its limit, the
 others run nevertheless. A step writes each metric as soon as it is measured. This process collects the metrics and
-rewrites `results.json`. A training step takes minutes to compile for a GPU, on one core. So several steps run at the
-same time, and a step that measures stops the others meanwhile (`gpu_steps.Report.alone`).
+rewrites `results.json`. A training step takes minutes to compile for a GPU. So several steps run at the same time, and
+a step that measures stops the others meanwhile (`gpu_steps.Report.alone`).
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _REHEARSAL_FACTOR = 4  # for the limits of steps, since a CPU is slower
 _LEAST = 5.0  # seconds; with less time left, a step is not started
 # Seconds between two starts. At the same time, programs would disturb each other when XLA selects the fastest kernels.
 _BETWEEN_STARTS = 12.0
-_FREE_CORES = 2  # for measurements
+_CORES = 4  # per step. With fewer, compilations slow each other down, and steps that wait take memory of the GPU.
 WAITING, RUNNING = "waiting", "running"
 
 
@@ -61,22 +61,23 @@ class Step:
     alone: bool = False
 
 
-# In order of importance. Limits are for an H100 or H200. The last step uses the remaining time.
+# In order of importance. Limits are for an H100 or H200, where a training step compiles in 200 to 320 s. The last step
+# uses the remaining time.
 STEPS = (
     Step("facts", 60, "device, matrix products, copies", alone=True),
     Step("training", 420, "training step of the full network, and the kernels that take longest"),
-    Step("training-cudnn", 420, "the training step with cuDNN's attention"),
+    Step("compare", 600, "the training step in our forms and in PyTorch, in turns"),
+    Step("training-xla", 420, "the training step with XLA's attention"),
     Step("translation", 420, "steps of the forward process"),
-    Step("training-naive", 420, "the training step in the naive form"),
-    Step("compare", 450, "the training steps above and those in PyTorch, in turns"),
     Step("numbers", 420, "golden values, bfloat16, translation, resume"),
     Step("blocks", 420, "attention implementations, simplex noise"),
-    Step("training-112", 420, "the training step with 112 images"),
     Step("deterministic", 420, "resume with XLA's deterministic operations", flags="--xla_gpu_deterministic_ops=true"),
-    Step("training-56", 420, "the training step with 56 images"),
+    Step("training-naive", 420, "the training step in the naive form"),
+    Step("training-112", 420, "the training step with 112 images"),
     Step("translation-112", 420, "steps of the forward process with 112 images"),
     Step("training-224", 420, "the training step with 224 images"),
-    Step("training-options", 420, "the training step with XLA's own compiler options"),
+    Step("training-56", 420, "the training step with 56 images"),
+    Step("training-options", 600, "the training step with XLA's own compiler options"),
     Step("reference", 3600, "training of the phantom's reference network", alone=True),
 )
 
@@ -109,7 +110,7 @@ def gpu_report(
     end = time.monotonic() + seconds
     results = {**record(), "seconds": seconds, "rehearsal": rehearse, "machine": {}, "figures": [],
                "steps": [{"step": step.name, "status": WAITING, "seconds": 0.0} for step in steps]}
-    waiting, most = list(zip(steps, results["steps"], strict=True)), max(2, (os.cpu_count() or 1) - _FREE_CORES)
+    waiting, most = list(zip(steps, results["steps"], strict=True)), max(2, (os.cpu_count() or 1) // _CORES)
     running: list[_Running] = []
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as open_steps:
         started = -math.inf

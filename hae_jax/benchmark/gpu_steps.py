@@ -196,7 +196,7 @@ def training(report: Report, variant: str = "") -> None:
 
     Args:
       report: destination.
-      variant: number of images, "naive", "cudnn", or "options" (XLA's own options instead of this project's).
+      variant: number of images, "naive", "xla" (attention), or "options" (XLA's own instead of this project's).
     """
     config, mesh = report.config(), _one_device()
     batch = report.batch(int(variant) if variant.isdigit() else _BATCH)
@@ -218,7 +218,7 @@ def training(report: Report, variant: str = "") -> None:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if last_try:
-                report.add(f"batch {batch}, fits", 0)
+                report.add(f"batch {batch}, fits beside other steps", 0)
                 return
         report.wait_for(*report.steps_before())  # they also take memory
         step, _ = _training_step(config, mesh, batch, variant)
@@ -233,53 +233,63 @@ def training(report: Report, variant: str = "") -> None:
 def _training_step(
     config: ml_collections.ConfigDict, mesh: Mesh, batch: int, variant: str
 ) -> tuple[TrainingStep, Form]:
-    if variant == "cudnn":
-        config = with_model(config, attention="cudnn")
+    if variant == "xla":
+        config = with_model(config, attention="xla")
     pieces = naive.pieces_of(naive.NAIVE, network_config(config.to_dict()), translation=False)
     return TrainingStep(config, mesh, batch), Form(naive.NAIVE, pieces) if variant == "naive" else PLAIN
 
 
 def compare(report: Report) -> None:
-    """The training step in our forms and in usual PyTorch code, eager and with torch.compile, timed in turns."""
+    """The training step in PyTorch, eager and with torch.compile, and in our other forms, each in turns with ours."""
     import torch
 
     from hae_jax.benchmark.torch_programs import Options, TorchTrainingStep, device_for
 
     config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
-    step, device = TrainingStep(config, mesh, batch), device_for(mesh.devices.flat[0].platform, 1)
-    calls: dict[str, Callable[[], Any]] = {}
-    memory: dict[str, float] = {}  # GB
+    device, theirs = device_for(mesh.devices.flat[0].platform, 1), {}
     for name, mode in (("eager", None),) if report.rehearse else (("eager", None), ("torch.compile", "default")):
-        theirs = TorchTrainingStep(config, batch, device, Options(compile=mode, channels_last=True))
+        program = TorchTrainingStep(config, batch, device, Options(compile=mode, channels_last=True))
         try:
             # The first call of all tries several convolutions for each shape. torch.compile takes a minute or more.
             with report.alone() if mode is None else contextlib.nullcontext():
-                theirs.call().block_until_ready()
+                program.call().block_until_ready()
+            with report.alone():
+                theirs[f"PyTorch, {name}"] = program.call, program.peak_memory()
         except torch.OutOfMemoryError:
-            report.add(f"{name}, fits beside the other programs", 0)
-            continue
+            report.add(f"PyTorch, {name}, fits beside other steps", 0)
+    step = TrainingStep(config, mesh, batch)
+    variants = {"training": "", "training-xla": "xla", "training-naive": "naive"}
+    traced = {name: _lowered(*_training_step(config, mesh, batch, variant)) for name, variant in variants.items()}
+    step.place()
+
+    def loaded(name: str) -> tuple[Callable[[], Any], float] | None:
+        """The program that another step has compiled, from the compilation cache, and its peak memory in bytes."""
+        report.wait_for(name)
+        if memory := report.found(name, f"batch {batch}, peak memory"):
+            compiled = compile_program(lambda: traced[name], 1)
+            report.add(f"{name}, time to load it from the cache", compiled.seconds, "s")
+            return functools.partial(step.call, compiled.executable), 1e9 * memory
+        return None
+
+    def measure(name: str, call: Callable[[], Any], memory: float | None) -> None:
         with report.alone():
-            used = theirs.peak_memory()
-            seconds = float(np.median(in_turns([theirs.call], 1 if report.rehearse else 5)))
-        report.add(f"{name}, batch {batch}", batch / seconds, "images/s", seconds=seconds)
-        calls[f"PyTorch, {name}"], memory[f"PyTorch, {name}"] = theirs.call, (used or 0) / 1e9
-    # Other steps have compiled these programs. The compilation cache contains them.
-    for other, variant in (("training", ""), ("training-cudnn", "cudnn"), ("training-naive", "naive")):
-        report.wait_for(other)
-        if used := report.found(other, f"batch {batch}, peak memory"):
-            program, form = _training_step(config, mesh, batch, variant)
-            compiled = compile_program(functools.partial(program.lower, form), 1)
-            report.add(f"{other}, time to trace it and load it from the cache", compiled.seconds, "s")
-            calls[other], memory[other] = functools.partial(step.call, compiled.executable), used
-    if "training" in calls:
-        with report.alone():
-            step.place()
-            turns = dict(zip(calls, in_turns(list(calls.values()), 1 if report.rehearse else 5), strict=True))
-        for name in calls.keys() - {"training"}:
-            report.add(f"{name} over ours, time", float(np.median(turns[name] / turns["training"])), "x",
-                       turns=[turns[name].tolist(), turns["training"].tolist()])
-            if memory[name]:
-                report.add(f"{name} over ours, memory", memory[name] / memory["training"], "x")
+            turns = in_turns([*([ours[0]] if ours else []), call], 1 if report.rehearse else 3)
+        report.add(f"{name}, batch {batch}", batch / float(np.median(turns[-1])), "images/s", turns=turns.tolist())
+        if ours:
+            report.add(f"{name} over ours, time", float(np.median(turns[1] / turns[0])), "x")
+            if memory:
+                report.add(f"{name} over ours, memory", memory / ours[1], "x")
+
+    ours = loaded("training")
+    for name, (call, memory) in theirs.items():
+        measure(name, call, memory)
+    for name in list(variants)[1:]:
+        if other := loaded(name):
+            measure(name, *other)
+
+
+def _lowered(program: Program, form: Form) -> jax.stages.Lowered:
+    return program.lower(form)
 
 
 def translation(report: Report, images: int = _BATCH) -> None:
@@ -503,7 +513,7 @@ def _driver() -> str | None:
 _STEPS: dict[str, Callable[[Report], None]] = {
     "facts": facts, "training": training,
     **{f"training-{variant}": functools.partial(training, variant=variant)
-       for variant in ("56", "112", "224", "naive", "cudnn", "options")},
+       for variant in ("56", "112", "224", "naive", "xla", "options")},
     "translation": translation, "translation-112": functools.partial(translation, images=112), "compare": compare,
     "numbers": numbers, "blocks": attention_and_noise, "deterministic": resume, "reference": reference,
 }

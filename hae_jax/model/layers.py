@@ -11,10 +11,10 @@ from flax import nnx
 from jax.core import Tracer
 
 from hae_jax.model.config import HYBRID_HEADS, NORM_GROUPS, UNetConfig
-from hae_jax.ops import threefry
 from hae_jax.ops.convolution import conv2d
 from hae_jax.ops.forms import convolution_form
 from hae_jax.ops.group_norm import GroupNorm
+from hae_jax.ops.threefry import dropped
 
 EPSILON = 1e-5  # of every norm, as in PyTorch; Flax's default is 1e-6
 
@@ -182,32 +182,6 @@ class HeadDropout(NamedTuple):
         head: jax.Array | None = None,  # [], the head of these weights; None: all heads
     ) -> jax.Array:
         return dropped(weights, self.keys if head is None else self.keys[:, head], self.rate)
-
-
-def dropped(
-    x: jax.Array,  # [*B, ...]
-    keys: jax.Array,  # [*B] keys
-    rate: float,
-) -> jax.Array:
-    """Replaces a share `rate` of the values by zero, and scales the others so that the mean is the same."""
-    keep, share = kept(keys, rate, x.shape[keys.ndim:])
-    return jnp.where(keep, x / share, 0).astype(x.dtype)
-
-
-def kept(
-    keys: jax.Array,  # [*B] keys
-    rate: float,
-    shape: tuple[int, ...],
-) -> tuple[jax.Array, float]:  # [*B, *shape] bool, and the share of values that are kept
-    """The values that dropout keeps. The rate is rounded to 2^-16.
-
-    Each value uses sixteen random bits, so one word is drawn for two values.
-    """
-    *others, last = shape
-    words, bound = threefry.words(keys, (*others, -(-last // 2))), max(1, round((1 - rate) * 2**16))
-    halves = (words & 0xFFFF) < bound, (words >> 16) < bound
-    halves = jax.lax.optimization_barrier(halves)  # else fusion would draw each word twice
-    return jnp.concatenate(halves, axis=-1)[..., :last], bound / 2**16
 
 
 def pool(

@@ -41,7 +41,10 @@ def _backward(by_rows, residuals, cotangents):
     q, k, v, out, lse = residuals
     dout, dlse = cotangents
     arguments = q, dout.astype(v.dtype), lse, (dout * out).sum(-1) - dlse, k, v
-    dq, dk, dv = cpu.backward(_backward_block, *arguments) if by_rows else _backward_block(*arguments)
+    if by_rows:
+        dq, dk, dv = cpu.backward(_backward_block, *arguments)
+    else:  # without the barrier, XLA would store the scores of the forward pass
+        dq, dk, dv = _backward_block(*jax.lax.optimization_barrier(arguments))
     return dq.astype(q.dtype), dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype)
 
 

@@ -16,25 +16,14 @@ _COMPILER_OPTIONS = {
     "gpu": {"xla_gpu_experimental_enable_fusion_autotuner": False, "xla_gpu_enable_triton_gemm": False,
             "xla_gpu_enable_analytical_sol_latency_estimator": False},
 }
-_ON_CPUS = {"attention": "rows", "convolution": "winograd"}
-
-
-def automatic(operation: str, platform: str) -> str:
-    """The form for "auto", in any dtype: the forms for CPUs on CPUs, and XLA's on other platforms.
-
-    It is never "cudnn", since the time of that form has not been compared on a GPU yet.
-
-    Args:
-      operation: "attention" or "convolution".
-      platform: "cpu", "gpu" or "tpu".
-    """
-    return _ON_CPUS[operation] if platform == "cpu" else "xla"
+_CUDNN_ATTENTION = 8.0  # compute capability that cuDNN's attention needs
 
 
 def attention_form(choice: str, dtype: Any, platform: str | None = None) -> str:
     """The form of attention for a choice in the config.
 
-    - "auto": see `automatic`.
+    - "auto": "rows" on CPUs; "cudnn" on NVIDIA's GPUs since Ampere in 16 bits; "xla" elsewhere. On an H200, a training
+      step with "cudnn" is faster and takes less memory than with "xla" (docs/performance.md).
     - "xla": all heads and queries at once, and the scores computed again for the gradient.
     - "rows": head after head and some queries at a time, so that scores stay in a CPU's caches.
     - "cudnn": cuDNN's FlashAttention on GPUs in 16 bits, for head sizes that it takes; elsewhere as "auto".
@@ -45,16 +34,27 @@ def attention_form(choice: str, dtype: Any, platform: str | None = None) -> str:
       choice: one of `ATTENTION`.
       platform: "cpu", "gpu" or "tpu"; None: JAX's default backend.
     """
+    if choice not in ("auto", "cudnn"):
+        return choice
     platform = platform or jax.default_backend()
-    if choice == "auto" or (choice == "cudnn" and not (platform == "gpu" and jax.numpy.dtype(dtype).name in _HALF)):
-        return automatic("attention", platform)
-    return choice
+    if platform == "gpu" and jax.numpy.dtype(dtype).name in _HALF and (
+            choice == "cudnn" or _compute_capability() >= _CUDNN_ATTENTION):
+        return "cudnn"
+    return "rows" if platform == "cpu" else "xla"
+
+
+def _compute_capability() -> float:
+    """That of the first device; 0 if it is not NVIDIA's."""
+    try:
+        return float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    except ValueError:  # AMD's GPUs have a name, such as "gfx90a"
+        return 0.0
 
 
 def convolution_form(choice: str, platform: str | None = None) -> str:
     """The form of convolutions for a choice in the config.
 
-    - "auto": see `automatic`.
+    - "auto": "winograd" on CPUs, "xla" on other platforms.
     - "xla": XLA's convolution and its gradients.
     - "winograd": Winograd's form, or a matrix product, for the shapes where it is faster on a CPU (`ops.cpu`).
 
@@ -62,7 +62,9 @@ def convolution_form(choice: str, platform: str | None = None) -> str:
       choice: one of `CONVOLUTION`.
       platform: "cpu", "gpu" or "tpu"; None: JAX's default backend.
     """
-    return automatic("convolution", platform or jax.default_backend()) if choice == "auto" else choice
+    if choice != "auto":
+        return choice
+    return "winograd" if (platform or jax.default_backend()) == "cpu" else "xla"
 
 
 def compiler_options() -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Random words by the hash Threefry-2x32 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", SC)."""
+"""Random words by the hash Threefry-2x32 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", SC).
+
+Dropout uses them.
+"""
 
 import functools
 import math
@@ -38,3 +41,29 @@ def words(
         left += schedule[(block + 1) % 3]
         right += schedule[(block + 2) % 3] + jnp.uint32(block + 1)
     return (left ^ right).reshape(*keys.shape, *shape)
+
+
+def dropped(
+    x: jax.Array,  # [*B, ...]
+    keys: jax.Array,  # [*B] keys
+    rate: float,
+) -> jax.Array:
+    """Replaces a share `rate` of the values by zero, and scales the others so that the mean is the same."""
+    keep, share = kept(keys, rate, x.shape[keys.ndim:])
+    return jnp.where(keep, x / share, 0).astype(x.dtype)
+
+
+def kept(
+    keys: jax.Array,  # [*B] keys
+    rate: float,
+    shape: tuple[int, ...],
+) -> tuple[jax.Array, float]:  # [*B, *shape] bool, and the share of values that are kept
+    """The values that dropout keeps. The rate is rounded to 2^-16.
+
+    Each value uses sixteen random bits, so one word is drawn for two values.
+    """
+    *others, last = shape
+    drawn, bound = words(keys, (*others, -(-last // 2))), max(1, round((1 - rate) * 2**16))
+    halves = (drawn & 0xFFFF) < bound, (drawn >> 16) < bound
+    halves = jax.lax.optimization_barrier(halves)  # else fusion would draw each word twice
+    return jnp.concatenate(halves, axis=-1)[..., :last], bound / 2**16

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from hae_jax.diffusion.loss import remember_losses, second_moment_weights, training_loss
@@ -125,6 +126,7 @@ def make_train_step(
         # The values are gathered once here and not again for each row that is added to the history.
         losses, draws = jax.lax.with_sharding_constraint(
             (losses, draws._replace(noise=None, keys=None)), replicated(mesh))
+        gradients = jax.tree.map(_row_major, gradients)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = _updated(state, optimizer, gradients, settings.ema_rates)._replace(
@@ -172,6 +174,18 @@ def _loss_function(graph: nnx.GraphDef, config: UNetConfig, process: Process, sh
         return (draws.weight * losses).mean(), losses
 
     return loss_of_part
+
+
+def _row_major(gradient: jax.Array) -> jax.Array:
+    """A gradient in the memory layout of its parameter.
+
+    GPUs compute the gradients of convolutions in another layout. If XLA transposed them within the update, it could not
+    update parameters and optimiser state in place, and would copy them first.
+    """
+    if gradient.ndim < 4:
+        return gradient
+    rows = Layout(major_to_minor=tuple(range(gradient.ndim)))
+    return jax.lax.optimization_barrier(with_layout_constraint(gradient, rows))
 
 
 @jax.named_scope("optimiser")

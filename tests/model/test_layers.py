@@ -17,10 +17,10 @@ from hae_jax.model.layers import (
     Randomness,
     Upsample,
     group_norm,
-    kept,
     layer_norm,
     pool,
 )
+from hae_jax.ops.threefry import kept
 from hae_jax.torch_interop.weights import torch_state
 
 CONFIG = UNetConfig(**SMALL)

@@ -12,7 +12,7 @@ from network_helpers import SMALL, assert_close, shapes_in
 
 from hae_jax.model import UNetConfig, sparse
 from hae_jax.model.hybrid import MultiHeadAttention
-from hae_jax.model.layers import Randomness
+from hae_jax.model.layers import HeadDropout, Randomness
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 TOKENS = 70  # tokens in the influence tests
@@ -88,6 +88,23 @@ def test_a_ragged_last_block_sees_and_gives_nothing_of_its_filling():
     q, k = jnp.full((1, tokens, 1, 4), 30.0), jnp.full((1, tokens, 1, 4), -30.0)
     out = sparse.attend_blocks(q, k, jnp.ones_like(q), links, form="rows")
     np.testing.assert_allclose(out, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [100, 256])
+def test_gradients_with_dropout_are_the_same_in_both_forms(tokens):
+    rng = np.random.default_rng(0)
+    q, k, v, direction = (jnp.asarray(rng.standard_normal((2, tokens, 2, 4), np.float32)) for _ in range(4))
+    links = sparse.block_links(tokens, KEY)
+    drop = HeadDropout(jax.random.split(OTHER, (2, 2)), 0.3)
+
+    def run(form, drop):
+        scalar = lambda q, k, v: jnp.sum(direction * sparse.attend_blocks(q, k, v, links, drop, form=form))
+        return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2)))(q, k, v)
+
+    (_, found), (_, wanted), (_, without) = run("xla", drop), run("rows", drop), run("xla", None)
+    for gradient, expected, other in zip(found, wanted, without, strict=True):
+        assert_close(gradient, expected, 1e-5)
+        assert np.abs(gradient - other).max() > 0.1
 
 
 def test_dropout_of_weights_differs_by_head_and_is_the_same_in_both_forms():
