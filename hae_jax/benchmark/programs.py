@@ -137,7 +137,7 @@ class TrainingStep:
         graph, _ = abstract_network(network)
         step = make_train_step(self._mesh, shardings_of(self._mesh, state), graph, network,
                                Process.of(self._config.diffusion), self._optimizer, step_settings(self._config))
-        return step.lower(state, jax.eval_shape(lambda: _batch(self._network, self.images)))
+        return step.lower(jax.tree.leaves(state), jax.eval_shape(lambda: _batch(self._network, self.images)))
 
     def flops(self, form: Form = PLAIN) -> int:
         return self.images * training_flops(form.of(self._network))
@@ -150,11 +150,11 @@ class TrainingStep:
         return metrics  # a program's results are complete at the same time, and the state has thousands of arrays
 
     @functools.cached_property
-    def _state(self) -> Any:
-        """The state. Each call donates and replaces it. Programs that are compared share it."""
+    def _state(self) -> list[jax.Array]:
+        """The arrays of the state. Each call donates and replaces them. Programs that are compared share them."""
         state, _ = sharded_initial_state(self._mesh, self._network, self._optimizer, self._averages, self._config.seed,
                                          self._history)
-        return state
+        return jax.tree.leaves(state)
 
     @functools.cached_property
     def _inputs(self) -> dict[str, jax.Array]:

@@ -236,6 +236,7 @@ def _loop(
 ) -> None:
     training, start = run.config.training, int(state.step)
     pending, stopping = None, 0
+    leaves, structure = jax.tree.flatten(state)
     for done in range(start + 1, training.steps + 1):
         profiler.before(done)
         batch = batches.next()
@@ -243,7 +244,7 @@ def _loop(
         reason = _NO_DATA if batches.error else _SIGNAL if guard.stop_requested() else 0
         stop = np.full(len(batch["label"]), reason, np.int32)
         inputs = {"image": batch["image"], "label": batch["label"], "stop": stop}
-        state, metrics = step(state, shard_batch(run.mesh, inputs))
+        leaves, metrics = step(leaves, shard_batch(run.mesh, inputs))
         report.stepped(done, metrics)
         # The previous step's metrics are read only now, so that the device does not wait for the host.
         if pending is not None:
@@ -253,12 +254,14 @@ def _loop(
         save = stopping > 0 or done == training.steps or done % training.save_every == 0
         if save or report.due(done):
             _stop_unless_finite(run, checkpoints, *pending)
+            state = structure.unflatten(leaves)
         if report.due(done):
             checkpoints.check()
             state = report.write(done, state)
+            leaves = jax.tree.leaves(state)
         if save:
             checkpoints.save(state, run.tree)
-        profiler.after(done, state)
+        profiler.after(done, leaves)
         if stopping == _NO_DATA:
             with _told_what_is_saved(done), agreed():
                 if batches.error is not None:

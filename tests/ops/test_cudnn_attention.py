@@ -9,6 +9,7 @@ import pytest
 
 from hae_jax.model import attention, sparse
 from hae_jax.model.conditioning import Context
+from hae_jax.model.layers import HeadDropout
 
 T, E, HEADS, DEPTH = 40, 24, 2, 16
 
@@ -74,7 +75,8 @@ def test_whole_blocks(xla_as_cudnn):
 
 def test_what_the_kernel_does_not_take_is_computed_by_xla(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", None)  # calling it would raise
-    for tokens, depth, drop in ((250, 8, None), (256, 8, lambda p, head: p), (256, 12, None)):
+    for tokens, depth, drop in ((250, 8, None), (256, 8, HeadDropout(jax.random.split(jax.random.key(1), (1, 1)), 0.1)),
+                                (256, 12, None)):
         q = k = v = jnp.ones((1, tokens, 1, depth))
         links = sparse.block_links(tokens, jax.random.key(0))
         attend_blocks = functools.partial(sparse.attend_blocks, drop=drop, form="cudnn")
