@@ -239,27 +239,34 @@ def _training_step(
     return TrainingStep(config, mesh, batch), Form(naive.NAIVE, pieces) if variant == "naive" else PLAIN
 
 
-def compare(report: Report) -> None:
-    """The training step in PyTorch, eager and with torch.compile, and in our other forms, each in turns with ours."""
+def compare(report: Report, mode: str | None = None) -> None:
+    """The training step in PyTorch and, with eager PyTorch, in our other forms, each in turns with ours.
+
+    Args:
+      report: destination.
+      mode: of torch.compile, which takes minutes; None: eager. A rehearsal is always eager.
+    """
     import torch
 
     from hae_jax.benchmark.torch_programs import Options, TorchTrainingStep, device_for
 
     config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
-    device, theirs = device_for(mesh.devices.flat[0].platform, 1), {}
-    for name, mode in (("eager", None),) if report.rehearse else (("eager", None), ("torch.compile", "default")):
-        program = TorchTrainingStep(config, batch, device, Options(compile=mode, channels_last=True))
-        try:
-            # The first call of all tries several convolutions for each shape. torch.compile takes a minute or more.
-            with report.alone() if mode is None else contextlib.nullcontext():
-                program.call().block_until_ready()
-            with report.alone():
-                theirs[f"PyTorch, {name}"] = program.call, program.peak_memory()
-        except torch.OutOfMemoryError:
-            report.add(f"PyTorch, {name}, fits beside other steps", 0)
+    device, theirs = device_for(mesh.devices.flat[0].platform, 1), None
+    name = "PyTorch, torch.compile" if mode else "PyTorch, eager"
+    program = TorchTrainingStep(config, batch, device, Options(
+        compile=None if report.rehearse else mode, channels_last=True))
+    try:
+        # The first call tries several convolutions for each shape, or compiles.
+        with contextlib.nullcontext() if mode else report.alone():
+            program.call().block_until_ready()
+        with report.alone():
+            theirs = program.call, program.peak_memory()
+    except torch.OutOfMemoryError:
+        report.add(f"{name}, fits beside other steps", 0)
     step = TrainingStep(config, mesh, batch)
-    variants = {"training": "", "training-xla": "xla", "training-naive": "naive"}
-    traced = {name: _lowered(*_training_step(config, mesh, batch, variant)) for name, variant in variants.items()}
+    variants = {"training": ""} if mode else {"training": "", "training-xla": "xla", "training-naive": "naive"}
+    traced = {other: program.lower(form) for other, variant in variants.items()
+              for program, form in [_training_step(config, mesh, batch, variant)]}
     step.place()
 
     def loaded(name: str) -> tuple[Callable[[], Any], float] | None:
@@ -281,15 +288,11 @@ def compare(report: Report) -> None:
                 report.add(f"{name} over ours, memory", memory / ours[1], "x")
 
     ours = loaded("training")
-    for name, (call, memory) in theirs.items():
-        measure(name, call, memory)
-    for name in list(variants)[1:]:
-        if other := loaded(name):
-            measure(name, *other)
-
-
-def _lowered(program: Program, form: Form) -> jax.stages.Lowered:
-    return program.lower(form)
+    if theirs:
+        measure(name, *theirs)
+    for other in list(variants)[1:]:
+        if found := loaded(other):
+            measure(other, *found)
 
 
 def translation(report: Report, images: int = _BATCH) -> None:
@@ -515,6 +518,7 @@ _STEPS: dict[str, Callable[[Report], None]] = {
     **{f"training-{variant}": functools.partial(training, variant=variant)
        for variant in ("56", "112", "224", "naive", "xla", "options")},
     "translation": translation, "translation-112": functools.partial(translation, images=112), "compare": compare,
+    "torch-compile": functools.partial(compare, mode="default"),
     "numbers": numbers, "blocks": attention_and_noise, "deterministic": resume, "reference": reference,
 }
 
