@@ -70,7 +70,8 @@ def main() -> None:
     for name, form, model in (
             ("naive", NAIVE, {}), ("naive, context skipped", NAIVE, {"num_classes": None}),
             ("naive", NAIVE, {"remat": "block"}), ("ours, context skipped", PLAIN, {"num_classes": None}),
-            ("ours", PLAIN, {}), ("ours", PLAIN, {"remat": "block"}), ("ours, XLA's attention", PLAIN, {"attention": "xla"})):
+            ("ours", PLAIN, {}), ("ours", PLAIN, {"remat": "block"}),
+            ("ours, XLA's attention", PLAIN, {"attention": "xla"})):
         used = peak(mesh, BATCH, form, **model)
         naive = naive or used
         image = (used - peak(mesh, OTHER_BATCH, form, **model)) / (BATCH - OTHER_BATCH)

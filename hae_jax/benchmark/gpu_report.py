@@ -34,8 +34,7 @@ _POLL = 1.0  # seconds between two checks of a step
 _GRACE = 5.0  # seconds that a step has to end after SIGTERM
 _REHEARSAL_FACTOR = 4  # for the limits of steps, since a CPU is slower
 _LEAST = 5.0  # seconds; with less time left, a step is not started
-# Seconds between two starts. At the same time, programs would disturb each other when XLA selects the fastest kernels.
-_BETWEEN_STARTS = 12.0
+_BETWEEN_STARTS = 12.0  # seconds, so that fewer steps select the fastest kernels on the GPU at the same time
 _CORES = 4  # per step. With fewer, compilations slow each other down, and steps that wait take memory of the GPU.
 WAITING, RUNNING = "waiting", "running"
 
@@ -61,18 +60,18 @@ class Step:
     alone: bool = False
 
 
-# In order of importance. Limits are for an H100 or H200, where a training step compiles in 200 to 320 s. The last step
-# uses the remaining time.
+# In order of importance. Limits are for an H100 or H200, where it took up to 360 s until a training step was compiled.
+# The last step uses the remaining time.
 STEPS = (
     Step("facts", 60, "device, matrix products, copies", alone=True),
     Step("training", 420, "training step of the full network, and the kernels that take longest"),
-    Step("compare", 600, "the training step in our forms and in eager PyTorch, in turns"),
+    Step("compare", 900, "the training step in our forms and in eager PyTorch, in turns"),
     Step("training-xla", 420, "the training step with XLA's attention"),
+    Step("training-naive", 420, "the training step in the naive form"),
     Step("translation", 420, "steps of the forward process"),
     Step("numbers", 420, "golden values, bfloat16, translation, resume"),
     Step("blocks", 420, "attention implementations, simplex noise"),
     Step("deterministic", 420, "resume with XLA's deterministic operations", flags="--xla_gpu_deterministic_ops=true"),
-    Step("training-naive", 420, "the training step in the naive form"),
     Step("torch-compile", 900, "the training step with torch.compile, in turns with ours"),
     Step("training-112", 420, "the training step with 112 images"),
     Step("translation-112", 420, "steps of the forward process with 112 images"),
@@ -111,7 +110,7 @@ def gpu_report(
     end = time.monotonic() + seconds
     results = {**record(), "seconds": seconds, "rehearsal": rehearse, "machine": {}, "figures": [],
                "steps": [{"step": step.name, "status": WAITING, "seconds": 0.0} for step in steps]}
-    waiting, most = list(zip(steps, results["steps"], strict=True)), max(2, (os.cpu_count() or 1) // _CORES)
+    waiting, most = list(zip(steps, results["steps"], strict=True)), max(2, _cores() // _CORES)
     running: list[_Running] = []
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as open_steps:
         started = -math.inf
@@ -183,7 +182,7 @@ def write_pages(folder: str | Path) -> list[Path]:
     has_gpu = any(report["machine"].get("platform") == "gpu" for reports in machines.values() for _, report in reports)
     pages["README.md"] = "\n\n".join([
         "# Measured machines", "This page lists the machines that were measured. Each link leads to the reports of one "
-        "machine.\n`python tools/gpu_report.py --seconds 480 --output results/gpu` measures a machine.\n`python "
+        "machine.\n`python tools/gpu_report.py --seconds 900 --output results/gpu` measures a machine.\n`python "
         "tools/gpu_report.py --publish results/gpu/results.json` adds its report to this folder.",
         *([] if has_gpu else ["**No GPU has been measured yet.**"]),
         *(f"- [{reports[0][1]['machine']['device']}]({name}.md), {reports[0][0]}"
@@ -221,6 +220,11 @@ def _device_is_free(work: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def _cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _may_start(step: Step, running: Sequence["_Running"], most: int) -> bool:

@@ -59,6 +59,7 @@ _FULL, _REFERENCE = "configs/brats_v2c.py", "configs/phantom_reference.py"
 _SMALL = {"variant": "fpdm", "image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1,),
           "attention_resolutions": ()}
 _NOT_RUN = (RuntimeError, ValueError, NotImplementedError)  # errors of a kernel that this device does not have
+_WAITING_STEPS = "compare", "torch-compile"  # they wait for other steps
 _SETTLE = 0.5  # seconds until the device has finished the kernels of steps that were stopped
 _TIMED_STEPS = 60  # steps of a translation that are timed
 _SAVING = 45.0  # seconds reserved to save and export the reference network; 20 in a rehearsal
@@ -66,7 +67,7 @@ _SAVING = 45.0  # seconds reserved to save and export the reference network; 20 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The destination of a step's metrics, and the metrics of earlier steps.
+    """The destination of a step's metrics, and the metrics of other steps.
 
     Attributes:
       figures: file of JSON lines, named after the step.
@@ -119,7 +120,7 @@ class Report:
         process did not end.
         """
         compiled = compile_program(functools.partial(program.lower, form), 1, options)
-        self.add("compile time, beside other programs", compiled.seconds, "s")
+        self.add("time until compiled, beside other steps", compiled.seconds, "s")
         return compiled
 
     @contextlib.contextmanager
@@ -128,7 +129,10 @@ class Report:
         folder = self.figures.parent
         with (folder / DEVICE_LOCK).open("w") as lock:  # the end of the process releases the lock as well
             fcntl.flock(lock, fcntl.LOCK_EX)
-            others = [int(path.read_text()) for path in folder.glob("*.pid") if path.stem != self.figures.stem]
+            others = []
+            for path in folder.glob("*.pid"):
+                with contextlib.suppress(FileNotFoundError):  # the step has just ended
+                    others += [int(path.read_text())] if path.stem != self.figures.stem else []
             try:
                 _send(signal.SIGSTOP, others)
                 time.sleep(_SETTLE)
@@ -138,14 +142,15 @@ class Report:
                 fcntl.flock(lock, fcntl.LOCK_UN)  # processes that were started meanwhile have the file open, too
 
     def wait_for(self, *names: str) -> None:
-        """Waits until these steps have ended, if they are part of the report."""
-        while any(done["step"] in names and done["status"] in (WAITING, RUNNING) for done in self._results()["steps"]):
+        """Waits until these steps have ended, if they are part of the report, but not longer than this step's time."""
+        while time.monotonic() < self.end and any(
+                done["step"] in names and done["status"] in (WAITING, RUNNING) for done in self._results()["steps"]):
             time.sleep(1)
 
     def steps_before(self) -> list[str]:
-        """The names of the steps that are listed before this one."""
+        """The names of the steps that are listed before this one, without those that wait for other steps."""
         names = [done["step"] for done in self._results()["steps"]]
-        return names[:names.index(self.figures.stem)]
+        return [name for name in names[:names.index(self.figures.stem)] if name not in _WAITING_STEPS]
 
     def _results(self) -> dict[str, Any]:
         return json.loads(self.results.read_text())
@@ -220,12 +225,15 @@ def training(report: Report, variant: str = "") -> None:
             if last_try:
                 report.add(f"batch {batch}, fits beside other steps", 0)
                 return
+        del step
         report.wait_for(*report.steps_before())  # they also take memory
         step, _ = _training_step(config, mesh, batch, variant)
     report.add(f"batch {batch}", batch / seconds, "images/s", seconds=seconds)
     report.add(f"batch {batch}, peak memory", memory / 1e9, "GB", planned=_planned(compiled))
     if peak := report.found("facts", "bfloat16 matrix product"):
         report.add(f"batch {batch}, MFU", 100 * step.flops() / seconds / (1e12 * peak), "% of the matrix product")
+    if longest:
+        report.add("kernels of a step, together", 1e3 * longest[0][1] / longest[0][2], "ms")
     for rank, (name, duration, share) in enumerate(longest, 1):
         report.add(f"kernel {rank}, {name[:80]}", 100 * share, "%", seconds=duration)
 
@@ -253,34 +261,43 @@ def compare(report: Report, mode: str | None = None) -> None:
     config, mesh, batch = report.config(), _one_device(), report.batch(_BATCH)
     device, theirs = device_for(mesh.devices.flat[0].platform, 1), None
     name = "PyTorch, torch.compile" if mode else "PyTorch, eager"
-    program = TorchTrainingStep(config, batch, device, Options(
-        compile=None if report.rehearse else mode, channels_last=True))
+    memory_errors = jax.errors.JaxRuntimeError, torch.OutOfMemoryError
     try:
-        # The first call tries several convolutions for each shape, or compiles.
-        with contextlib.nullcontext() if mode else report.alone():
+        with report.alone():  # the first call tries several convolutions for each shape
+            program = TorchTrainingStep(config, batch, device, Options(channels_last=True))
             program.call().block_until_ready()
+        if mode and not report.rehearse:
+            del program
+            program = TorchTrainingStep(config, batch, device, Options(compile=mode, channels_last=True))
+            program.call().block_until_ready()  # compiles it
         with report.alone():
             theirs = program.call, program.peak_memory()
-    except torch.OutOfMemoryError:
+    except memory_errors:
         report.add(f"{name}, fits beside other steps", 0)
     step = TrainingStep(config, mesh, batch)
     variants = {"training": ""} if mode else {"training": "", "training-xla": "xla", "training-naive": "naive"}
     traced = {other: program.lower(form) for other, variant in variants.items()
               for program, form in [_training_step(config, mesh, batch, variant)]}
-    step.place()
 
     def loaded(name: str) -> tuple[Callable[[], Any], float] | None:
         """The program that another step has compiled, from the compilation cache, and its peak memory in bytes."""
         report.wait_for(name)
         if memory := report.found(name, f"batch {batch}, peak memory"):
             compiled = compile_program(lambda: traced[name], 1)
-            report.add(f"{name}, time to load it from the cache", compiled.seconds, "s")
+            report.add(f"{name}, time to load or compile it", compiled.seconds, "s")
             return functools.partial(step.call, compiled.executable), 1e9 * memory
         return None
 
     def measure(name: str, call: Callable[[], Any], memory: float | None) -> None:
-        with report.alone():
-            turns = in_turns([*([ours[0]] if ours else []), call], 1 if report.rehearse else 3)
+        try:
+            with report.alone():
+                step.place()
+                turns = in_turns([*([ours[0]] if ours else []), call], 1 if report.rehearse else 3)
+        except memory_errors as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            report.add(f"{name}, fits beside other steps", 0)
+            return
         report.add(f"{name}, batch {batch}", batch / float(np.median(turns[-1])), "images/s", turns=turns.tolist())
         if ours:
             report.add(f"{name} over ours, time", float(np.median(turns[1] / turns[0])), "x")

@@ -27,7 +27,7 @@ examples:
   python tools/benchmark.py --part train,forward --baseline torch    # PyTorch, in turns with ours
   python tools/benchmark.py --variant hae_v2c,fpdm --part forward --baseline none
   python tools/benchmark.py --config configs/brats_v2c.py --batch 28 --output results/full  # the full network
-  python tools/benchmark.py --config configs/brats_v2c.py --config.model.attention=cudnn    # another form of attention
+  python tools/benchmark.py --config configs/brats_v2c.py --config.model.attention=xla    # another form of attention
   python tools/benchmark.py --config configs/brats_v2c.py --part train,input --baseline none # loader and step
   python tools/benchmark.py --part blocks --batch 4                  # single blocks: ours against others"""
 

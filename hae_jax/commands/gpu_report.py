@@ -13,11 +13,11 @@ from hae_jax.errors import UserError
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _DESCRIPTION = """\
 Measure this project on a machine with a GPU. Each step is a process with its own time limit. If a step fails or times
-out, the next steps still run. Steps that compile large programs start at the same time, and are measured one after the
-other. Every value is written to FOLDER/results.json as soon as it is measured."""
+out, the others still run. As many steps run at the same time as the cores allow, and a step that measures stops the
+others meanwhile. Every value is written to FOLDER/results.json as soon as it is measured."""
 _EPILOG = """\
 examples:
-  python tools/gpu_report.py --seconds 480 --output results/gpu
+  python tools/gpu_report.py --seconds 900 --output results/gpu
   python tools/gpu_report.py --seconds 600 --output results/rehearsal --rehearse     # small sizes, on any machine
   python tools/gpu_report.py --requirements > wheels.txt    # packages that an offline GPU machine lacks
   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="gpu_report.py", description=_DESCRIPTION, epilog=f"{steps}\n\n{_EPILOG}", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seconds", type=float, default=480, metavar="N", help="time limit of all steps together; default: 480")
+    add("--seconds", type=float, default=900, metavar="N", help="time limit of all steps together; default: 900")
     add("--output", metavar="FOLDER", help="folder for results.json, log.txt, the profile, and the reference network "
         "with its log")
     add("--steps", metavar="A,B", help="run only these steps; default: all of those below")

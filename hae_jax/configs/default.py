@@ -52,7 +52,7 @@ def _model() -> ml_collections.ConfigDict:
     model.remat = "none"  # what the backward pass recomputes to save memory: none, block or full
     model.dtype = "float32"  # type of computation: float32 or bfloat16; parameters are always float32
     # How attention and convolution are computed (`hae_jax.ops.forms`). A run may be resumed or used with other forms.
-    model.attention = "auto"  # auto (rows on CPUs, xla elsewhere), xla, or cudnn (FlashAttention on GPUs in bfloat16)
+    model.attention = "auto"  # auto (docs/performance.md), xla, or cudnn (FlashAttention on GPUs in bfloat16)
     model.convolution = "auto"  # auto (winograd on CPUs, xla elsewhere), xla or winograd
     return model
 

@@ -1,4 +1,4 @@
-"""Attention of each block of queries over its linked blocks of keys, with a backward pass that stores no weights.
+"""Attention of each block of queries over its linked blocks of keys, whose backward pass computes the weights again.
 
 It is the form for accelerators: all heads at the same time. The gradient of the gathered blocks is a matrix product,
 since sums by index are slow on GPUs, and their order varies there.
@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hae_jax.ops.threefry import kept
+from hae_jax.ops.threefry import dropped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -37,7 +37,8 @@ def _forward(q, k, v, links, keys, rate, tokens):
     peak = scores.max(-1)
     p = jnp.exp(scores - peak[..., None])
     total = p.sum(-1)
-    out = _product("bhnit,bhntd->bhnid", _dropped(p, keys, rate).astype(v.dtype), _gathered(v, links))
+    weights = p if keys is None else dropped(p, keys, rate)
+    out = _product("bhnit,bhntd->bhnid", weights.astype(v.dtype), _gathered(v, links))
     out = (out / total[..., None]).astype(v.dtype)
     return out, (q, k, v, links, keys, out, peak + jnp.log(total))
 
@@ -49,7 +50,7 @@ def _backward(rate, tokens, residuals, dout):
     # With a barrier, scores and dropout are computed again. Otherwise XLA would store those of the forward pass.
     q, k, v, keys, dout = jax.lax.optimization_barrier((q, k, v, keys, dout))
     p = jnp.exp(_scores(q, k, links, tokens) - lse[..., None])
-    weights = _dropped(p, keys, rate)
+    weights = p if keys is None else dropped(p, keys, rate)
     shift = (dout.astype(jnp.float32) * out).sum(-1)
     dp = _product("bhnid,bhntd->bhnit", dout, _gathered(v, links))
     ds = ((weights * dp - p * shift[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
@@ -82,13 +83,6 @@ def _to_blocks(da: jax.Array, a: jax.Array, links: jax.Array) -> jax.Array:  # -
     da = da.astype(a.dtype).reshape(*a.shape[:3], -1, *a.shape[3:])
     precision = "highest" if a.dtype == jnp.float32 else None  # the values are not to be rounded for the sum
     return _product("nsm,bhnsid->bhmid", seen, da, precision=precision).astype(a.dtype)
-
-
-def _dropped(p: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
-    if keys is None:
-        return p
-    keep, share = kept(keys, rate, p.shape[2:])
-    return jnp.where(keep, p / share, 0)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -11,9 +11,9 @@ _MOST_NUMBERS = 128  # channels per head, at most
 _NOT_SEEN = -1e4  # a logit with weight zero; it is finite, so that zero times it is zero
 
 
-def fits(q: jax.Array) -> bool:  # [..., d]
-    """Whether the kernel supports heads of this size, with and without the context."""
-    return q.shape[-1] % _EXTRA == 0 and q.shape[-1] + _EXTRA <= _MOST_NUMBERS
+def fits(q: jax.Array) -> bool:  # [B, T, h, d]
+    """Whether the kernel supports heads of this size, with and without the context, and this number of tokens."""
+    return q.shape[-1] % _EXTRA == 0 and q.shape[-1] + _EXTRA <= _MOST_NUMBERS and q.shape[1] % 2 == 0
 
 
 def attend(

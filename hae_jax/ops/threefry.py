@@ -1,6 +1,6 @@
 """Random words by the hash Threefry-2x32 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", SC).
 
-Dropout uses them.
+Also dropout with these words.
 """
 
 import functools

@@ -130,14 +130,21 @@ figures.with_name("done").touch()"""
 
 def test_others_go_on_after_a_step_that_ended_while_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BETWEEN_STARTS", 0.0)
-    hangs = f"{_MEASURES}\nwith report.alone():\n    time.sleep(60)"
-    results = gpu_report(tmp_path, 60, steps=[
-        step("goes on", _WRITES + "file.close(); time.sleep(8)", limit=30), step("hangs", hangs, limit=7)])
-    assert [s["status"] for s in results["steps"]] == ["finished", "stopped after 7 s"]
+    dies = f"""{_MEASURES}
+with report.alone():
+    report.add("measures", 1)
+    figures.with_name("died").touch()
+    __import__("os").kill(__import__("os").getpid(), 9)"""
+    goes_on = f"""{_MEASURES}
+while not figures.with_name("died").exists():
+    time.sleep(0.01)"""
+    results = gpu_report(tmp_path, 90, steps=[step("goes on", goes_on), step("dies", dies)])
+    assert [s["status"] for s in results["steps"]] == ["finished", "failed: it printed nothing"]
+    assert [figure["name"] for figure in results["figures"]] == ["measures"]
 
 
 def test_a_step_waits_for_another_one(tmp_path):
-    report = Report(tmp_path / "b.jsonl", tmp_path / "results.json", tmp_path, 0, True)
+    report = Report(tmp_path / "b.jsonl", tmp_path / "results.json", tmp_path, time.monotonic() + 60, True)
     steps = [{"step": "a", "status": "running"}, {"step": "b", "status": "running"}]
     report.results.write_text(json.dumps({"steps": steps, "figures": [{"step": "a", "name": "n", "value": 2}]}))
     assert report.steps_before() == ["a"]
@@ -169,11 +176,11 @@ def test_steps_compile_beside_each_other_and_measure_alone(name, tmp_path, monke
     monkeypatch.setattr(Report, "found", lambda *_: None)
     monkeypatch.setattr(gpu_steps, "compile_program", lambda *_: seen.append(("compile", *inside)) or _Program())
     for program in (gpu_steps.TrainingStep, gpu_steps.TranslationOfBatch):
-        monkeypatch.setattr(program, "place", lambda self: None)
+        monkeypatch.setattr(program, "place", lambda self: seen.append(("place", *inside)))
         monkeypatch.setattr(program, "call", lambda self, _: seen.append(("call", *inside)))
     monkeypatch.setattr(gpu_steps, "longest_kernels", lambda call, keep: call() or [])
     gpu_steps._STEPS[name](Report(tmp_path / f"{name}.jsonl", tmp_path, tmp_path, time.monotonic() + 60, True))
-    assert set(seen) == {("compile",), ("call", "alone")}
+    assert set(seen) == {("compile",), ("place", "alone"), ("call", "alone")}
 
 
 def test_a_program_that_does_not_fit_is_tried_again_after_the_steps_before(tmp_path, monkeypatch):
@@ -188,7 +195,8 @@ def test_a_program_that_does_not_fit_is_tried_again_after_the_steps_before(tmp_p
     monkeypatch.setattr(gpu_steps.TrainingStep, "place", lambda self: None)
     monkeypatch.setattr(Report, "wait_for", lambda self, *names: waited.append(names))
     results, figures = tmp_path / "results.json", tmp_path / "training-112.jsonl"
-    results.write_text(json.dumps({"steps": [{"step": "training"}, {"step": "training-112"}], "figures": []}))
+    names = "training", "compare", "training-112", "blocks"
+    results.write_text(json.dumps({"steps": [{"step": name} for name in names], "figures": []}))
     gpu_steps._STEPS["training-112"](Report(figures, results, tmp_path, time.monotonic() + 60, True))
     assert waited == [("training",)]
     assert tried == [0, 1]

@@ -81,12 +81,13 @@ def test_blocks_never_build_all_pairs(form: str, tokens: int):
     assert max(np.prod(shape, dtype=int) for shape in dense) == heads * tokens**2  # checks the measure itself
 
 
-def test_a_ragged_last_block_sees_and_gives_nothing_of_its_filling():
+@pytest.mark.parametrize("form", ["rows", "xla"])
+def test_a_ragged_last_block_sees_and_gives_nothing_of_its_filling(form):
     """All logits are far below zero. The padding's logits are zero and would dominate every softmax."""
     tokens = 100
     links = sparse.block_links(tokens, KEY)
     q, k = jnp.full((1, tokens, 1, 4), 30.0), jnp.full((1, tokens, 1, 4), -30.0)
-    out = sparse.attend_blocks(q, k, jnp.ones_like(q), links, form="rows")
+    out = sparse.attend_blocks(q, k, jnp.ones_like(q), links, form=form)
     np.testing.assert_allclose(out, 1, rtol=1e-5)
 
 
@@ -105,6 +106,23 @@ def test_gradients_with_dropout_are_the_same_in_both_forms(tokens):
     for gradient, expected, other in zip(found, wanted, without, strict=True):
         assert_close(gradient, expected, 1e-5)
         assert np.abs(gradient - other).max() > 0.1
+
+
+def test_bfloat16_rounds_no_sums():
+    """Errors of single values are those of the inputs and of the weights, 2^-9 each."""
+    rng = np.random.default_rng(0)
+    q, k, v, direction = (jnp.asarray(rng.standard_normal((1, 256, 2, 8)), "bfloat16") for _ in range(4))
+    links, drop = sparse.block_links(256, KEY), HeadDropout(jax.random.split(OTHER, (1, 2)), 0.1)
+
+    def run(*inputs):
+        attend = functools.partial(sparse.attend_blocks, links=links, drop=drop, form="xla")
+        scalar = lambda q, k, v: jnp.sum((direction * attend(q, k, v)).astype("f4"))
+        return jax.jit(jax.grad(scalar, argnums=(0, 1, 2)))(*inputs)
+
+    for gradient, exact in zip(run(q, k, v), run(*(a.astype("f4") for a in (q, k, v))), strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        error = np.asarray(gradient, np.float64) - np.asarray(exact, np.float64)
+        assert np.linalg.norm(error) < 0.01 * np.linalg.norm(np.asarray(exact, np.float64))
 
 
 def test_dropout_of_weights_differs_by_head_and_is_the_same_in_both_forms():

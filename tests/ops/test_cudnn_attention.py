@@ -81,7 +81,8 @@ def test_what_the_kernel_does_not_take_is_computed_by_xla(monkeypatch):
         links = sparse.block_links(tokens, jax.random.key(0))
         attend_blocks = functools.partial(sparse.attend_blocks, drop=drop, form="cudnn")
         assert jax.eval_shape(attend_blocks, q, k, v, links).shape == q.shape
-    q = jnp.ones((1, 4, 1, 128))
     attend_with_context = functools.partial(attention.attend_with_context, context=None, kernel=None, bias=None,
                                             form="cudnn")
-    assert jax.eval_shape(attend_with_context, q, q, q).shape == q.shape
+    for shape in ((1, 4, 1, 128), (1, 225, 1, 64)):  # too many channels, an odd number of tokens
+        q = jnp.ones(shape)
+        assert jax.eval_shape(attend_with_context, q, q, q).shape == shape

@@ -1,9 +1,12 @@
 """The rule for the choice of forms of operations, and XLA's options."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from hae_jax.ops import forms
 from hae_jax.ops.forms import attention_form, compiler_options, convolution_form
 
 
@@ -12,8 +15,18 @@ from hae_jax.ops.forms import attention_form, compiler_options, convolution_form
     ("cudnn", "bfloat16", "gpu", "cudnn"), ("cudnn", "float32", "gpu", "xla"), ("cudnn", "bfloat16", "cpu", "rows"),
     ("cudnn", "bfloat16", "tpu", "xla"), ("xla", "float32", "cpu", "xla"),
     ("materialised", "float32", "gpu", "materialised")])
-def test_attention(choice, dtype, platform, form):
+def test_attention(choice, dtype, platform, form, monkeypatch):
+    monkeypatch.setattr(forms, "_compute_capability", lambda: 7.5)
     assert attention_form(choice, dtype, platform) == form
+
+
+@pytest.mark.parametrize(("capability", "dtype", "form"), [
+    ("8.0", "bfloat16", "cudnn"), ("9.0", "float16", "cudnn"), ("9.0", "float32", "xla"), ("7.5", "float16", "xla"),
+    ("gfx90a", "bfloat16", "xla"), (None, "bfloat16", "xla")])
+def test_automatic_attention_is_cudnn_s_on_gpus_that_have_it(capability, dtype, form, monkeypatch):
+    device = types.SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert attention_form("auto", dtype, "gpu") == form
 
 
 @pytest.mark.parametrize(("choice", "platform", "form"), [
