@@ -72,7 +72,7 @@ def compiler_options() -> dict[str, Any]:
 
     - CPUs: the order of operations that needs the least memory: measured, a tenth less, and a little faster.
     - GPUs: to shorten the compilation, Triton kernels are not timed against XLA's own for each fusion and matrix
-      product, and no model of communication between GPUs is evaluated for each kernel. By XLA's plan, a training step
-      of `brats_v2c` takes 7 % more memory then. The effect on the programs' time has not been measured.
+      product, and no model of communication between GPUs is evaluated for each kernel. The effect on the programs'
+      time and memory has not been measured on a GPU.
     """
     return _COMPILER_OPTIONS.get(jax.default_backend(), {})
