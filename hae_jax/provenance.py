@@ -70,3 +70,8 @@ def record() -> dict[str, Any]:
         "git_revision": git_revision(),
         "versions": versions(),
     }
+
+
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ from typing import Any
 from hae_jax.benchmark.results import number, render
 from hae_jax.errors import UserError
 from hae_jax.files import write_json, written_whole
-from hae_jax.provenance import record
+from hae_jax.provenance import cores, record
 
 RESULTS = "results.json"
 LOG = "log.txt"  # output of the steps
@@ -110,7 +110,7 @@ def gpu_report(
     end = time.monotonic() + seconds
     results = {**record(), "seconds": seconds, "rehearsal": rehearse, "machine": {}, "figures": [],
                "steps": [{"step": step.name, "status": WAITING, "seconds": 0.0} for step in steps]}
-    waiting, most = list(zip(steps, results["steps"], strict=True)), max(2, _cores() // _CORES)
+    waiting, most = list(zip(steps, results["steps"], strict=True)), max(2, cores() // _CORES)
     running: list[_Running] = []
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as open_steps:
         started = -math.inf
@@ -220,11 +220,6 @@ def _device_is_free(work: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def _cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _may_start(step: Step, running: Sequence["_Running"], most: int) -> bool:

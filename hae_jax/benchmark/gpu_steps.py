@@ -47,7 +47,7 @@ from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.localization.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
 from hae_jax.model import UNet
 from hae_jax.ops.forms import compiler_options
-from hae_jax.provenance import versions
+from hae_jax.provenance import cores, versions
 from hae_jax.torch_interop.weights import load_torch_state, torch_state
 from hae_jax.training.mesh import make_mesh
 from hae_jax.training.state import network_config
@@ -370,7 +370,7 @@ def reference(report: Report) -> None:
 
 def _reference_config(report: Report, work: Path) -> tuple[ml_collections.ConfigDict, list[str]]:
     """The reference network's config, with data in a separate folder and a batch large enough for a GPU."""
-    workers = max(1, min(16, len(os.sched_getaffinity(0))))
+    workers = min(16, cores())
     fields = {"data.root": work / "store", "data.phantom.cases": work / "cases", "data.phantom.workers": workers,
               "model.dtype": "bfloat16", "training.batch_size": 64, "training.ema_rates": "(0.9995,)"}
     if report.rehearse:

@@ -5,7 +5,6 @@ predicted noise, gradients and their norm, AdamW, EMA weights. The forward pass 
 """
 
 import contextlib
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from hae_jax.benchmark.torch_network import TorchNetwork
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.model import UNet
+from hae_jax.provenance import cores
 from hae_jax.torch_interop.weights import torch_state
 from hae_jax.training.state import network_config
 
@@ -204,11 +204,6 @@ def description(device: str) -> str:
     """PyTorch's version and device, for the head of the table."""
     where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
     return f"torch {torch.__version__} ({where})"
-
-
-def cores() -> int:
-    """The number of cores that this process may use. JAX uses all of them, and so does PyTorch here."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _initial_weights(network: Any, seed: int) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 
+from hae_jax.provenance import cores
+
 
 def use_all_cores(batch_size: int = 0) -> None:
     """Splits the CPU into JAX devices. There is one per core, or fewer, so that their number divides the batch.
@@ -16,10 +18,9 @@ def use_all_cores(batch_size: int = 0) -> None:
     Args:
       batch_size: the global batch, which is cut into equal parts; 0: any number of parts is possible.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # If JAX is already in use, as in a notebook, its devices stay as they are.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores() + 1) if batch_size % n == 0))
 
 
 def use_compilation_cache() -> None:
