@@ -14,8 +14,7 @@ import numpy as np
 from hae_jax.data.case_warning import CaseWarning
 from hae_jax.data.layouts import MODALITIES, CaseFiles, ImageFile, find_cases, images_in
 from hae_jax.data.lesion_mask import lesion_mask
-from hae_jax.data.nifti import header_warnings, read_volume
-from hae_jax.data.orientation import ORIENTATION, Grid
+from hae_jax.data.nifti import ORIENTATION, Grid, header_warnings, read_volume
 from hae_jax.data.preprocessing_signs import preprocessing_signs
 from hae_jax.data.presence import absence
 from hae_jax.errors import UserError

@@ -1,10 +1,14 @@
 """Reading and writing of NIfTI files. No other module does either.
 
-A volume is read as float32 in LPS, together with its grid on disk. Results are written on that grid. Data type, units
-and voxel size are taken from the header; a header with unusable values raises an error.
+A volume is read as float32, together with its grid on disk, and reoriented to LPS (axes towards left, posterior,
+superior). This is the orientation of BraTS, on which the published networks were trained. Axes are only swapped and
+flipped, and nothing is resampled. An oblique image is assigned to the closest axes. Results are written on the grid on
+disk. Data type, units and voxel size are taken from the header; a header with unusable values raises an error.
 """
 
 import contextlib
+import dataclasses
+import functools
 import gzip
 import logging
 import os
@@ -15,16 +19,16 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel import imageglobals
+from nibabel import imageglobals, orientations
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from hae_jax.data.case_warning import CaseWarning
-from hae_jax.data.orientation import Grid
 from hae_jax.data.presence import absence, pointer
 from hae_jax.errors import UserError
 from hae_jax.files import written_whole
 
+ORIENTATION = "LPS"
 EXTENSIONS = (".nii.gz", ".nii", ".NII.GZ", ".NII")  # new files get the first
 SPACING = (0.02, 30.0)  # mm between voxels in an image of a head, lowest and highest
 SIZES_AGREE = 0.01  # relative difference up to which two voxel sizes count as equal
@@ -36,6 +40,61 @@ _CODES = range(6)  # valid sform and qform codes
 _GZIP = b"\x1f\x8b"
 _HEADER_SIZES = {348, 540}  # the first number of a NIfTI-1 or NIfTI-2 file
 _CHUNK = 2**22  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The voxel grid of an image as it lies on disk.
+
+    Attributes:
+      shape: (X, Y, Z) of the file.
+      affine: [4, 4] float64, voxel -> mm (RAS+, as nibabel gives it).
+      header: of a 3-D image on this grid; results are written with it.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    header: nib.Nifti1Header
+
+    @property
+    def axes(self) -> str:
+        """The closest axis codes, such as "RAS"."""
+        return "".join(nib.aff2axcodes(self.affine))
+
+    @functools.cached_property
+    def transform(self) -> np.ndarray:
+        """[3, 2], for each axis of the file: its axis in LPS, and its direction there, kept (1) or flipped (-1)."""
+        return orientations.ornt_transform(orientations.io_orientation(self.affine),
+                                           orientations.axcodes2ornt(ORIENTATION))
+
+    @property
+    def reoriented_affine(self) -> np.ndarray:  # [4, 4]
+        """The affine, voxel to mm, of the volume that `reorient` returns."""
+        return self.affine @ orientations.inv_ornt_aff(self.transform, self.shape)
+
+    @property
+    def reoriented_shape(self) -> tuple[int, int, int]:
+        """The shape of the volume that `reorient` returns."""
+        shape = [0, 0, 0]
+        for size, axis in zip(self.shape, self.transform[:, 0], strict=True):
+            shape[int(axis)] = size
+        return shape[0], shape[1], shape[2]
+
+    def reorient(
+        self,
+        values: np.ndarray,  # [X, Y, Z] in the file's axes
+    ) -> np.ndarray:  # the same voxels in LPS; a view
+        """Reorients a volume to LPS."""
+        return orientations.apply_orientation(values, self.transform)
+
+    def restore(
+        self,
+        values: np.ndarray,  # [X', Y', Z'] in LPS
+    ) -> np.ndarray:  # [X, Y, Z] in the file's axes
+        """Reorients a volume from LPS to the file's axes; the inverse of `reorient`."""
+        back = orientations.ornt_transform(orientations.axcodes2ornt(ORIENTATION),
+                                           orientations.io_orientation(self.affine))
+        return np.ascontiguousarray(orientations.apply_orientation(values, back))
 
 
 def stem(path: Path) -> str:

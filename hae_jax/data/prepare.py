@@ -25,7 +25,7 @@ from hae_jax.data.case_warning import CaseWarning
 from hae_jax.data.cases import MODALITIES, CaseFiles, find_cases, read_case
 from hae_jax.data.layouts import check_modalities, looked_for
 from hae_jax.data.lesion_mask import refuse_head_mask
-from hae_jax.data.orientation import ORIENTATION
+from hae_jax.data.nifti import ORIENTATION
 from hae_jax.data.presence import absence, is_there
 from hae_jax.data.slices import CaseSlices, case_slices
 from hae_jax.data.splits import SPLITS, split_patients

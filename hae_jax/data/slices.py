@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from hae_jax.data.case_warning import CaseWarning
 from hae_jax.data.cases import Case
-from hae_jax.data.orientation import Grid
+from hae_jax.data.nifti import Grid
 from hae_jax.errors import UserError
 
 PERCENTILE = 99.0  # of a modality's positive voxels; this intensity becomes 1

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.data.cases import Case
-from hae_jax.data.orientation import Grid
+from hae_jax.data.nifti import Grid
 from hae_jax.data.slices import (
     SlicedCase,
     SliceGrid,

@@ -16,8 +16,7 @@ import numpy as np
 
 from hae_jax.data.cases import CaseFiles, ImageFile, read_case
 from hae_jax.data.layouts import MODALITIES
-from hae_jax.data.nifti import read_volume
-from hae_jax.data.orientation import Grid
+from hae_jax.data.nifti import Grid, read_volume
 from hae_jax.errors import UserError
 from hae_jax.report import sprites
 from hae_jax.report.kinds import are_slices

@@ -11,8 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from hae_jax.data.cases import AFFINE_TOLERANCE, find_cases, read_case
-from hae_jax.data.nifti import header_warnings, read_volume, write_volume
-from hae_jax.data.orientation import Grid
+from hae_jax.data.nifti import Grid, header_warnings, read_volume, write_volume
 from hae_jax.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from hae_jax.data.orientation import Grid
+from hae_jax.data.nifti import Grid
 
 SHAPE = (4, 5, 6)
 TILT = nib.eulerangles.euler2mat(0.3, -0.25, 0.2)  # radians; less than 45 degrees in all
