@@ -36,6 +36,16 @@ class TrainedRun(NamedTuple):
         return Path("results") / self.folder.name if self.folder.parent == SHIPPED else self.folder
 
     @property
+    def calibrations(self) -> Path:
+        """Folder for calibrations that are made with this network."""
+        return self.results / "calibrations"
+
+    @property
+    def shipped_calibration(self) -> Path:
+        """File of the calibration that came with the weights. It need not exist."""
+        return self.folder / CALIBRATION
+
+    @property
     def method(self) -> Method:
         """The method that `config.translation` describes."""
         return make_method(self.config)
@@ -51,8 +61,8 @@ class TrainedRun(NamedTuple):
         if (found := given(self.config, method, self.identity)) is not None:
             return found
         wanted = calibration_key(self.config, None, method, self.identity)
-        for find in (lambda: self.folder / CALIBRATION,
-                     lambda: newest_for_other_data(method, self.folder / "calibrations", wanted)):
+        for find in (lambda: self.shipped_calibration,
+                     lambda: newest_for_other_data(method, self.calibrations, wanted)):
             with contextlib.suppress(UserError):
                 found = load_calibration(method, find())
                 if fits(found, wanted):

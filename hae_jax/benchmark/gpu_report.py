@@ -37,6 +37,14 @@ _LEAST = 5.0  # seconds; with less time left, a step is not started
 _BETWEEN_STARTS = 12.0  # seconds, so that fewer steps select the fastest kernels on the GPU at the same time
 _CORES = 4  # per step. With fewer, compilations slow each other down, and steps that wait take memory of the GPU.
 WAITING, RUNNING = "waiting", "running"
+_ABOUT_PAGE = """\
+This page has the GPU reports of one machine, the newest first. Each row is one metric of one step of the report.
+
+- `batch 28`: training steps with 28 images. `fits 0` and `fits beside other steps 0`: the program did not fit into the
+  memory, which other steps used as well.
+- `kernel 1`: the kernel that takes longest, with its share of the time of all kernels of a training step.
+- `600 steps, from 60`: time of 600 steps, computed from 60 that were timed.
+- goal: the limit for the metric, and whether the metric keeps it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +184,7 @@ def write_pages(folder: str | Path) -> list[Path]:
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-15:], reverse=True):
         report = _read(path)
         machines.setdefault(path.stem[:-16], []).append((report["created"][:16].replace("T", " "), report))
-    pages = {f"{name}.md": "\n\n".join([f"# {reports[0][1]['machine']['device']}", *(
+    pages = {f"{name}.md": "\n\n".join([f"# {reports[0][1]['machine']['device']}", _ABOUT_PAGE, *(
         f"## {date}, revision {report['git_revision']}\n\n{table(report)}" for date, report in reports)])
         for name, reports in machines.items()}
     has_gpu = any(report["machine"].get("platform") == "gpu" for reports in machines.values() for _, report in reports)

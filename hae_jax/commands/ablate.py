@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hae_jax.commands.common import CommandParser, check_fields, entry_point
-from hae_jax.commands.runs import DEMO_CONFIG, check_overrides
+from hae_jax.commands.runs import check_overrides
 
 _DESCRIPTION = """\
 Measure the effect of each setting of the method residual on slices of the validation split. Writes ablation.md and
-ablation.json. The first row has the settings of the config. Each further row changes one of them. Test subjects are not
-used. --config.translation.FIELD=VALUE changes a setting for all rows (configs/default.py explains all fields)."""
+ablation.json. The first row is the intensity threshold. The second row has the settings of the config. Each further row
+changes one of them. Test subjects are not used. --config.translation.FIELD=VALUE changes a setting for all rows
+(configs/default.py explains all fields)."""
 _EPILOG = """\
 examples:
   python tools/ablate.py --checkpoint runs/a
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "train.py, folder of exported weights, or name of shipped weights; default: "
                         "the shipped weights of the phantom")
     parser.add_argument("--slices", type=int, default=256, metavar="N", help="validation slices used; default: 256")
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: RUN/ablation")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: RUN/ablation (shipped "
+                        "weights: results/NAME/ablation)")
     arguments, overrides = parser.parse_known_args(argv)
     check_overrides(overrides)
     check_fields(overrides)
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     use_all_cores()
     use_compilation_cache()
-    loaded = chosen_network(None, DEMO_CONFIG, arguments.checkpoint, overrides)
+    loaded = chosen_network(None, arguments.checkpoint, overrides)
     config = loaded.config
     ensure_phantom(config.data, config.model.image_size)
     page = ablate(loaded.model, config, make_mesh(), open_store(config.data.root), variations(config),

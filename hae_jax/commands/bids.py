@@ -11,8 +11,10 @@ from hae_jax.errors import UserError
 
 _DESCRIPTION = """\
 Find lesions in a BIDS dataset and write BIDS derivatives. The level participant processes the subjects. The level group
-collects their lesion volumes in one table. All other options are those of translate.py, for example --checkpoint RUN,
+collects their lesion volumes in one table. The two folders and the level come first. After them, the options of
+translate.py may follow, except --input, --cases, --output and --layout, for example --checkpoint RUN,
 --save-probability, --save-healthy, --calibration FILE, --config.translation.draws=4."""
+_OWN = ("--input", "--cases", "--output", "--layout")  # options of translate.py that this command sets itself
 _EPILOG = """\
 examples:
   hae-bids /data/bids /data/bids/derivatives/hae participant --checkpoint runs/a
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{others[0]}: the level group does not take this argument; see --help")
         print(f"table: {write_group_table(arguments.output_dir)}")
         return
+    if refused := [argument for argument in others if argument.partition("=")[0] in _OWN]:
+        raise UserError(f"{refused[0]}: is set by this command; leave it out")
     from hae_jax.commands import translate
 
     subjects = _subjects(arguments.bids_dir, arguments.participant_label)

@@ -1,4 +1,4 @@
-"""Shared by all commands: the parser, and one line instead of a traceback for user mistakes."""
+"""Shared by the commands: the parser, and one line instead of a traceback for user mistakes."""
 
 import argparse
 import difflib

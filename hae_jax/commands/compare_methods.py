@@ -35,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dae", metavar="RUN", help="run of configs/dae.py, for the method dae")
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases with segmentations; default: the test split "
                         "of the config's data")
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: a folder RUN/comparison...")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the tables; default: RUN/comparison (shipped "
+                        "weights: results/NAME/comparison), followed by the name of --input or the seed")
     parser.add_argument("--phantom-seed", type=int, metavar="N", help="compare on a new phantom of this seed, made in "
                         "data/ with the settings of the training phantom; methods without a calibration are "
                         "calibrated on its validation subjects")
@@ -65,11 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.pipeline.comparison import Network, check, compare, compare_steps, method_entries, steps_entries
     from hae_jax.runs import TrainedRun
     from hae_jax.training.mesh import make_mesh
-    from hae_jax.training.weights import CALIBRATION
 
     use_all_cores()
     use_compilation_cache()
-    loaded = chosen_network(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    loaded = chosen_network(arguments.config, arguments.checkpoint, overrides)
     config = loaded.config
     if arguments.phantom_seed is not None:
         if arguments.input:
@@ -78,14 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     ensure_phantom(config.data, config.model.image_size)
 
     def network(loaded: TrainedRun, trained_with=None) -> Network:
-        return Network(loaded.model, loaded.identity, loaded.results / "calibrations", trained_with,
-                       loaded.folder / CALIBRATION)
+        return Network(loaded.model, loaded.identity, loaded.calibrations, trained_with, loaded.shipped_calibration)
 
     others = {}
     for names, run in ((("anoddpm-simplex", "anoddpm-gaussian"), arguments.unconditional), (("dae",), arguments.dae)):
         if run:
             ema = f"--config.translation.ema={config.translation.ema}"  # this setting selects its parameters
-            other = chosen_network(None, DEMO_CONFIG, run, [ema])
+            other = chosen_network(None, run, [ema])
             others |= dict.fromkeys(names, network(other, other.config))
     if arguments.classifier:
         others["classifier"] = network(with_classifier(loaded, arguments.classifier))

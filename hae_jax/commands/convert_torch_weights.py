@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.to_torch:
-        if overrides or arguments.checkpoint or arguments.output or arguments.config or any(arguments.ema):
+        others = (overrides, arguments.checkpoint, arguments.optimizer, arguments.output, arguments.config,
+                  arguments.verify, *arguments.ema)
+        if any(others):
             parser.error("--to-torch RUN FILE can be combined only with --ema (without a file)")
         _export(*arguments.to_torch, ema=bool(arguments.ema))
     elif not arguments.checkpoint or not arguments.output or "" in arguments.ema:

@@ -1,10 +1,9 @@
 """tools/draw_models.py: the drawing and the table of parameters in docs/models.md."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import CommandParser, entry_point
 from hae_jax.commands.config import read_config
 
 _NETWORKS = ("brats_fpdm", "brats_hae", "brats_hae_lite", "brats_v2", "brats_v2c")
@@ -17,9 +16,8 @@ examples:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws, or prints the table."""
-    parser = argparse.ArgumentParser(
-        prog="draw_models", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG,
-        description="Draw the five networks with the sizes of configs/brats_v2c.py, or count their parameters.")
+    parser = CommandParser("Draw the five networks with the sizes of configs/brats_v2c.py, or count their parameters.",
+                           _EPILOG)
     parser.add_argument("--output", default="docs/models.svg", metavar="FILE",
                         help="drawing to write: .svg, .png or .pdf; default: docs/models.svg")
     parser.add_argument("--table", action="store_true",

@@ -25,23 +25,27 @@ def _parser() -> argparse.ArgumentParser:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", metavar="FOLDER", help="new folder for the network")
     target.add_argument("--nnunet", metavar="FOLDER", help="new folder for the dataset")
-    parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN", default="phantom",
-                        help="with --to: run folder of train.py, or name of shipped weights (default: %(default)s)")
+    parser.add_argument("--run", "--checkpoint", dest="checkpoint", metavar="RUN",
+                        help="with --to: run folder of train.py, folder of exported weights, or name of shipped "
+                        "weights; default: phantom")
     parser.add_argument("--results", metavar="FOLDER", help="results of translate.py: metrics for the card, or masks")
-    parser.add_argument("--license", metavar="ID", default="unknown", help="with --to: licence of the weights, as "
-                        "the Hub abbreviates it (default: %(default)s)")
-    parser.add_argument("--half", action="store_true", help="with --to: store the weights in half precision; the "
-                        "calibration is left out, because it belongs to the full-precision weights")
+    parser.add_argument("--license", metavar="ID", help="with --to: licence of the weights, as "
+                        "the Hub abbreviates it; default: unknown")
+    parser.add_argument("--half", action="store_true", help="with --to: store the weights in half precision; a "
+                        "calibration of full-precision weights is left out, because it belongs to them")
     parser.add_argument("--cases", type=int, metavar="N",
-                        help="with --nnunet: only the N most certain cases (default: all)")
+                        help="with --nnunet: only the N most certain cases; default: all")
     return parser
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and writes the folder."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     if arguments.nnunet:
+        if arguments.checkpoint or arguments.license or arguments.half:
+            parser.error("--run, --license and --half belong to --to; leave them out with --nnunet")
         if not arguments.results:
             raise UserError("--nnunet: needs the folder of masks; give it with --results")
         from hae_jax.pipeline.nnunet import ORDER, export_nnunet
@@ -50,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(names)} cases in {arguments.nnunet}, the most certain first in {ORDER}: {', '.join(names[:5])}"
               f"{', ...' if len(names) > 5 else ''}")
         return
+    if arguments.cases is not None:
+        parser.error("--cases belongs to --nnunet; leave it out with --to")
     from hae_jax.pipeline.export import export_network
 
-    for line in export_network(arguments.checkpoint, arguments.to, license_id=arguments.license,
-                               results=arguments.results, half=arguments.half):
+    for line in export_network(arguments.checkpoint or "phantom", arguments.to, results=arguments.results,
+                               license_id=arguments.license or "unknown", half=arguments.half):
         print(line)
     print(f"network: {arguments.to}; complete its model card, README.md")

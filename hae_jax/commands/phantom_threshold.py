@@ -1,10 +1,9 @@
 """`tools/phantom_threshold.py`: volume Dice of the best intensity threshold on a folder of cases, a baseline."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hae_jax.commands.common import entry_point
+from hae_jax.commands.common import CommandParser, entry_point
 from hae_jax.phantom.cohort import MANIFEST
 from hae_jax.phantom.figures import ThresholdScore, best_threshold
 
@@ -12,17 +11,18 @@ _DESCRIPTION = """\
 Print the volume Dice of the best intensity threshold: of one threshold common to all cases, and of the best threshold
 for each case. Intensities are normalised by the 99th percentile. Both thresholds are chosen with the segmentations, so
 the values are upper bounds."""
+_EPILOG = """\
+examples:
+  python tools/phantom_threshold.py data/phantom
+  python tools/phantom_threshold.py data/stroke --modality t1 --dark"""
 
 
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores the folder and prints a table."""
-    parser = argparse.ArgumentParser(
-        prog="phantom_threshold", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python tools/phantom_threshold.py data/phantom\n"
-        "  python tools/phantom_threshold.py data/stroke --modality t1 --dark")
-    parser.add_argument("folder", nargs="?", default="data/phantom", help="folder of cases (default: data/phantom)")
-    parser.add_argument("--modality", default="flair", help="modality to threshold (default: flair)")
+    parser = CommandParser(_DESCRIPTION, _EPILOG)
+    parser.add_argument("folder", nargs="?", default="data/phantom", help="folder of cases; default: data/phantom")
+    parser.add_argument("--modality", default="flair", help="modality to threshold; default: flair")
     parser.add_argument("--dark", action="store_true", help="lesions are dark: voxels below the threshold are lesion")
     args = parser.parse_args(argv)
     folder = Path(args.folder)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from hae_jax.commands.common import CommandParser, entry_point
-from hae_jax.errors import UserError
 
 _DESCRIPTION = """\
 Write the report page of a folder of results (translate.py) or of a training run (train.py). The page is one HTML file.
@@ -27,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-mb", type=float, default=25.0, metavar="MB", help="largest page in megabytes; above "
                         "it the pictures of each case are in a folder beside the page; default: 25")
     arguments = parser.parse_args(argv)
-    if arguments.output == "":
-        raise UserError("--output is empty; name a file, or leave --output out")
 
     # Imported after parsing: --help needs no NumPy.
     from hae_jax.report.write import write_report

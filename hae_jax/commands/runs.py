@@ -89,13 +89,12 @@ def with_network(config: ml_collections.ConfigDict, tree: Mapping[str, Any]) -> 
 
 
 def chosen_network(
-    config_path: str | None, default_config: str, checkpoint: str | Path | None, overrides: Sequence[str]
+    config_path: str | None, checkpoint: str | Path | None, overrides: Sequence[str]
 ) -> "TrainedRun":
     """The network that a command line selects, with its settings. The model is None if the method needs none.
 
     Args:
-      config_path: a configuration file; None: the config of the checkpoint, or `default_config` without a checkpoint.
-      default_config: the config if neither is given.
+      config_path: a configuration file; None: the config of the checkpoint, or `DEMO_CONFIG` without a checkpoint.
       checkpoint: a run folder, a folder of exported weights, or a name of shipped weights; None: the newest run that
         was trained on the data of `config_path`, or the shipped weights of the phantom if `config_path` is None.
       overrides: such as `--config.seed=1`.
@@ -110,7 +109,7 @@ def chosen_network(
 
     config = None
     if config_path or not checkpoint:
-        named, config_path = config_path is not None, config_path or default_config
+        named, config_path = config_path is not None, config_path or DEMO_CONFIG
         config = read_config(config_path, overrides)
         if not checkpoint and config.translation.method == "threshold":
             return TrainedRun(None, config, {"path": "none needed", "parameters": config.translation.method},

@@ -25,10 +25,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", metavar="FOLDER",
                         help="run folder: checkpoints, metrics.jsonl, TensorBoard logs, sample pictures")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, operations, data, and exit")
-    parser.add_argument("--print-sharding", action="store_true", help="print which array is on which device, and exit")
+    parser.add_argument("--print-sharding", action="store_true",
+                        help="print how each array is split over the devices, and exit")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="record a profile of these steps to WORKDIR/profile")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if there is no scheduler")
-    parser.add_argument("--num-processes", type=int, metavar="N", help="number of processes; 1: only this one")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="number of processes, if there is no "
+                        "scheduler; 1: train with this process alone and ignore the scheduler")
     parser.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
     return parser
 

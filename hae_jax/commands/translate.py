@@ -28,8 +28,8 @@ _EPILOG = """\
 examples:
   python translate.py                                            # the phantom's test cases, shipped weights
   python translate.py --checkpoint runs/a                        # the test cases of the data that runs/a was trained on
-  python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --config.translation.respacing=100
-  python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --calibration brats_600 --save-healthy
+  python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --save-probability
+  python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --method hae --calibration brats_600
   python translate.py --checkpoint runs/a --input FOLDER --output FOLDER --num-shards 8 --shard $SLURM_ARRAY_TASK_ID
   python translate.py --checkpoint runs/a --cases cases.csv --output FOLDER
 
@@ -40,9 +40,10 @@ _SHORTCUTS = {  # flags that stand for one field of config.translation
                "process), ddib, anoddpm-simplex, anoddpm-gaussian, classifier, dae, or threshold (intensity threshold; "
                "needs no network); docs/translation.md explains them"},
     "calibration": {"metavar": "NAME", "help": f"calibration.json of another run, or a preset: {', '.join(PRESETS)} "
-                    "(published, for hae); default: made on the validation slices and stored with the checkpoint"},
-    "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "use the largest batch "
-                      "that needs at most this memory on each device (on a CPU: in total)"},
+                    "(published, for hae); default: the one beside the weights if it has the same settings, otherwise "
+                    "made on the validation slices and stored in RUN/calibrations"},
+    "max_memory_gb": {"flag": "--max-memory", "metavar": "GB", "type": float, "help": "use the largest batch, "
+                      "up to 256 slices, that needs at most this memory on each device (on a CPU: in total)"},
     "save_healthy": {"action": "store_true", "default": None, "help": "also write the pseudo-healthy reconstructions"},
     "save_probability": {"action": "store_true", "default": None, "help": "also write the probability of a lesion; "
                          "with --config.translation.draws=4 also its uncertainty"},
@@ -62,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="FOLDER", help="folder of cases, or one case; default: the test split of "
                         "the config's data")
     parser.add_argument("--cases", metavar="FILE", help=CASES_HELP)
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the results; default: RUN/translation, followed "
-                        "by the names of --input and --method")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the results; default: RUN/translation (shipped "
+                        "weights: results/NAME/translation), followed by the names of --input and --method")
     parser.add_argument("--layout", choices=("plain", "bids"), default="plain", help="plain: one folder; bids: BIDS "
                         "derivatives, with the plain results in sourcedata/hae-jax (docs/bids.md)")
     parser.add_argument("--overwrite", action="store_true", help="process finished cases again")
@@ -96,19 +97,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hae_jax.pipeline.bids import RESULTS, check_derivatives_folder, write_derivatives
     from hae_jax.pipeline.translate import translate
     from hae_jax.training.mesh import make_mesh
-    from hae_jax.training.weights import CALIBRATION
 
     stop_when_told()
     use_all_cores()
     use_compilation_cache()
-    network = chosen_network(arguments.config, DEMO_CONFIG, arguments.checkpoint, overrides)
+    network = chosen_network(arguments.config, arguments.checkpoint, overrides)
     config = network.config
     if arguments.classifier:
         if config.translation.method != "classifier":
             raise UserError(f"--classifier {arguments.classifier}: the method is {config.translation.method}; add "
                             "--method classifier, or leave --classifier out")
         network = with_classifier(network, arguments.classifier)
-    calibrated = config.translation.calibration or (network.folder / CALIBRATION).is_file()
+    calibrated = config.translation.calibration or network.shipped_calibration.is_file()
     if not (arguments.input and calibrated):  # else no prepared data are needed
         ensure_phantom(config.data, config.model.image_size)
     print(f"network: {network.identity['path']}, {network.identity['parameters']}")
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = translate(network.model, network.identity, config, make_mesh(), source=arguments.input,
                        output=output / RESULTS if bids else output, overwrite=arguments.overwrite,
                        shard=arguments.shard, num_shards=arguments.num_shards,
-                       calibrations=network.results / "calibrations", shipped=network.folder / CALIBRATION)
+                       calibrations=network.calibrations, shipped=network.shipped_calibration)
     print("\n".join(report.lines()))
     if bids:
         print(f"BIDS derivatives of {len(write_derivatives(report.output, output))} cases: {output}")

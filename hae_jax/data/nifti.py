@@ -1,4 +1,4 @@
-"""Reading and writing of NIfTI files. No other module does either.
+"""Reading and writing of NIfTI files. No other module reads them.
 
 A volume is read as float32, together with its grid on disk, and reoriented to LPS (axes towards left, posterior,
 superior). This is the orientation of BraTS, on which the published networks were trained. Axes are only swapped and
@@ -124,7 +124,7 @@ def read_volume(
     Args:
       path: the file.
       volume: position along the fourth axis; None: the file is 3-D.
-      volumes: that the file must have.
+      volumes: number of volumes that the file must have.
       wanted: the modalities of the case; for errors.
 
     Returns:

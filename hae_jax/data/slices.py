@@ -77,7 +77,7 @@ class SlicedCase:
 
     @property
     def heads(self) -> np.ndarray:  # [S, H, W] bool
-        """The head in each slice: all pixels that are not zero in every channel."""
+        """The head in each slice: all pixels that are not zero in at least one channel."""
         return np.any(self.slices.images, axis=-1)
 
     @property

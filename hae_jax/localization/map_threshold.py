@@ -28,7 +28,8 @@ class Masks(NamedTuple):
     Attributes:
       map: [B, H, W] float32, the anomaly map.
       mask_all: [B, H, W] bool, the mask of every slice, as if each had a lesion (the "lesion_slices" setting).
-      mask: [B, H, W] bool, `mask_all` where `lesion`, else empty (the "all_slices" setting).
+      mask: [B, H, W] bool, as `mask_all`, but slices that are called healthy are emptied before the filters, unless
+        the method is not `gated` (the "all_slices" setting).
       lesion: [B] bool, the slice's predicted label.
       score: [B] float64, the anomaly score: high where there is a lesion.
     """
@@ -55,9 +56,12 @@ class Filters(Protocol):
         """Filtered masks [S, H, W] bool."""
         ...
 
+
 @dataclasses.dataclass(frozen=True)
 class PhysicalFilters:
-    """Filters in mm and ml, in 3-D, so that they mean the same at every resolution.
+    """Filters in mm and ml, so that they mean the same at every resolution.
+
+    The erosion acts in the plane of each slice, and the Gaussian across slices. Median and components are in 3-D.
 
     Attributes:
       across_mm: standard deviation of a Gaussian across the slices of a map; 0: none.
@@ -88,10 +92,7 @@ class PhysicalFilters:
         return np.stack(depth) > self.head_erosion_mm
 
     def maps(self, maps: np.ndarray, grid: SliceGrid) -> np.ndarray:
-        """Smooths maps across slices, since an anomaly in a single slice is mostly noise.
-
-        The median is applied to masks. The result is the same as for maps.
-        """
+        """Smooths maps across slices, since an anomaly in a single slice is mostly noise."""
         if not self.across_mm or grid.positions is None or len(maps) < 2:
             return maps
         apart = (grid.positions[:, None] - grid.positions) * self._spacing(grid)[2]
@@ -124,6 +125,7 @@ class PhysicalFilters:
                             "prepare them from NIfTI files, or set translation.filters to 'pixels'")
         return grid.spacing
 
+
 NO_FILTERS = PhysicalFilters()
 
 
@@ -135,6 +137,7 @@ def in_volume(
     stack = np.zeros((positions[-1] - positions[0] + 1, *slices.shape[1:]), slices.dtype)
     stack[positions - positions[0]] = slices
     return stack
+
 
 class ValidationSlice(NamedTuple):
     """A validation slice, as a calibration uses it. Only the rule "dice" uses `truth`."""

@@ -139,6 +139,7 @@ class PixelFilters:
     def _positions(self, grid: SliceGrid) -> np.ndarray | None:
         return grid.positions if self.dimensions == 3 else None
 
+
 PUBLISHED_FILTERS = PixelFilters(median=True)
 
 

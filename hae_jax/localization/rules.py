@@ -63,9 +63,10 @@ def anomaly_score(values: np.ndarray) -> float:  # [N]
 
 
 def slice_threshold(scores: np.ndarray, labels: np.ndarray) -> tuple[float, int]:  # [S], [S]
-    """The lowest anomaly score of a lesion slice that gives the fewest errors, and their number.
+    """The threshold of the anomaly score with the fewest errors, and their number.
 
-    Thresholds are halfway between neighbouring scores. Of several equally good ones, the middle one is used.
+    Candidates are halfway between neighbouring scores, and below and above all scores. Of several equally good ones,
+    the middle one is used.
     """
     values, lesion = np.unique(np.asarray(scores, np.float64)), np.asarray(labels) > 0
     candidates = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2, np.nextafter(values[-1:], np.inf)])

@@ -91,10 +91,10 @@ def check_settings(config: ml_collections.ConfigDict, method: Method, model: Any
 
 
 def check_shard(shard: int, num_shards: int) -> None:
-    """Refuses a shard number outside of 0 .. num_shards - 1.
+    """Checks the number of a shard.
 
     Raises:
-      UserError: if it is not.
+      UserError: it is outside of 0 .. num_shards - 1.
     """
     if not 0 <= shard < num_shards:
         raise UserError(f"--shard {shard} of --num-shards {num_shards}: shards are counted from 0 to "

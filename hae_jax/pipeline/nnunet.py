@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 
 from hae_jax.data.cases import CaseFiles, read_case
@@ -106,9 +105,8 @@ def _write_case(folder: Path, results: Path, files: CaseFiles) -> None:
     for channel in range(case.volumes.shape[-1]):
         write_volume(folder / "imagesTr" / f"{case.name}_{channel:04d}.nii.gz", case.volumes[..., channel], case.grid,
                      "image, written by HAE-JAX")
-    mask: Any = nib.load(results / f"{case.name}_mask.nii.gz")
-    label = case.grid.reorient(np.asanyarray(mask.dataobj).astype(np.uint8))
-    write_volume(folder / "labelsTr" / f"{case.name}.nii.gz", label, case.grid,
+    label, _ = read_volume(results / f"{case.name}_mask.nii.gz")
+    write_volume(folder / "labelsTr" / f"{case.name}.nii.gz", (label > 0).astype(np.uint8), case.grid,
                  "lesion mask, HAE-JAX, research use only")
 
 

@@ -42,9 +42,9 @@ def translate(
 ) -> Summary:
     """Calibrates a method on the validation slices and translates cases.
 
-    Writes <case>_mask.nii.gz (empty in slices that are called healthy), <case>_map.nii.gz, <case>_overlay.png and, if
-    asked for, <case>_healthy_<modality>.nii.gz for each case, and calibration.json, cases.csv, metrics.json,
-    manifest.json, report.html.
+    Writes <case>_mask.nii.gz, <case>_map.nii.gz, <case>_overlay.png and, if asked for,
+    <case>_healthy_<modality>.nii.gz, <case>_probability.nii.gz and <case>_uncertainty.nii.gz for each case, and
+    calibration.json, cases.csv, metrics.json, manifest.json, report.html.
     Finished cases are not processed again. If a case fails, it is reported, and the others are processed.
 
     Args:
@@ -52,7 +52,8 @@ def translate(
       identity: its origin, and its `cache_key.weights_hash` as "sha256", ready for JSON.
       config: the config tree; `model` and `diffusion` are those of the network's training.
       output: folder for the results, made if absent; several shards may share it.
-      source: folder of cases; None: the test split of `data.root`, from the folder that it was prepared from.
+      source: folder of cases, one case, or a table of cases; None: the test split of `data.root`, from the folder that
+        it was prepared from.
       overwrite: process finished cases again.
       shard: number of the part of the cases to process.
       num_shards: number of parts. Cases are distributed one by one.
@@ -99,6 +100,7 @@ def translate(
             results.invalidate(unfinished)
             results.save_calibrations(localizer.calibration, beside and beside.calibration)
             if unfinished:
+                # So that compilation is not part of the first case's time.
                 translator.prepare((config.model.image_size, config.model.image_size, config.model.in_channels))
                 process_cases(CaseWork(config, results, localizer, beside), unfinished, translator)
         origin = {"checkpoint": dict(identity), "devices": [str(device) for device in mesh.devices.flat]}

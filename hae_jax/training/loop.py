@@ -1,4 +1,8 @@
-"""The training loop, in this order: mesh, data, model, state, step, restore, loop."""
+"""The training loop.
+
+`_check` checks settings, devices and data. `train` locks the run folder and finds the newest checkpoint. `_begin`
+compiles the step and makes or restores the state. `_loop` takes the steps.
+"""
 
 import contextlib
 import dataclasses
@@ -126,13 +130,13 @@ def _remove_results(workdir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sharding_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> str:
+def sharding_of(config: ml_collections.ConfigDict) -> str:
     """A table of the sharding of the state. Nothing is allocated.
 
     Raises:
       UserError: for settings that do not fit.
     """
-    mesh = make_mesh(config.training.mesh, devices)
+    mesh = make_mesh(config.training.mesh)
     abstract = _abstract_state(config)
     return sharding_table(abstract, shardings_of(mesh, abstract))
 

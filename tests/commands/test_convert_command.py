@@ -143,6 +143,7 @@ def test_the_printed_commands_are_those_of_the_installation_and_can_be_pasted(go
 @pytest.mark.parametrize("arguments", [
     [], ["--checkpoint", "a.pt"], ["--to-torch", "run", "a.pt", "--output", "b"],
     ["--checkpoint", "a.pt", "--output", "b", "--config.seed=3"], ["--checkpoint", "a.pt", "--output", "b", "--ema"],
+    ["--to-torch", "run", "a.pt", "--verify"], ["--to-torch", "run", "a.pt", "--optimizer", "opt.pt"],
 ])
 def test_arguments_that_do_not_belong_together_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

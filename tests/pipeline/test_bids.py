@@ -111,6 +111,8 @@ def test_mistakes_are_one_line(app, dataset, tmp_path, capsys):
     assert "has no sub-07; check --participant-label" in capsys.readouterr().err
     assert app(dataset, tmp_path / "out", "group") == 2
     assert "run the level participant first" in capsys.readouterr().err
+    assert app(dataset, tmp_path / "out", "participant", "--layout=bids") == 2
+    assert "--layout=bids: is set by this command; leave it out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     described = (dataset / "dataset_description.json").read_bytes()
     for folder in (dataset, dataset.parent / "raw" / "derivatives" / ".."):

@@ -159,7 +159,7 @@ def command(network, twin, short, tmp_path, monkeypatch, overridden):
     compared = []
     loaded = {"a": (network, short), "b": (twin, twin.config)}
 
-    def chosen_network(config_path, default_config, checkpoint, overrides):
+    def chosen_network(config_path, checkpoint, overrides):
         overridden[checkpoint] = overrides
         found, config = loaded[checkpoint]
         return TrainedRun(found.model, config, found.identity, tmp_path / checkpoint)

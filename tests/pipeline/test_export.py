@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -91,6 +92,14 @@ def test_mistakes_leave_nothing(trained, tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("arguments", [["--to", "a", "--cases", "2"], ["--nnunet", "a", "--results", "b", "--half"]])
+def test_options_of_the_other_target_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    assert "leave" in capsys.readouterr().err
+
+
 def test_exported_weights_can_be_exported_in_half_precision(trained, tmp_path, monkeypatch):
     export.export_network("a", tmp_path / "full")
     monkeypatch.setattr(export, "load_run", load_run)
@@ -100,6 +109,16 @@ def test_exported_weights_can_be_exported_in_half_precision(trained, tmp_path, m
     full, same, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "same", "half"))
     assert same == full
     assert half < 0.6 * full
+
+
+def test_calibrations_of_shipped_weights_are_beside_their_results(trained, tmp_path, monkeypatch):
+    """translate.py writes them there."""
+    run, made = trained
+    monkeypatch.chdir(tmp_path)
+    shipped = run._replace(folder=SHIPPED / "toy")
+    assert shipped.calibration() is None
+    shutil.copytree(run.folder / "calibrations", "results/toy/calibrations")
+    assert shipped.calibration() == made
 
 
 @pytest.mark.parametrize("half", [False, True])  # they are in half precision

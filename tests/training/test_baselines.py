@@ -56,7 +56,7 @@ def test_a_classifier_learns_and_guides(classifier_config, tmp_path):
     with pytest.raises(UserError, match="needs no network"):
         runs.with_classifier(loaded._replace(model=None), str(tmp_path / "run"))
     with pytest.raises(UserError, match="is a classifier, which cannot find lesions alone"):
-        runs.chosen_network(None, "", str(tmp_path / "run"), [])
+        runs.chosen_network(None, str(tmp_path / "run"), [])
 
 
 def test_a_denoising_autoencoder_trains_on_healthy_slices(one_level_config, tmp_path):
