@@ -44,8 +44,8 @@ from hae_jax.phantom.cohort import make_phantom
 # ## A case
 #
 # The data are three small phantom subjects. `read_case` reads the modalities of a case and turns them to LPS: right to
-# left, front to back, bottom to top. For your own data, `find_cases` reads BraTS folders and the other layouts of
-# docs/data.md. Only every fifth slice is kept, so that the notebook runs faster.
+# left, front to back, bottom to top. For your own data, `find_cases` finds cases in BraTS folders and the other
+# layouts of docs/data.md. Only every fifth slice is kept, so that the notebook runs faster.
 
 # %%
 def thinned(case, step=5):
@@ -193,5 +193,6 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# For your own network, use `Localizer(denoisers, process, image_size=..., channels=...)`. `numpy_denoisers` wraps a
-# network outside JAX, such as a PyTorch module. For folders of NIfTI files, use `translate.py` (docs/translation.md).
+# For your own network, use `Localizer(denoisers, process, image_size=..., channels=...)`. `numpy_denoisers` of
+# `hae_jax.localization.localizer` wraps a network outside JAX, such as a PyTorch module. For folders of NIfTI
+# files, use `translate.py` (docs/translation.md).

@@ -8,7 +8,8 @@ The data are ATLAS's own folders (sub-.../ses-1/anat/sub-..._T1w.nii.gz), or one
 the PyTorch code. ATLAS_2/Testing has no lesion masks.
 
 121.2 million parameters. The training settings are those of the published BraTS run (210 000 steps at a global batch of
-28). Duration and quality have not been measured.
+28). Duration and quality have not been measured. Guidance strength 20 is the published value for the method hae. The
+default method residual was not tested with it; choose a value with tools/ablate.py.
 """
 
 import ml_collections

@@ -32,7 +32,7 @@ def _model() -> ml_collections.ConfigDict:
     model.num_res_blocks = 2  # per level
     model.attention_resolutions = (4, 8, 16)  # downsampling rates: 32, 16 and 8 px of 128
     model.dropout = 0.1
-    model.channel_mult = config_dict.placeholder(tuple)  # widths of the levels; None: the standard for image_size
+    model.channel_mult = config_dict.placeholder(tuple)  # widths, in model_channels; None: by image_size
     model.conv_resample = True  # learned convolutions in down- and upsampling
     model.num_classes = config_dict.placeholder(int)  # None: unconditional
     model.num_classes = 2  # healthy, lesion

@@ -3,9 +3,9 @@
     python train.py --config configs/phantom_reference.py --workdir runs/phantom_reference
 
 The command makes and prepares 120 phantom subjects if they do not exist: 84 for training, 15 for validation, 21 for
-testing. Slices are scaled by their volume, so that a bright lesion does not darken the rest of its slice. Two cores ran
-1.8 steps per second, which is 75 minutes for 8000 steps. Making the phantom took 14 minutes and preparing it 10
-minutes, beside other work.
+testing. Slices are scaled by their volume, so that a bright lesion does not darken the rest of its slice. The speed on
+two cores was 1.8 steps per second, which is 75 minutes for 8000 steps. Making the phantom took 14 minutes and preparing
+it 10 minutes, beside other work.
 """
 
 import ml_collections
