@@ -206,6 +206,9 @@ class IntensityReader:
             yield item, rows._make(values[0] for values in rows)
 
 
+Translator = SliceTranslator | IntensityReader
+
+
 def _slice_keys(seed: int, names: jax.Array, indices: jax.Array) -> jax.Array:  # [B], [B] -> [B] keys
     def key(name, index):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), index)

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import Store
 from hae_jax.errors import UserError
 from hae_jax.files import one_at_a_time, read_json, write_json, written_whole
-from hae_jax.localization.batched import Slice
+from hae_jax.localization.batched import Slice, Translator
 from hae_jax.localization.calibration import PRESETS, Calibration
 from hae_jax.localization.map_threshold import ValidationSlice
 from hae_jax.localization.methods import Method
@@ -32,8 +32,6 @@ from hae_jax.pipeline.cache_key import calibration_key, digest
 
 _LOG = logging.getLogger(__name__)
 _READ_AT_ONCE = 64  # slices
-
-Translator = Callable[[Iterable[Slice]], Iterator[tuple[Slice, Any]]]
 
 
 def available(

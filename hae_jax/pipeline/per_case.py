@@ -27,9 +27,8 @@ from hae_jax.evaluation.report import CaseResult, case_result
 from hae_jax.evaluation.volumes import volume_metrics
 from hae_jax.files import disk_refuses, write_json
 from hae_jax.localization import probability
-from hae_jax.localization.batched import Slice
+from hae_jax.localization.batched import Slice, Translator
 from hae_jax.localization.map_threshold import Masks, stacked
-from hae_jax.pipeline.calibrations import Translator
 from hae_jax.pipeline.results_folder import ResultsFolder
 from hae_jax.pipeline.summary import Answer, Measured
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hae_jax.files import one_at_a_time, remove_leftovers
-from hae_jax.localization.batched import IntensityReader, SliceTranslator
+from hae_jax.localization.batched import IntensityReader, SliceTranslator, Translator
 from hae_jax.localization.methods import IntensityThreshold, make_method
 from hae_jax.localization.probability import check_probability
 from hae_jax.pipeline import checks
@@ -117,7 +117,7 @@ def translate(
 
 def _translator(
     model: nnx.Module | None, method: Any, config: ml_collections.ConfigDict, mesh: Mesh
-) -> SliceTranslator | IntensityReader:
+) -> Translator:
     if model is None or not method.network:
         return IntensityReader(method.intensity)
     wanted = config.translation

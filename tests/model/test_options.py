@@ -24,7 +24,7 @@ COMBINATIONS = {
     "hae_lite": {"in_channels": 1, "num_classes": None, "resblock_updown": True,
                  "num_head_channels": 16} | _TWO_LEVELS,
     "hae_v2": {"in_channels": 3, "num_heads_upsample": 2, "use_scale_shift_norm": False, "null_context": "sample",
-               "sparse_pattern": "trained", "bottleneck_ratio": 0.001},
+               "sparse_pattern": "trained", "bottleneck_ratio": 0.001} | _TWO_LEVELS,
     "hae_v2c": {"in_channels": 1, "out_channels": 2, "num_classes": 3},
 }
 

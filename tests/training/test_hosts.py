@@ -81,17 +81,17 @@ def test_alone_nothing_is_joined(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny_settings, tmp_path_factory):
+def one_process(one_level_settings, tmp_path_factory):
     """A run of four steps in one process on two devices. Tests must not change it."""
     workdir = tmp_path_factory.mktemp("one")
-    config = settings(tiny_settings())
+    config = settings(one_level_settings())
     train(config, workdir, jax.devices()[:2])
     return workdir
 
 
-def test_two_processes_train_as_one_does_and_one_reads_what_they_wrote(tiny_config, tmp_path, one_process):
+def test_two_processes_train_as_one_does_and_one_reads_what_they_wrote(one_level_config, tmp_path, one_process):
     """The parameters are sharded over both, so each has half of every checkpoint. A signal to one stops both."""
-    config, workdir = settings(tiny_config), tmp_path / "two"
+    config, workdir = settings(one_level_config), tmp_path / "two"
     config.training.mesh = (1, -1)
     config.training.steps = 1_000_000
     config.training.sample_every = 4
@@ -116,9 +116,9 @@ def test_two_processes_train_as_one_does_and_one_reads_what_they_wrote(tiny_conf
     np.testing.assert_allclose(losses(tmp_path / "one"), expected, rtol=1e-5)
 
 
-def test_two_processes_read_what_one_wrote_and_end_together(tiny_config, tmp_path, one_process):
+def test_two_processes_read_what_one_wrote_and_end_together(one_level_config, tmp_path, one_process):
     """The processes are started as by SLURM. The second is killed during a long run."""
-    config = settings(tiny_config)
+    config = settings(one_level_config)
     config.training.steps = 1_000_000
     workdir = at_step_two(one_process, tmp_path / "two")
     with two_processes(run_training, config, workdir, output=tmp_path, environment=SLURM) as processes:
@@ -132,8 +132,8 @@ def test_two_processes_read_what_one_wrote_and_end_together(tiny_config, tmp_pat
     np.testing.assert_allclose(losses(workdir)[:4], losses(one_process), rtol=1e-5)
 
 
-def test_all_save_at_the_same_step_when_the_data_of_one_end(tiny_config, tmp_path, one_process):
-    config, workdir = settings(tiny_config), tmp_path / "two"
+def test_all_save_at_the_same_step_when_the_data_of_one_end(one_level_config, tmp_path, one_process):
+    config, workdir = settings(one_level_config), tmp_path / "two"
     config.training.steps, config.training.save_every = 1_000_000, 1_000_000
     with two_processes(run_training_on, config, workdir, 1, 5, output=tmp_path) as processes:
         for process in processes:
