@@ -37,7 +37,8 @@ from hae_jax import Localizer, forward_process
 from hae_jax.data.cases import find_cases, read_case
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
-from hae_jax.localization.forward_process import Denoisers, ForwardSettings, step_noise
+from hae_jax.localization.denoisers import Denoisers, step_noise
+from hae_jax.localization.forward_process import ForwardSettings
 from hae_jax.phantom.cohort import make_phantom
 
 # %% [markdown]

@@ -44,7 +44,8 @@ from hae_jax.benchmark.results import OURS
 from hae_jax.commands.config import read_config
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
-from hae_jax.localization.forward_process import ForwardSettings, forward_process, network_denoisers, step_noise
+from hae_jax.localization.denoisers import network_denoisers, step_noise
+from hae_jax.localization.forward_process import ForwardSettings, forward_process
 from hae_jax.model import UNet
 from hae_jax.ops.forms import compiler_options
 from hae_jax.provenance import cores, versions

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
-from hae_jax.localization.forward_process import HEALTHY, ForwardSettings, Translation, guided_output
+from hae_jax.localization.denoisers import HEALTHY, guided_output
+from hae_jax.localization.forward_process import ForwardSettings, Translation
 from hae_jax.model import UNetConfig
 from hae_jax.ops.forms import convolution_form
 

@@ -19,8 +19,8 @@ from hae_jax.benchmark import naive
 from hae_jax.benchmark.results import OURS, TORCH
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
-from hae_jax.localization import forward_process
-from hae_jax.localization.forward_process import ForwardSettings
+from hae_jax.localization.denoisers import network_denoisers, step_noise
+from hae_jax.localization.forward_process import ForwardSettings, forward_process
 from hae_jax.model import VARIANTS, UNet, UNetConfig
 from hae_jax.model.flops import count_flops, countable, forward_flops, training_flops
 from hae_jax.ops.forms import compiler_options
@@ -217,11 +217,11 @@ class TranslationOfBatch(ForwardPass):
 
         def translate(params, batch):
             model, x0 = nnx.merge(graph, params), batch["image"]
-            noise = forward_process.step_noise(jax.random.split(jax.random.key(0), self.images), x0.shape[1:])
+            noise = step_noise(jax.random.split(jax.random.key(0), self.images), x0.shape[1:])
             if naive.TRANSLATION in form.pieces:
                 return naive.translate(process, model, x0, noise, self._settings)
-            denoisers = forward_process.network_denoisers(model)
-            return forward_process.forward_process(process, denoisers, x0, noise, self._settings)
+            denoisers = network_denoisers(model)
+            return forward_process(process, denoisers, x0, noise, self._settings)
 
         return translate
 

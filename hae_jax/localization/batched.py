@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hae_jax.errors import UserError
-from hae_jax.localization.forward_process import network_denoisers
+from hae_jax.localization.denoisers import network_denoisers
 from hae_jax.ops.forms import compiler_options
 
 _LOG = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import numpy as np
 from hae_jax.diffusion.noise import gaussian, simplex
 from hae_jax.diffusion.process import Denoiser, Process, sample, walked_back
 from hae_jax.errors import UserError
-from hae_jax.localization.forward_process import (
+from hae_jax.localization.denoisers import (
     HEALTHY,
     Denoisers,
     check_choice,

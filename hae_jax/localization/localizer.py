@@ -32,7 +32,7 @@ from hae_jax.errors import UserError
 from hae_jax.localization import probability
 from hae_jax.localization.batched import IntensityReader, Slice, SliceTranslator
 from hae_jax.localization.calibration import Calibration, MapThreshold
-from hae_jax.localization.forward_process import Denoisers, GivenDenoisers
+from hae_jax.localization.denoisers import Denoisers, GivenDenoisers
 from hae_jax.localization.map_threshold import Masks, ValidationSlice, stacked, without_mm
 from hae_jax.localization.methods import Method
 from hae_jax.localization.residual import Residual, ResidualSettings

@@ -17,7 +17,8 @@ from hae_jax.errors import UserError
 from hae_jax.localization import rules
 from hae_jax.localization.calibration import Calibration, MapThreshold
 from hae_jax.localization.counterparts import AnoDdpm, ClassifierGuidance, Dae, Ddib
-from hae_jax.localization.forward_process import ForwardSettings, check_choice, check_modality
+from hae_jax.localization.denoisers import check_choice, check_modality
+from hae_jax.localization.forward_process import ForwardSettings
 from hae_jax.localization.map_threshold import (
     NO_FILTERS,
     Filters,

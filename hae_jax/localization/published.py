@@ -16,7 +16,8 @@ from hae_jax.data.slices import ONE_BY_ONE, SliceGrid
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
 from hae_jax.localization.calibration import PRESETS, Calibration, MapThreshold, from_json, score_histogram
-from hae_jax.localization.forward_process import Denoisers, ForwardSettings, Translation, forward_process, step_noise
+from hae_jax.localization.denoisers import Denoisers, step_noise
+from hae_jax.localization.forward_process import ForwardSettings, Translation, forward_process
 from hae_jax.localization.map_threshold import (
     IN_SPACE,
     Filters,

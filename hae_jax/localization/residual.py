@@ -18,7 +18,7 @@ import numpy as np
 from hae_jax.data.slices import SliceGrid
 from hae_jax.diffusion.process import Process
 from hae_jax.errors import UserError
-from hae_jax.localization.forward_process import (
+from hae_jax.localization.denoisers import (
     Denoisers,
     check_choice,
     check_guidance,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from hae_jax.data.slices import to_model_range
 from hae_jax.data.store import Store
-from hae_jax.localization.forward_process import network_denoisers
+from hae_jax.localization.denoisers import network_denoisers
 from hae_jax.localization.map_threshold import ValidationSlice, without_mm
 from hae_jax.localization.measures import measure
 from hae_jax.localization.methods import residual_method

@@ -12,7 +12,8 @@ from hae_jax.benchmark import naive
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.localization import forward_process
+from hae_jax.localization.denoisers import network_denoisers, step_noise
+from hae_jax.localization.forward_process import ForwardSettings, forward_process
 from hae_jax.model import UNet, UNetConfig, attention
 from hae_jax.model.conditioning import Context
 from hae_jax.ops import group_norm
@@ -97,16 +98,16 @@ def translations(settings):
     """The compiled forward process with the small model, ours and naive, and its slices."""
     process = Process(make_schedule("linear", 1000, "20"))
     x0 = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (3, 8, 8, 4)), jnp.float32)
-    noise = forward_process.step_noise(jax.random.split(jax.random.key(0), 3), x0.shape[1:])
-    denoisers = forward_process.network_denoisers(small_model)
-    forms = (lambda x0: forward_process.forward_process(process, denoisers, x0, noise, settings),
+    noise = step_noise(jax.random.split(jax.random.key(0), 3), x0.shape[1:])
+    denoisers = network_denoisers(small_model)
+    forms = (lambda x0: forward_process(process, denoisers, x0, noise, settings),
              lambda x0: naive.translate(process, small_model, x0, noise, settings))
     return [jax.jit(form).lower(x0).compile() for form in forms], x0
 
 
 @pytest.mark.parametrize("fields", [{}, {"reference": "null"}, {"inversion": "exact"}, {"d_reverse": False}])
 def test_translation_is_the_same(fields):
-    (ours, theirs), x0 = translations(forward_process.ForwardSettings(12, **fields))
+    (ours, theirs), x0 = translations(ForwardSettings(12, **fields))
     ours, theirs = ours(x0), theirs(x0)
     assert len(np.unique(ours.t_e)) > 1
     np.testing.assert_array_equal(theirs.t_e, ours.t_e)
@@ -114,7 +115,7 @@ def test_translation_is_the_same(fields):
 
 
 def test_compiler_keeps_the_fourth_pass():
-    compiled, _ = translations(forward_process.ForwardSettings(2))
+    compiled, _ = translations(ForwardSettings(2))
     products = [program.as_text().count(" dot(") for program in compiled]
     assert products == [2, 4]  # two of our products are one with twice the rows
 

@@ -10,7 +10,8 @@ import pytest
 
 from hae_jax.diffusion.process import Process, guide
 from hae_jax.diffusion.schedule import make_schedule
-from hae_jax.localization.forward_process import Denoisers, ForwardSettings, forward_process, step_noise
+from hae_jax.localization.denoisers import Denoisers, step_noise
+from hae_jax.localization.forward_process import ForwardSettings, forward_process
 
 PROCESS = Process(make_schedule("linear", 100))
 SETTINGS = ForwardSettings(steps=60, guidance=2.0, modality=(0, 2))

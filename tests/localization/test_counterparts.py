@@ -12,7 +12,7 @@ from hae_jax.diffusion.process import Process, guide, sample
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.localization.counterparts import AnoDdpm, ClassifierGuidance, Dae, Ddib, inverted
-from hae_jax.localization.forward_process import Denoisers
+from hae_jax.localization.denoisers import Denoisers
 
 PROCESS = Process(make_schedule("linear", 100, "50"))
 KEYS = jax.random.split(jax.random.key(5), 4)

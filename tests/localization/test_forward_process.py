@@ -11,13 +11,8 @@ from flax import nnx
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.localization.forward_process import (
-    Denoisers,
-    ForwardSettings,
-    forward_process,
-    network_denoisers,
-    step_noise,
-)
+from hae_jax.localization.denoisers import Denoisers, network_denoisers, step_noise
+from hae_jax.localization.forward_process import ForwardSettings, forward_process
 from hae_jax.model import UNet, UNetConfig
 
 PROCESS = Process(make_schedule("linear", 100))

@@ -16,7 +16,7 @@ from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
 from hae_jax.localization import localizer as localizer_module
 from hae_jax.localization.calibration import MapThreshold
-from hae_jax.localization.forward_process import Denoisers
+from hae_jax.localization.denoisers import Denoisers
 from hae_jax.localization.localizer import Localizer, numpy_denoisers
 from hae_jax.localization.methods import make_method
 from hae_jax.localization.residual import Residual, ResidualSettings

@@ -16,7 +16,8 @@ from hae_jax.errors import UserError
 from hae_jax.evaluation.metrics import dice
 from hae_jax.localization.calibration import MapThreshold
 from hae_jax.localization.counterparts import AnoDdpm, ClassifierGuidance, Counterpart, Ddib
-from hae_jax.localization.forward_process import Denoisers, forward_process, step_noise
+from hae_jax.localization.denoisers import Denoisers, step_noise
+from hae_jax.localization.forward_process import forward_process
 from hae_jax.localization.map_threshold import NO_FILTERS, PhysicalFilters, ValidationSlice
 from hae_jax.localization.methods import METHODS, Intensity, IntensityThreshold, make_method
 from hae_jax.localization.published import Hae, PixelFilters, calibrate, make_masks, remove_small_components

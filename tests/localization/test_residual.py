@@ -9,7 +9,7 @@ from scipy import ndimage
 from hae_jax.diffusion.process import Process
 from hae_jax.diffusion.schedule import make_schedule
 from hae_jax.errors import UserError
-from hae_jax.localization.forward_process import Denoisers, step_noise
+from hae_jax.localization.denoisers import Denoisers, step_noise
 from hae_jax.localization.residual import ResidualSettings, residual
 
 PROCESS = Process(make_schedule("linear", 1000), clipping="none")
