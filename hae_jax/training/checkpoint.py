@@ -140,13 +140,16 @@ class Checkpoints:
         """
         abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), like, shardings)
         wanted = {item: _named(value) for item, value in _items(abstract).items()}
-        lacking = [f"{item}/{name}" for item, leaves in wanted.items()
-                   for name in sorted(leaves.keys() - set(_stored_names(self.folder / str(step) / item)))]
-        if lacking:
+        try:
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(w) for item, w in wanted.items()}))
+        except (KeyError, ValueError) as error:
+            lacking = [f"{item}/{name}" for item, leaves in wanted.items()
+                       for name in sorted(leaves.keys() - set(_stored_names(self.folder / str(step) / item)))]
+            if not lacking:
+                raise
             raise UserError(f"{self.folder / str(step)}: lacks {len(lacking)} arrays, the first is {lacking[0]}; it "
-                            "was written by another version, resume with that version")
-        found = self._manager.restore(
-            step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(w) for item, w in wanted.items()}))
+                            "was written by another version, resume with that version") from error
         return _state({item: _unnamed(value, found[item]) for item, value in _items(like).items()})
 
     def close(self) -> None:
