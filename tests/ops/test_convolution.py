@@ -39,6 +39,7 @@ SHAPES = [
     ((18, 19), 128, 128, 3, 1, 0),
     ((15, 16), 128, 128, 3, 1, 2),
     ((34, 33), 64, 66, 3, 1, 1),
+    ((64, 66), 32, 34, 3, 1, 1),
 ]
 
 
@@ -125,6 +126,7 @@ def test_the_layer_is_flax_s_with_the_same_parameters(stride):
     ((2, 32, 32, 64), (3, 3, 64, 64), 0),  # Winograd's large tiles, both gradients
     ((1, 16, 16, 128), (3, 3, 128, 128), 1),  # its small ones: XLA's gradient for the kernel
     ((8, 15, 16, 128), (3, 3, 128, 128), 3),  # too small for these with any batch
+    ((2, 64, 64, 32), (3, 3, 32, 64), 2),  # only the gradient for the kernel is Winograd's
     ((2, 32, 32, 32), (3, 3, 32, 64), 3),  # too few channels: XLA's convolution and both its gradients
     ((2, 16, 16, 32), (1, 1, 32, 8), 0),  # one matrix product
 ])

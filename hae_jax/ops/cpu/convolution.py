@@ -5,7 +5,8 @@ XLA's convolution is mostly about as fast as a matrix product, but its gradient 
 
 - 1x1 kernels: one matrix product;
 - 3x3 kernels of stride 1: Winograd's form, in tiles of 4x4 outputs from 32 px and 64 channels on both sides on, in
-  tiles of 2x2 outputs from 16 px and 128 channels on, but not for the gradient for the kernel;
+  tiles of 2x2 outputs from 16 px and 128 channels on. The gradient for the kernel has tiles of 4x4 only, from 32 px and
+  64 channels or 64 px and 32 channels on;
 - at most 16 channels on one side: the gradient for the kernel as one product with the patches of that side,
   and the gradient for the input likewise where the output has so few;
 - all other cases: XLA's convolution. Its gradients are written as convolutions with axes in the order NHWC, HWIO, with
@@ -26,6 +27,7 @@ from hae_jax.ops.cpu import winograd
 
 _MANY_CHANNELS = 128  # with at least as many, Winograd's form with small tiles is fast
 _SEVERAL_CHANNELS = 64  # the same for large tiles
+_LARGE_KERNEL_GRADIENT = 64 * 32  # channels times pixels along the shorter side; the same for the kernel's gradient
 _FEW_CHANNELS = 16  # with at most as many, a product with patches (9 times the image) is faster than XLA's form
 _SMALLEST = 16  # outputs along the shorter side; with fewer, the transformation of the kernel takes too long
 
@@ -81,7 +83,7 @@ def _input_gradient(x, kernel, g, stride, padding):
 def _kernel_gradient(x, kernel, g, stride, padding):
     shape = kernel.shape
     height, width, inputs, outputs = shape
-    if _winograd_wins(x, kernel, stride, padding) and winograd.has_large_tiles(x.shape[1], x.shape[2], padding):
+    if _winograd_wins_for_kernel(x, kernel, stride, padding):
         return winograd.kernel_gradient(x, g, padding)
     if inputs <= _FEW_CHANNELS:
         patches = jnp.concatenate(_shifted(x, shape, stride, padding), -1)
@@ -117,13 +119,25 @@ def _is_unit_square(kernel, stride, padding):
     return stride == 1 and kernel.shape[0] == kernel.shape[1] > padding
 
 
+def _has_winograd_form(x, kernel, stride, padding):
+    return kernel.shape[:2] == (3, 3) and stride == 1 and padding <= 2 and x.dtype == jnp.float32
+
+
 def _winograd_wins(x, kernel, stride, padding):
-    if kernel.shape[:2] != (3, 3) or stride != 1 or padding > 2 or x.dtype != jnp.float32:
+    """For the convolution and its gradient for the input."""
+    if not _has_winograd_form(x, kernel, stride, padding):
         return False
     channels, height, width = min(kernel.shape[2:]), *x.shape[1:3]
     if winograd.has_large_tiles(height, width, padding):
         return channels >= _SEVERAL_CHANNELS
     return channels >= _MANY_CHANNELS and min(height, width) + 2 * padding - 2 >= _SMALLEST
+
+
+def _winograd_wins_for_kernel(x, kernel, stride, padding):
+    channels, height, width = min(kernel.shape[2:]), *x.shape[1:3]
+    return (_has_winograd_form(x, kernel, stride, padding) and winograd.has_large_tiles(height, width, padding)
+            and channels > _FEW_CHANNELS
+            and channels * (min(height, width) + 2 * padding - 2) >= _LARGE_KERNEL_GRADIENT)
 
 
 def _shifted(

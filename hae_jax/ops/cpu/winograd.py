@@ -13,7 +13,7 @@ m = 2 it equals that of the direct sum, for m = 4 it is three times as large. Wi
 the error for m = 4 would be three times larger again (compare Barabasz et al. 2020, "Error analysis and improving the
 accuracy of Winograd convolution for deep neural networks", arXiv:1803.10986).
 
-Arrays of points are [n n, B, h, w, C]: point (row, column) of the tile, then the tiles.
+Arrays of points begin with the point (row, column) of the tile: [n n, B, h, w, C].
 """
 
 import math
@@ -92,7 +92,7 @@ def kernel_gradient(
     g: jax.Array,  # [B, H', W', D] float32, the output's gradient
     padding: int,
 ) -> jax.Array:  # [3, 3, C, D]
-    """dk = G^T [(B^T d B) * (A g A^T)] G, summed over tiles: products of [C, tiles] with [tiles, D]."""
+    """dk = G^T [(B^T d B) * (A g A^T)] G, summed over tiles: products of [D, tiles] with [tiles, C]."""
     form, (h, w) = _chosen(x.shape[1], x.shape[2], padding), tile_count(x.shape[1], x.shape[2], padding)
     rows = _strip_rows(len(x), h, w, form)
     strips = -(-h // rows)
@@ -105,14 +105,15 @@ def kernel_gradient(
         of_input = _input_points(_strip(x, form.m * rows, strip, form.m * rows + 2), form)
         of_gradient = _output_gradient_points(_strip(g, form.m * rows, strip, form.m * rows), form)
         # There is one sum per device, so that devices do not communicate after each strip.
-        return jnp.einsum("psbhwc,psbhwd->pscd", _in_shares(of_input, 1), _in_shares(of_gradient, 1))
+        return jnp.einsum("psdbhw,psbhwc->psdc", of_gradient, _in_shares(of_input, 1))
 
     if strips == 1:
         total = products(0)
     else:
         start = jnp.zeros(jax.eval_shape(products, 0).shape, x.dtype)
         total = lax.fori_loop(0, strips, lambda strip, total: total + products(strip), start)
-    return jnp.tensordot(_both_axes(form.G).T, total, 1).sum(1).reshape(3, 3, *total.shape[2:])
+    turned = jnp.tensordot(_both_axes(form.G).T, total, 1).sum(1)  # [3 3, D, C]
+    return turned.reshape(3, 3, *turned.shape[1:]).swapaxes(2, 3)
 
 
 def _chosen(height: int, width: int, padding: int) -> _Filtering:
@@ -214,12 +215,16 @@ def _outputs(
 def _output_gradient_points(
     g: jax.Array,  # [B, m h, m w, D]
     form: _Filtering,
-) -> jax.Array:  # [n n, B, h, w, D]
-    """A g A^T of the m x m outputs g."""
-    batch, height, width, channels = g.shape
+) -> jax.Array:  # [n n, shares, D, images per share, h, w]
+    """A g A^T of the m x m outputs g.
+
+    The tiles are the last axes, since XLA multiplies a matrix from the left by rows. Moving them there now copies m m
+    values per tile; moving them in the product would copy n n.
+    """
+    shares, images, height, width, channels = _in_shares(g, 0).shape
     m, h, w = form.m, height // form.m, width // form.m
-    outputs = g.reshape(batch, h, m, w, m, channels).transpose(2, 4, 0, 1, 3, 5)
-    return jnp.tensordot(_both_axes(form.A), outputs.reshape(m * m, batch, h, w, channels), 1)
+    outputs = g.reshape(shares, images, h, m, w, m, channels).transpose(3, 5, 0, 6, 1, 2, 4)
+    return jnp.tensordot(_both_axes(form.A), outputs.reshape(m * m, *outputs.shape[2:]), 1)
 
 
 def _both_axes(matrix: np.ndarray) -> np.ndarray:
