@@ -218,8 +218,8 @@ def _output_gradient_points(
 ) -> jax.Array:  # [n n, shares, D, images per share, h, w]
     """A g A^T of the m x m outputs g.
 
-    The tiles are the last axes, since XLA multiplies a matrix from the left by rows. Moving them there now copies m m
-    values per tile; moving them in the product would copy n n.
+    The tiles are the last axes, because the sum over tiles is a matrix product whose left matrix XLA needs in this
+    order. If XLA changed the order of the points, it would copy n n values per tile. Here it copies m m.
     """
     shares, images, height, width, channels = _in_shares(g, 0).shape
     m, h, w = form.m, height // form.m, width // form.m
