@@ -127,6 +127,7 @@ def test_the_layer_is_flax_s_with_the_same_parameters(stride):
     ((1, 16, 16, 128), (3, 3, 128, 128), 1),  # its small ones: XLA's gradient for the kernel
     ((8, 15, 16, 128), (3, 3, 128, 128), 3),  # too small for these with any batch
     ((2, 64, 64, 32), (3, 3, 32, 64), 2),  # only the gradient for the kernel is Winograd's
+    ((2, 128, 128, 31), (3, 3, 31, 64), 3),  # too few channels for this in any image
     ((2, 32, 32, 32), (3, 3, 32, 64), 3),  # too few channels: XLA's convolution and both its gradients
     ((2, 16, 16, 32), (1, 1, 32, 8), 0),  # one matrix product
 ])

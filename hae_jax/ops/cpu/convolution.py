@@ -27,7 +27,8 @@ from hae_jax.ops.cpu import winograd
 
 _MANY_CHANNELS = 128  # with at least as many, Winograd's form with small tiles is fast
 _SEVERAL_CHANNELS = 64  # the same for large tiles
-_LARGE_KERNEL_GRADIENT = 64 * 32  # channels times pixels along the shorter side; the same for the kernel's gradient
+_SOME_CHANNELS = 32  # the same for the gradient for the kernel in large images
+_LARGE_IMAGE = 64  # outputs along the shorter side
 _FEW_CHANNELS = 16  # with at most as many, a product with patches (9 times the image) is faster than XLA's form
 _SMALLEST = 16  # outputs along the shorter side; with fewer, the transformation of the kernel takes too long
 
@@ -127,17 +128,21 @@ def _winograd_wins(x, kernel, stride, padding):
     """For the convolution and its gradient for the input."""
     if not _has_winograd_form(x, kernel, stride, padding):
         return False
-    channels, height, width = min(kernel.shape[2:]), *x.shape[1:3]
-    if winograd.has_large_tiles(height, width, padding):
+    channels = min(kernel.shape[2:])
+    if winograd.has_large_tiles(*x.shape[1:3], padding):
         return channels >= _SEVERAL_CHANNELS
-    return channels >= _MANY_CHANNELS and min(height, width) + 2 * padding - 2 >= _SMALLEST
+    return channels >= _MANY_CHANNELS and _shorter_side(x, padding) >= _SMALLEST
 
 
 def _winograd_wins_for_kernel(x, kernel, stride, padding):
-    channels, height, width = min(kernel.shape[2:]), *x.shape[1:3]
-    return (_has_winograd_form(x, kernel, stride, padding) and winograd.has_large_tiles(height, width, padding)
-            and channels > _FEW_CHANNELS
-            and channels * (min(height, width) + 2 * padding - 2) >= _LARGE_KERNEL_GRADIENT)
+    if not _has_winograd_form(x, kernel, stride, padding) or not winograd.has_large_tiles(*x.shape[1:3], padding):
+        return False
+    return min(kernel.shape[2:]) >= (_SOME_CHANNELS if _shorter_side(x, padding) >= _LARGE_IMAGE else _SEVERAL_CHANNELS)
+
+
+def _shorter_side(x, padding):
+    """Outputs of a 3x3 kernel of stride 1 along the shorter side."""
+    return min(x.shape[1:3]) + 2 * padding - 2
 
 
 def _shifted(
