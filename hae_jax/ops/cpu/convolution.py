@@ -129,13 +129,14 @@ def _winograd_wins(x, kernel, stride, padding):
     if not _has_winograd_form(x, kernel, stride, padding):
         return False
     channels = min(kernel.shape[2:])
-    if winograd.has_large_tiles(*x.shape[1:3], padding):
+    if winograd.has_large_tiles(x.shape[1], x.shape[2], padding):
         return channels >= _SEVERAL_CHANNELS
     return channels >= _MANY_CHANNELS and _shorter_side(x, padding) >= _SMALLEST
 
 
 def _winograd_wins_for_kernel(x, kernel, stride, padding):
-    if not _has_winograd_form(x, kernel, stride, padding) or not winograd.has_large_tiles(*x.shape[1:3], padding):
+    large_tiles = winograd.has_large_tiles(x.shape[1], x.shape[2], padding)
+    if not _has_winograd_form(x, kernel, stride, padding) or not large_tiles:
         return False
     return min(kernel.shape[2:]) >= (_SOME_CHANNELS if _shorter_side(x, padding) >= _LARGE_IMAGE else _SEVERAL_CHANNELS)
 
